@@ -1,0 +1,166 @@
+"""The transformer block that the decoder and the vision tower share, and how a parameter is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ministral_jax.models.attention import attend
+from ministral_jax.models.rope import rotate
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is evaluated; none of it changes what is computed.
+
+    `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `remat`: what the
+    backward pass recomputes: nothing, everything ("full") or all but the matrix products ("dots"). `unroll`: layers
+    unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see `attention.attend`.
+    """
+
+    dtype: str = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    unroll: int = 1
+    attention: Literal["auto", "xla", "blockwise"] = "auto"
+    attention_block: int = 512
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
+    """A parameter of `module`: normal of standard deviation `std`, or ones; cast to the compute dtype."""
+    init = nn.initializers.ones if std is None else nn.initializers.normal(std)
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value if value.dtype == jnp.float64 else value.astype(module.compute.dtype)
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """gain · x / √(mean(x²) + eps) over the last axis (arXiv 1910.07467, equation 4), in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * gain).astype(x.dtype)
+
+
+def residual(x: Array) -> Array:
+    return nn.with_logical_constraint(x, ("batch", "length", None))
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Sizes of one block and the names of its axes, in the order D, H, K, h, F."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    norm_eps: float
+    causal: bool
+    axes: tuple[str, str, str, str, str]
+    depth: int
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without biases: [B, T, D] -> [B, T, D]."""
+
+    spec: BlockSpec
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, turn: tuple[Array, Array], heat: Array | None, segments: Array | None) -> Array:
+        s = self.spec
+        D, H, K, h, _ = s.axes
+        std, out_std = s.width**-0.5, (2 * s.depth * s.heads * s.head_width) ** -0.5
+        w_q = weight(self, "q", (s.width, s.heads, s.head_width), (D, H, h), std)
+        w_k = weight(self, "k", (s.width, s.kv_heads, s.head_width), (D, K, h), std)
+        w_v = weight(self, "v", (s.width, s.kv_heads, s.head_width), (D, K, h), std)
+        w_o = weight(self, "o", (s.heads, s.head_width, s.width), (H, h, D), out_std)
+
+        q = rotate(jnp.einsum("btd,dnh->btnh", x, w_q), *turn)
+        k = rotate(jnp.einsum("btd,dnh->btnh", x, w_k), *turn)
+        v = jnp.einsum("btd,dnh->btnh", x, w_v)
+        if heat is not None:
+            q = q * heat[:, :, None, None].astype(q.dtype)
+        c = self.compute
+        with jax.named_scope("attend"):
+            mixed = attend(q, k, v, segments, causal=s.causal, implementation=c.attention, block=c.attention_block)
+        return jnp.einsum("btnh,nhd->btd", mixed, w_o)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x gate) ⊙ x up) down (arXiv 2002.05202): [B, T, D] -> ([B, T, D], the hidden product [B, T, F])."""
+
+    spec: BlockSpec
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        s = self.spec
+        D, *_, F = s.axes
+        std, out_std = s.width**-0.5, (2 * s.depth * s.mlp_width) ** -0.5
+        gate = weight(self, "gate", (s.width, s.mlp_width), (D, F), std)
+        up = weight(self, "up", (s.width, s.mlp_width), (D, F), std)
+        down = weight(self, "down", (s.mlp_width, s.width), (F, D), out_std)
+        hidden = jax.nn.silu(x @ gate) * (x @ up)
+        return hidden @ down, hidden
+
+
+class Block(nn.Module):
+    """Pre-norm block. Returns the residual stream [B, T, D] and what `tap` made of the block's activations."""
+
+    spec: BlockSpec
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        turn: tuple[Array, Array],
+        heat: Array | None,
+        segments: Array | None,
+        tap: Callable | None,
+        weights: Any,
+    ) -> tuple[Array, Any]:
+        s = self.spec
+        D = s.axes[0]
+        attention_gain = weight(self, "attention_norm", (s.width,), (D,), None)
+        mlp_gain = weight(self, "mlp_norm", (s.width,), (D,), None)
+
+        with jax.named_scope("attention"):
+            mixed = Attention(s, self.compute, name="attention")(
+                rms_norm(x, attention_gain, s.norm_eps), turn, heat, segments
+            )
+            middle = residual(x + mixed)
+        with jax.named_scope("mlp"):
+            out, hidden = SwiGLU(s, self.compute, name="mlp")(rms_norm(middle, mlp_gain, s.norm_eps))
+            out = residual(middle + out)
+        if tap is None:
+            return out, None
+        return out, tap({"attention_norm_in": x, "mlp_norm_in": middle, "mlp_hidden": hidden, "out": out}, weights)
+
+
+_REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = None) -> nn.Module:
+    """`spec.depth` blocks in one scan over parameters stacked on a leading axis called `axis`."""
+    block = Block
+    if compute.remat != "none":
+        # Only a loop keeps XLA from merging the recomputation with the original.
+        block = nn.remat(Block, policy=_REMAT[compute.remat], prevent_cse=compute.unroll != 1)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=spec.depth,
+        unroll=compute.unroll or spec.depth,
+        metadata_params={nn.PARTITION_NAME: axis},
+    )
+    return scanned(spec, compute, name=name)

@@ -1,0 +1,63 @@
+"""The causal text decoder of Mistral Small 3.1 and Ministral 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ministral_jax.models import rope
+from ministral_jax.models.block import BlockSpec, Compute, residual, rms_norm, stacked, weight
+from ministral_jax.models.spec import ModelSpec
+
+AXES = ("embed", "heads", "kv_heads", "head", "mlp")
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head; `embed_tokens`, `__call__` and `logits` are applied in that order."""
+
+    spec: ModelSpec
+    compute: Compute
+
+    def setup(self) -> None:
+        s = self.spec
+        self.embed = weight(self, "embed", (s.vocab, s.width), ("vocab", "embed"), s.width**-0.5)
+        block = BlockSpec(
+            s.width, s.heads, s.kv_heads, s.head_width, s.mlp_width, s.norm_eps, True, AXES, depth=s.layers
+        )
+        self.layers = stacked(block, self.compute, "layers")
+        self.norm = weight(self, "norm", (s.width,), ("embed",), None)
+        if not s.tied:
+            self.head = weight(self, "head", (s.width, s.vocab), ("embed", "vocab"), s.width**-0.5)
+
+    def embed_tokens(self, tokens: Array) -> Array:
+        """[B, T] int -> [B, T, D]."""
+        return residual(self.embed[tokens])
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array | None,
+        segments: Array | None,
+        tap: Callable | None = None,
+        weights: Any = None,
+    ) -> tuple[Array, Any]:
+        """Embedded tokens [B, T, D] -> (hidden states after the final norm [B, T, D], taps stacked over layers)."""
+        s, wide = self.spec, jnp.promote_types(x.dtype, jnp.float32)
+        if positions is None:
+            positions = jnp.arange(x.shape[1])[None]
+        turn = rope.rotation(positions, s.rope, s.head_width, wide)
+        heat = rope.temperature(positions, s.rope, wide)
+        x, taps = self.layers(x, turn, heat, segments, tap and jax.tree_util.Partial(tap), weights)
+        return rms_norm(x, self.norm, s.norm_eps), taps
+
+    def logits(self, hidden: Array) -> Array:
+        """[B, T, D] -> [B, T, V], float32 or wider."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        if self.spec.tied:
+            return jnp.einsum("btd,vd->btv", hidden, self.embed, preferred_element_type=wide)
+        return jnp.einsum("btd,dv->btv", hidden, self.head, preferred_element_type=wide)

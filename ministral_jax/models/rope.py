@@ -1,0 +1,69 @@
+"""Rotary positions: plain, YaRN and 2-D axial, and the position temperature of long contexts.
+
+All rotations use the Hugging Face "half" layout: the pair of feature i is i + h/2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ministral_jax.models.spec import RopeSpec
+
+
+def frequencies(width: int, theta: float) -> np.ndarray:
+    """theta^(-2i/width) for i < width/2, radians per position, float64 (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+
+def yarn_frequencies(width: int, rope: RopeSpec) -> np.ndarray:
+    """Frequencies [width/2] of the decoder, float64; plain RoPE when `rope.yarn_factor == 1`.
+
+    YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): dimensions that turn more than `beta_fast` times within the
+    original context keep their frequency, those that turn less than `beta_slow` times are slowed by the factor, with a
+    linear ramp between. The ramp's ends are rounded outwards as `transformers` does. YaRN's constant temperature is
+    left out (attention factor 1): `temperature` takes its place.
+    """
+    plain = frequencies(width, rope.theta)
+    if rope.yarn_factor == 1:
+        return plain
+
+    def dimension(turns: float) -> float:
+        return width * math.log(rope.original_context / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(rope.beta_fast)), 0)
+    high = min(math.ceil(dimension(rope.beta_slow)), width - 1)
+    ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+    return plain * (ramp / rope.yarn_factor + 1 - ramp)
+
+
+def temperature(positions: Array, rope: RopeSpec, dtype) -> Array | None:
+    """s(p) = 1 + beta ln(1 + floor(p / L0)), [B, T]: what queries are multiplied by; None where it is always 1."""
+    if rope.temperature_beta == 0:
+        return None
+    return 1 + rope.temperature_beta * jnp.log1p((positions // rope.original_context).astype(dtype))
+
+
+def rotation(positions: Array, rope: RopeSpec, width: int, dtype) -> tuple[Array, Array]:
+    """cos and sin [B, T, width/2] of the decoder's angles at `positions` [B, T]."""
+    angles = positions[..., None].astype(dtype) * jnp.asarray(yarn_frequencies(width, rope), dtype)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def axial_rotation(rows: Array, columns: Array, theta: float, width: int, dtype) -> tuple[Array, Array]:
+    """cos and sin [B, P, width/2] for patches at `rows`, `columns` [B, P]: even frequencies turn with the row, odd ones
+    with the column (Pixtral, arXiv 2410.07073, section 2.2)."""
+    base = jnp.asarray(frequencies(width, theta), dtype)
+    by_row, by_column = rows[..., None] * base[0::2], columns[..., None] * base[1::2]
+    angles = jnp.concatenate([by_row, by_column], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the pairs (i, i + h/2) of `x` [B, T, H, h] by the angles of `cos`, `sin` [B, T, h/2]; in x's dtype."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

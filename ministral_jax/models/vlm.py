@@ -1,0 +1,160 @@
+"""The vision-language model: text and image features in one residual stream, and its parameters as plain trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.block import Compute
+from ministral_jax.models.decoder import Decoder
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vision import Projector, VisionTower
+
+__all__ = ["VLM", "Compute", "abstract_params", "check_params", "head_matrix", "init_params", "logical_axes"]
+
+IMAGE_KEYS = ("patches", "patch_image", "patch_row", "patch_col", "image_slot")
+
+Params = dict[str, Any]
+
+
+class VLM(nn.Module):
+    """Ministral 3. Arguments of every method:
+
+    tokens     [B, T] int
+    positions  [B, T] int, restarting at 0 in each packed document; None counts the tokens of a row
+    segments   [B, T] int, the document a token belongs to (0 is padding); None is one document per row
+    images     None or the five arrays named by `IMAGE_KEYS`: `patches` [B, P, 3pp] in merge-block order, `patch_image`,
+               `patch_row`, `patch_col` [B, P] int, and `image_slot` [B, T] int, the merged token that stands at
+               a position, -1 for text
+    """
+
+    spec: ModelSpec
+    compute: Compute = Compute()
+
+    def setup(self) -> None:
+        self.decoder = Decoder(self.spec, self.compute)
+        if self.spec.vision is not None:
+            self.vision = VisionTower(self.spec.vision, self.compute)
+            self.projector = Projector(self.spec, self.compute)
+
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, segments: Array | None = None, images: dict | None = None
+    ) -> Array:
+        """Logits [B, T, V], float32 or wider."""
+        return self.decoder.logits(self.hidden(tokens, positions, segments, images))
+
+    def hidden(
+        self, tokens: Array, positions: Array | None = None, segments: Array | None = None, images: dict | None = None
+    ) -> Array:
+        """Hidden states after the final norm [B, T, D], in the compute dtype."""
+        return self.decoder(self._embed(tokens, images), positions, segments)[0]
+
+    def observe(
+        self,
+        tokens: Array,
+        tap: Callable[[dict[str, Array], Any], Any],
+        weights: Any = None,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        images: dict | None = None,
+    ) -> tuple[Array, Any]:
+        """Hidden states and `tap(activations, weights)` of every decoder layer, stacked on a leading axis.
+
+        `activations` holds "attention_norm_in", "mlp_norm_in", "out" [B, T, D] and "mlp_hidden" [B, T, F].
+        """
+        return self.decoder(self._embed(tokens, images), positions, segments, tap, weights)
+
+    def _embed(self, tokens: Array, images: dict | None) -> Array:
+        x = self.decoder.embed_tokens(tokens)
+        if images is None:
+            return x
+        check_images(images, self.spec)
+        with jax.named_scope("vision"):
+            features = self.vision(*(images[k] for k in IMAGE_KEYS[:4]))
+        with jax.named_scope("projector"):
+            features = self.projector(features).astype(x.dtype)
+            slot = images["image_slot"][..., None]
+            return jnp.where(slot >= 0, jnp.take_along_axis(features, jnp.maximum(slot, 0), axis=1), x)
+
+
+def check_images(images: dict, spec: ModelSpec) -> None:
+    """Raise `UserError` when a batch's image arrays cannot belong to a model of `spec`."""
+    if spec.vision is None:
+        raise UserError("the batch has images but the model has no vision tower (model.vision is null)")
+    missing = [k for k in IMAGE_KEYS if k not in images]
+    if missing:
+        raise UserError(f"images lack {', '.join(missing)}; expected {', '.join(IMAGE_KEYS)}")
+    *_, count, width = images["patches"].shape
+    block = spec.vision.merge**2
+    if count % block or width != spec.vision.patch_width:
+        raise UserError(
+            f"images.patches has shape {tuple(images['patches'].shape)}; expected [B, P, {spec.vision.patch_width}] "
+            f"with P a multiple of {block}"
+        )
+
+
+@cache
+def _boxed(spec: ModelSpec) -> Params:
+    """Shapes and logical axes of every parameter, as Flax boxes."""
+    return jax.eval_shape(_init(spec), jax.random.key(0))["params"]
+
+
+def _init(spec: ModelSpec) -> Callable[[Array], dict]:
+    images = None
+    if (v := spec.vision) is not None:
+        grid = jnp.zeros((1, v.merge**2), jnp.int32)
+        slot = jnp.full((1, 1), -1, jnp.int32)
+        patches = jnp.zeros((1, v.merge**2, v.patch_width))
+        images = dict(patches=patches, patch_image=grid, patch_row=grid, patch_col=grid, image_slot=slot)
+    return lambda key: VLM(spec).init(key, jnp.zeros((1, 1), jnp.int32), images=images)
+
+
+def init_params(spec: ModelSpec, key: Array, dtype=jnp.float32) -> Params:
+    """Fresh parameters: gains 1, kernels normal with deviation 1/√fan-in, and 1/√(2·layers) of that where they write
+    to the residual stream (GPT-2's rule)."""
+    params = nn.unbox(_init(spec)(key)["params"])
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), nn.unbox(_boxed(spec)))
+
+
+def logical_axes(spec: ModelSpec) -> Params:
+    """The parameter tree as tuples of axis names, e.g. ("layers", "embed", "mlp")."""
+    return jax.tree.map(lambda box: tuple(box.names), _boxed(spec), is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def head_matrix(params: Params) -> Array:
+    """The output head [D, V]: the embedding transposed when they are tied."""
+    decoder = params["decoder"]
+    return decoder["head"] if "head" in decoder else decoder["embed"].T
+
+
+def check_params(params: Params, spec: ModelSpec, where: str) -> None:
+    """Raise `UserError` naming the first leaf of `params` (arrays or shapes) that a model of `spec` lacks, adds or has in
+    another shape; `where` says in the message where the parameters came from."""
+    found, expected = ({_path(p): x.shape for p, x in _leaves(t)} for t in (params, abstract_params(spec)))
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise UserError(f"{where}: parameter {name} {expected[name]} is missing")
+        if name not in expected:
+            raise UserError(f"{where}: parameter {name} {found[name]} is not part of this model")
+        if found[name] != expected[name]:
+            raise UserError(f"{where}: parameter {name} has shape {found[name]}, expected {expected[name]}")
+
+
+def _leaves(tree: Params) -> list[tuple]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _path(path: tuple) -> str:
+    return "/".join(str(k.key) for k in path)
