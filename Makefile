@@ -1,0 +1,45 @@
+# Every target bootstraps .venv from a bare Python >= 3.11 with pip alone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help cascade test parity lint format clean
+
+help:
+	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
+	@echo "make test      the tests"
+	@echo "make parity    the model against torch and transformers, live"
+	@echo "make lint      formatting, lint and types"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/parity: $(VENV)/installed
+	$(PIP) -e '.[parity]'
+	@touch $@
+
+cascade: $(VENV)/installed
+	$(BIN)/ministral-jax run configs/tiny.yaml
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2
+
+parity: $(VENV)/parity
+	$(BIN)/python -m pytest -m parity tests/parity
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf runs build dist
