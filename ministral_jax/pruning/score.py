@@ -1,0 +1,127 @@
+"""Which layers, directions and neurons to keep: scores from calibration statistics, all on the host in float64.
+
+Every score reads "larger is more worth keeping"; `top` turns a score into indices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from ministral_jax.models.spec import Frozen
+from ministral_jax.pruning.statistics import Statistics
+from ministral_jax.pruning.transforms import TieSeed
+
+LayerScore = Literal["norm_ratio", "norm_ratio_inverse", "block_influence", "random"]
+MlpScore = Literal["activation", "weight_norm", "random"]
+WidthBasis = Literal["pca", "magnitude", "random"]
+
+
+class PruneOptions(Frozen):
+    """How to choose what is cut. The defaults are Ministral 3's Algorithm 2 where it speaks."""
+
+    layer_score: LayerScore = "norm_ratio"
+    """`norm_ratio`: mean |out|/|in|, the paper's code; `norm_ratio_inverse`: its inverse, the paper's text;
+    `block_influence`: 1 - mean cos(in, out), Minitron's."""
+    mlp_score: MlpScore = "activation"
+    """`activation`: mean |SiLU(W1 x) * W3 x|, the paper's; `weight_norm`: |gate_j| |up_j| |down_j|."""
+    width_basis: WidthBasis = "pca"
+    """`pca`: one uncentred PCA of the residual stream at every norm input, the paper's; `magnitude`: the channels of largest
+    mean square; `random`: a random rotation."""
+    norm_gain: Literal["exact", "energy"] = "exact"
+    """Gain of the sliced norms: sqrt(D/D'), or sqrt(rho D/D') with rho the energy retained by the basis."""
+    norm_eps: Literal["spec", "exact"] = "spec"
+    """Keep the target spec's epsilon, or scale the source's by the squared gain, which makes the sliced norm exact."""
+    projector: Literal["rotated", "fresh"] = "rotated"
+    """Turn and narrow the source's projector with the decoder, or draw a new one as the paper does."""
+    tie_seed: TieSeed = "mean"
+    """What the shared matrix starts from when the target ties embedding and head."""
+    image_weight: float = Field(1.0, ge=0)
+    """How much one image token counts relative to one text token, in every calibrated score."""
+    recollect: bool = True
+    """Collect the statistics again after each surgery step, on the model as it then is."""
+
+
+def top(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest scores along the last axis, ascending; of equal scores the first wins.
+
+    scores [..., N] -> [..., count] int32.
+    """
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
+    return np.sort(order, axis=-1).astype(np.int32)
+
+
+def layer_scores(
+    statistics: Statistics, score: LayerScore, image_weight: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Worth of each decoder layer, [L] (Ministral 3 Algorithm 2; Minitron arXiv 2407.14679 for block influence)."""
+    ratio = statistics.mean(statistics.norm_ratio, image_weight)
+    match score:
+        case "norm_ratio":
+            return ratio
+        case "norm_ratio_inverse":
+            return 1 / ratio
+        case "block_influence":
+            return 1 - statistics.mean(statistics.cosine, image_weight)
+        case "random":
+            return rng.random(ratio.shape)
+
+
+def mlp_scores(
+    params: dict[str, Any], statistics: Statistics, score: MlpScore, image_weight: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Worth of each feed-forward neuron, [L, F]; `weight_norm` takes the norm's gain as part of gate and up."""
+    match score:
+        case "activation":
+            return statistics.mean(statistics.mlp, image_weight)
+        case "random":
+            return rng.random(statistics.mlp.shape[1:])
+        case "weight_norm":
+            layers = params["decoder"]["layers"]
+            worth = np.ones(statistics.mlp.shape[1:])
+            for layer in range(
+                worth.shape[0]
+            ):  # one layer at a time: a float64 copy of all of them need not fit the host
+                gain = np.asarray(layers["mlp_norm"][layer], np.float64)[:, None]
+                for name, scale, axis in (("gate", gain, 0), ("up", gain, 0), ("down", 1.0, 1)):
+                    weight = np.asarray(layers["mlp"][name][layer], np.float64)
+                    worth[layer] *= np.linalg.norm(weight * scale, axis=axis)
+            return worth
+
+
+class Basis(NamedTuple):
+    """An orthonormal basis of the residual stream, most important direction first, and the energy along each direction."""
+
+    vectors: np.ndarray
+    """[D, D] float64, directions in columns."""
+    energy: np.ndarray
+    """[D] mean square of the residual stream along each direction."""
+
+    def retained(self, width: int) -> float:
+        """Share of the energy in the first `width` directions, rho."""
+        return float(self.energy[:width].sum() / self.energy.sum())
+
+
+def width_basis(statistics: Statistics, kind: WidthBasis, image_weight: float, rng: np.random.Generator) -> Basis:
+    """Basis to express the residual stream in before it is cut.
+
+    `pca` holds the eigenvectors of the uncentred second moment (float64 `eigh`), each with its largest entry positive;
+    uncentred because no bias exists in the model that could absorb a mean.
+    """
+    moment = statistics.mean(statistics.second_moment, image_weight)
+    width = len(moment)
+    match kind:
+        case "pca":
+            energy, vectors = np.linalg.eigh(moment)
+            energy, vectors = energy[::-1].clip(min=0), vectors[:, ::-1]
+            pivot = np.abs(vectors).argmax(axis=0)
+            return Basis(vectors * np.sign(vectors[pivot, np.arange(width)]), energy)
+        case "magnitude":
+            order = np.argsort(-np.diag(moment), kind="stable")
+            return Basis(np.eye(width)[:, order], np.diag(moment)[order])
+        case "random":
+            vectors, triangle = np.linalg.qr(rng.standard_normal((width, width)))
+            vectors = vectors * np.sign(np.diag(triangle))  # Haar measure (Mezzadri 2007)
+            return Basis(vectors, np.einsum("di,de,ei->i", vectors, moment, vectors, optimize=True))

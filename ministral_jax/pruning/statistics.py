@@ -1,0 +1,170 @@
+"""Calibration: what the pruner needs to know about a model's activations, as sums over tokens.
+
+Batches stream through the model once and no activation is kept. Sums are taken on the device in at least float32 within
+a batch and on the host in float64 across batches, so neither batch size nor order matters. Text and image tokens are
+summed apart (an image token stands where `image_slot >= 0`); padding (`segments == 0`) never counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.vision import Projector, VisionTower
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM
+
+DOMAINS = ("text", "image")
+"""The leading axis of every sum."""
+
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over calibration tokens, float64 on the host; the leading axis is `DOMAINS`. `a + b` merges two."""
+
+    tokens: np.ndarray
+    """[2] tokens counted."""
+    norm_ratio: np.ndarray
+    """[2, L] |out| / |in| of each layer."""
+    cosine: np.ndarray
+    """[2, L] cos(in, out) of each layer."""
+    mlp: np.ndarray
+    """[2, L, F] |SiLU(gate x) * up x| of each feed-forward neuron."""
+    second_moment: np.ndarray | None = None
+    """[2, D, D] x x^T of the residual stream, averaged over the 2L inputs of attention and feed-forward norms."""
+    projector: np.ndarray | None = None
+    """[2, D] |GELU(linear_1 ...)| of each hidden neuron of the projector, over image tokens: the text row is zero."""
+
+    def __add__(self, other: Statistics) -> Statistics:
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Statistics(**{name: None if a is None else a + b for name, (a, b) in pairs.items()})
+
+    def mean(self, sums: np.ndarray | None, image_weight: float = 1.0) -> np.ndarray:
+        """Mean over tokens of a field, one image token counting `image_weight` text tokens: [2, ...] -> [...]."""
+        if sums is None:
+            raise ValueError("these statistics were collected without `width=True`")
+        weight = np.array([1.0, image_weight])
+        total = weight @ self.tokens
+        if not total > 0:
+            raise UserError(
+                f"calibration counted {self.tokens[0]:.0f} text and {self.tokens[1]:.0f} image tokens, which weigh nothing "
+                f"with image_weight = {image_weight}; give batches with tokens of a kind that counts"
+            )
+        return np.tensordot(weight, sums, 1) / total
+
+    def take_layers(self, keep: np.ndarray) -> Statistics:
+        """What is left of the per-layer sums after `drop_layers`; `second_moment` still sees the dropped layers."""
+        per_layer = {name: getattr(self, name)[:, keep] for name in ("norm_ratio", "cosine", "mlp")}
+        return replace(self, **per_layer)
+
+
+def collect(
+    model: VLM,
+    params: dict[str, Any],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    width: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Statistics:
+    """Statistics of `model` over `batches` (see the batch contract: `tokens`, `positions`, `segments` [B, T], image keys).
+
+    `width` also collects what only a cut of the width needs, `second_moment` and `projector`: on the device that takes
+    4 L D^2 floats in addition to the forward pass (twice that with images), laid out like the `embed` axis of a parameter.
+
+    Raises:
+        UserError: no batch, no token that counts, or activations that are not finite.
+    """
+    total: Statistics | None = None
+    for number, batch in enumerate(batches, 1):
+        inputs = {key: batch[key] for key in ("tokens", "positions", "segments", *IMAGE_KEYS) if key in batch}
+        sums = jax.device_get(_batch_sums(model, width, params, inputs))
+        part = Statistics(**{name: np.asarray(value, np.float64) for name, value in sums.items()})
+        total = part if total is None else total + part
+        if progress is not None:
+            progress(f"calibration batch {number}")
+    if total is None or not total.tokens.sum() > 0:
+        raise UserError("calibration saw no token: the batches are empty or all padding (segments == 0)")
+    for field in fields(total):
+        value = getattr(total, field.name)
+        if value is not None and not np.isfinite(value).all():
+            raise UserError(
+                f"calibration statistic {field.name} is not finite: the source parameters or the batches give NaN or infinity"
+            )
+    return total
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The fields of `Statistics` for one batch."""
+    counted = batch["segments"] > 0
+    images = {key: batch[key] for key in IMAGE_KEYS} if "image_slot" in batch else None
+    masks = counted[None]
+    if images is not None:
+        image = images["image_slot"] >= 0
+        masks = jnp.stack([counted & ~image, counted & image])
+
+    tap = partial(_layer_sums, width)
+    where = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
+    _, sums = model.apply({"params": params}, batch["tokens"], tap, masks, **where, method="observe")
+    sums = {name: jnp.moveaxis(value, 0, 1) for name, value in sums.items()}  # [N, L, ...]
+    sums["tokens"] = masks.sum((1, 2))
+    if width:
+        sums["second_moment"] = sums["second_moment"].mean(1)
+        if model.spec.vision is not None:
+            sums["projector"] = _projector_sums(model, params, images, masks)
+    sums = {name: jnp.pad(v, [(0, 2 - len(v))] + [(0, 0)] * (v.ndim - 1)) for name, v in sums.items()}
+    if jax.sharding.get_abstract_mesh().empty:
+        return sums
+    return jax.lax.with_sharding_constraint(sums, jax.sharding.PartitionSpec())
+
+
+def _layer_sums(width: bool, activations: dict[str, jax.Array], masks: jax.Array) -> dict[str, jax.Array]:
+    """One layer's sums over the tokens of each mask: masks [N, B, T] bool -> [N, ...]."""
+    wide = {name: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for name, x in activations.items()}
+    before, middle, after = wide["attention_norm_in"], wide["mlp_norm_in"], wide["out"]
+    size_before, size_after = (jnp.linalg.norm(before, axis=-1), jnp.linalg.norm(after, axis=-1))
+    cosine = jnp.sum(before * after, -1) / (size_before * size_after)
+    keep = masks.astype(before.dtype)
+
+    def over_tokens(x: jax.Array) -> jax.Array:
+        # Whatever stands at padding may be 0/0; a zero weight would not remove a NaN.
+        return jnp.where(masks, x, 0).sum((1, 2))
+
+    sums = {
+        "norm_ratio": over_tokens(size_after / size_before),
+        "cosine": over_tokens(cosine),
+        "mlp": _einsum("nbt,btf->nf", keep, jnp.abs(wide["mlp_hidden"])),
+    }
+    if width:
+        moments = [_einsum("nbti,btj->nij", keep[..., None] * x, x) for x in (before, middle)]
+        sums["second_moment"] = nn.with_logical_constraint(sum(moments) / 2, (None, "embed", None))
+    return sums
+
+
+def _projector_sums(model: VLM, params: dict[str, Any], images: dict | None, masks: jax.Array) -> jax.Array:
+    """|hidden activation| of the projector summed over image tokens, [N, D] with the text row zero.
+
+    With the identity for linear_2 the projector returns its hidden activations.
+    """
+    linear_2 = params["projector"]["linear_2"]
+    if images is None:
+        return jnp.zeros((1, len(linear_2)))
+    bare = {**params["projector"], "linear_2": jnp.eye(len(linear_2), dtype=linear_2.dtype)}
+    patches = (images[key] for key in IMAGE_KEYS[:4])
+    features = VisionTower(model.spec.vision, model.compute).apply({"params": params["vision"]}, *patches)
+    hidden = jnp.abs(Projector(model.spec, model.compute).apply({"params": bare}, features))
+    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+
+    uses = jax.vmap(lambda slot, mask: jnp.zeros(wide.shape[1], wide.dtype).at[slot].add(mask, mode="drop"))
+    times = uses(jnp.maximum(images["image_slot"], 0), masks[1].astype(wide.dtype))  # [B, P / m^2]
+    rows = jnp.where(times[..., None] > 0, wide * times[..., None], 0).sum((0, 1))
+    return jnp.stack([jnp.zeros_like(rows), rows])
