@@ -1,0 +1,39 @@
+"""Turn one large vision-language model into a family of small ones: prune, distil, extend the context, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ministral_jax.models.vlm import VLM
+
+__version__ = "0.1.0"
+
+
+def load(path: str | Path, dtype: Any = "float32") -> tuple[VLM, dict[str, Any]]:
+    """A model and its parameters, from a finished stage's directory or a Hugging Face directory.
+
+    `model.apply({"params": params}, tokens, positions=..., segments=..., images=...)` gives logits `[B, T, V]`; see
+    `ministral_jax.models.vlm.VLM` for the layout of the batch.
+
+    Raises:
+        ministral_jax.errors.UserError: neither of the two, or a checkpoint that does not fit its sizes.
+    """
+    import jax.numpy as jnp
+
+    from ministral_jax.errors import UserError
+    from ministral_jax.interop.hf import import_hf
+    from ministral_jax.models.vlm import VLM, Compute
+    from ministral_jax.stages.job import load_stage
+
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        spec, params = load_stage(path, jnp.dtype(dtype))
+    elif (path / "config.json").is_file():
+        spec, params = import_hf(path, dtype)
+    else:
+        raise UserError(
+            f"{path} is neither a finished stage (manifest.json) nor a Hugging Face directory (config.json)"
+        )
+    return VLM(spec, Compute(dtype=str(dtype))), params

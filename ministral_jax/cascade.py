@@ -1,0 +1,119 @@
+"""The graph of stages, run: in order, finished ones skipped, interrupted ones resumed, lineage kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ministral_jax.config import PruneStage, Recipe
+from ministral_jax.errors import UserError
+from ministral_jax.manifest import digest, environment, read_manifest, spec_of, write_json
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.recipe import inputs, order, resolve_specs
+from ministral_jax.stages import Job, Result, verb
+
+
+def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> list[str]:
+    """Bring the wanted stages (all when none is named) and what they need to `finished`.
+
+    A finished stage is skipped; running again after a crash goes on where the last saved state stands.
+
+    Returns:
+        names of the stages in the order in which they were looked at.
+
+    Raises:
+        UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings or from another parent.
+    """
+    names = order(recipe, wanted)
+    specs = resolve_specs(recipe)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in names:  # every conflict is found before anything is computed or written
+        _check_unchanged(recipe, run_dir, name, specs[name])
+    write_json(run_dir / "recipe.json", recipe.dump())
+    for position, name in enumerate(names, 1):
+        if read_manifest(run_dir / name) is not None:
+            _say(f"[{position}/{len(names)}] {name}: finished already")
+            continue
+        _say(f"[{position}/{len(names)}] {name}: {recipe.stages[name].do}")
+        _run_stage(recipe, run_dir, name, specs)
+    return names
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def identity(recipe: Recipe, name: str, spec: ModelSpec) -> dict[str, Any]:
+    """The settings that make a stage's result what it is."""
+    return {"config": recipe.stages[name].model_dump(mode="json", by_alias=True), "spec": spec.model_dump(mode="json")}
+
+
+def _check_unchanged(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> None:
+    """A directory holds the result of one setting; another setting, or another parent, is an error, not a surprise."""
+    directory = run_dir / name
+    begun = _read_begun(directory)
+    if begun is not None:
+        wanted = identity(recipe, name, spec)
+        for change in _differences({key: begun.get(key) for key in wanted}, wanted):
+            raise UserError(
+                f"stage {name!r} in {run_dir} was begun with other settings: {change}; "
+                f"give another --run-dir, or delete {directory} (and the stages made from it)"
+            )
+    manifest = read_manifest(directory)
+    for role, other in (manifest or {}).get("inputs", {}).items():
+        if read_manifest(run_dir / other["stage"]) is None or digest(run_dir / other["stage"]) != other["digest"]:
+            raise UserError(
+                f"stage {name!r} in {run_dir} was made from another {role} {other['stage']!r} than the one there now; "
+                f"delete {directory} to make it again"
+            )
+
+
+def _read_begun(directory: Path) -> dict[str, Any] | None:
+    path = directory / "stage.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
+
+
+def _run_stage(recipe: Recipe, run_dir: Path, name: str, specs: dict[str, ModelSpec]) -> None:
+    stage, directory = recipe.stages[name], run_dir / name
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "stage.json", identity(recipe, name, specs[name]))
+    job = Job(name=name, stage=stage, spec=_with_norms_of_source(recipe, run_dir, name, specs[name]), run_dir=run_dir)
+    begun = time.monotonic()
+    result: Result = verb(stage)(job)
+    manifest = {
+        "stage": name,
+        "do": stage.do,
+        "status": "finished",
+        **identity(recipe, name, specs[name]),
+        "spec": (result.spec or job.spec).model_dump(mode="json"),
+        "inputs": {
+            "parent" if other == stage.source else "teacher": {"stage": other, "digest": digest(run_dir / other)}
+            for other in inputs(stage)
+        },
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "seconds": round(result.seconds or time.monotonic() - begun, 3),
+        "metrics": result.metrics,
+        **result.details,
+        **environment(),
+    }
+    write_json(directory / "manifest.json", manifest)
+
+
+def _with_norms_of_source(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> ModelSpec:
+    """Exact surgery scales the norms' epsilon by a factor that is known only afterwards; what is made from it keeps that."""
+    stage = recipe.stages[name]
+    if stage.source is None or isinstance(stage, PruneStage):
+        return spec
+    return spec.model_copy(update={"norm_eps": spec_of(read_manifest(run_dir / stage.source) or {}).norm_eps})

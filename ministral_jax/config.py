@@ -1,0 +1,174 @@
+"""The recipe: one YAML file, typed, with `key=value` overrides and one-sentence errors.
+
+Layers, later ones win: field defaults < `defaults:` of the stage's kind < the stage < overrides from the command line. A stage's
+`data` is merged over the recipe's. Nothing is read from environment variables.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from ministral_jax.data.config import DataConfig
+from ministral_jax.distillation.kl import LossOptions
+from ministral_jax.models.spec import Frozen
+from ministral_jax.models.vlm import Compute
+from ministral_jax.pruning.prune import PruneOptions
+
+ModelRef = str | dict[str, Any]
+"""A preset's name, or overrides of the source's spec (of `preset:` when given)."""
+
+
+class OptimizerConfig(Frozen):
+    """Optax optimiser, with the learning rate as a function of the step."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    warmup: int = Field(20, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """The last step's learning rate as a share of `lr`; `wsd` decays linearly over the last fifth of the steps."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.1, ge=0)
+    """Applied to matrices only, never to norm gains."""
+    clip: float = Field(1.0, gt=0)
+    """Global gradient norm above which the gradient is scaled down."""
+
+
+class BatchConfig(Frozen):
+    """Global batch: `sequences` packed rows of `length` tokens, its gradient accumulated over `microbatches`."""
+
+    sequences: int = Field(16, ge=1)
+    length: int = Field(256, ge=2)
+    microbatches: int = Field(1, ge=1)
+
+    @field_validator("microbatches")
+    @classmethod
+    def _divides(cls, value: int, info: Any) -> int:
+        if info.data.get("sequences", value) % value:
+            raise ValueError(f"must divide batch.sequences = {info.data['sequences']}")
+        return value
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+class EvaluateConfig(Frozen):
+    """Held-out evaluation at step 0, at powers of two below `every`, at every multiple of `every`, and at the last step."""
+
+    every: int = Field(100, ge=1)
+    rows: int = Field(64, ge=1)
+    """Held-out rows, in file order."""
+
+
+class CheckpointConfig(Frozen):
+    """Resume state every `every` steps, the newest `keep` kept."""
+
+    every: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class Stage(Frozen):
+    """What every stage has: a source stage, unless it makes its model from nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
+
+    source: str | None = Field(None, alias="from")
+
+
+class Looped(Stage):
+    """A stage that runs the training loop."""
+
+    model: ModelRef | None = None
+    steps: int = Field(ge=1)
+    seed: int = 0
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    compute: Compute = Compute()
+
+
+class TrainStage(Looped):
+    """Next-token training of every parameter, the vision tower included, from random initialisation."""
+
+    do: Literal["train"]
+    model: ModelRef
+
+
+class ImportStage(Stage):
+    """Read a Hugging Face directory into the cascade."""
+
+    do: Literal["import"]
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class PruneStage(Stage):
+    """Calibrate, score and cut `from` to the sizes of `model`."""
+
+    do: Literal["prune"]
+    source: str = Field(alias="from")
+    model: ModelRef
+    seed: int = 0
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    calibration: int = Field(16, ge=1)
+    """Batches of calibration data."""
+    options: PruneOptions = PruneOptions()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compute: Compute = Compute()
+
+
+class DistillStage(Looped):
+    """Make the student's next-token distribution equal the teacher's. The vision tower is frozen."""
+
+    do: Literal["distill"]
+    teacher: str
+    loss: LossOptions = LossOptions()
+    baseline: bool = False
+    """Also run `<stage>-scratch`: same shape, data, tokens and teacher, but decoder and projector drawn at random."""
+
+
+class ExportStage(Stage):
+    """Write `from` as a Hugging Face directory, tokenizer included."""
+
+    do: Literal["export"]
+    source: str = Field(alias="from")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+AnyStage = Annotated[TrainStage | ImportStage | PruneStage | DistillStage | ExportStage, Field(discriminator="do")]
+
+
+class Family(Frozen):
+    """Which finished stages the summary and the report compare: the parent and, by name, each child's last stage."""
+
+    parent: str
+    children: dict[str, str] = {}
+
+
+class Recipe(Frozen):
+    """A whole cascade."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    stages: dict[str, AnyStage]
+    family: Family | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _names_are_directories(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
+        for name in stages:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"stage name {name!r} must be letters, digits, '-' and '_'")
+        return stages
+
+    def dump(self) -> dict[str, Any]:
+        """JSON-ready form with every default filled in; `Recipe.model_validate` reads it back."""
+        return self.model_dump(mode="json", by_alias=True)

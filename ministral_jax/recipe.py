@@ -1,0 +1,331 @@
+"""From a YAML file and overrides to a checked graph of stages: read, merge, validate, expand, order, resolve the sizes."""
+
+from __future__ import annotations
+
+import difflib
+import graphlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ministral_jax.config import DistillStage, ImportStage, ModelRef, PruneStage, Recipe, Stage, TrainStage
+from ministral_jax.data.config import DataConfig
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import PRESETS, ModelSpec
+
+PACKAGED_CONFIGS = Path(__file__).parent / "configs"
+"""Where a wheel keeps the recipes of the repository's `configs/`."""
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, merge and validate a recipe, and check its graph.
+
+    Args:
+        path: a YAML file; `configs/<name>.yaml` that is not in the working directory is looked up in the package.
+        overrides: `dotted.key=value`, the value in YAML.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type, unknown stage, cycle; one line for each thing wrong.
+    """
+    raw = _read_yaml(find_recipe(path))
+    for override in overrides:
+        _override(raw, override)
+    recipe = expand_baselines(_validate(_apply_defaults(raw), str(path)))
+    order(recipe)
+    return recipe
+
+
+def find_recipe(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.parts[:1] == ("configs",):
+        for root in (PACKAGED_CONFIGS, Path(__file__).parents[1] / "configs"):
+            if (packaged := root.joinpath(*path.parts[1:])).is_file():
+                return packaged
+    raise UserError(f"recipe {str(path)!r} is not a file (packaged ones: configs/tiny.yaml, configs/ministral3.yaml)")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
+        raise UserError(f"recipe {path} must be a mapping with a `stages:` mapping of named stages")
+    raw.setdefault("name", path.stem)
+    return _unshare(raw)
+
+
+def _unshare(node: Any) -> Any:
+    """YAML aliases are one object; an override of one of its places must not reach the others."""
+    if isinstance(node, dict):
+        return {key: _unshare(value) for key, value in node.items()}
+    return [_unshare(value) for value in node] if isinstance(node, list) else node
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` on top of `base`: mappings key by key, anything else replaced."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+    return over
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must have the form dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    parts = key.split(".")
+    if parts[0] == "stages" and parts[1:2] and parts[1] not in raw["stages"]:
+        raise UserError(f"override {override!r}: no stage {parts[1]!r}{suggest(parts[1], raw['stages'])}")
+    node = raw
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {part!r} is a value, not a mapping with keys")
+    node[parts[-1]] = value
+
+
+def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fold `defaults:` (by kind of stage) and the recipe's `data:` into every stage."""
+    raw = {key: value for key, value in raw.items() if not key.startswith("x-")}  # a home for YAML anchors
+    defaults, data = raw.pop("defaults", None) or {}, raw.pop("data", None)
+    if not isinstance(defaults, dict):
+        raise UserError(f"recipe {raw['name']}: `defaults` must map kinds of stage to keys, got {defaults!r}")
+    try:
+        DataConfig.model_validate(data if data is not None else {"sources": {"none": {"kind": "digits"}}})
+    except ValidationError as error:  # said once here, not once for every stage that inherits it
+        problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
+        raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    kinds = ("train", "import", "prune", "distill", "export")
+    for kind in defaults:
+        if kind not in kinds:
+            raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, kinds)}")
+    stages = {}
+    for name, stage in raw["stages"].items():
+        if not isinstance(stage, dict) or stage.get("do") not in kinds:
+            got = stage.get("do") if isinstance(stage, dict) else stage
+            raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(kinds)}{suggest(str(got), kinds)}")
+        stage = merge(defaults.get(stage["do"], {}), stage)
+        if data is not None and stage["do"] in ("train", "prune", "distill"):
+            stage["data"] = merge(data, stage.get("data", {}))
+        stages[name] = stage
+    return {**raw, "stages": stages}
+
+
+def _validate(raw: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(explain(problem, Recipe) for problem in error.errors())) from None
+
+
+def explain(problem: Any, root: type[BaseModel], prefix: str = "") -> str:
+    """One clause for one error of pydantic's: the key, what is wrong with it, and the nearest valid one."""
+    loc = [str(part) for part in problem["loc"]]
+    valid = _keys_beside(loc, root)
+    if len(loc) > 3 and loc[0] == "stages":
+        del loc[2]  # pydantic names the kind of stage here, the file does not
+    key = prefix + ".".join(loc)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{suggest(loc[-1], valid)}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r:.80}"
+
+
+def _keys_beside(loc: list[str], root: type[BaseModel]) -> list[str]:
+    """The keys that are valid where the last part of a pydantic location stands."""
+    node: Any = root
+    for part in loc[:-1]:
+        models = [t for t in _alternatives(node) if isinstance(t, type) and issubclass(t, BaseModel)]
+        tagged = [m for m in models if "do" in m.model_fields and part in get_args(m.model_fields["do"].annotation)]
+        if tagged:
+            node = tagged[0]
+            continue
+        fields = {f.alias or name: f for m in models for name, f in m.model_fields.items()}
+        if part in fields:
+            node = fields[part].annotation
+        else:
+            node = next((get_args(t)[1] for t in _alternatives(node) if get_origin(t) is dict), None)
+    models = [t for t in _alternatives(node) if isinstance(t, type) and issubclass(t, BaseModel)]
+    known = [f.alias or name for m in models for name, f in m.model_fields.items()]
+    return [*known, "defaults", "data"] if node is Recipe else known
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (None, dict, list, tuple):
+        return [annotation]
+    return [alternative for t in get_args(annotation) for alternative in _alternatives(t)]
+
+
+def suggest(word: str, valid: Iterable[str]) -> str:
+    """` (did you mean X?)` for the nearest valid word, else the list of valid ones when it is short."""
+    valid = [str(v) for v in valid]
+    if near := difflib.get_close_matches(word, valid, 1, 0.6):
+        return f" (did you mean {near[0]}?)"
+    return f" (one of: {', '.join(valid)})" if 0 < len(valid) <= 24 else ""
+
+
+def scratch_name(stage: str) -> str:
+    return f"{stage}-scratch"
+
+
+def expand_baselines(recipe: Recipe) -> Recipe:
+    """Add `<stage>-scratch` after every distil stage that asks for a baseline: equal but for where its weights come from."""
+    stages: dict[str, Any] = {}
+    for name, stage in recipe.stages.items():
+        stages[name] = stage
+        if not (isinstance(stage, DistillStage) and stage.baseline):
+            continue
+        before = recipe.stages.get(stage.source or "")
+        if isinstance(before, DistillStage) and before.baseline:
+            changes = {"source": scratch_name(stage.source or "")}
+        else:
+            spec = resolve_specs(recipe)[name]
+            changes = {"source": None, "model": spec.model_dump(mode="json")}
+        stages[scratch_name(name)] = stage.model_copy(update={"baseline": False, **changes})
+    return recipe.model_copy(update={"stages": stages})
+
+
+def inputs(stage: Stage) -> list[str]:
+    """Stages that must be finished first: the source, and the teacher of a distil stage."""
+    needed = [stage.source] if stage.source is not None else []
+    if isinstance(stage, DistillStage) and stage.teacher not in needed:
+        needed.append(stage.teacher)
+    return needed
+
+
+def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
+    """Names of the wanted stages (all when none is named) and of what they need, each after what it needs.
+
+    Raises:
+        UserError: a stage that does not exist, or a cycle.
+    """
+    graph = {name: inputs(stage) for name, stage in recipe.stages.items()}
+    for name, needed in graph.items():
+        for other in needed:
+            if other not in graph:
+                raise UserError(f"stages.{name} needs stage {other!r}, which does not exist{suggest(other, graph)}")
+    for name in recipe.family.children.values() if recipe.family else ():
+        if name not in graph:
+            raise UserError(f"family.children names stage {name!r}, which does not exist{suggest(name, graph)}")
+    for name in wanted:
+        if name not in graph:
+            raise UserError(f"no stage {name!r} in recipe {recipe.name!r}{suggest(name, graph)}")
+    try:
+        everything = list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise UserError(f"the stages form a cycle: {' -> '.join(reversed(error.args[1]))}") from None
+    needed_for = set(wanted) or set(graph)
+    for name in reversed(everything):
+        if name in needed_for:
+            needed_for.update(graph[name])
+    return _file_order(recipe, graph, needed_for)
+
+
+def _file_order(recipe: Recipe, graph: dict[str, list[str]], chosen: set[str]) -> list[str]:
+    """Depth first in the order of the file, so that a run reads like the recipe."""
+    done: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        for needed in graph[name]:
+            if needed not in done:
+                visit(needed)
+        done.setdefault(name)
+
+    for name in recipe.stages:
+        if name in chosen:
+            visit(name)
+    return list(done)
+
+
+def resolve_model(ref: ModelRef | None, source: ModelSpec | None, where: str) -> ModelSpec:
+    """The sizes a stage works on: a preset, or the source's sizes with overrides.
+
+    Raises:
+        UserError: unknown preset or key, inconsistent sizes, overrides without anything to override.
+    """
+    if ref is None:
+        if source is None:
+            raise UserError(f"{where}.model is required when the stage has no `from`")
+        return source
+    if isinstance(ref, str):
+        return _preset(ref, where)
+    changes = dict(ref)
+    preset = changes.pop("preset", None)
+    base = _preset(preset, where) if preset is not None else source
+    raw = merge(base.model_dump(mode="json"), changes) if base is not None else changes
+    try:
+        return ModelSpec.model_validate(raw)
+    except ValidationError as error:
+        problems = (explain(problem, ModelSpec, f"{where}.model.") for problem in error.errors())
+        raise UserError("; ".join(problems)) from None
+
+
+def _preset(name: str, where: str) -> ModelSpec:
+    if name not in PRESETS:
+        raise UserError(f"{where}.model: no preset {name!r}{suggest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
+    """Sizes of every stage's result, by walking the graph; an imported model's are read from its `config.json`.
+
+    Raises:
+        UserError: see `resolve_model`; also a prune target larger than its source, a teacher with another vocabulary.
+    """
+    specs: dict[str, ModelSpec] = {}
+    for name in order(recipe):
+        stage = recipe.stages[name]
+        source = specs[stage.source] if stage.source is not None else None
+        where = f"stages.{name}"
+        if isinstance(stage, ImportStage):
+            from ministral_jax.interop.hf import read_spec
+
+            specs[name] = read_spec(Path(stage.path))
+        elif isinstance(stage, (TrainStage, PruneStage, DistillStage)):
+            specs[name] = resolve_model(stage.model, source, where)
+            _check_sizes(stage, specs[name], source, where)
+        else:
+            assert source is not None
+            specs[name] = source
+        if isinstance(stage, DistillStage) and specs[stage.teacher].vocab != specs[name].vocab:
+            raise UserError(
+                f"{where}: the student's vocabulary of {specs[name].vocab} differs from the {specs[stage.teacher].vocab} "
+                f"of teacher {stage.teacher!r}; distillation needs the same one"
+            )
+    return specs
+
+
+_SHAPE_KEYS = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width", "vocab", "tied", "vision")
+
+
+def _check_sizes(stage: Stage, spec: ModelSpec, source: ModelSpec | None, where: str) -> None:
+    if isinstance(stage, PruneStage) and source is not None:
+        from ministral_jax.pruning.prune import check_target
+
+        check_target(source, spec, where)
+    elif source is not None:
+        for key in _SHAPE_KEYS:
+            if getattr(spec, key) != getattr(source, key):
+                raise UserError(
+                    f"{where}.model.{key} = {getattr(spec, key)} differs from the {getattr(source, key)} of its source "
+                    f"{stage.source!r}; only a prune stage changes sizes"
+                )
+    length = stage.batch.length if isinstance(stage, (TrainStage, DistillStage, PruneStage)) else 0
+    if length > spec.context:
+        raise UserError(f"{where}.batch.length = {length} exceeds the model's context of {spec.context}")
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    path.write_text(json.dumps(recipe.dump(), indent=2) + "\n", encoding="utf-8")

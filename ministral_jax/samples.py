@@ -1,0 +1,56 @@
+"""A few held-out questions about images, with what the model would answer: what a reader looks at before any figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ministral_jax.data.images import unpatchify
+from ministral_jax.data.pipeline import PackedData
+from ministral_jax.manifest import write_json
+
+SAMPLES = 16
+Batch = dict[str, Any]
+
+
+def write_samples(path: Path, data: PackedData, batches: list[Batch], predictions: list[np.ndarray]) -> None:
+    """`{"images": [{"pixels": H x W x 3 uint8, "label", "answer"}]}` of the first held-out documents with one image.
+
+    `predictions` are the most probable next tokens `[B, T]` per batch; the answer is read off under teacher forcing.
+    """
+    samples: list[dict[str, Any]] = []
+    for batch, predicted in zip(batches, predictions, strict=True):
+        for row in range(batch["tokens"].shape[0]):
+            samples += _row_samples(data, {key: value[row] for key, value in batch.items()}, predicted[row])
+            if len(samples) >= SAMPLES:
+                write_json(path, {"images": samples[:SAMPLES]})
+                return
+    write_json(path, {"images": samples})
+
+
+def _row_samples(data: PackedData, row: Batch, predicted: np.ndarray) -> list[dict[str, Any]]:
+    if "image_slot" not in row:
+        return []
+    samples = []
+    answered = row["answer_mask"] > 0
+    for segment in np.unique(row["segments"][answered]):
+        document = row["segments"] == segment
+        slots = row["image_slot"][document & (row["image_slot"] >= 0)]
+        if slots.size == 0:
+            continue
+        block = data.vision.merge**2  # patches of one merged token
+        image = row["patch_image"][slots[0] * block]
+        here = row["patch_image"] == image
+        (positions,) = np.nonzero(document & answered)
+        samples.append(
+            {
+                "pixels": unpatchify(
+                    row["patches"][here], row["patch_row"][here], row["patch_col"][here], data.vision.patch_size
+                ).tolist(),
+                "label": data.tokenizer.decode(row["tokens"][positions + 1].tolist()),
+                "answer": data.tokenizer.decode(predicted[positions].tolist()),
+            }
+        )
+    return samples

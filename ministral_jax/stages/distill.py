@@ -1,0 +1,59 @@
+"""Logit distillation: the student learns the teacher's next-token distribution; only decoder and projector are trained."""
+
+from __future__ import annotations
+
+import jax
+
+from ministral_jax.distillation.kl import Hidden, distillation_loss
+from ministral_jax.errors import UserError
+from ministral_jax.evaluation import hidden, labels
+from ministral_jax.manifest import read_manifest
+from ministral_jax.models.vlm import VLM, head_matrix, init_params
+from ministral_jax.stages.job import Job, Params, Result, load_stage
+from ministral_jax.stages.looped import run_loop
+
+FROZEN = ("vision",)
+
+
+def run(job: Job) -> Result:
+    stage = job.stage
+    teacher_spec, teacher_params = load_stage(job.run_dir / stage.teacher)
+    check_same_tokenizer(job)
+    student, teacher = VLM(job.spec, stage.compute), VLM(teacher_spec, stage.compute)
+
+    def loss(params, frozen, batch):
+        constants = dict(frozen)
+        teacher_params = constants.pop("teacher")
+        targets = Hidden(hidden(teacher, teacher_params, batch), head_matrix(teacher_params))
+        states = hidden(student, {**params, **constants}, batch)
+        mask = batch["loss_mask"]
+        total, metrics = distillation_loss(
+            states, head_matrix(params), jax.lax.stop_gradient(targets), labels(batch), mask, stage.loss
+        )
+        return total, {**metrics, "loss": (total, mask.sum())}
+
+    length = stage.batch.length
+    flops = 3 * job.spec.flops_per_token(length) + teacher_spec.flops_per_token(length)
+    return run_loop(job, _student(job, teacher_params), loss, flops, FROZEN, (teacher_spec, teacher_params))
+
+
+def _student(job: Job, teacher_params: Params) -> Params:
+    """The source's parameters, or a fresh decoder and projector around the teacher's vision tower (the scratch baseline)."""
+    if job.source is not None:
+        _, params = load_stage(job.source)
+        return params
+    params = init_params(job.spec, jax.random.key(job.stage.seed))
+    return {**params, **{key: teacher_params[key] for key in FROZEN if key in params}}
+
+
+def check_same_tokenizer(job: Job) -> None:
+    """A teacher that was trained on other token ids teaches noise."""
+    from ministral_jax.data.tokenizer import load_tokenizer
+
+    taught = (read_manifest(job.run_dir / job.stage.teacher) or {}).get("data", {}).get("tokenizer_digest")
+    ours = load_tokenizer(job.stage.data.tokenizer, job.data_root).digest
+    if taught is not None and taught != ours:
+        raise UserError(
+            f"stages.{job.name}.data.tokenizer has digest {ours[:12]}, teacher {job.stage.teacher!r} was trained with "
+            f"{taught[:12]}; both must use the same vocabulary"
+        )

@@ -1,0 +1,70 @@
+"""What a stage is given and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from ministral_jax.errors import UserError
+from ministral_jax.manifest import read_manifest, spec_of
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import abstract_params
+from ministral_jax.training.checkpoint import load_params, save_params
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one run: its settings, the sizes of its result, and where everything lies."""
+
+    name: str
+    stage: Any
+    spec: ModelSpec
+    run_dir: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.run_dir / self.name
+
+    @property
+    def data_root(self) -> Path:
+        """Packed data, shared by the stages of the run that read the same."""
+        return self.run_dir / "data"
+
+    @property
+    def source(self) -> Path | None:
+        return None if self.stage.source is None else self.run_dir / self.stage.source
+
+    def save(self, params: Params) -> None:
+        save_params(self.directory / "params", params)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What goes into the manifest beside the settings."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    steps: int = 0
+    seconds: float | None = None
+    """Time over all attempts, where the stage knows it."""
+    details: dict[str, Any] = field(default_factory=dict)
+    spec: ModelSpec | None = None
+    """Where it is not the one the job named: exact surgery scales the norms' epsilon."""
+
+
+def load_stage(directory: Path, dtype: Any = jnp.float32) -> tuple[ModelSpec, Params]:
+    """Sizes and parameters of a finished stage.
+
+    Raises:
+        UserError: the stage is not finished, or its checkpoint does not have the sizes its manifest names.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"{directory} is not a finished stage: it has no manifest.json that says so")
+    spec = spec_of(manifest)
+    return spec, load_params(directory / "params", abstract_params(spec, dtype))

@@ -1,0 +1,112 @@
+"""Where the figures of a stage go: metrics.jsonl is the truth, TensorBoard and the terminal are views of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bf16 FLOP/s of one chip, by the start of its `device_kind`; vendors' data sheets."""
+
+LINE_SECONDS = 10.0
+"""In a log, one progress line at most this often."""
+
+
+def peak_flops() -> float | None:
+    """Peak of all devices together, or None where it is not known (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    matches = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    return matches[0] * jax.device_count() if matches else None
+
+
+def mean(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Host values of (sum, count) pairs; nothing counted gives 0."""
+    fetched = jax.device_get(dict(metrics))
+    return {name: float(total) / max(float(count), 1.0) for name, (total, count) in fetched.items()}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file; a last line torn by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class StageLog:
+    """Metrics of one stage. Lines of steps after `resume_step` (a run that was killed) are dropped on opening."""
+
+    def __init__(self, directory: Path, resume_step: int | None):
+        from tensorboardX import SummaryWriter
+
+        self._path = directory / "metrics.jsonl"
+        kept = [r for r in read_jsonl(self._path) if resume_step is not None and r["step"] <= resume_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(directory / "events"), purge_step=(resume_step or 0) + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+class ProgressLine:
+    """A live bar on a terminal, plain lines in a log."""
+
+    def __init__(self, title: str, total: int, start: int = 0):
+        self._title, self._total, self._start = title, total, start
+        self._begun = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description:>18}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=start, note="")
+
+    def update(self, done: int, note: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._printed >= LINE_SECONDS or done == self._total:
+            self._printed = now
+            left = (now - self._begun) / max(done - self._start, 1) * (self._total - done)
+            print(f"{self._title:>18}  {done}/{self._total}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,71 @@
+"""Optax optimisers by name, told which leaves are matrices by their path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from ministral_jax.config import OptimizerConfig
+
+Params = dict[str, Any]
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of update n (from 0): linear warm-up, then the named schedule to `final_fraction * lr` at `steps`."""
+    warmup = min(config.warmup, steps)
+    rest, final = max(steps - warmup, 1), config.lr * config.final_fraction
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.lr, rest, config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = max(rest // 5, 1)
+        stable = optax.constant_schedule(config.lr)
+        after = optax.join_schedules([stable, optax.linear_schedule(config.lr, final, decay)], [rest - decay])
+    else:
+        after = optax.constant_schedule(config.lr)
+    # the first update already moves the weights: (n + 1) / warmup, not n / warmup
+    rise = optax.linear_schedule(config.lr / max(warmup, 1), config.lr, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or Muon; weight decay on matrices only."""
+    rate = learning_rate(config, steps)
+    common: dict[str, Any] = dict(weight_decay=config.weight_decay)
+    if config.name == "adamw":
+        tx = optax.adamw(rate, b1=config.beta1, b2=config.beta2, mask=_is_matrix, **common)
+    else:
+        tx = contrib.muon(
+            rate,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            weight_decay_mask=_is_matrix,
+            muon_weight_dimension_numbers=_muon_dimensions,
+            consistent_rms=0.2,  # Muon's updates get AdamW's RMS, so that one learning rate serves both (arXiv 2502.16982 §2.2)
+            **common,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), tx)
+
+
+def _is_matrix(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+
+
+def _muon_dimensions(params: Params) -> Params:
+    """Which axes of a (stacked) kernel are its input and output; None leaves embeddings, head and gains to Adam."""
+
+    def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        keys = [entry.key for entry in path]
+        stacked = int("layers" in keys)
+        if keys[-1] == "o":
+            return contrib.MuonDimensionNumbers((stacked, stacked + 1), stacked + 2)
+        if keys[-1] in ("q", "k", "v"):
+            return contrib.MuonDimensionNumbers(stacked, (stacked + 1, stacked + 2))
+        if keys[-1] in ("gate", "up", "down", "merge", "linear_1", "linear_2"):
+            return contrib.MuonDimensionNumbers(stacked, stacked + 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
