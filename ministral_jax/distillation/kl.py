@@ -1,0 +1,340 @@
+"""Distillation and cross-entropy losses on hidden states; no `[tokens, vocab]` array ever exists.
+
+The head is applied to one chunk of the sequence at a time. When the loss is differentiated, the gradient of a chunk is
+taken while its logits are still there (in the forward pass, as Liger Kernel does): what is kept for the backward pass
+is `d_hidden [B, T, D]` and `d_head [D, V]`, which it only scales. So there are four matrix products per chunk, none of
+them twice: student logits, teacher logits, `d_hidden`, `d_head`.
+
+Sums, metrics and `d_head` are carried in float32 (float64 for float64 hidden states), whatever the inputs are; products
+run in the dtype of the hidden states. Only the student's hidden states and head are differentiated, once.
+
+Everything is local arithmetic without collectives. Inside `jax.shard_map`, with rows split over devices and heads whole
+on each, sums and metrics are those of the device's own rows, to be added with `psum`; a head that is replicated over
+these devices receives the sum of their gradients. Plain `jit` over a sharded batch gives the same numbers, but reduces
+`d_head` over the devices once per chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
+from pydantic import Field
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import Frozen
+
+DEFAULT_CHUNK = 512
+Metrics = dict[str, tuple[Array, Array]]
+
+
+class LossOptions(Frozen):
+    """What to minimise, per counted token:
+
+    `(1 - ce_weight) * temperature² * divergence + ce_weight * cross_entropy`.
+
+    With teacher p and student q at `temperature` (the square keeps the gradient's size, Hinton et al. 2015, §2), the
+    divergence is `forward_kl`, KL(p‖q); `reverse_kl`, KL(q‖p) (MiniLLM, Gu et al. 2023); or `jsd`, the generalised
+    Jensen-Shannon divergence β KL(p‖m) + (1 - β) KL(q‖m), m = β p + (1 - β) q, β = `jsd_beta` (GKD, Agarwal et al.
+    2023, eq. 1). Cross-entropy is taken at temperature 1.
+
+    `chunk` is how many tokens, over all local rows, have their logits in memory at once. `d_head` is read and written
+    once per chunk, so it should not be below the device's FLOPs per byte of memory traffic (a few hundred).
+    """
+
+    objective: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = Field(default=1.0, gt=0)
+    ce_weight: float = Field(default=0.0, ge=0, le=1)
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    chunk: int = Field(default=DEFAULT_CHUNK, ge=1)
+
+
+class Hidden(NamedTuple):
+    """Teacher targets as final hidden states `[B, T, D']` and the teacher's head `[D', V]`."""
+
+    hidden: Array
+    head: Array
+
+
+class Dense(NamedTuple):
+    """Teacher targets as logits `[B, T, V]`: for tests and toy vocabularies."""
+
+    logits: Array
+
+
+Targets = Hidden | Dense
+
+
+def distillation_loss(
+    hidden: Array, head: Array, targets: Targets, labels: Array, mask: Array, options: LossOptions
+) -> tuple[Array, Metrics]:
+    """Sum of the distillation loss over counted tokens, and metrics as (sum, count).
+
+    Args:
+        hidden: student's final hidden states `[B, T, D]`, any float dtype.
+        head: student's output matrix `[D, V]` (`embed.T` when tied); cast to the dtype of `hidden` for the products.
+        targets: the teacher, constant.
+        labels: `[B, T]` integers in `[0, V)`; ignored where masked.
+        mask: `[B, T]` weights. A token of weight 0 adds exactly nothing to sums and gradients, even if its hidden
+            states (the teacher's too) are NaN.
+
+    Returns:
+        The scalar sum, to be divided by a metric's count for a mean, and the metrics `kl` (always KL(teacher‖student)
+        at temperature 1, so that objectives compare), `ce`, and `agreement` (the teacher's top token is the student's,
+        an exact tie included). Metrics carry no gradient.
+
+    Raises:
+        UserError: shapes do not fit together.
+    """
+    _check_shapes(hidden, head, targets, labels, mask)
+    loss, sums, count = _loss(*_vary_alike((hidden, head, targets, labels, mask)), options)
+    return loss, {name: (sums[name], count) for name in ("kl", "ce", "agreement")}
+
+
+def cross_entropy(
+    hidden: Array, head: Array, labels: Array, mask: Array, chunk: int = DEFAULT_CHUNK
+) -> tuple[Array, Metrics]:
+    """Sum of the cross-entropy (nats) over counted tokens, and metrics `ce` and `accuracy` as (sum, count).
+
+    Shapes, dtypes, masking and errors as in `distillation_loss`.
+    """
+    _check_shapes(hidden, head, None, labels, mask)
+    options = LossOptions(ce_weight=1, chunk=chunk)
+    loss, sums, count = _loss(*_vary_alike((hidden, head, None, labels, mask)), options)
+    return loss, {name: (sums[name], count) for name in ("ce", "accuracy")}
+
+
+def evaluate_positions(
+    hidden: Array, head: Array, targets: Targets | None, labels: Array, chunk: int = DEFAULT_CHUNK
+) -> dict[str, Array]:
+    """Per-position readings, each `[B, T]` in float32 (float64 for float64 hidden states). Nothing is masked.
+
+    `ce` is -log q(label) in nats; `correct` is 1 where the label is the student's argmax (an exact tie included), else
+    0; `kl`, there when targets are given, is KL(teacher‖student) in nats. Temperature is 1. Shapes and errors as in
+    `distillation_loss`.
+    """
+    _check_shapes(hidden, head, targets, labels, labels)
+    names = {"ce": "ce", "correct": "accuracy"} | ({"kl": "kl"} if targets is not None else {})
+    rows, teacher_kernel = _unpack(targets)
+    kernel, options = head.astype(hidden.dtype), LossOptions(ce_weight=1, chunk=chunk)
+
+    def read(_, arrays):
+        readings, _ = _chunk_losses(arrays, kernel, teacher_kernel, options)
+        return None, {name: readings[reading] for name, reading in names.items()}
+
+    with jax.named_scope("loss_head"):
+        _, readings = jax.lax.scan(read, None, _cut((hidden, rows, labels), chunk))
+    return {name: _join(x, labels.shape[1]) for name, x in readings.items()}
+
+
+# ---- logits of one chunk: values and explicit gradients -------------------------------------------------------------
+
+
+class _Categorical(NamedTuple):
+    """A distribution over V as unnormalised log-probabilities [..., V] and their logsumexp [...]."""
+
+    logits: Array
+    lse: Array
+
+    @property
+    def log(self) -> Array:
+        return self.logits - self.lse[..., None]
+
+    @property
+    def probabilities(self) -> Array:
+        return jnp.exp(self.log)
+
+
+def _categorical(logits: Array) -> _Categorical:
+    return _Categorical(logits, jax.nn.logsumexp(logits, axis=-1))
+
+
+def _forward_kl(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
+    """KL(p‖q) = Σ p (log p - log q) [...] and its gradient q - p with respect to the logits of q [..., V]."""
+    weights = p.probabilities
+    value = jnp.sum(weights * (p.logits - q.logits), axis=-1) - p.lse + q.lse
+    return value, q.probabilities - weights
+
+
+def _reverse_kl(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
+    """KL(q‖p) [...] and its gradient q (log q - log p - KL) with respect to the logits of q [..., V]."""
+    weights, ratio = q.probabilities, q.logits - p.logits
+    mean = jnp.sum(weights * ratio, axis=-1)
+    return mean - q.lse + p.lse, weights * (ratio - mean[..., None])
+
+
+def _jsd(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
+    """β KL(p‖m) + (1 - β) KL(q‖m) [...] and its gradient with respect to the logits of q [..., V].
+
+    dJSD/dq = (1 - β) log(q/m), since what comes through m cancels: the gradient of (1 - β) KL(q‖m) with m held fixed.
+    """
+    beta = options.jsd_beta
+    m = _Categorical(jnp.logaddexp(p.log + math.log(beta), q.log + math.log1p(-beta)), jnp.zeros_like(q.lse))
+    student, d_logits = _reverse_kl(m, q, options)
+    return beta * _forward_kl(p, m, options)[0] + (1 - beta) * student, (1 - beta) * d_logits
+
+
+_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+
+
+def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions) -> tuple[dict[str, Any], Any]:
+    """Readings [B, c] by name, `loss` among them, and the gradient of `loss` in the student's logits [B, c, V].
+
+    What a caller leaves unused (the gradient, a reading) is not computed under `jit` and inside `scan`.
+    """
+    hidden, rows, labels = arrays
+    student = _logits(hidden, kernel)
+    q, top = _categorical(student), jnp.max(student, axis=-1)
+    at_label = jnp.take_along_axis(student, labels[..., None], axis=-1)[..., 0]
+    ce = q.lse - at_label
+    readings = {"ce": ce, "accuracy": (at_label == top).astype(ce.dtype)}
+    losses, gradients = [], []
+    if options.ce_weight > 0:
+        is_label = jnp.arange(student.shape[-1]) == labels[..., None]
+        losses.append(options.ce_weight * ce)
+        gradients.append(options.ce_weight * (q.probabilities - is_label))
+    if rows is not None:
+        teacher = rows if teacher_kernel is None else _logits(rows, teacher_kernel)
+        p = _categorical(teacher.astype(student.dtype))
+        readings["kl"] = _forward_kl(p, q, options)[0]
+        # one fused pass, where two argmaxes would cost as much as a matrix product on CPU
+        is_teacher_top = p.logits == jnp.max(p.logits, axis=-1)[..., None]
+        at_teacher_top = jnp.max(jnp.where(is_teacher_top, student, -jnp.inf), axis=-1)
+        readings["agreement"] = (at_teacher_top == top).astype(ce.dtype)
+        if options.ce_weight < 1:
+            tau, weight = options.temperature, 1 - options.ce_weight
+            if tau != 1:
+                p, q = _categorical(p.logits / tau), _categorical(student / tau)
+            value, d_logits = _DIVERGENCES[options.objective](p, q, options)
+            losses.append(weight * tau**2 * value)
+            gradients.append(weight * tau * d_logits)
+    return readings | {"loss": sum(losses)}, sum(gradients)
+
+
+def _logits(hidden: Array, kernel: Array) -> Array:
+    """[B, c, D] x [D, V] -> [B, c, V] in the accumulator's dtype."""
+    return jnp.einsum("bcd,dv->bcv", hidden, kernel, preferred_element_type=_accumulator(hidden))
+
+
+# ---- sums over all chunks, with the gradient taken on the way -------------------------------------------------------
+
+
+def _loss_value(hidden, head, targets, labels, mask, options):
+    """(loss sum, sums of the readings by name, sum of weights)."""
+    return _scan_loss(hidden, head, targets, labels, mask, options, with_gradient=False)[0]
+
+
+def _loss_forward(hidden, head, targets, labels, mask, options):
+    return _scan_loss(hidden, head, targets, labels, mask, options, with_gradient=True)
+
+
+def _loss_backward(options, gradients, cotangents):
+    d_hidden, d_head = ((cotangents[0] * d).astype(d.dtype) for d in gradients)
+    return d_hidden, d_head, None, None, None
+
+
+_loss = jax.custom_vjp(_loss_value, nondiff_argnums=(5,))
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, with_gradient: bool):
+    """((loss sum, reading sums, count), (d_hidden, d_head)); the gradients are None unless asked for."""
+    dtype = _accumulator(hidden)
+    kernel, weights = head.astype(hidden.dtype), mask.astype(dtype)
+    rows, teacher_kernel = _unpack(targets)
+
+    def accumulate(carry, arrays) -> tuple[Any, Any]:
+        (sums, d_head), w = carry, arrays[-1]
+        counted = jax.tree.map(lambda a: _where_counted(w, a), arrays[:-1])
+        readings, d_logits = _chunk_losses(counted, kernel, teacher_kernel, options)
+        sums = {name: sums[name] + jnp.sum(w * readings[name]) for name in sums}
+        if not with_gradient:
+            return (sums, None), None
+        x = counted[0]
+        d_logits = (w[..., None] * d_logits).astype(x.dtype)
+        d_x = jnp.einsum("bcv,dv->bcd", d_logits, kernel, preferred_element_type=dtype)
+        d_head += jnp.einsum("bcd,bcv->dv", x, d_logits, preferred_element_type=dtype)
+        return (sums, d_head), d_x.astype(x.dtype)
+
+    with jax.named_scope("loss_head"):
+        # zeros made from the data vary over the same shard_map axes as the data
+        zero = jnp.zeros_like(weights, shape=())
+        names = ("loss", "ce", "accuracy") + (("kl", "agreement") if targets is not None else ())
+        start = (dict.fromkeys(names, zero), jnp.zeros_like(head, dtype=dtype) if with_gradient else None)
+        (sums, d_head), d_hidden = jax.lax.scan(accumulate, start, _cut((hidden, rows, labels, weights), options.chunk))
+    gradients = (_join(d_hidden, hidden.shape[1]), d_head.astype(head.dtype)) if with_gradient else None
+    return (sums.pop("loss"), sums, jnp.sum(weights)), gradients
+
+
+def _vary_alike(arrays):
+    """Inside `shard_map`, let all arrays vary over the axes any of them varies over; the identity outside.
+
+    Its transpose sums the gradient of a replicated head over the devices that share it.
+    """
+    axes = {axis for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).manual_axis_type.varying}
+
+    def vary(x):
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
+
+
+def _where_counted(weights: Array, x: Array) -> Array:
+    """`x` with zeros where the weight is zero: not even a NaN may leak out of a masked position."""
+    return jnp.where((weights != 0).reshape(weights.shape + (1,) * (x.ndim - weights.ndim)), x, 0)
+
+
+def _accumulator(hidden: Array) -> Any:
+    return jnp.promote_types(hidden.dtype, jnp.float32)
+
+
+def _unpack(targets: Targets | None) -> tuple[Array | None, Array | None]:
+    """What of the teacher is cut along T, and the matrix that turns it into logits (None when it is logits)."""
+    if isinstance(targets, Hidden):
+        return targets.hidden, targets.head.astype(targets.hidden.dtype)
+    return (targets.logits if targets is not None else None), None
+
+
+def _cut(arrays, chunk: int):
+    """Arrays [B, T, ...] -> [n, B, c, ...], zero-padded; cutting T leaves a sharded batch axis as it is."""
+    rows, tokens = arrays[0].shape[:2]
+    count = -(-tokens // max(1, min(tokens, chunk // rows)))
+    length = -(-tokens // count)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, count * length - tokens)] + [(0, 0)] * (x.ndim - 2))
+        return rearrange(x, "b (n c) ... -> n b c ...", n=count)
+
+    return jax.tree.map(cut, arrays)
+
+
+def _join(x: Array, tokens: int) -> Array:
+    return rearrange(x, "n b c ... -> b (n c) ...")[:, :tokens]
+
+
+def _check_shapes(hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array) -> None:
+    positions = hidden.shape[:2]
+    if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[0]:
+        raise UserError(f"loss head: hidden {hidden.shape} and head {head.shape} must be [B, T, D] and [D, V]")
+    for name, x in (("labels", labels), ("mask", mask)):
+        if x.shape != positions:
+            raise UserError(f"loss head: {name} of shape {x.shape} must be [B, T] = {positions}")
+    match targets:
+        case Hidden(rows, teacher_head):
+            if rows.ndim != 3 or teacher_head.ndim != 2 or rows.shape[2] != teacher_head.shape[0]:
+                found = f"teacher hidden {rows.shape} and head {teacher_head.shape}"
+                raise UserError(f"loss head: {found} must be [B, T, D'] and [D', V]")
+            vocab = teacher_head.shape[1]
+        case Dense(rows):
+            vocab = rows.shape[-1]
+        case None:
+            return
+    if rows.shape[:2] != positions:
+        raise UserError(f"loss head: teacher targets cover [B, T] = {rows.shape[:2]}, the student {positions}")
+    if vocab != head.shape[1]:
+        raise UserError(f"loss head: the teacher's vocabulary of {vocab} must equal the student's of {head.shape[1]}")
