@@ -1,0 +1,63 @@
+"""What to read: a tokenizer, named sources with their shares, and how much image a row may hold."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ministral_jax.models.spec import Frozen
+
+PIXEL_BOUND = 89_478_485
+"""Pixels above which Pillow itself suspects a decompression bomb (256 MiB of RGB)."""
+
+
+class TokenizerConfig(Frozen):
+    """A Tekken file, whole or cut to its first entries.
+
+    `file` is the path of a `tekken.json`, or `bundled`: the vocabulary that comes with mistral-common, which has the
+    family's merges but not the special tokens of a released checkpoint. To train on from released weights, give the
+    `tekken.json` that came with them.
+    """
+
+    file: str = "bundled"
+    vocab: int | None = Field(default=None, ge=276)
+    """Entries to keep, special tokens included: the same encoding with fewer merges. Unset keeps the file's."""
+    special: int | None = Field(default=None, ge=20)
+    """Special tokens to keep, at ids 0, 1, ..; at least the family's first 20. Unset keeps the file's number."""
+
+
+class SourceConfig(Frozen):
+    """One source of documents.
+
+    python-library: the running interpreter's own standard library, one document per module, tests left out.
+    digits: scikit-learn's 1797 handwritten 8x8 digits, each as a question about an image.
+    text: UTF-8 files, one document each. jsonl: one document per row, see `sources.py`.
+    """
+
+    kind: Literal["python-library", "digits", "text", "jsonl"]
+    path: str | None = None
+    """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Share of the tokens of the mix, relative to the other sources' weights."""
+    limit: int | None = Field(default=None, ge=1)
+    """Documents to read at most: a fixed sample of the files or digits, the first rows of a JSONL file."""
+
+    @model_validator(mode="after")
+    def _path_belongs_to_files(self) -> Self:
+        if (self.path is not None) != (self.kind in ("text", "jsonl")):
+            raise ValueError(f"kind {self.kind!r} {'takes no' if self.path is not None else 'needs a'} path")
+        return self
+
+
+class DataConfig(Frozen):
+    """Sources and how they are packed; the row length comes from the stage's batch, the image layout from the model."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """Share of the documents kept for evaluation, chosen by a hash of the document's name."""
+    patches: int = Field(0, ge=0)
+    """Image patches a row may hold (P); 0 is text only. Rows with images are filled with them up to this budget."""
+    max_pixels: int = Field(PIXEL_BOUND, ge=1, le=PIXEL_BOUND)
+    """Largest width * height of an image file, checked before it is decoded."""

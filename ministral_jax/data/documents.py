@@ -1,0 +1,161 @@
+"""Documents of one source as tokens, on disk: tokenised once, packed for any row length.
+
+A store is a directory of flat arrays that are memory-mapped, so that neither tokenising nor packing holds more than a
+few documents: `tokens.bin` uint32, `flags.bin` uint8, `patches.bin` uint8 `[*, 3pp]`, `documents.safetensors` with the
+offsets, and `where.txt` to say where a document came from when it cannot be packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ministral_jax.data.chat import Rendered, render, render_text
+from ministral_jax.data.files import digest_of, new_directory, stable_key
+from ministral_jax.data.images import patchify
+from ministral_jax.data.sources import Document, Source, read_documents
+from ministral_jax.data.tokenizer import Tokenizer
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import VisionSpec
+
+Progress = Callable[[str, int], None]
+"""Called as (what, how many so far)."""
+
+_FORMAT = 1
+_BATCH = 64
+_THREADS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The D documents of a source; document d is `tokens[starts[d]:starts[d + 1]]`, with its flags beside it.
+
+    Its pictures are rows `picture_starts[d]:picture_starts[d + 1]` of `grids` (rows and columns of decoder tokens), and
+    their patches rows `patch_starts[d]:patch_starts[d + 1]` of `patches`. `keys` are 64 bits of a hash of its name.
+    """
+
+    directory: Path
+    digest: str
+    tokens: np.ndarray
+    flags: np.ndarray
+    patches: np.ndarray
+    starts: np.ndarray
+    picture_starts: np.ndarray
+    patch_starts: np.ndarray
+    grids: np.ndarray
+    keys: np.ndarray
+    plain: np.ndarray
+    """bool `[D]`: plain text, which may be cut anywhere."""
+
+    def where(self, document: int) -> str:
+        """The file and row of a document."""
+        with (self.directory / "where.txt").open(encoding="utf-8", errors="surrogateescape") as file:
+            return next(islice(file, document, None)).rstrip("\n")
+
+
+def tokenise(
+    source: Source,
+    tokenizer: Tokenizer,
+    vision: VisionSpec | None,
+    max_pixels: int,
+    root: Path,
+    progress: Progress | None = None,
+) -> Documents:
+    """Tokenise a source into `root/<digest>`, or open what an earlier call left there.
+
+    Raises:
+        UserError: a document or an image cannot be used, or there is none.
+    """
+    layout = vision and [vision.patch_size, vision.merge, vision.max_image_size]
+    digest = digest_of([_FORMAT, source.digest, tokenizer.digest, layout, max_pixels])
+    directory = root / digest[:16]
+    if not directory.is_dir():
+        with new_directory(directory) as draft:
+            _write(draft, source, tokenizer, vision, max_pixels, progress)
+    return _load(directory, digest, vision)
+
+
+def _write(
+    directory: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    vision: VisionSpec | None,
+    max_pixels: int,
+    progress: Progress | None,
+) -> None:
+    render_one = partial(_render, tokenizer=tokenizer, vision=vision, max_pixels=max_pixels)
+    documents = read_documents(source)
+    sizes, grids, keys, plain = [], [], [], []
+    with ExitStack() as stack:
+        tokens, flags, patches = (
+            stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ("tokens", "flags", "patches")
+        )
+        where = stack.enter_context((directory / "where.txt").open("w", encoding="utf-8", errors="surrogateescape"))
+        pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
+        for batch in _batches(documents):
+            for document, rendered in zip(batch, pool.map(render_one, batch), strict=True):
+                tokens.write(rendered.tokens.tobytes())
+                flags.write(rendered.flags.tobytes())
+                count = 0
+                for picture in rendered.pictures:
+                    assert vision is not None
+                    flat = patchify(picture, vision.patch_size, vision.merge)
+                    patches.write(flat.tobytes())
+                    count += len(flat)
+                    grids.append((picture.shape[0] // vision.stride, picture.shape[1] // vision.stride))
+                sizes.append((len(rendered.tokens), len(rendered.pictures), count))
+                keys.append(stable_key(document.name))
+                plain.append(document.text is not None)
+                where.write(document.where.replace("\n", " ") + "\n")
+            if progress is not None:
+                progress(f"tokenise {source.name}", len(sizes))
+    if not sizes:
+        raise UserError(f"data.sources.{source.name} ({source.config.path}) has no documents")
+    ends = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(np.array(sizes, np.int64), axis=0)])
+    arrays = dict(
+        starts=ends[:, 0].copy(),
+        picture_starts=ends[:, 1].copy(),
+        patch_starts=ends[:, 2].copy(),
+        grids=np.array(grids, np.int32).reshape(-1, 2),
+        keys=np.array(keys, np.uint64),
+        plain=np.array(plain, bool),
+    )
+    save_file(arrays, directory / "documents.safetensors")
+
+
+def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None, max_pixels: int) -> Rendered:
+    if document.text is not None:
+        return render_text(document.text, tokenizer)
+    return render(document.messages, tokenizer, vision, document.where, max_pixels)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(islice(documents, _BATCH)):
+        yield batch
+
+
+def _load(directory: Path, digest: str, vision: VisionSpec | None) -> Documents:
+    arrays = load_file(directory / "documents.safetensors")
+    width = vision.patch_width if vision is not None else 1
+    return Documents(
+        directory=directory,
+        digest=digest,
+        tokens=_map(directory / "tokens.bin", np.uint32),
+        flags=_map(directory / "flags.bin", np.uint8),
+        patches=_map(directory / "patches.bin", np.uint8).reshape(-1, width),
+        **arrays,
+    )
+
+
+def _map(path: Path, dtype: type) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r"))

@@ -1,0 +1,106 @@
+"""Images: from a file to patches in merge-block order, and the tokens that stand for them.
+
+The layout is mistral-common's: after the longest edge is limited to `max_image_size`, each started block of
+`stride = patch_size * merge` pixels becomes one token. Resizing is Pillow's bicubic (mistral-common uses OpenCV's,
+which does not average when it shrinks; transformers uses torchvision's, which does, like this one).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import VisionSpec
+
+# CLIP's pixel statistics, RGB.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def open_image(path: Path, where: str, max_pixels: int) -> Image.Image:
+    """Decode an image file to RGB, transparency composited on white.
+
+    Raises:
+        UserError: the file is missing, not an image, damaged, empty or has more than `max_pixels`; begins with `where`.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(
+                    f"{where}: image {path} has {width} x {height} = {width * height} pixels; "
+                    f"data.max_pixels = {max_pixels}"
+                )
+            if width * height == 0:
+                raise UserError(f"{where}: image {path} has no pixels ({width} x {height})")
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise UserError(f"{where}: image {path} does not exist") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: image {path} cannot be read ({error}); give a PNG, JPEG or WebP file") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode; whatever is transparent becomes white."""
+    if image.mode == "RGB":
+        return image.copy()
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "WHITE")
+    white.paste(layer, (0, 0), layer)
+    return white.convert("RGB")
+
+
+def token_grid(width: int, height: int, vision: VisionSpec) -> tuple[int, int]:
+    """Rows and columns of decoder tokens for an image of `width` x `height` pixels (both at least 1)."""
+    ratio = max(width, height) / vision.max_image_size
+    if ratio > 1:
+        width, height = max(round(width / ratio), 1), max(round(height / ratio), 1)
+    return -(-height // vision.stride), -(-width // vision.stride)
+
+
+def resize(image: Image.Image, vision: VisionSpec) -> np.ndarray:
+    """RGB image as uint8 `[stride * rows, stride * columns, 3]`."""
+    rows, columns = token_grid(*image.size, vision)
+    size = (vision.stride * columns, vision.stride * rows)
+    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def image_tokens(rows: int, columns: int, ids: tuple[int, int, int]) -> list[int]:
+    """`[IMG]` x columns and `[IMG_BREAK]` for each row, the very last token `[IMG_END]`; `ids` in that order."""
+    image, line_break, end = ids
+    return [*([*[image] * columns, line_break] * rows)[:-1], end]
+
+
+def patchify(pixels: np.ndarray, patch_size: int, merge: int) -> np.ndarray:
+    """Patches in merge-block order: `merge**2` consecutive ones, (dy, dx) row-major, make one token; blocks row-major.
+
+    Args:
+        pixels: `[H, W, 3]`, sides multiples of `patch_size * merge`.
+
+    Returns:
+        `[H W / patch_size**2, 3 patch_size**2]` of the same dtype, each patch ordered (channel, row, column).
+    """
+    pattern = "(rows dy y) (columns dx x) c -> (rows columns dy dx) (c y x)"
+    return rearrange(pixels, pattern, dy=merge, dx=merge, y=patch_size, x=patch_size)
+
+
+@cache
+def patch_positions(rows: int, columns: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column, in patches, of each patch of a `rows` x `columns` token grid; int32, merge-block order."""
+    y, x = np.mgrid[: rows * merge, : columns * merge].astype(np.int32)
+    blocks = "(rows dy) (columns dx) -> (rows columns dy dx)"
+    return rearrange(y, blocks, dy=merge, dx=merge), rearrange(x, blocks, dy=merge, dx=merge)
+
+
+def normalise(patches: np.ndarray) -> np.ndarray:
+    """uint8 patches `[..., 3pp]` to float32: / 255, then CLIP's mean and standard deviation per channel."""
+    per_channel = patches.shape[-1] // 3
+    mean, std = np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)
+    return (patches / np.float32(255) - mean) / std

@@ -1,0 +1,183 @@
+"""Packing documents of several sources into rows of at most T tokens and P image patches.
+
+Each row begins with the source that is furthest behind its share of the tokens and takes documents from it until none
+fits, then goes on with the next. So every prefix of the rows has the mix to within a row, and a row with images is full
+of them (up to P) while the others hold none. Plain text is cut where a row ends; a conversation only when it is longer
+than a row; a document with images never. Every window that continues a document begins with `<s>`, as the models always
+see it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ministral_jax.data.documents import Documents
+from ministral_jax.data.files import mix
+from ministral_jax.errors import UserError
+
+_LOOKAHEAD = 64
+"""Documents of a source among which the best fit is looked for."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start` to `stop` of a document, after `<s>` when `start > 0`; `size` counts what stands in the row."""
+
+    source: int
+    document: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start + (self.start > 0)
+
+
+@dataclass
+class Tally:
+    """What one source put into a split."""
+
+    documents: int = 0
+    tokens: int = 0
+    pictures: int = 0
+    passes: float = 0.0
+
+
+@dataclass
+class _Queue:
+    """Documents of one source in the order of a hash, another order on each pass."""
+
+    index: int
+    documents: Documents
+    members: np.ndarray
+    length: int
+    tally: Tally = field(default_factory=Tally)
+    window: list[tuple[int, int]] = field(default_factory=list)
+    waiting: deque[int] = field(default_factory=deque)
+    begun: int = 0
+    finished: int = 0
+
+    def __post_init__(self) -> None:
+        d = self.documents
+        self.sizes = np.diff(d.starts).tolist()
+        self.patches = np.diff(d.patch_starts).tolist()
+        self.pictures = np.diff(d.picture_starts).tolist()
+        self.plain = d.plain.tolist()
+        # Shorter windows are not worth the `<s>` and the lost context; a row may end in that much padding instead.
+        self.shortest = self.length // 8
+
+    @property
+    def done(self) -> bool:
+        """Every document was placed at least once."""
+        return self.finished >= len(self.members)
+
+    def take(self, tokens: int, patches: int, repeat: bool) -> Piece | None:
+        """The piece that fills most of the space left; `repeat` allows another pass."""
+        self._refill(repeat)
+        best, size = -1, 0
+        for position, (document, start) in enumerate(self.window):
+            fit = self._fit(document, start, tokens, patches)
+            if fit > size:
+                best, size = position, fit
+                if fit == tokens:
+                    break
+        if best < 0:
+            return None
+        document, start = self.window[best]
+        piece = Piece(self.index, document, start, start + size - (start > 0))
+        if piece.stop == self.sizes[document]:
+            del self.window[best]
+            self.finished += 1
+        else:
+            self.window[best] = (document, piece.stop)
+        self.tally.documents += start == 0
+        self.tally.tokens += size
+        self.tally.pictures += self.pictures[document]
+        return piece
+
+    def _refill(self, repeat: bool) -> None:
+        # Another pass begins only when all of this one is placed, so that no document is ahead of another by two.
+        if not self.window and not self.waiting and len(self.members) and (repeat or self.begun == 0):
+            keys = mix(self.documents.keys[self.members], self.begun)
+            self.waiting.extend(self.members[np.argsort(keys, kind="stable")].tolist())
+            self.begun += 1
+        while self.waiting and len(self.window) < _LOOKAHEAD:
+            self.window.append((self.waiting.popleft(), 0))
+
+    def _fit(self, document: int, start: int, tokens: int, patches: int) -> int:
+        left = self.sizes[document] - start + (start > 0)
+        if left <= tokens:
+            return left if self.patches[document] <= patches else 0
+        if self.plain[document]:
+            return tokens if tokens >= self.shortest else 0
+        return tokens if tokens == self.length and self.sizes[document] > self.length else 0
+
+
+def pack(
+    sources: dict[str, Documents],
+    members: dict[str, np.ndarray],
+    weights: dict[str, float],
+    length: int,
+    patches: int,
+    repeat: bool,
+) -> tuple[Iterator[list[Piece]], dict[str, Tally]]:
+    """Rows as lists of pieces, and tallies that are complete when the rows are exhausted.
+
+    Args:
+        members: documents of each source to pack, `[D']` indices.
+        weights: shares of the tokens, relative to each other.
+        repeat: go round the smaller sources again so that the mix holds until each document was placed once; otherwise
+            every document is placed exactly once and the mix holds as long as no source is exhausted.
+
+    Raises:
+        UserError: a document with images exceeds a row, or `length` is too short to pack.
+    """
+    if length < 16:
+        raise UserError(f"batch.length = {length} is too short to pack documents; use at least 16 tokens")
+    queues = []
+    for index, (name, documents) in enumerate(sources.items()):
+        _check_fits(name, documents, members[name], length, patches)
+        queues.append(_Queue(index, documents, members[name], length))
+    total = sum(weights[name] for name in sources)
+    shares = [weights[name] / total for name in sources]
+    return _rows(queues, shares, length, patches, repeat), {
+        name: q.tally for name, q in zip(sources, queues, strict=True)
+    }
+
+
+def _rows(queues: list[_Queue], shares: list[float], length: int, patches: int, repeat: bool) -> Iterator[list[Piece]]:
+    def behind(queue: _Queue) -> float:
+        return shares[queue.index] * sum(q.tally.tokens for q in queues) - queue.tally.tokens
+
+    while not all(queue.done for queue in queues):
+        row: list[Piece] = []
+        tokens_left, patches_left = length, patches
+        for queue in sorted(queues, key=behind, reverse=True):
+            while tokens_left and (
+                piece := queue.take(tokens_left, patches_left, repeat and not all(q.done for q in queues))
+            ):
+                row.append(piece)
+                tokens_left -= piece.size
+                patches_left -= queue.patches[piece.document]
+        if row:
+            yield row
+    for queue in queues:
+        queue.tally.passes = queue.finished / max(len(queue.members), 1)
+
+
+def _check_fits(name: str, documents: Documents, members: np.ndarray, length: int, patches: int) -> None:
+    sizes, needed = np.diff(documents.starts)[members], np.diff(documents.patch_starts)[members]
+    for d in np.flatnonzero(needed > patches)[:1]:
+        raise UserError(
+            f"{documents.where(int(members[d]))} (data.sources.{name}) needs {needed[d]} image patches but a row holds "
+            f"data.patches = {patches}; raise data.patches or make the image smaller"
+        )
+    for d in np.flatnonzero((needed > 0) & (sizes > length))[:1]:
+        raise UserError(
+            f"{documents.where(int(members[d]))} (data.sources.{name}) makes {sizes[d]} tokens with its images but a row "
+            f"holds batch.length = {length}; raise batch.length or make the document shorter"
+        )

@@ -1,0 +1,173 @@
+"""Tekken, the family's byte-pair encoding, whole or cut to its first merges for tiny models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import numpy as np
+from mistral_common.tokens.tokenizers.base import SpecialTokens
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.files import new_directory
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import VisionSpec
+
+_BUNDLED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+# The bundled file predates these; they stand where the family's later files have them.
+_LATER_SPECIAL = {
+    32: SpecialTokens.args,
+    33: SpecialTokens.call_id,
+    34: SpecialTokens.begin_think,
+    35: SpecialTokens.end_think,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A loaded `tekken.json`. `path` is the file to copy on export, `digest` the SHA-256 of its content."""
+
+    path: Path
+    digest: str
+    tekken: Tekkenizer = field(repr=False)
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids V, special tokens included."""
+        return self.tekken.n_words
+
+    def special(self, piece: str) -> int:
+        """Id of a control token such as `[INST]`.
+
+        Raises:
+            UserError: the file has no such token.
+        """
+        try:
+            return self.tekken.get_special_token(piece)
+        except ValueError:
+            raise UserError(f"{self.path} has no special token {piece!r}; use a tekken.json that does") from None
+
+    @cached_property
+    def bos(self) -> int:
+        return self.special("<s>")
+
+    @cached_property
+    def eos(self) -> int:
+        return self.special("</s>")
+
+    @cached_property
+    def image_ids(self) -> tuple[int, int, int]:
+        """Ids of [IMG], [IMG_BREAK] and [IMG_END]."""
+        return self.special("[IMG]"), self.special("[IMG_BREAK]"), self.special("[IMG_END]")
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes of each token, `[V]` int32; 0 for special tokens."""
+        return np.array([len(self.tekken.id_to_byte_piece(i)) for i in range(self.vocab)], np.int32)
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of `text`. Control tokens spelled out in it stay text."""
+        return self.tekken.encode(text, bos=bos, eos=eos)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        return self.tekken.decode([int(i) for i in ids])
+
+
+def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
+    """Load the tokenizer a config asks for, keeping its file in `cache_dir/tokenizer-<request>-<digest>/tekken.json`.
+
+    Raises:
+        UserError: the file is missing or not a Tekken file, or has fewer entries than asked for.
+    """
+    source = _BUNDLED if config.file == "bundled" else Path(config.file).expanduser()
+    if not source.is_file():
+        raise UserError(
+            f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
+        )
+    content = source.read_bytes()
+    request = hashlib.sha256(content + config.model_dump_json(include={"vocab", "special"}).encode()).hexdigest()[:16]
+    path = next(cache_dir.glob(f"tokenizer-{request}-*/tekken.json"), None)
+    if path is None:
+        path = _store(_cut(content, config), cache_dir, request)
+    try:
+        return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"data.tokenizer.file = {config.file!r} is not a usable Tekken file: {error}") from error
+
+
+def export_tokenizer(tokenizer: Tokenizer, directory: Path, vision: VisionSpec | None) -> Path:
+    """Write `directory/tekken.json`, the tokenizer file of an exported checkpoint.
+
+    A file that says nothing of images gets the model's patch size, so that mistral-common lays out images as in
+    training; any other file is copied byte for byte.
+    """
+    content = tokenizer.path.read_bytes()
+    if vision is not None and tokenizer.tekken.image is None:
+        image = dict(
+            image_patch_size=vision.patch_size, max_image_size=vision.max_image_size, spatial_merge_size=vision.merge
+        )
+        content = _dump({**json.loads(content), "image": image})
+    path = directory / "tekken.json"
+    path.write_bytes(content)
+    return path
+
+
+def _cut(content: bytes, config: TokenizerConfig) -> bytes:
+    if config.file != "bundled" and config.vocab is None and config.special is None:
+        return content
+    try:
+        raw: dict[str, Any] = json.loads(content)
+        sizes = raw["config"]
+        special = config.special or sizes["default_num_special_tokens"]
+        vocab = config.vocab or sizes["default_vocab_size"]
+        merges = raw["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data.tokenizer.file = {config.file!r} is not a Tekken file: {error!r}") from error
+    if not 256 <= vocab - special <= len(merges):
+        raise UserError(
+            f"data.tokenizer.vocab = {vocab} with {special} special tokens leaves {vocab - special} text tokens; "
+            f"{config.file!r} can give 256 to {len(merges)}"
+        )
+    raw["vocab"] = merges[: vocab - special]
+    raw["special_tokens"] = _special_tokens(raw.get("special_tokens"), special, config.file == "bundled")
+    raw["config"] = {
+        **sizes,
+        "num_vocab_tokens": vocab - special,
+        "default_vocab_size": vocab,
+        "default_num_special_tokens": special,
+    }
+    if config.file == "bundled":
+        raw["config"]["version"] = "v13"
+        raw.pop("image", None)  # belongs to another model; export_tokenizer writes ours
+    return _dump(raw)
+
+
+def _special_tokens(defined: list[Any] | None, count: int, bundled: bool) -> list[dict[str, Any]]:
+    """The first `count` special tokens, at least the family's first 20, unnamed ones filled in."""
+    names = {token["rank"]: str(token["token_str"]) for token in defined or Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    if bundled:
+        names |= {rank: str(name) for rank, name in _LATER_SPECIAL.items()}
+    filler = Tekkenizer.SPECIAL_TOKEN_TEMPLATE
+    return [dict(rank=i, token_str=names.get(i, filler.format(id=i)), is_control=True) for i in range(count)]
+
+
+def _store(content: bytes, cache_dir: Path, request: str) -> Path:
+    final = cache_dir / f"tokenizer-{request}-{_sha256(content)[:16]}"
+    with new_directory(final) as draft:
+        (draft / "tekken.json").write_bytes(content)
+    return final / "tekken.json"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _dump(raw: dict[str, Any]) -> bytes:
+    return json.dumps(raw, separators=(",", ":")).encode()
