@@ -1,0 +1,232 @@
+"""A made-up run directory with the files, shapes and magnitudes of a real one, for the tests of the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ministral_jax.models.spec import PRESETS, ModelSpec
+
+CHILDREN = {"14b": ("parent", 0.9, 0.011), "8b": ("14b-short", 2.1, 0.034), "3b": ("8b-short", 3.4, 0.093)}
+"""Source, KL right after surgery and KL after the short stage."""
+TOKENS_PER_STEP = 2048
+VERSIONS = {"ministral-jax": "0.1.0", "jax": "0.10.2", "flax": "0.12.8", "orbax-checkpoint": "0.12.1"}
+_GLYPHS = ("757", "262", "617", "717", "551", "747", "757", "711", "777", "757")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def recipe() -> dict[str, Any]:
+    stages: dict[str, Any] = {"parent": {"do": "train", "model": "tiny-24b", "steps": 600}}
+    for name, (source, _, _) in CHILDREN.items():
+        stages[f"{name}-pruned"] = {"do": "prune", "from": source, "model": f"tiny-{name}"}
+        stages[f"{name}-short"] = {"do": "distill", "from": f"{name}-pruned", "teacher": "parent", "steps": 300}
+        stages[f"{name}-short-scratch"] = {"do": "distill", "from": None, "teacher": "parent", "steps": 300}
+        stages[f"{name}-base"] = {"do": "distill", "from": f"{name}-short", "teacher": "parent", "steps": 60}
+        stages[f"{name}-base-scratch"] = {
+            "do": "distill",
+            "from": f"{name}-short-scratch",
+            "teacher": "parent",
+            "steps": 60,
+        }
+        stages[f"{name}-hf"] = {"do": "export", "from": f"{name}-base"}
+    family = {"parent": "parent", "children": {name: f"{name}-base" for name in CHILDREN}}
+    return {"name": "tiny", "stages": stages, "family": family}
+
+
+def spec_of(stage: str) -> ModelSpec:
+    return PRESETS["tiny-24b" if stage == "parent" else f"tiny-{stage.split('-')[0]}"]
+
+
+def write_run(run: Path, until: str | None = None) -> Path:
+    """All stages, or those before `until`; without it also the summary and the samples."""
+    write_json(run / "recipe.json", recipe())
+    rng = np.random.default_rng(0)
+    for name, raw in recipe()["stages"].items():
+        if name == until:
+            return run
+        _write_stage(run, name, raw, rng)
+    write_json(run / "summary.json", summary())
+    write_json(run / "samples.json", samples(rng))
+    return run
+
+
+def _write_stage(run: Path, name: str, raw: dict[str, Any], rng: np.random.Generator) -> None:
+    rows = metrics(name, raw["steps"], rng) if "steps" in raw else []
+    if rows:
+        (run / name).mkdir(parents=True)
+        (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = raw.get("from")
+    inputs = {"parent": {"stage": source, "digest": _digest(run / source)}} if source else {}
+    manifest = {
+        "stage": name,
+        "do": raw["do"],
+        "status": "finished",
+        "spec": spec_of(name).model_dump(mode="json"),
+        "inputs": inputs,
+        "tokens": raw.get("steps", 0) * TOKENS_PER_STEP,
+        "steps": raw.get("steps", 0),
+        "seconds": 0.35 * raw.get("steps", 20),
+        "metrics": {k: v for k, v in rows[-1].items() if k not in ("kind", "step")} if rows else {},
+        "versions": VERSIONS,
+        "git": "3f1c9ad0b7e84c55a1d2",
+    }
+    if raw["do"] == "prune":
+        manifest["prune"] = surgery(spec_of(source), spec_of(name), CHILDREN[name.split("-")[0]][1], rng)
+    write_json(run / name / "manifest.json", manifest)
+
+
+def _digest(stage: Path) -> str:
+    return hashlib.sha256((stage / "manifest.json").read_bytes()).hexdigest()
+
+
+def metrics(name: str, steps: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    rows = []
+    for step in range(steps + 1):
+        tokens = step * TOKENS_PER_STEP
+        kl, ce = _curve(name, step, steps)
+        if step:
+            noisy = (kl if name != "parent" else ce) * math.exp(0.09 * rng.standard_normal())
+            speed = 9000 * (1 + 0.05 * rng.standard_normal())
+            row = {"kind": "train", "step": step, "tokens": tokens, "loss": noisy, "learning_rate": 3e-4}
+            rows.append({**row, "gradient_norm": 0.8, "tokens_per_second": speed})
+        if step in (0, steps) or step % 50 == 0 or (step < 50 and step & (step - 1) == 0):
+            accuracy = max(0.1, 0.99 - 0.5 * kl) if name != "parent" else min(0.985, 0.1 + step / 400)
+            row = {
+                "kind": "eval",
+                "step": step,
+                "tokens": tokens,
+                "ce": ce,
+                "bits_per_byte": ce / 2.1,
+                "digit_accuracy": accuracy,
+            }
+            rows.append(row if name == "parent" else {**row, "kl": kl})
+    return rows
+
+
+def _curve(name: str, step: int, steps: int) -> tuple[float, float]:
+    """KL to the parent and cross-entropy."""
+    if name == "parent":
+        return 0.0, 2.9 + 4.7 * math.exp(-step / 70)
+    child = name.split("-")[0]
+    _, start, end = CHILDREN[child]
+    if "scratch" in name:
+        start, end, rate = 4.6, end * 6, steps / 5
+    else:
+        rate = steps / 9
+    if "base" in name:
+        start, end = end * 1.25, end * 0.8
+    kl = end + (start - end) * math.exp(-step / rate) * (1 - 0.3 * step / steps)
+    return kl, 2.9 + 0.9 * kl
+
+
+def surgery(before: ModelSpec, after: ModelSpec, kl: float, rng: np.random.Generator) -> dict[str, Any]:
+    steps, kls = [], {}
+    if after.layers < before.layers:
+        scores = 1.02 + 0.35 * rng.random(before.layers) * np.linspace(1.6, 0.7, before.layers)
+        kept = sorted(np.argsort(-scores)[: after.layers].tolist())
+        steps.append({"step": "layers", "score": "norm_ratio", "scores": scores.tolist(), "kept": kept})
+        kls["layers"] = 0.25 * kl
+    if after.width < before.width:
+        energy = np.exp(-0.09 * np.arange(before.width)) * (1 + 30 * (np.arange(before.width) < 2))
+        share = np.cumsum(energy) / energy.sum()
+        spectrum = {"index": list(range(before.width)), "energy": energy.tolist(), "cumulative": share.tolist()}
+        retained = float(share[after.width - 1])
+        steps.append({"step": "width", "basis": "pca", "retained_energy": retained, "gain": 1.1, "spectrum": spectrum})
+        kls["width"] = 0.8 * kl
+    layers = [
+        _quantiles(np.exp(rng.standard_normal(before.mlp_width) - 3), after.mlp_width) for _ in range(after.layers)
+    ]
+    steps.append({"step": "mlp", "score": "activation", "kept": after.mlp_width, "layers": layers})
+    kls["mlp"] = 0.9 * kl if after.tied else kl
+    if after.tied:
+        steps.append({"step": "tie", "seed": "mean"})
+        kls["tie"] = kl
+    return {"tokens": {"text": 30_000, "image": 2_000}, "steps": steps, "kl": kls}
+
+
+def _quantiles(scores: np.ndarray, keep: int) -> dict[str, Any]:
+    kept, levels = np.sort(scores)[-keep:], (0, 0.25, 0.5, 0.75, 1)
+    quantiles = {name: np.quantile(s, levels).tolist() for name, s in (("all", scores), ("kept", kept))}
+    return {**quantiles, "kept_share": float(kept.sum() / scores.sum())}
+
+
+def summary() -> dict[str, Any]:
+    def entry(spec: ModelSpec) -> dict[str, Any]:
+        return {
+            "parameters": spec.parameters,
+            "decoder_parameters": spec.decoder_parameters,
+            "flops_per_token": spec.flops_per_token(128),
+        }
+
+    parent = {
+        **entry(spec_of("parent")),
+        "stage": "parent",
+        "tokens": 1_228_800,
+        "bits_per_byte": 1.381,
+        "digit_accuracy": 0.985,
+    }
+    children, lineage = {}, 1_228_800
+    for rank, (name, (_, start, end)) in enumerate(CHILDREN.items()):
+        lineage += 614_400
+        roles = {
+            "pruned": "pruned",
+            "short": "short",
+            "base": "base",
+            "scratch_short": "short-scratch",
+            "scratch_base": "base-scratch",
+        }
+        children[name] = {
+            **entry(spec_of(name)),
+            "tokens": 737_280,
+            "tokens_lineage": lineage + 122_880,
+            "bits_per_byte": 1.381 + 0.43 * end,
+            "digit_accuracy": (0.984, 0.975, 0.941)[rank],
+            "kl_after_surgery": start,
+            "kl_final": _curve(f"{name}-base", 60, 60)[0],
+            "kl_scratch": _curve(f"{name}-base-scratch", 60, 60)[0],
+            "stages": {role: f"{name}-{stage}" for role, stage in roles.items()},
+        }
+    return {"parent": parent, "children": children, "wall_seconds": 2263.0}
+
+
+def samples(rng: np.random.Generator, images: int = 24) -> dict[str, Any]:
+    def answers(label: int, image: int) -> dict[str, str]:
+        wrong = {"8b": {7}, "3b": {3, 7, 18}}
+        return {name: str((label + (image in wrong.get(name, ()))) % 10) for name in ("parent", *CHILDREN)}
+
+    shown = [
+        {
+            "pixels": digit(i % 10, rng),
+            "question": "Which digit is this?",
+            "label": str(i % 10),
+            "answers": answers(i % 10, i),
+        }
+        for i in range(images)
+    ]
+    prompts = ("The recipe is a graph of ", "Checkpoints are written ")
+    continuations = {
+        "parent": "stages, each of which",
+        "14b": "stages, each one",
+        "8b": "stages and the",
+        "3b": "the stages of the",
+    }
+    return {"images": shown, "text": [{"prompt": prompt, "continuations": continuations} for prompt in prompts]}
+
+
+def digit(label: int, rng: np.random.Generator) -> list[Any]:
+    """A blurred 8 x 8 figure with noise, [8, 8, 3]."""
+    image = np.zeros((8, 8))
+    for row, bits in zip((1, 4, 6), _GLYPHS[label], strict=True):
+        for column in range(3):
+            image[row : row + 2, 1 + 2 * column : 3 + 2 * column] = 220 * (int(bits) >> (2 - column) & 1)
+    image = (image + rng.normal(12, 14, image.shape)).clip(0, 255).astype(int)
+    return np.repeat(image[..., None], 3, axis=-1).tolist()
