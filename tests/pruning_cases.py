@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.models.spec import ModelSpec, VisionSpec
-from ministral_jax.models.vlm import VLM, init_params
+from ministral_jax.models.vlm import VLM, abstract_params
 
 VISION = VisionSpec(layers=1, width=16, mlp_width=24, heads=2, head_width=8, patch_size=2, max_image_size=16)
 SPEC = ModelSpec(
@@ -23,13 +23,18 @@ IMAGES = ("patches", "patch_image", "patch_row", "patch_col", "image_slot")
 def params64(spec: ModelSpec, seed: int = 0) -> dict[str, Any]:
     """Float64 parameters whose norm gains are far from one. Call under `jax.enable_x64(True)`."""
     rng = np.random.default_rng(seed)
-    params = init_params(spec, jax.random.key(seed), jnp.float64)
 
-    def unsettle(path: tuple, leaf: jax.Array) -> jax.Array:
-        norm = "norm" in path[-1].key
-        return jnp.asarray(rng.uniform(0.3, 2.0, leaf.shape)) if norm else leaf + 0.02 * rng.standard_normal(leaf.shape)
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        gain = "norm" in path[-1].key
+        return jnp.asarray(rng.uniform(0.3, 2.0, leaf.shape) if gain else 0.2 * rng.standard_normal(leaf.shape))
 
-    return jax.tree_util.tree_map_with_path(unsettle, params)
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(spec))
+
+
+def params32(spec: ModelSpec, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The same parameters, narrower."""
+    with jax.enable_x64(True):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params64(spec))
 
 
 def make_batch(seed: int = 0, rows: int = 3, images: bool = True, spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:

@@ -32,6 +32,7 @@ __all__ = ["PruneOptions", "check_target", "prune"]
 
 _SHRINK = ("layers", "width", "mlp_width")
 _SAME = ("heads", "kv_heads", "head_width", "vocab", "image_token", "vision")
+_COMPUTE = Compute()
 Cut = tuple[Params, ModelSpec, dict[str, Any]]
 
 
@@ -56,7 +57,7 @@ def prune(
     key: jax.Array,
     progress: Callable[[str], None] | None = None,
     *,
-    compute: Compute = Compute(),
+    compute: Compute = _COMPUTE,
     measure: Callable[[Params, ModelSpec], float] | None = None,
 ) -> tuple[Params, ModelSpec, dict[str, Any]]:
     """Parameters of `target`'s sizes cut from `params`, their spec, and a JSON-able report of what was kept and why.
@@ -129,7 +130,7 @@ def _check_images(statistics: Statistics, spec: ModelSpec, target: ModelSpec, op
     narrows = spec.vision is not None and target.width < spec.width
     if narrows and options.projector == "rotated" and not statistics.tokens[1] > 0:
         raise UserError(
-            "calibration saw no image token, so the projector's hidden neurons cannot be scored; calibrate on image data "
+            "calibration saw no image token, so the projector's hidden neurons cannot be scored; calibrate on images "
             "too, or set projector: fresh"
         )
 
@@ -168,7 +169,7 @@ def _cut_width(
         params = narrow_projector(params, kept)
         details["projector"] = _summary(worth, kept)
     eps = spec.norm_eps * gain**2 if options.norm_eps == "exact" else spec.norm_eps
-    return (params, spec.model_copy(update={"width": target.width, "norm_eps": eps, "tied": False}), details)
+    return params, spec.model_copy(update={"width": target.width, "norm_eps": eps, "tied": False}), details
 
 
 def _cut_mlp(
@@ -183,7 +184,7 @@ def _cut_mlp(
     kept = top(scores, target.mlp_width)
     layers = [_summary(*layer) for layer in zip(scores, kept, strict=True)]
     details = {"score": options.mlp_score, "kept": target.mlp_width, "layers": layers}
-    return (narrow_mlp(params, kept), spec.model_copy(update={"mlp_width": target.mlp_width}), details)
+    return narrow_mlp(params, kept), spec.model_copy(update={"mlp_width": target.mlp_width}), details
 
 
 _CUTS = (("layers", "layers", _cut_layers), ("width", "width", _cut_width), ("mlp", "mlp_width", _cut_mlp))

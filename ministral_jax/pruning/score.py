@@ -28,8 +28,8 @@ class PruneOptions(Frozen):
     mlp_score: MlpScore = "activation"
     """`activation`: mean |SiLU(W1 x) * W3 x|, the paper's; `weight_norm`: |gate_j| |up_j| |down_j|."""
     width_basis: WidthBasis = "pca"
-    """`pca`: one uncentred PCA of the residual stream at every norm input, the paper's; `magnitude`: the channels of largest
-    mean square; `random`: a random rotation."""
+    """`pca`: one uncentred PCA of the residual stream at every norm input, the paper's; `magnitude`: the channels of
+    largest mean square; `random`: a random rotation."""
     norm_gain: Literal["exact", "energy"] = "exact"
     """Gain of the sliced norms: sqrt(D/D'), or sqrt(rho D/D') with rho the energy retained by the basis."""
     norm_eps: Literal["spec", "exact"] = "spec"
@@ -92,7 +92,7 @@ def mlp_scores(
 
 
 class Basis(NamedTuple):
-    """An orthonormal basis of the residual stream, most important direction first, and the energy along each direction."""
+    """An orthonormal basis of the residual stream, most important direction first, and the energy along each."""
 
     vectors: np.ndarray
     """[D, D] float64, directions in columns."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.vision import Projector, VisionTower
@@ -45,8 +45,11 @@ class Statistics:
     """[2, D] |GELU(linear_1 ...)| of each hidden neuron of the projector, over image tokens: the text row is zero."""
 
     def __add__(self, other: Statistics) -> Statistics:
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Statistics(**{name: None if a is None else a + b for name, (a, b) in pairs.items()})
+        def plus(name: str) -> Any:
+            mine = getattr(self, name)
+            return None if mine is None else mine + getattr(other, name)
+
+        return Statistics(**{field.name: plus(field.name) for field in fields(self)})
 
     def mean(self, sums: np.ndarray | None, image_weight: float = 1.0) -> np.ndarray:
         """Mean over tokens of a field, one image token counting `image_weight` text tokens: [2, ...] -> [...]."""
@@ -56,8 +59,8 @@ class Statistics:
         total = weight @ self.tokens
         if not total > 0:
             raise UserError(
-                f"calibration counted {self.tokens[0]:.0f} text and {self.tokens[1]:.0f} image tokens, which weigh nothing "
-                f"with image_weight = {image_weight}; give batches with tokens of a kind that counts"
+                f"calibration counted {self.tokens[0]:.0f} text and {self.tokens[1]:.0f} image tokens, which weigh "
+                f"nothing with image_weight = {image_weight}; give batches with tokens of a kind that counts"
             )
         return np.tensordot(weight, sums, 1) / total
 
@@ -75,10 +78,10 @@ def collect(
     width: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Statistics:
-    """Statistics of `model` over `batches` (see the batch contract: `tokens`, `positions`, `segments` [B, T], image keys).
+    """Statistics of `model` over `batches`: dicts of `tokens`, `positions`, `segments` [B, T] and `vlm.IMAGE_KEYS`.
 
-    `width` also collects what only a cut of the width needs, `second_moment` and `projector`: on the device that takes
-    4 L D^2 floats in addition to the forward pass (twice that with images), laid out like the `embed` axis of a parameter.
+    `width` also collects what only a cut of the width needs, `second_moment` and `projector`. Besides the forward pass
+    that takes L D^2 floats on the device (twice that with images), sharded like the `embed` axis of a parameter.
 
     Raises:
         UserError: no batch, no token that counts, or activations that are not finite.
@@ -97,7 +100,8 @@ def collect(
         value = getattr(total, field.name)
         if value is not None and not np.isfinite(value).all():
             raise UserError(
-                f"calibration statistic {field.name} is not finite: the source parameters or the batches give NaN or infinity"
+                f"calibration statistic {field.name} is not finite: the source parameters or the batches give NaN or "
+                "infinity"
             )
     return total
 
@@ -114,8 +118,8 @@ def _batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str
 
     tap = partial(_layer_sums, width)
     where = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
-    _, sums = model.apply({"params": params}, batch["tokens"], tap, masks, **where, method="observe")
-    sums = {name: jnp.moveaxis(value, 0, 1) for name, value in sums.items()}  # [N, L, ...]
+    observed: Any = model.apply({"params": params}, batch["tokens"], tap, masks, **where, method="observe")
+    sums = {name: jnp.moveaxis(value, 0, 1) for name, value in observed[1].items()}  # [N, L, ...]
     sums["tokens"] = masks.sum((1, 2))
     if width:
         sums["second_moment"] = sums["second_moment"].mean(1)
@@ -146,7 +150,7 @@ def _layer_sums(width: bool, activations: dict[str, jax.Array], masks: jax.Array
     }
     if width:
         moments = [_einsum("nbti,btj->nij", keep[..., None] * x, x) for x in (before, middle)]
-        sums["second_moment"] = nn.with_logical_constraint(sum(moments) / 2, (None, "embed", None))
+        sums["second_moment"] = with_logical_constraint(sum(moments) / 2, (None, "embed", None))
     return sums
 
 
@@ -156,13 +160,13 @@ def _projector_sums(model: VLM, params: dict[str, Any], images: dict | None, mas
     With the identity for linear_2 the projector returns its hidden activations.
     """
     linear_2 = params["projector"]["linear_2"]
-    if images is None:
+    if images is None or model.spec.vision is None:
         return jnp.zeros((1, len(linear_2)))
     bare = {**params["projector"], "linear_2": jnp.eye(len(linear_2), dtype=linear_2.dtype)}
     patches = (images[key] for key in IMAGE_KEYS[:4])
-    features = VisionTower(model.spec.vision, model.compute).apply({"params": params["vision"]}, *patches)
-    hidden = jnp.abs(Projector(model.spec, model.compute).apply({"params": bare}, features))
-    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    features: Any = VisionTower(model.spec.vision, model.compute).apply({"params": params["vision"]}, *patches)
+    hidden: Any = Projector(model.spec, model.compute).apply({"params": bare}, features)
+    wide = jnp.abs(hidden).astype(jnp.promote_types(hidden.dtype, jnp.float32))
 
     uses = jax.vmap(lambda slot, mask: jnp.zeros(wide.shape[1], wide.dtype).at[slot].add(mask, mode="drop"))
     times = uses(jnp.maximum(images["image_slot"], 0), masks[1].astype(wide.dtype))  # [B, P / m^2]

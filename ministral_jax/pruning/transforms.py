@@ -1,21 +1,21 @@
 """Surgery on parameters: pure functions from one parameter pytree to another.
 
-Nothing here looks at data or mutates its argument; leaves that a transform does not name are shared with the input. Every
-leaf keeps its dtype, and products with a basis are taken in at least float32. Letters as in `models.spec`; D' and F' are
-pruned sizes.
+Nothing here looks at data or mutates its argument; leaves that a transform does not name are shared with the input.
+Every leaf keeps its dtype, and products with a basis are taken in at least float32. Letters as in `models.spec`; D' and
+F' are pruned sizes.
 
 The algebra (SliceGPT, arXiv 2401.15024, with one basis for the whole network as in Ministral 3, arXiv 2601.08584,
 Algorithm 2). Write RMSN(x) = x / sqrt(|x|^2 / D + eps), so a norm with gain g is RMSN(x) diag(g).
 
 1. diag(g) folds into the matrices that read the norm (`fold_norm_gains`); what is left is gain-free.
-2. For orthogonal Q, RMSN(xQ) = RMSN(x) Q, so x -> xQ leaves the model unchanged when every matrix that writes the residual
-   stream becomes WQ and every one that reads it Q^T W (`rotate`).
+2. For orthogonal Q, RMSN(xQ) = RMSN(x) Q, so x -> xQ leaves the model unchanged when every matrix that writes the
+   residual stream becomes WQ and every one that reads it Q^T W (`rotate`).
 3. Keep the first D' components y of xQ. If they hold the share rho of the energy, |y|^2 = rho |x|^2, then
 
        y / sqrt(|x|^2 / D + eps) = g y / sqrt(|y|^2 / D' + eps'),    g = sqrt(rho D / D'),  eps' = g^2 eps:
 
-   the unsliced norm's value is that of a standard RMSNorm over D' with gain g (`slice_width`, `slice_gain`). With rho = 1
-   that is SliceGPT's norm, |y|^2 / D for every token; with the average rho of the basis, the cut energy still counts.
+   the unsliced norm's value is that of a standard RMSNorm over D' with gain g (`slice_width`, `slice_gain`). With
+   rho = 1 that is SliceGPT's norm, |y|^2 / D for every token; with the basis' average rho, the cut energy still counts.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def narrow_projector(params: Params, keep: np.ndarray) -> Params:
 def fold_norm_gains(params: Params) -> Params:
     """Multiply every decoder norm gain into the matrices that read the norm, and leave ones in its place.
 
-    A tied model keeps its final gain: the matrix that reads it is also the embedding. `untie` first to fold that as well.
+    A tied model keeps its final gain: the matrix that reads it is also the embedding. `untie` first to fold that too.
     """
     decoder = params["decoder"]
     attention, mlp, final = decoder["layers"]["attention_norm"], decoder["layers"]["mlp_norm"], decoder["norm"]
@@ -157,10 +157,10 @@ def untie(params: Params) -> Params:
 def tie_embeddings(params: Params, seed: TieSeed) -> Params:
     """Make embedding and head one matrix M [V, D]. Lossy: two matrices become one.
 
-    With E the embedding and W = head^T diag(final gain), and a_i = |E_i| / |W_i| bringing component i of the head to the
-    embedding's scale, M is E (`embed`), W diag(a) (`head`: logits of a given hidden state are kept) or the average of both
-    (`mean`). The final gain becomes, per component, the least-squares one: g_i = <M_i, W_i> / <M_i, M_i> minimises
-    E|h diag(g) M^T - h W^T|^2 when the components of the hidden state h are uncorrelated, as they are in a PCA basis.
+    With E the embedding and W = head^T diag(final gain), and a_i = |E_i| / |W_i| bringing component i of the head to
+    the embedding's scale, M is E (`embed`), W diag(a) (`head`: logits of a given hidden state are kept) or the average
+    of both (`mean`). The final gain becomes, per component, the least-squares one: g_i = <M_i, W_i> / <M_i, M_i>
+    minimises E|h diag(g) M^T - h W^T|^2 when the components of the hidden state h are uncorrelated, as in a PCA basis.
     """
     decoder = params["decoder"]
     dtype = jnp.promote_types(decoder["embed"].dtype, jnp.float32)
