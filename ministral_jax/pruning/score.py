@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from pydantic import Field
 
@@ -80,15 +81,16 @@ def mlp_scores(
             return rng.random(statistics.mlp.shape[1:])
         case "weight_norm":
             layers = params["decoder"]["layers"]
-            worth = np.ones(statistics.mlp.shape[1:])
-            for layer in range(
-                worth.shape[0]
-            ):  # one layer at a time: a float64 copy of all of them need not fit the host
-                gain = np.asarray(layers["mlp_norm"][layer], np.float64)[:, None]
-                for name, scale, axis in (("gate", gain, 0), ("up", gain, 0), ("down", 1.0, 1)):
-                    weight = np.asarray(layers["mlp"][name][layer], np.float64)
-                    worth[layer] *= np.linalg.norm(weight * scale, axis=axis)
-            return worth
+            # One layer at a time: a float64 copy of them all need not fit the host.
+            return np.stack(
+                [_weight_norm(jax.tree.map(lambda w, i=i: w[i], layers)) for i in range(len(statistics.mlp[0]))]
+            )
+
+
+def _weight_norm(layer: dict[str, Any]) -> np.ndarray:
+    gain = np.asarray(layer["mlp_norm"], np.float64)[:, None]
+    gate, up, down = (np.asarray(layer["mlp"][name], np.float64) for name in ("gate", "up", "down"))
+    return np.linalg.norm(gain * gate, axis=0) * np.linalg.norm(gain * up, axis=0) * np.linalg.norm(down, axis=1)
 
 
 class Basis(NamedTuple):
