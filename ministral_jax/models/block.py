@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax import Array
 
@@ -28,7 +29,7 @@ class Compute:
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
     attention: Literal["auto", "xla", "blockwise"] = "auto"
-    attention_block: int = 512
+    attention_block: int = 128
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
@@ -36,6 +37,29 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
     init = nn.initializers.ones if std is None else nn.initializers.normal(std)
     value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return value if value.dtype == jnp.float64 else value.astype(module.compute.dtype)
+
+
+@jax.custom_vjp
+def linear(x: Array, kernel: Array) -> Array:
+    """`x` [..., in] times `kernel` [in, out].
+
+    Its own backward pass only to choose the order of the kernel gradient's product: the narrower of input and
+    cotangent goes to the left, the operand XLA transposes on CPU, where JAX's rule always puts the cotangent.
+    """
+    return x @ kernel
+
+
+def _linear_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    tokens = tuple(range(x.ndim - 1))
+    if kernel.shape[0] <= kernel.shape[1]:
+        d_kernel = jnp.tensordot(x, d_y, axes=(tokens, tokens))
+    else:
+        d_kernel = jnp.tensordot(d_y, x, axes=(tokens, tokens)).T
+    return d_y @ kernel.T, d_kernel
+
+
+linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -63,6 +87,12 @@ class BlockSpec:
     depth: int
 
 
+def into_heads(x: Array, kernel: Array) -> Array:
+    """[B, T, D] times [D, H, h] -> [B, T, H, h]."""
+    flat = linear(x, rearrange(kernel, "D H h -> D (H h)"))
+    return rearrange(flat, "B T (H h) -> B T H h", H=kernel.shape[1])
+
+
 class Attention(nn.Module):
     """Grouped-query attention without biases: [B, T, D] -> [B, T, D]."""
 
@@ -79,15 +109,21 @@ class Attention(nn.Module):
         w_v = weight(self, "v", (s.width, s.kv_heads, s.head_width), (D, K, h), std)
         w_o = weight(self, "o", (s.heads, s.head_width, s.width), (H, h, D), out_std)
 
-        q = rotate(jnp.einsum("btd,dnh->btnh", x, w_q), *turn)
-        k = rotate(jnp.einsum("btd,dnh->btnh", x, w_k), *turn)
-        v = jnp.einsum("btd,dnh->btnh", x, w_v)
+        q, k, v = (into_heads(x, w) for w in (w_q, w_k, w_v))
+        q, k = rotate(q, *turn), rotate(k, *turn)
         if heat is not None:
             q = q * heat[:, :, None, None].astype(q.dtype)
         c = self.compute
         with jax.named_scope("attend"):
             mixed = attend(q, k, v, segments, causal=s.causal, implementation=c.attention, block=c.attention_block)
-        return jnp.einsum("btnh,nhd->btd", mixed, w_o)
+        return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D"))
+
+
+@jax.checkpoint
+def gated(gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+    """((silu(gate) ⊙ up) down, silu(gate) ⊙ up), the second computed again in the backward pass: it is cheap."""
+    hidden = jax.nn.silu(gate) * up
+    return linear(hidden, down), hidden
 
 
 class SwiGLU(nn.Module):
@@ -104,8 +140,7 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", (s.width, s.mlp_width), (D, F), std)
         up = weight(self, "up", (s.width, s.mlp_width), (D, F), std)
         down = weight(self, "down", (s.mlp_width, s.width), (F, D), out_std)
-        hidden = jax.nn.silu(x @ gate) * (x @ up)
-        return hidden @ down, hidden
+        return gated(linear(x, gate), linear(x, up), down)
 
 
 class Block(nn.Module):

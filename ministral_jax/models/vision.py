@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import linen as nn
 from jax import Array
 
-from ministral_jax.models.block import BlockSpec, Compute, rms_norm, stacked, weight
+from ministral_jax.models.block import BlockSpec, Compute, linear, rms_norm, stacked, weight
 from ministral_jax.models.rope import axial_rotation
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
@@ -27,7 +27,7 @@ class VisionTower(nn.Module):
         s = self.spec
         kernel = weight(self, "patch_embed", (s.patch_width, s.width), ("patch", "vision_embed"), s.patch_width**-0.5)
         gain = weight(self, "norm", (s.width,), ("vision_embed",), None)
-        x = rms_norm(patches.astype(kernel.dtype) @ kernel, gain, s.norm_eps)
+        x = rms_norm(linear(patches.astype(kernel.dtype), kernel), gain, s.norm_eps)
 
         turn = axial_rotation(row, column, s.rope_theta, s.head_width, jnp.promote_types(x.dtype, jnp.float32))
         block = BlockSpec(s.width, s.heads, s.heads, s.head_width, s.mlp_width, s.norm_eps, False, AXES, depth=s.layers)
@@ -53,4 +53,5 @@ class Projector(nn.Module):
         x = rms_norm(x, gain, self.spec.norm_eps)
         # Channel-major, feature = c·m² + dy·m + dx, as torch's unfold orders it.
         x = rearrange(x, "B (n block) c -> B n (c block)", block=m * m)
-        return jax.nn.gelu(x @ merge @ linear_1, approximate=False) @ linear_2
+        x = linear(linear(x, merge), linear_1)
+        return linear(jax.nn.gelu(x, approximate=False), linear_2)

@@ -112,7 +112,7 @@ def _init(spec: ModelSpec) -> Callable[[Array], dict]:
         grid = jnp.zeros((1, v.merge**2), jnp.int32)
         slot = jnp.full((1, 1), -1, jnp.int32)
         patches = jnp.zeros((1, v.merge**2, v.patch_width))
-        images = dict(patches=patches, patch_image=grid, patch_row=grid, patch_col=grid, image_slot=slot)
+        images = {"patches": patches, "patch_image": grid, "patch_row": grid, "patch_col": grid, "image_slot": slot}
     return lambda key: VLM(spec).init(key, jnp.zeros((1, 1), jnp.int32), images=images)
 
 
