@@ -26,7 +26,7 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
         names of the stages in the order in which they were looked at.
 
     Raises:
-        UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings or from another parent.
+        UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings or another parent.
     """
     names = order(recipe, wanted)
     specs = resolve_specs(recipe)
@@ -112,7 +112,7 @@ def _run_stage(recipe: Recipe, run_dir: Path, name: str, specs: dict[str, ModelS
 
 
 def _with_norms_of_source(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> ModelSpec:
-    """Exact surgery scales the norms' epsilon by a factor that is known only afterwards; what is made from it keeps that."""
+    """Exact surgery scales the norms' epsilon by a factor known only afterwards; what is made from it keeps that."""
     stage = recipe.stages[name]
     if stage.source is None or isinstance(stage, PruneStage):
         return spec

@@ -1,7 +1,7 @@
 """The recipe: one YAML file, typed, with `key=value` overrides and one-sentence errors.
 
-Layers, later ones win: field defaults < `defaults:` of the stage's kind < the stage < overrides from the command line. A stage's
-`data` is merged over the recipe's. Nothing is read from environment variables.
+Layers, later ones win: field defaults < `defaults:` of the stage's kind < the stage < overrides from the command line.
+A stage's `data` is merged over the recipe's. Nothing is read from environment variables.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BatchConfig(Frozen):
 
 
 class EvaluateConfig(Frozen):
-    """Held-out evaluation at step 0, at powers of two below `every`, at every multiple of `every`, and at the last step."""
+    """Held-out evaluation at step 0, at powers of two below `every`, at multiples of `every`, and at the last step."""
 
     every: int = Field(100, ge=1)
     rows: int = Field(64, ge=1)
@@ -151,7 +151,7 @@ class Family(Frozen):
     """Which finished stages the summary and the report compare: the parent and, by name, each child's last stage."""
 
     parent: str
-    children: dict[str, str] = {}
+    children: dict[str, str] = Field(default_factory=dict)
 
 
 class Recipe(Frozen):

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input, in one sentence: the offending value, where it came from and what is accepted. The CLI exits with 2."""
+    """Bad input, in one sentence: the offending value, where it came from, what is accepted. The CLI exits with 2."""

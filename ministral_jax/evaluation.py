@@ -1,4 +1,4 @@
-"""Held-out figures: KL to the teacher, cross-entropy, bits per byte of text, and exact match of answers about images."""
+"""Held-out figures: KL to the teacher, cross-entropy, bits per byte of text, exact match of answers about images."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def make_evaluate(
 def figures(batches: Sequence[Batch], outputs: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """Means over held-out positions, in float64 on the host.
 
-    `kl` and `ce` in nats per counted token; `bits_per_byte` over text; `digit_accuracy`-style exact match per answer token.
+    `kl` and `ce` in nats per counted token; `bits_per_byte` over text; `digit_accuracy` over answers about images.
     """
-    total = {key: 0.0 for key in ("counted", "kl", "ce", "nats", "bytes", "right", "answers")}
+    total = dict.fromkeys(("counted", "kl", "ce", "nats", "bytes", "right", "answers"), 0.0)
     for batch, out in zip(batches, outputs, strict=True):
         counted, text, answer = (np.asarray(batch[k], np.float64) for k in ("loss_mask", "text_bytes", "answer_mask"))
         total["counted"] += counted.sum()

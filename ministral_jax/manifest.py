@@ -1,4 +1,4 @@
-"""`manifest.json`: what a finished stage is and where it comes from. Written last and atomically, so its presence means done."""
+"""`manifest.json`: what a finished stage is and where it comes from. Written last, at once: its presence means done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked graph of stages: read, merge, validate, expand, order, resolve the sizes."""
+"""From a YAML file and overrides to a checked graph of stages: read, merge, validate, expand, order, resolve sizes."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def scratch_name(stage: str) -> str:
 
 
 def expand_baselines(recipe: Recipe) -> Recipe:
-    """Add `<stage>-scratch` after every distil stage that asks for a baseline: equal but for where its weights come from."""
+    """Add `<stage>-scratch` after every distil stage that asks for a baseline: equal but for its first weights."""
     stages: dict[str, Any] = {}
     for name, stage in recipe.stages.items():
         stages[name] = stage
@@ -301,8 +301,8 @@ def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
             specs[name] = source
         if isinstance(stage, DistillStage) and specs[stage.teacher].vocab != specs[name].vocab:
             raise UserError(
-                f"{where}: the student's vocabulary of {specs[name].vocab} differs from the {specs[stage.teacher].vocab} "
-                f"of teacher {stage.teacher!r}; distillation needs the same one"
+                f"{where}: the student's vocabulary of {specs[name].vocab} differs from the "
+                f"{specs[stage.teacher].vocab} of teacher {stage.teacher!r}; distillation needs the same one"
             )
     return specs
 

@@ -91,12 +91,12 @@ def _evaluations(run_dir: Path, stage: str) -> list[Figures]:
 def token_speedup(pruned: list[Figures], scratch: list[Figures]) -> float | None:
     """Tokens of the scratch run over the tokens after which the pruned start had reached the scratch run's final KL.
 
-    Both are the short-context stage, evaluated on the same held-out rows. The crossing is interpolated linearly between two
-    evaluations; a pruned start that is below from the beginning counts as its first evaluation after an update, so the
-    figure is then a lower bound. None when the pruned start never gets there.
+    Both are the short-context stage, evaluated on the same held-out rows. The crossing is interpolated linearly between
+    two evaluations; a pruned start that is below from the beginning counts as its first evaluation after an update, so
+    the figure is then a lower bound. None when the pruned start never gets there.
     """
     goal = scratch[-1]["kl"]
-    for before, after in zip([None, *pruned], pruned):
+    for before, after in zip([None, *pruned[:-1]], pruned, strict=True):
         if after["kl"] > goal:
             continue
         if before is None:

@@ -104,3 +104,12 @@ def normalise(patches: np.ndarray) -> np.ndarray:
     per_channel = patches.shape[-1] // 3
     mean, std = np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)
     return (patches / np.float32(255) - mean) / std
+
+
+def unpatchify(patches: np.ndarray, row: np.ndarray, column: np.ndarray, patch_size: int) -> np.ndarray:
+    """One image's normalised patches `[n, 3pp]` and their places in its grid `[n]` back to pixels, uint8 `[H, W, 3]`."""
+    per_channel = patches.shape[-1] // 3
+    mean, std = np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)
+    grid = np.zeros((row.max() + 1, column.max() + 1, patches.shape[-1]), np.uint8)
+    grid[row, column] = np.rint((patches * std + mean) * 255)
+    return rearrange(grid, "r q (c y x) -> (r y) (q x) c", c=3, y=patch_size, x=patch_size)

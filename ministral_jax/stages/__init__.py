@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 from ministral_jax.config import Stage
@@ -10,16 +11,8 @@ from ministral_jax.stages.job import Job, Result
 
 def verb(stage: Stage) -> Callable[[Job], Result]:
     """The function that carries out a stage of this kind."""
-    from ministral_jax.stages import distill, export, import_hf, prune, train
-
-    verbs = {
-        "train": train.run,
-        "import": import_hf.run,
-        "prune": prune.run,
-        "distill": distill.run,
-        "export": export.run,
-    }
-    return verbs[stage.do]  # type: ignore[attr-defined]
+    module = {"import": "import_hf"}.get(stage.do, stage.do)  # type: ignore[attr-defined]
+    return importlib.import_module(f"ministral_jax.stages.{module}").run
 
 
 __all__ = ["Job", "Result", "verb"]

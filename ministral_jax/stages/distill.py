@@ -1,4 +1,4 @@
-"""Logit distillation: the student learns the teacher's next-token distribution; only decoder and projector are trained."""
+"""Logit distillation: the student learns the teacher's next-token distribution; the vision tower is frozen."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def run(job: Job) -> Result:
 
 
 def _student(job: Job, teacher_params: Params) -> Params:
-    """The source's parameters, or a fresh decoder and projector around the teacher's vision tower (the scratch baseline)."""
+    """The source's parameters; from scratch, a fresh decoder and projector around the teacher's vision tower."""
     if job.source is not None:
         _, params = load_stage(job.source)
         return params
-    params = init_params(job.spec, jax.random.key(job.stage.seed))
+    params = jax.jit(init_params, static_argnums=0)(job.spec, jax.random.key(job.stage.seed))
     return {**params, **{key: teacher_params[key] for key in FROZEN if key in params}}
 
 

@@ -20,5 +20,5 @@ def run(job: Job) -> Result:
         total, metrics = cross_entropy(states, head_matrix(params), labels(batch), batch["loss_mask"])
         return total, {**metrics, "loss": metrics["ce"]}
 
-    params = init_params(job.spec, jax.random.key(stage.seed))
+    params = jax.jit(init_params, static_argnums=0)(job.spec, jax.random.key(stage.seed))
     return run_loop(job, params, loss, 3 * job.spec.flops_per_token(stage.batch.length))

@@ -123,8 +123,8 @@ class _Reporter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """The time until the next step's figures is not the time of a step."""
-        self._clock: float | None = None
+        """Speed is measured from the next step's figures on: what happened before them was not a step."""
+        self._since: tuple[int, float] | None = None
 
     def train(self, step: int, metrics: dict[str, Any]) -> None:
         values = mean(metrics)
@@ -140,14 +140,15 @@ class _Reporter:
             )
         now = time.monotonic()
         note = f"loss {values['loss']:.4f}"
-        if self._clock is not None:
-            rate = 1 / (now - self._clock)
+        if self._since is not None:
+            rate = (step - self._since[0]) / (now - self._since[1])
             values["tokens_per_second"] = self._schedule.tokens_per_step * rate
             note += f"  {values['tokens_per_second']:,.0f} tokens/s"
             if self._peak is not None:
                 values["mfu"] = self._schedule.flops_per_step * rate / self._peak
                 note += f"  MFU {values['mfu']:.1%}"
-        self._clock = now
+        else:
+            self._since = (step, now)
         self._log.write("train", step, {"tokens": step * self._schedule.tokens_per_step, **values})
         self._line.update(step, note)
 

@@ -14,7 +14,7 @@ Params = dict[str, Any]
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update n (from 0): linear warm-up, then the named schedule to `final_fraction * lr` at `steps`."""
+    """Learning rate of update n (from 0): linear warm-up, then down to `final_fraction * lr` at `steps`."""
     warmup = min(config.warmup, steps)
     rest, final = max(steps - warmup, 1), config.lr * config.final_fraction
     if config.schedule == "cosine":
@@ -33,9 +33,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW or Muon; weight decay on matrices only."""
     rate = learning_rate(config, steps)
-    common: dict[str, Any] = dict(weight_decay=config.weight_decay)
     if config.name == "adamw":
-        tx = optax.adamw(rate, b1=config.beta1, b2=config.beta2, mask=_is_matrix, **common)
+        tx = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=_is_matrix)
     else:
         tx = contrib.muon(
             rate,
@@ -44,8 +43,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             adam_weight_decay=config.weight_decay,
             weight_decay_mask=_is_matrix,
             muon_weight_dimension_numbers=_muon_dimensions,
-            consistent_rms=0.2,  # Muon's updates get AdamW's RMS, so that one learning rate serves both (arXiv 2502.16982 §2.2)
-            **common,
+            consistent_rms=0.2,  # AdamW's RMS, so that one learning rate serves both (arXiv 2502.16982 §2.2)
+            weight_decay=config.weight_decay,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip), tx)
 

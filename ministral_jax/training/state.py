@@ -13,11 +13,14 @@ Tree = Any
 State = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Tree, Tree, Tree], tuple[jax.Array, Metrics]]
-"""(trainable, frozen, batch) -> (sum of the loss over counted positions, metrics as (sum, count) with a `loss` among them)."""
+"""(trainable, frozen, batch) -> (loss summed over counted positions, metrics as (sum, count), `loss` among them)."""
 
 
 def init_state(params: Tree, optimizer: optax.GradientTransformation) -> State:
-    return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    """State before the first update, placed like one that came out of an update, so that the step compiles once."""
+    moments = jax.jit(optimizer.init)(params)
+    state = {"params": params, "optimizer": moments, "step": jnp.zeros((), jnp.int32)}
+    return jax.device_put(state, jax.devices()[0])
 
 
 def make_step(
