@@ -84,6 +84,7 @@ def family_figure(summary: Mapping[str, Any], portrait: bool = False) -> str:
             role="img",
             aria_label=_description(members),
             viewBox=f"0 0 {width} {height}",
+            style=f"max-width:{width}px;margin:0 auto",
         )
     )
 

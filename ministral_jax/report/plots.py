@@ -112,9 +112,9 @@ def _thin(xs: list[float], ys: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average over a twentieth of the points, shorter at the ends."""
+    """Centred moving average over a tenth of the points, shorter at the ends."""
     at = np.arange(len(y))
-    half = np.minimum(np.minimum(at, len(y) - 1 - at), max(1, len(y) // 40))
+    half = np.minimum(np.minimum(at, len(y) - 1 - at), max(1, len(y) // 20))
     total = np.concatenate([[0.0], np.cumsum(y)])
     return (total[at + half + 1] - total[at - half]) / (2 * half + 1)
 
@@ -133,6 +133,7 @@ def kl_curves(
         for stages, style in ((scratch, "--"), (pruned, "-"))
         for rows, start in zip(stages, starts, strict=False)
     ]
+    lines = [line for line in lines if line[0][1]]
     values = [y for (_, ys), _ in lines for y in ys]
     if not values:
         return None
@@ -216,7 +217,7 @@ def loss_curve(
         _cut_spikes(axes, np.concatenate([ys, held_y]))
         _token_axis(axes)
         axes.set_ylabel(label)
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
 
     return _draw(paint, alt, size)
 

@@ -110,12 +110,13 @@ def recovery(run: Run) -> Html | None:
     finding = "How each child recovers from surgery"
     if speeds and min(speeds) > 1.05:
         low, high = factor(min(speeds)), factor(max(speeds))
-        finding = f"A pruned start saves {low if low == high else f'{low} to {high}'} the tokens of starting over"
+        finding = f"A pruned start needs {low if low == high else f'{low} to {high}'} fewer tokens than starting over"
     lead = (
         "Pruned and random start see the same teacher, data and number of tokens. The ring is where the pruned start "
         "reaches the KL at which the random start ends its short-context stage."
     )
-    return section("recovery", "Distillation", finding, lead, el("div", figures, class_="grid"))
+    compared = any(child.crossing for child in run.children)
+    return section("recovery", "Distillation", finding, lead if compared else None, el("div", figures, class_="grid"))
 
 
 def _recovery_figure(child: Model) -> Html | None:
@@ -138,7 +139,9 @@ def _recovery_title(child: Model) -> str:
         return f"{child.name} reaches its scratch baseline\u2019s KL with {factor(speed)} fewer tokens"
     if speed is not None:
         return f"{child.name} reaches its scratch baseline\u2019s KL, but not sooner"
-    return f"{child.name} recovers to a KL of {decimal(child.figures['kl_final'])}"
+    before, after = child.figures["kl_after_surgery"], child.figures["kl_final"]
+    verb = "recovers to" if before is not None and after is not None and after < before else "is at"
+    return f"{child.name} {verb} a KL of {decimal(after)}"
 
 
 def _recovery_caption(child: Model) -> str:
@@ -196,7 +199,7 @@ def _card(item: dict[str, Any], png: str, run: Run, alone: bool) -> Html:
         if (answer := mapping(item.get("answers")).get(model.name)) is None:
             continue
         verdict = ("right", "\u2713") if _is_right(item, model.name) else ("wrong", "\u2717")
-        said = el("span", str(answer).strip()[:40] or "nothing", class_=f"said {verdict[0]}")
+        said = el("span", str(answer).strip()[:40] or MISSING, class_=f"said {verdict[0]}")
         mark = el("span", verdict[1], class_=verdict[0], role="img", aria_label=verdict[0])
         rows.append([el("dt", model_name(model.name, model.colour)), el("dd", said, mark)])
     picture = el("img", src=f"data:image/png;base64,{png}", alt=f"held-out image, label {label}", loading="lazy")
