@@ -1,0 +1,112 @@
+"""Killed at any moment of any kind of stage, a run goes on and ends in the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ministral_jax.manifest import read_manifest
+from ministral_jax.stages.job import load_stage
+
+MICRO = Path(__file__).with_name("micro.yaml")
+STAGES = ("parent", "14b-pruned", "14b-short", "14b-hf")
+OVERRIDES = ("stages.14b-hf.from=14b-short",)
+
+
+def start(run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ministral_jax", "run", str(MICRO), "14b-hf", *OVERRIDES, "--run-dir", str(run_dir)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(run_dir: Path) -> str:
+    process = start(run_dir)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(run_dir: Path, ready) -> None:
+    process = start(run_dir)
+    deadline = time.monotonic() + 600
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("unbroken")
+    finish(run_dir)
+    return run_dir
+
+
+def lines(run_dir: Path, stage: str) -> int:
+    path = run_dir / stage / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def moments(run_dir: Path) -> dict:
+    """When to kill: while the data is packed, after the first save, between saves, in surgery, in distillation, in export."""
+    return {
+        "packing": lambda: (run_dir / "data").is_dir(),
+        "train, before a save": lambda: lines(run_dir, "parent") >= 2,
+        "train, after a save": lambda: (run_dir / "parent" / "state" / "2").is_dir() and lines(run_dir, "parent") >= 6,
+        "prune": lambda: (run_dir / "14b-pruned" / "stage.json").is_file(),
+        "distill, after a save": lambda: (run_dir / "14b-short" / "state" / "2").is_dir(),
+        "distill, parameters written": lambda: (run_dir / "14b-short" / "params").is_dir(),
+        "export": lambda: (run_dir / "14b-hf" / "stage.json").is_file(),
+    }
+
+
+def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_path):
+    run_dir = tmp_path / "broken"
+    shutil.copytree(unbroken / "xla", run_dir / "xla")  # compiled programs are the same; the test need not wait for them
+    finished: dict[str, str] = {}
+    for name, ready in moments(run_dir).items():
+        kill_when(run_dir, ready)
+        for stage in STAGES:
+            if (path := run_dir / stage / "manifest.json").is_file():
+                assert finished.setdefault(stage, path.read_text()) == path.read_text(), f"{stage} was run again ({name})"
+    output = finish(run_dir)
+    assert set(finished) >= {"parent", "14b-pruned", "14b-short"}
+    assert all(f"{stage}: finished already" in output for stage in finished)
+    for stage in ("parent", "14b-pruned", "14b-short"):
+        _, ours = load_stage(run_dir / stage)
+        _, theirs = load_stage(unbroken / stage)
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), ours, theirs)), stage
+        assert _figures(run_dir, stage) == _figures(unbroken, stage), stage
+    for path in (unbroken / "14b-hf" / "hf").glob("*.safetensors"):
+        assert path.read_bytes() == (run_dir / "14b-hf" / "hf" / path.name).read_bytes()
+
+
+def _figures(run_dir: Path, stage: str) -> list:
+    """Every figure of every step but those that measure time: no step is missing, none is there twice."""
+    path = run_dir / stage / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def test_a_finished_run_does_nothing(unbroken):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("manifest.json")}
+    output = finish(unbroken)
+    assert output.count("finished already") == len(STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in unbroken.rglob("manifest.json")}
+
+
+def test_a_manifest_names_what_it_was_made_from(unbroken):
+    manifest = read_manifest(unbroken / "14b-short")
+    assert manifest["inputs"]["parent"]["stage"] == "14b-pruned" and manifest["inputs"]["teacher"]["stage"] == "parent"
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert (manifest["tokens"], manifest["steps"]) == (6 * 4 * 64, 6)

@@ -1,0 +1,231 @@
+"""The step, the optimiser, the loop and the summary's arithmetic."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ministral_jax.config import OptimizerConfig
+from ministral_jax.distillation.kl import cross_entropy
+from ministral_jax.errors import UserError
+from ministral_jax.evaluation import figures, hidden, labels
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
+from ministral_jax.summary import token_speedup
+from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
+from ministral_jax.training.loop import Diverged, Schedule, fit
+from ministral_jax.training.metrics import StageLog, read_jsonl
+from ministral_jax.training.optimizer import learning_rate, make_optimizer
+from ministral_jax.training.state import init_state, make_step, split_frozen
+
+SPEC = ModelSpec(
+    layers=2, width=12, mlp_width=16, heads=2, kv_heads=1, head_width=4, vocab=32, context=16, vision=None
+)
+MODEL = VLM(SPEC)
+CONFIG = OptimizerConfig(lr=1e-2, warmup=2)
+
+
+def batch(n: int, rows: int = 4) -> dict:
+    rng = np.random.default_rng(n)
+    tokens = rng.integers(0, SPEC.vocab, (rows, 8)).astype(np.int32)
+    mask = (rng.random((rows, 8)) < 0.6).astype(np.float32)
+    mask[:, -1] = 0
+    positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
+    return {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask}
+
+
+def loss(params, frozen, batch):
+    states = hidden(MODEL, params, batch)
+    total, metrics = cross_entropy(states, head_matrix(params), labels(batch), batch["loss_mask"])
+    return total, {**metrics, "loss": metrics["ce"]}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(init_params, static_argnums=0)(SPEC, jax.random.key(0))
+
+
+def fresh(params):
+    return init_state(jax.tree.map(jnp.copy, params), make_optimizer(CONFIG, 10))
+
+
+def step_fn(microbatches: int = 1):
+    return make_step(loss, make_optimizer(CONFIG, 10), learning_rate(CONFIG, 10), microbatches)
+
+
+def test_microbatches_change_nothing_but_rounding(params):
+    whole, _ = step_fn(1)(fresh(params), {}, batch(0))
+    split, metrics = step_fn(4)(fresh(params), {}, batch(0))
+    assert float(metrics["loss"][1]) == batch(0)["loss_mask"].sum()
+    # Adam's first update is lr * sign(g) where |g| is not tiny: compare the moments, which are linear in g
+    for a, b in zip(jax.tree.leaves(whole["optimizer"]), jax.tree.leaves(split["optimizer"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
+
+
+def test_the_gradient_is_of_the_mean_over_counted_positions(params):
+    def mean_loss(p):
+        logits = MODEL.apply({"params": p}, batch(0)["tokens"])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.roll(batch(0)["tokens"], -1, 1)[..., None], -1)
+        return -(picked[..., 0] * batch(0)["loss_mask"]).sum() / batch(0)["loss_mask"].sum()
+
+    _, metrics = step_fn()(fresh(params), {}, batch(0))
+    grads = jax.grad(mean_loss)(params)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    assert float(metrics["gradient_norm"][0]) == pytest.approx(norm, rel=1e-5)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments():
+    trainable, frozen = split_frozen({"decoder": 1, "projector": 2, "vision": 3}, ("vision",))
+    assert trainable == {"decoder": 1, "projector": 2} and frozen == {"vision": 3}
+
+
+def test_learning_rate_follows_its_schedule():
+    rate = learning_rate(OptimizerConfig(lr=1.0, warmup=4, schedule="cosine", final_fraction=0.1), 104)
+    assert [float(rate(n)) for n in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert float(rate(4)) == pytest.approx(1.0)
+    assert float(rate(54)) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert float(rate(104)) == pytest.approx(0.1)
+    stable = learning_rate(OptimizerConfig(lr=1.0, warmup=0, schedule="wsd", final_fraction=0.0), 100)
+    assert [float(stable(n)) for n in (0, 50, 79, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_gains_do_not_decay_and_matrices_do(params):
+    config = OptimizerConfig(lr=0.1, warmup=0, weight_decay=0.5, schedule="constant")
+    optimizer = make_optimizer(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert not np.any(updates["decoder"]["norm"]) and not np.any(updates["decoder"]["layers"]["mlp_norm"])
+    gate = params["decoder"]["layers"]["mlp"]["gate"]
+    np.testing.assert_allclose(updates["decoder"]["layers"]["mlp"]["gate"], -0.1 * 0.5 * gate, rtol=1e-5)
+
+
+def test_muon_makes_the_updates_of_every_layer_orthogonal(params):
+    config = OptimizerConfig(name="muon", lr=1.0, warmup=0, weight_decay=0, schedule="constant", clip=1e9)
+    optimizer = make_optimizer(config, 10)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    for layer in updates["decoder"]["layers"]["mlp"]["gate"]:
+        singular = np.linalg.svd(layer, compute_uv=False)
+        assert singular.max() / singular.min() < 2.5  # of the Gaussian gradient: above 5
+    attention = updates["decoder"]["layers"]["attention"]
+    singular = np.linalg.svd(np.asarray(attention["q"][0]).reshape(SPEC.width, -1), compute_uv=False)
+    assert singular.max() / singular.min() < 2.5
+
+
+def run(tmp_path, params, steps=6, batches=None, evaluate=None):
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    step = step_fn()
+    schedule = Schedule(steps=steps, evaluate_every=4, save_every=2, tokens_per_step=32, flops_per_step=1.0)
+    store = ResumeStore(tmp_path / "stage" / "state", 2)
+    try:
+        return fit(
+            "stage",
+            fresh(params),
+            lambda state, b: step(state, {}, b),
+            batches or (lambda start: (batch(n) for n in range(start, 100))),
+            evaluate or (lambda state: {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}),
+            schedule,
+            lambda resumed: StageLog(tmp_path / "stage", resumed),
+            store,
+        )
+    finally:
+        store.close()
+
+
+def test_every_step_and_evaluation_is_logged_once(tmp_path, params):
+    outcome = run(tmp_path, params)
+    records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 1, 2, 4, 6]
+    assert [r["tokens"] for r in records if r["kind"] == "eval"][-1] == 6 * 32
+    assert outcome.metrics == {"kl": records[-1]["kl"]} and int(outcome.state["step"]) == 6
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_exception_in_the_data_loses_at_most_what_was_not_saved(tmp_path, params):
+    def failing(start):
+        for n in range(start, 100):
+            if n == 5:
+                raise Stop
+            yield batch(n)
+
+    with pytest.raises(Stop):
+        run(tmp_path, params, batches=failing)
+    again = run(tmp_path, params)
+    unbroken_dir = tmp_path / "unbroken"
+    unbroken_dir.mkdir()
+    unbroken = run(unbroken_dir, params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.state, unbroken.state))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path, params):
+    def poisoned(start):
+        for n in range(start, 100):
+            data = batch(n)
+            if n == 4:  # the fifth step
+                data["loss_mask"] = data["loss_mask"] * np.nan
+            yield data
+
+    with pytest.raises(Diverged, match=r"loss is nan at step 5; the state of step 4 is kept in .*state"):
+        run(tmp_path, params, batches=poisoned)
+    store = ResumeStore(tmp_path / "stage" / "state", 2)
+    state, _ = store.restore(jax.eval_shape(lambda: fresh(params)))
+    store.close()
+    assert int(state["step"]) == 4
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["params"]))
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path, params):
+    save_params(tmp_path / "params", params)
+    wide = SPEC.model_copy(update={"width": 16})
+    with pytest.raises(UserError, match=r"decoder/embed has shape \(32, 12\), the spec needs \(32, 16\)"):
+        load_params(tmp_path / "params", abstract_params(wide))
+    tied = SPEC.model_copy(update={"tied": True})
+    with pytest.raises(UserError, match="decoder/head is not part of the model"):
+        load_params(tmp_path / "params", abstract_params(tied))
+    with pytest.raises(UserError, match="no such directory"):
+        load_params(tmp_path / "nothing", abstract_params(SPEC))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_params(tmp_path / "empty", abstract_params(SPEC))
+
+
+def test_figures_are_means_over_all_batches_not_means_of_means():
+    ones = np.ones((1, 4), np.float32)
+    part = {
+        "tokens": np.array([[1, 2, 3, 4]]),
+        "loss_mask": np.array([[1, 1, 0, 0]], np.float32),
+        "text_bytes": np.array([[3, 0, 0, 0]], np.float32),
+        "answer_mask": np.array([[0, 1, 0, 0]], np.float32),
+    }
+    other = {**part, "loss_mask": ones, "answer_mask": np.array([[1, 1, 0, 0]], np.float32)}
+    right = {"ce": 2 * ones, "kl": ones, "prediction": np.array([[2, 3, 4, 0]])}
+    wrong = {"ce": 4 * ones, "kl": 4 * ones, "prediction": np.zeros((1, 4), int)}
+    result = figures([part, other], [right, wrong])
+    assert result["kl"] == pytest.approx((2 * 1 + 4 * 4) / 6)
+    assert result["ce"] == pytest.approx((2 * 2 + 4 * 4) / 6)
+    assert result["bits_per_byte"] == pytest.approx((2 + 4) / math.log(2) / 6)
+    assert result["digit_accuracy"] == pytest.approx(1 / 3)
+
+
+def curve(*points):
+    return [{"tokens": tokens, "kl": kl} for tokens, kl in points]
+
+
+def test_token_speedup_interpolates_the_crossing():
+    scratch = curve((0, 5.0), (100, 1.0))
+    assert token_speedup(curve((0, 3.0), (10, 2.0), (20, 0.0)), scratch) == pytest.approx(100 / 15)
+    assert token_speedup(curve((0, 0.5), (10, 0.4)), scratch) == 10  # below from the start: a lower bound
+    assert token_speedup(curve((0, 3.0), (100, 2.0)), scratch) is None
+
+
+def test_torn_lines_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_jsonl(path) == [{"step": 1}]
