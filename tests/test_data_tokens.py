@@ -167,7 +167,7 @@ CONVERSATIONS = {
     "system and turns": [
         ("system", ("Be brief.",)),
         ("user", ("one",)),
-        ("assistant", ("two  ",)),
+        ("assistant", ("two\n  ",)),
         ("user", ("three", "four")),
         ("assistant", ("five",)),
     ],

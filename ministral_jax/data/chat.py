@@ -118,7 +118,9 @@ def parse_messages(raw: Any, base: Path, where: str) -> tuple[Message, ...]:
 def _parse_content(role: str, content: Any, base: Path, where: str) -> tuple[Part, ...]:
     chunks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(chunks, list):
-        raise UserError(f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r}")
+        raise UserError(
+            f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r}"
+        )
     parts = tuple(_parse_chunk(role, chunk, base, where) for chunk in chunks)
     if not any(part for part in parts):
         raise UserError(f"{where}: message from {role} is empty")
@@ -138,8 +140,8 @@ def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
         if kind in ("image", "image_url") and role == "user":
             return image_path(value, base, where)
     raise UserError(
-        f"{where}: message from {role} cannot hold {str(chunk)[:80]}; accepted are text, the user's image or image_url, "
-        "and the assistant's thinking"
+        f"{where}: message from {role} cannot hold {str(chunk)[:80]}; accepted are text, the user's image or "
+        "image_url, and the assistant's thinking"
     )
 
 

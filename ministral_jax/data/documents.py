@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.chat import Rendered, render, render_text
-from ministral_jax.data.files import digest_of, new_directory, stable_key
+from ministral_jax.data.files import digest_of, mix, new_directory, stable_key
 from ministral_jax.data.images import patchify
 from ministral_jax.data.sources import Document, Source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ Progress = Callable[[str, int], None]
 """Called as (what, how many so far)."""
 
 _FORMAT = 1
+_DRAW = 2**32  # a salt that no pass of packing reaches
 _BATCH = 64
 _THREADS = 8
 
@@ -54,6 +55,10 @@ class Documents:
     keys: np.ndarray
     plain: np.ndarray
     """bool `[D]`: plain text, which may be cut anywhere."""
+
+    def drawn(self, share: float) -> np.ndarray:
+        """bool `[D]`: a part of the documents, the same for the same names, independent of the order by `keys`."""
+        return mix(self.keys, _DRAW) / 2.0**64 < share
 
     def where(self, document: int) -> str:
         """The file and row of a document."""

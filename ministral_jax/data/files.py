@@ -47,7 +47,7 @@ def stable_key(name: str) -> int:
 
 def mix(keys: np.ndarray, salt: int) -> np.ndarray:
     """SplitMix64's finaliser over uint64 keys: another order for each salt, the same with any version of NumPy."""
-    z = keys + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    z = keys + np.uint64(salt * 0x9E3779B97F4A7C15 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

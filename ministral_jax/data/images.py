@@ -107,7 +107,7 @@ def normalise(patches: np.ndarray) -> np.ndarray:
 
 
 def unpatchify(patches: np.ndarray, row: np.ndarray, column: np.ndarray, patch_size: int) -> np.ndarray:
-    """One image's normalised patches `[n, 3pp]` and their places in its grid `[n]` back to pixels, uint8 `[H, W, 3]`."""
+    """One image's normalised patches `[n, 3pp]` and their places in its grid `[n]` back to uint8 `[H, W, 3]`."""
     per_channel = patches.shape[-1] // 3
     mean, std = np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)
     grid = np.zeros((row.max() + 1, column.max() + 1, patches.shape[-1]), np.uint8)

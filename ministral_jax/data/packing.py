@@ -1,10 +1,10 @@
 """Packing documents of several sources into rows of at most T tokens and P image patches.
 
 Each row begins with the source that is furthest behind its share of the tokens and takes documents from it until none
-fits, then goes on with the next. So every prefix of the rows has the mix to within a row, and a row with images is full
-of them (up to P) while the others hold none. Plain text is cut where a row ends; a conversation only when it is longer
-than a row; a document with images never. Every window that continues a document begins with `<s>`, as the models always
-see it.
+fits, then goes on with the next. So every prefix of the rows has the mix to within two rows, and a row with images is
+full of them (up to P) while the others hold none. Plain text is cut where a row ends; a conversation only when it is
+longer than a row; a document with images never. Every window that continues a document begins with `<s>`, as the models
+always see it.
 """
 
 from __future__ import annotations
@@ -178,6 +178,6 @@ def _check_fits(name: str, documents: Documents, members: np.ndarray, length: in
         )
     for d in np.flatnonzero((needed > 0) & (sizes > length))[:1]:
         raise UserError(
-            f"{documents.where(int(members[d]))} (data.sources.{name}) makes {sizes[d]} tokens with its images but a row "
+            f"{documents.where(int(members[d]))} (data.sources.{name}) makes {sizes[d]} tokens with images but a row "
             f"holds batch.length = {length}; raise batch.length or make the document shorter"
         )

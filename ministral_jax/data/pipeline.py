@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -24,6 +24,7 @@ from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 SPLITS = ("train", "held_out")
 _FORMAT = 1
+_ENDLESS = 2**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +121,14 @@ def batches(
     if batch_size % hosts:
         raise UserError(f"batch.sequences = {batch_size} must be a multiple of the {hosts} hosts that read it")
     records = _open(data, split)
-    sequence = grain.MapDataset.range(data.counts[split]["rows"]).seed(seed).shuffle().repeat()
-    rows = sequence.map(lambda index: _decode(records[index], data))
-    local = rows.batch(batch_size // hosts)[host::hosts][start_step:stop_step]
-    return _iterate(local)
+    order = grain.MapDataset.range(data.counts[split]["rows"]).seed(seed).shuffle().repeat()
+    local = batch_size // hosts
+
+    def batch(step: int) -> Row:
+        first = step * batch_size + host * local
+        return _stack([_decode(records[cast(int, order[i])], data) for i in range(first, first + local)])
+
+    return _prefetched(grain.MapDataset.range(start_step, _ENDLESS if stop_step is None else stop_step).map(batch))
 
 
 def held_out(
@@ -173,7 +178,7 @@ def _write(
     progress: Progress | None,
 ) -> None:
     weights = {name: source.weight for name, source in config.sources.items()}
-    outside = {name: d.keys.astype(np.float64) / 2.0**64 < config.held_out for name, d in sources.items()}
+    outside = {name: d.drawn(config.held_out) for name, d in sources.items()}
     counts = {}
     for split in SPLITS:
         members = {name: np.flatnonzero(out == (split == "held_out")) for name, out in outside.items()}
@@ -237,8 +242,8 @@ def _stack(rows: list[Row]) -> Row:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def _iterate(local: grain.MapDataset) -> Iterator[Row]:
-    iterator = iter(local.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
+def _prefetched(steps: grain.MapDataset) -> Iterator[Row]:
+    iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
     try:
         yield from iterator
     finally:
