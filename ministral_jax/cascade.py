@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.config import PruneStage, Recipe
+from ministral_jax.config import Looped, PruneStage, Recipe
+from ministral_jax.data.pipeline import check_vocab, prepare
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import digest, environment, read_manifest, spec_of, write_json
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe import inputs, order, resolve_specs
 from ministral_jax.stages import Job, Result, verb
+from ministral_jax.training.metrics import ProgressLine, append_jsonl
 
 
 def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> list[str]:
@@ -33,6 +35,9 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in names:  # every conflict is found before anything is computed or written
         _check_unchanged(recipe, run_dir, name, specs[name])
+    pending = [name for name in names if read_manifest(run_dir / name) is None]
+    for name in pending:  # so is every fault of the data
+        _pack_data(recipe, run_dir, name, specs[name])
     write_json(run_dir / "recipe.json", recipe.dump())
     for position, name in enumerate(names, 1):
         if read_manifest(run_dir / name) is not None:
@@ -41,6 +46,21 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
         _say(f"[{position}/{len(names)}] {name}: {recipe.stages[name].do}")
         _run_stage(recipe, run_dir, name, specs)
     return names
+
+
+def _pack_data(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> None:
+    """Tokenise and pack what a stage will read, unless that was done already."""
+    stage = recipe.stages[name]
+    if not isinstance(stage, (Looped, PruneStage)):
+        return
+    begun = time.monotonic()
+    line = ProgressLine("data", 0)
+    data = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", line.count)
+    line.close()
+    check_vocab(data.tokenizer, spec)
+    spent = time.monotonic() - begun
+    if spent > 1:
+        append_jsonl(run_dir / "ledger.jsonl", {"what": f"data of {name}", "seconds": round(spent, 3)})
 
 
 def _say(text: str) -> None:

@@ -24,7 +24,8 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Figures:
         if read_manifest(run_dir / last) is not None:
             summary["children"][child] = _child_figures(recipe, run_dir, last)
     manifests = [m for name in recipe.stages if (m := read_manifest(run_dir / name)) is not None]
-    summary["wall_seconds"] = round(sum(m["seconds"] for m in manifests), 1)
+    besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
+    summary["wall_seconds"] = round(sum(m["seconds"] for m in manifests) + besides, 1)
     write_json(run_dir / "summary.json", summary)
     write_json(run_dir / "samples.json", _samples(recipe, run_dir))
     return summary

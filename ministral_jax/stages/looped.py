@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ministral_jax.config import Looped
-from ministral_jax.data.pipeline import PackedData, batches, check_vocab, held_out, prepare
+from ministral_jax.data.pipeline import PackedData, batches, held_out, prepare
 from ministral_jax.evaluation import make_evaluate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.samples import write_samples
@@ -20,12 +20,10 @@ from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import LossFn, init_state, make_step, split_frozen
 
 
-def prepare_data(job: Job) -> PackedData:
-    """Packed rows of the stage's length, and the check that the tokenizer fits the model."""
+def open_data(job: Job) -> PackedData:
+    """The packed rows of the stage's length; the cascade had them made before its first stage."""
     stage = job.stage
-    data = prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root)
-    check_vocab(data.tokenizer, job.spec)
-    return data
+    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root)
 
 
 def data_details(job: Job, data: PackedData) -> dict[str, str]:
@@ -52,7 +50,7 @@ def run_loop(
     `loss` is called with the frozen part of the parameters and, under `"teacher"`, the teacher's.
     """
     stage: Looped = job.stage
-    data = prepare_data(job)
+    data = open_data(job)
     evaluation = held_out_batches(job, data)
     trainable, fixed = split_frozen(params, frozen)
     teacher_spec, teacher_params = teacher or (None, None)

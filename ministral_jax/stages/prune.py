@@ -11,7 +11,7 @@ from ministral_jax.data.pipeline import batches
 from ministral_jax.evaluation import make_evaluate
 from ministral_jax.pruning.prune import prune
 from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.looped import data_details, held_out_batches, prepare_data
+from ministral_jax.stages.looped import data_details, held_out_batches, open_data
 from ministral_jax.training.loop import take
 
 
@@ -19,7 +19,7 @@ def run(job: Job) -> Result:
     stage: PruneStage = job.stage
     assert job.source is not None
     spec, params = load_stage(job.source)
-    data = prepare_data(job)
+    data = open_data(job)
     evaluation = held_out_batches(job, data)
     calibration = take(batches(data, "train", stage.batch.sequences, stage.seed), stage.calibration)
 

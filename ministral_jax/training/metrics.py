@@ -53,6 +53,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 class StageLog:
     """Metrics of one stage. Lines of steps after `resume_step` (a run that was killed) are dropped on opening."""
 
@@ -95,7 +100,7 @@ class ProgressLine:
             )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(title, total=total, completed=start, note="")
+            self._task = self._bar.add_task(title, total=total or None, completed=start, note="")
 
     def update(self, done: int, note: str) -> None:
         if self._bar is not None:
@@ -106,6 +111,14 @@ class ProgressLine:
             self._printed = now
             left = (now - self._begun) / max(done - self._start, 1) * (self._total - done)
             print(f"{self._title:>18}  {done}/{self._total}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def count(self, what: str, so_far: int) -> None:
+        """Progress of work whose end is not known."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=f"{what}: {so_far:,}")
+        elif (now := time.monotonic()) - self._printed >= LINE_SECONDS:
+            self._printed = now
+            print(f"{self._title:>18}  {what}: {so_far:,}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,0 +1,130 @@
+"""The command line: bad input is one sentence and exit code 2, and harms nothing that is there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ministral_jax.cli import main
+from ministral_jax.manifest import digest, write_json
+
+MICRO = Path(__file__).with_name("micro.yaml")
+
+
+def snapshot(directory: Path) -> dict:
+    """Every file but the packed data, with its content."""
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and "data" not in p.parts}
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run a command that must fail as bad input does; its one line."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ministral-jax: ")
+    return error
+
+
+def run(capsys, run_dir: Path, *rest: str) -> str:
+    return refused(capsys, "run", str(MICRO), *rest, "--run-dir", str(run_dir))
+
+
+@pytest.fixture
+def finished_parent(tmp_path) -> Path:
+    """A run whose parent is finished, as far as its manifest goes."""
+    from ministral_jax.cascade import identity
+    from ministral_jax.recipe import load_recipe, resolve_specs
+
+    recipe = load_recipe(MICRO)
+    directory = tmp_path / "run" / "parent"
+    directory.mkdir(parents=True)
+    stage = identity(recipe, "parent", resolve_specs(recipe)["parent"])
+    write_json(directory / "stage.json", stage)
+    write_json(directory / "manifest.json", {"stage": "parent", "do": "train", "status": "finished", "inputs": {}, **stage})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.parent.stepps=1", "did you mean steps?"),
+        ("stages.parent.steps=many", "input should be a valid integer"),
+        ("stages.parent.from=3b-short", "form a cycle"),
+        ("stages.14b-pruned.model.layers=4", "layers = 4 is larger than the source's 3"),
+        ("data.tokenizer.vocab=600", "the tokenizer has 600 tokens but the model's vocab is 512"),
+        ("data.sources.code={kind: text, path: nowhere.txt}", "nowhere.txt"),
+    ],
+)
+def test_a_bad_recipe_writes_nothing(capsys, tmp_path, override, message):
+    assert message in run(capsys, tmp_path / "run", override)
+    assert snapshot(tmp_path / "run") == {}
+
+
+def test_a_stage_that_does_not_exist(capsys, tmp_path):
+    assert "no stage '14b-shrt' in recipe 'micro' (did you mean 14b-short?)" in run(capsys, tmp_path, "14b-shrt")
+
+
+def test_bad_data_is_found_before_anything_is_computed(capsys, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("empty", "latin"):
+        path = tmp_path / f"{name}.txt"
+        message = run(capsys, tmp_path / "run", f"data.sources.code={{kind: text, path: {path}}}", "parent")
+        assert str(path) in message
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "broken.png", "question": "?", "answer": "1"}) + "\n")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    source = f"data.sources.code={{kind: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
+    assert "broken.png" in run(capsys, tmp_path / "run", source, "parent")
+    Image.new("RGB", (40, 30)).save(tmp_path / "broken.png")
+    assert "40 x 30 = 1200 pixels" in run(capsys, tmp_path / "run", source, "data.max_pixels=1000", "parent")
+    assert snapshot(tmp_path / "run") == {}
+
+
+def test_other_settings_than_the_finished_stages(capsys, finished_parent):
+    before = snapshot(finished_parent)
+    message = run(capsys, finished_parent, "stages.parent.optimizer.lr=0.5")
+    assert "stage 'parent'" in message and "config.optimizer.lr was 0.0003, now 0.5" in message
+    assert snapshot(finished_parent) == before
+
+
+def test_a_stage_made_from_another_parent_than_the_one_there(capsys, finished_parent):
+    from ministral_jax.cascade import identity
+    from ministral_jax.recipe import load_recipe, resolve_specs
+
+    recipe = load_recipe(MICRO)
+    pruned = finished_parent / "14b-pruned"
+    pruned.mkdir()
+    stage = identity(recipe, "14b-pruned", resolve_specs(recipe)["14b-pruned"])
+    write_json(pruned / "stage.json", stage)
+    inputs = {"parent": {"stage": "parent", "digest": digest(finished_parent / "parent")}}
+    write_json(pruned / "manifest.json", {"status": "finished", "inputs": inputs, **stage})
+    (finished_parent / "parent" / "manifest.json").write_text(
+        (finished_parent / "parent" / "manifest.json").read_text().replace("train", "trained")
+    )
+    message = run(capsys, finished_parent, "14b-pruned")
+    assert "stage '14b-pruned'" in message and "was made from another parent 'parent' than the one there now" in message
+
+
+def test_a_manifest_that_is_no_json(capsys, finished_parent):
+    (finished_parent / "parent" / "manifest.json").write_text('{"status": ')
+    assert "is not valid JSON" in run(capsys, finished_parent)
+
+
+def test_report_and_export_of_what_is_no_run(capsys, tmp_path):
+    assert "is not a run: it has no recipe.json" in refused(capsys, "report", str(tmp_path))
+    assert "is not a finished stage" in refused(capsys, "export", str(tmp_path), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_stage_whose_checkpoint_is_gone(capsys, finished_parent):
+    shutil.rmtree(finished_parent / "data", ignore_errors=True)
+    assert "params is not a checkpoint" in run(capsys, finished_parent, "14b-pruned")
+
+
+def test_load_of_what_is_no_checkpoint(tmp_path):
+    import ministral_jax
+    from ministral_jax.errors import UserError
+
+    with pytest.raises(UserError, match="neither a finished stage"):
+        ministral_jax.load(tmp_path)
