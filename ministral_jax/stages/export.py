@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.manifest import read_manifest
 from ministral_jax.stages.job import Job, Result, load_stage
@@ -18,6 +21,11 @@ def run(job: Job) -> Result:
 def export_stage(stage_directory: Path, destination: Path, dtype: str) -> None:
     """Export a finished stage, with the tokenizer its data was made with."""
     spec, params = load_stage(stage_directory)
-    tokenizer = (read_manifest(stage_directory) or {}).get("data", {}).get("tokenizer")
-    files = [] if tokenizer is None else [stage_directory.parent / tokenizer]
-    export_hf(params, spec, destination, dtype, files)
+    manifest = read_manifest(stage_directory) or {}
+    with TemporaryDirectory() as scratch:
+        files = []
+        if "data" in manifest:
+            config = TokenizerConfig.model_validate(manifest["config"]["data"]["tokenizer"])
+            tokenizer = load_tokenizer(config, stage_directory.parent / "data")
+            files.append(export_tokenizer(tokenizer, Path(scratch), spec.vision))
+        export_hf(params, spec, destination, dtype, files)

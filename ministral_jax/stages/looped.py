@@ -26,10 +26,9 @@ def open_data(job: Job) -> PackedData:
     return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root)
 
 
-def data_details(job: Job, data: PackedData) -> dict[str, str]:
-    """What the manifest says of the data: digests, and the tokenizer's file relative to the run."""
-    tokenizer = str(data.tokenizer.path.relative_to(job.run_dir))
-    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest, "tokenizer": tokenizer}
+def data_details(data: PackedData) -> dict[str, str]:
+    """What the manifest says of the data."""
+    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest}
 
 
 def held_out_batches(job: Job, data: PackedData) -> list[dict[str, Any]]:
@@ -88,7 +87,7 @@ def run_loop(
     write_samples(job.directory / "samples.json", data, evaluation, predictions)
     shutil.rmtree(job.directory / "state", ignore_errors=True)
     tokens = stage.steps * stage.batch.tokens
-    return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, {"data": data_details(job, data)})
+    return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, {"data": data_details(data)})
 
 
 def _stream(data: PackedData, stage: Looped) -> Callable[[int], Iterator[dict[str, Any]]]:

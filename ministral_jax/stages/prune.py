@@ -41,5 +41,5 @@ def run(job: Job) -> Result:
     )
     job.save(pruned)
     metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
-    details = {"prune": report, "data": data_details(job, data)}
+    details = {"prune": report, "data": data_details(data)}
     return Result(metrics, details=details, spec=pruned_spec)
