@@ -35,7 +35,9 @@ def attend(
     T, K = q.shape[1], k.shape[2]
     segments = jnp.zeros((1, T), jnp.int32) if segments is None else segments
     q = q * q.shape[-1] ** -0.5
-    if implementation == "xla" or (implementation == "auto" and T <= block):
+    if implementation == "auto":
+        implementation = "blockwise" if block < T else "xla"
+    if implementation == "xla":
         q = rearrange(q, "B t (K G) h -> B K G t h", K=K)
         k, v = (rearrange(x, "B s K h -> B K s h") for x in (k, v))
         p = jax.nn.softmax(_scores(q, k, _visible(segments, segments, 0, causal)))
@@ -46,7 +48,7 @@ def attend(
     segments = jnp.pad(segments, padding, constant_values=-1)
     q = rearrange(q, "B (n t) (K G) h -> n B K G t h", t=block, K=K)
     k, v = (rearrange(x, "B (n s) K h -> n B K s h", s=block) for x in (k, v))
-    out = _tiles(q, k, v, rearrange(segments, "B (n t) -> n B t", t=block), causal)
+    out: Array = _tiles(q, k, v, rearrange(segments, "B (n t) -> n B t", t=block), causal)
     return rearrange(out, "n B K G t h -> B (n t) (K G) h")[:, :T]
 
 

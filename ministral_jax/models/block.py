@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 from jax import Array
 
 from ministral_jax.models.attention import attend
@@ -35,7 +36,7 @@ class Compute:
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
     """A parameter of `module`: normal of standard deviation `std`, or ones; cast to the compute dtype."""
     init = nn.initializers.ones if std is None else nn.initializers.normal(std)
-    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return value if value.dtype == jnp.float64 else value.astype(module.compute.dtype)
 
 
@@ -69,7 +70,7 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
 
 
 def residual(x: Array) -> Array:
-    return nn.with_logical_constraint(x, ("batch", "length", None))
+    return with_logical_constraint(x, ("batch", "length", None))
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,12 @@ def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = Non
     if compute.remat != "none":
         # Only a loop keeps XLA from merging the recomputation with the original.
         block = nn.remat(Block, policy=_REMAT[compute.remat], prevent_cse=compute.unroll != 1)
+    everywhere: Any = nn.broadcast
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=everywhere,
         length=spec.depth,
         unroll=compute.unroll or spec.depth,
         metadata_params={nn.PARTITION_NAME: axis},

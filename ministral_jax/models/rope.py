@@ -30,9 +30,10 @@ def yarn_frequencies(width: int, rope: RopeSpec) -> np.ndarray:
     plain = frequencies(width, rope.theta)
     if rope.yarn_factor == 1:
         return plain
+    length = _original(rope)
 
     def dimension(turns: float) -> float:
-        return width * math.log(rope.original_context / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+        return width * math.log(length / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
     high = min(math.ceil(dimension(rope.beta_slow)), width - 1)
@@ -40,11 +41,16 @@ def yarn_frequencies(width: int, rope: RopeSpec) -> np.ndarray:
     return plain * (ramp / rope.yarn_factor + 1 - ramp)
 
 
+def _original(rope: RopeSpec) -> int:
+    assert rope.original_context is not None, "RopeSpec requires it"
+    return rope.original_context
+
+
 def temperature(positions: Array, rope: RopeSpec, dtype) -> Array | None:
     """s(p) = 1 + beta ln(1 + floor(p / L0)), [B, T]: what queries are multiplied by; None where it is always 1."""
     if rope.temperature_beta == 0:
         return None
-    return 1 + rope.temperature_beta * jnp.log1p((positions // rope.original_context).astype(dtype))
+    return 1 + rope.temperature_beta * jnp.log1p((positions // _original(rope)).astype(dtype))
 
 
 def rotation(positions: Array, rope: RopeSpec, width: int, dtype) -> tuple[Array, Array]:

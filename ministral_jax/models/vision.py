@@ -43,8 +43,10 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width, v, m = self.spec.width, self.spec.vision, self.spec.vision.merge
-        merged = m * m * v.width
+        width, v = self.spec.width, self.spec.vision
+        assert v is not None
+        block = v.merge**2
+        merged = block * v.width
         gain = weight(self, "norm", (v.width,), ("vision_embed",), None)
         merge = weight(self, "merge", (merged, v.width), ("merged_patches", "vision_embed"), merged**-0.5)
         linear_1 = weight(self, "linear_1", (v.width, width), ("vision_embed", "projector"), v.width**-0.5)
@@ -52,6 +54,6 @@ class Projector(nn.Module):
 
         x = rms_norm(x, gain, self.spec.norm_eps)
         # Channel-major, feature = c·m² + dy·m + dx, as torch's unfold orders it.
-        x = rearrange(x, "B (n block) c -> B n (c block)", block=m * m)
+        x = rearrange(x, "B (n block) c -> B n (c block)", block=block)
         x = linear(linear(x, merge), linear_1)
         return linear(jax.nn.gelu(x, approximate=False), linear_2)

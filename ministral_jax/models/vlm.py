@@ -101,12 +101,12 @@ def check_images(images: dict, spec: ModelSpec) -> None:
 
 
 @cache
-def _boxed(spec: ModelSpec) -> Params:
+def _boxed(spec: Any) -> Params:
     """Shapes and logical axes of every parameter, as Flax boxes."""
     return jax.eval_shape(_init(spec), jax.random.key(0))["params"]
 
 
-def _init(spec: ModelSpec) -> Callable[[Array], dict]:
+def _init(spec: ModelSpec) -> Callable[[Array], Any]:
     images = None
     if (v := spec.vision) is not None:
         grid = jnp.zeros((1, v.merge**2), jnp.int32)
@@ -140,8 +140,8 @@ def head_matrix(params: Params) -> Array:
 
 
 def check_params(params: Params, spec: ModelSpec, where: str) -> None:
-    """Raise `UserError` naming the first leaf of `params` (arrays or shapes) that a model of `spec` lacks, adds or has in
-    another shape; `where` says in the message where the parameters came from."""
+    """Raise `UserError` naming the first leaf of `params` (arrays or shapes) that a model of `spec` lacks, adds or has
+    in another shape; `where` says in the message where the parameters came from."""
     found, expected = ({_path(p): x.shape for p, x in _leaves(t)} for t in (params, abstract_params(spec)))
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:

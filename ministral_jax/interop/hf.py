@@ -1,0 +1,288 @@
+"""Checkpoints as Hugging Face directories, in both directions, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from ministral_jax.errors import UserError
+from ministral_jax.interop import safetensors
+from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import Params, abstract_params, check_params
+
+SHARD_BYTES = 5_000_000_000
+WRITER = "ministral_jax"
+
+# Our parameter -> Hugging Face tensor (under `language_model.model.` for the decoder) and how its axes move. {} is the
+# layer. Letters are sizes, see `_sizes`.
+TABLE = {
+    "decoder/embed": ("embed_tokens.weight", "V D -> V D"),
+    "decoder/layers/attention_norm": ("layers.{}.input_layernorm.weight", "D -> D"),
+    "decoder/layers/attention/q": ("layers.{}.self_attn.q_proj.weight", "D H h -> (H h) D"),
+    "decoder/layers/attention/k": ("layers.{}.self_attn.k_proj.weight", "D K h -> (K h) D"),
+    "decoder/layers/attention/v": ("layers.{}.self_attn.v_proj.weight", "D K h -> (K h) D"),
+    "decoder/layers/attention/o": ("layers.{}.self_attn.o_proj.weight", "H h D -> D (H h)"),
+    "decoder/layers/mlp_norm": ("layers.{}.post_attention_layernorm.weight", "D -> D"),
+    "decoder/layers/mlp/gate": ("layers.{}.mlp.gate_proj.weight", "D F -> F D"),
+    "decoder/layers/mlp/up": ("layers.{}.mlp.up_proj.weight", "D F -> F D"),
+    "decoder/layers/mlp/down": ("layers.{}.mlp.down_proj.weight", "F D -> D F"),
+    "decoder/norm": ("norm.weight", "D -> D"),
+    "decoder/head": ("lm_head.weight", "D V -> V D"),
+    "vision/patch_embed": ("vision_tower.patch_conv.weight", "(c p q) W -> W c p q"),
+    "vision/norm": ("vision_tower.ln_pre.weight", "W -> W"),
+    "vision/layers/attention_norm": ("vision_tower.transformer.layers.{}.attention_norm.weight", "W -> W"),
+    "vision/layers/attention/q": ("vision_tower.transformer.layers.{}.attention.q_proj.weight", "W N n -> (N n) W"),
+    "vision/layers/attention/k": ("vision_tower.transformer.layers.{}.attention.k_proj.weight", "W N n -> (N n) W"),
+    "vision/layers/attention/v": ("vision_tower.transformer.layers.{}.attention.v_proj.weight", "W N n -> (N n) W"),
+    "vision/layers/attention/o": ("vision_tower.transformer.layers.{}.attention.o_proj.weight", "N n W -> W (N n)"),
+    "vision/layers/mlp_norm": ("vision_tower.transformer.layers.{}.ffn_norm.weight", "W -> W"),
+    "vision/layers/mlp/gate": ("vision_tower.transformer.layers.{}.feed_forward.gate_proj.weight", "W M -> M W"),
+    "vision/layers/mlp/up": ("vision_tower.transformer.layers.{}.feed_forward.up_proj.weight", "W M -> M W"),
+    "vision/layers/mlp/down": ("vision_tower.transformer.layers.{}.feed_forward.down_proj.weight", "M W -> W M"),
+    "projector/norm": ("multi_modal_projector.norm.weight", "W -> W"),
+    "projector/merge": ("multi_modal_projector.patch_merger.merging_layer.weight", "A W -> W A"),
+    "projector/linear_1": ("multi_modal_projector.linear_1.weight", "W P -> P W"),
+    "projector/linear_2": ("multi_modal_projector.linear_2.weight", "P D -> D P"),
+}
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """The letters of `TABLE`: D width, H heads, K kv heads, h head width, F mlp width, V vocab; of the vision tower, W
+    width, N heads, n head width, M mlp width, c p q a patch; the projector merges A values into W and has width P."""
+    sizes = dict(
+        D=spec.width, H=spec.heads, K=spec.kv_heads, h=spec.head_width, F=spec.mlp_width, V=spec.vocab, P=spec.width
+    )
+    if (v := spec.vision) is not None:
+        sizes |= dict(W=v.width, N=v.heads, n=v.head_width, M=v.mlp_width, A=v.merge**2 * v.width)
+        sizes |= dict(c=3, p=v.patch_size, q=v.patch_size)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one Hugging Face tensor lies in our parameters."""
+
+    path: str
+    layer: int | None
+    name: str
+    pattern: str
+    sizes: dict[str, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+        return self._side(1)
+
+    def _side(self, side: int) -> tuple[int, ...]:
+        axes = re.findall(r"\(.*?\)|\w", self.pattern.split(" -> ")[side])
+        return tuple(math.prod(self.sizes[letter] for letter in re.findall(r"\w", axis)) for axis in axes)
+
+    def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
+        return rearrange(x, pattern, **{k: n for k, n in self.sizes.items() if k in pattern})
+
+    def take(self, params: Params) -> np.ndarray:
+        """This tensor as the file has it, fetched to the host."""
+        leaf = _leaf(params, self.path)
+        return self._rearrange(np.asarray(leaf if self.layer is None else leaf[self.layer]), self.pattern)
+
+    def put(self, params: Params, value: np.ndarray) -> None:
+        """Fill this tensor's part of `params`, numpy arrays, with `value` from the file."""
+        ours, theirs = self.pattern.split(" -> ")
+        leaf = _leaf(params, self.path)
+        leaf[... if self.layer is None else self.layer] = self._rearrange(value, f"{theirs} -> {ours}")
+
+
+def slots(spec: ModelSpec) -> list[Slot]:
+    """Every tensor of a model, layer by layer."""
+    sizes, found = _sizes(spec), []
+    for path, (name, pattern) in TABLE.items():
+        part = path.split("/")[0]
+        if (part != "decoder" and spec.vision is None) or (path == "decoder/head" and spec.tied):
+            continue
+        depth = spec.layers if part == "decoder" or spec.vision is None else spec.vision.layers
+        layers = range(depth) if "/layers/" in path else [None]
+        found += [Slot(path, i, name.format(i), pattern, sizes) for i in layers]
+    return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
+
+
+def _leaf(params: Params, path: str) -> Any:
+    for key in path.split("/"):
+        params = params[key]
+    return params
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def export_hf(
+    params: Params, spec: ModelSpec, directory: Path, dtype: str = "float32", tokenizer_files: list[Path] | None = None
+) -> None:
+    """Write a model that `transformers` loads: configuration, sharded weights in `dtype` and copies of
+    `tokenizer_files` (directories give their files).
+
+    `params` may be on devices; one tensor at a time is fetched. Everything is written beside `directory` and renamed
+    into place at the end, replacing an earlier export but nothing else.
+
+    Raises:
+        UserError: parameters that do not fit `spec`, an unknown dtype, a missing tokenizer file, or a `directory` that
+            holds something else.
+    """
+    directory = Path(directory)
+    check_params(params, spec, "export")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"export dtype is {dtype!r}; float32 and bfloat16 can be written")
+    config = to_config(spec, dtype)
+    if directory.exists() and not _ours(directory):
+        raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
+    files = [f for path in tokenizer_files or [] for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"tokenizer file {file} does not exist")
+
+    draft = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    _write_json(draft / "config.json", config)
+    _write_json(draft / "generation_config.json", generation_config(spec))
+    if spec.vision is not None:
+        _write_json(draft / "processor_config.json", processor_config(spec))
+    for file in files:
+        shutil.copy(file, draft / file.name)
+    _write_weights(params, spec, draft, np.dtype(jnp.dtype(dtype)))
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if directory.exists():
+        directory.rename(replaced)
+    draft.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _ours(directory: Path) -> bool:
+    """Whether a directory may be replaced: it is empty, or `WRITER` wrote its weights."""
+    weights = [*directory.glob("model.safetensors"), *directory.glob("model-00001-of-*.safetensors")]
+    return not any(directory.iterdir()) or any(safetensors.metadata(f).get("writer") == WRITER for f in weights)
+
+
+def _write_weights(params: Params, spec: ModelSpec, directory: Path, dtype: np.dtype) -> None:
+    pending = [
+        safetensors.Pending(_disk_name(slot.name, spec), dtype, slot.shape, partial(slot.take, params))
+        for slot in slots(spec)
+    ]
+    shards = list(_shards(pending))
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        safetensors.write(directory / name, shard, {"format": "pt", "writer": WRITER})
+        weight_map |= {t.name: name for t in shard}
+    if len(shards) > 1:
+        total = {"total_size": sum(t.bytes for t in pending)}
+        _write_json(directory / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+
+
+def _shards(tensors: list[safetensors.Pending]) -> Iterator[list[safetensors.Pending]]:
+    """Runs of tensors of at most `SHARD_BYTES`, larger ones alone."""
+    shard, size = [], 0
+    for t in tensors:
+        if shard and size + t.bytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(t)
+        size += t.bytes
+    yield shard
+
+
+def _disk_name(name: str, spec: ModelSpec) -> str:
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return name
+    outer = "" if spec.vision is None else "language_model."
+    return f"{outer}{name}" if name.startswith("lm_head.") else f"{outer}model.{name}"
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ---- import ---------------------------------------------------------------------------------------------------------
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """Sizes of a Hugging Face model directory; no weights are read.
+
+    Raises:
+        UserError: no such model, another architecture, or damaged files.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))
+
+
+def import_hf(directory: Path, dtype: Any = "float32") -> tuple[ModelSpec, Params]:
+    """Sizes and parameters (numpy arrays of `dtype`) of a Hugging Face directory: Mistral3ForConditionalGeneration, or
+    the text-only Ministral3ForCausalLM and MistralForCausalLM.
+
+    Raises:
+        UserError: as `read_spec`; also tensors that are missing, unexpected, or of another shape.
+    """
+    directory = Path(directory)
+    spec, tensors, wanted = read_spec(directory), _tensors(directory), {}
+    for slot in slots(spec):
+        wanted[slot.name] = slot
+    _require(directory, "lacks", wanted.keys() - tensors.keys())
+    _require(directory, "has unexpected", tensors.keys() - wanted.keys())
+    for name, slot in wanted.items():
+        if tensors[name].shape != slot.shape:
+            raise UserError(f"{directory}: {name} has shape {tensors[name].shape}, its config.json says {slot.shape}")
+        if tensors[name].dtype.name not in _FLOATS:
+            raise UserError(f"{directory}: {name} is {tensors[name].dtype.name}; {', '.join(_FLOATS)} can be read")
+
+    params = jax.tree.map(lambda a: np.empty(a.shape, jnp.dtype(dtype)), abstract_params(spec))
+    for name, slot in wanted.items():
+        slot.put(params, tensors[name].read())
+    return spec, params
+
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def _require(directory: Path, verb: str, names: set[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{directory} {verb} tensor {min(names)}{more}")
+
+
+def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
+    """Tensors of a directory under the names of `TABLE`. The prefixes `language_model.model.`, `model.language_model.`
+    and `model.` are all in use. Mistral's own format (`consolidated*`) often lies in the same directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not a valid index: {error!r}") from None
+    else:
+        files = sorted(f.name for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))
+    if not files:
+        raise UserError(f"{directory} has no model.safetensors")
+    found: dict[str, safetensors.Tensor] = {}
+    for file in files:
+        if not (directory / file).is_file():
+            raise UserError(f"{index} names {file}, which is not there")
+        for name, tensor in safetensors.read(directory / file).items():
+            short = re.sub(r"^(language_model\.|model\.)+", "", name)
+            if short in found:
+                raise UserError(f"{directory}: {name} stands twice, in {found[short].path.name} and {file}")
+            found[short] = tensor
+    return found

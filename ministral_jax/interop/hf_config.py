@@ -1,0 +1,291 @@
+"""A model's sizes as a Hugging Face `config.json`, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
+
+# Tekken's control tokens; [PAD] only if the vocabulary has it.
+BOS, EOS, PAD = 1, 2, 11
+
+_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+    """`config.json` of a model: a Mistral3ForConditionalGeneration, or without vision the causal LM alone.
+
+    Raises:
+        UserError: the vision tower's epsilon is not the one that `transformers` hard-codes.
+    """
+    text = _text_config(spec)
+    if spec.vision is None:
+        name = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}[text["model_type"]]
+        return {"architectures": [name], "dtype": dtype, **text}
+    v = spec.vision
+    if v.norm_eps != 1e-5:
+        raise UserError(f"vision.norm_eps is {v.norm_eps}, but the Pixtral tower of transformers has 1e-5")
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "dtype": dtype,
+        "image_token_index": spec.image_token,
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": v.merge,
+        "vision_feature_layer": -1,
+        # Written at both levels: the wrapper class takes true where the key is missing.
+        "tie_word_embeddings": spec.tied,
+        "text_config": text,
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": v.width,
+            "intermediate_size": v.mlp_width,
+            "num_hidden_layers": v.layers,
+            "num_attention_heads": v.heads,
+            "head_dim": v.head_width,
+            "hidden_act": "silu",
+            "image_size": v.max_image_size,
+            "patch_size": v.patch_size,
+            "num_channels": 3,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "rope_parameters": {"rope_type": "axial", "rope_theta": v.rope_theta},
+        },
+    }
+
+
+def _text_config(spec: ModelSpec) -> dict[str, Any]:
+    r = spec.rope
+    plain = r.yarn_factor == 1 and r.temperature_beta == 0
+    rope: dict[str, Any] = {"rope_type": "default" if r.yarn_factor == 1 else "yarn", "rope_theta": r.theta}
+    if not plain:
+        rope |= {
+            "original_max_position_embeddings": r.original_context,
+            "llama_4_scaling_beta": r.temperature_beta,
+        }
+    if r.yarn_factor != 1:
+        # Equal mscales mean that cos and sin are not rescaled.
+        rope |= {
+            "type": "yarn",
+            "factor": r.yarn_factor,
+            "beta_fast": r.beta_fast,
+            "beta_slow": r.beta_slow,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
+    return {
+        "model_type": "mistral" if plain else "ministral3",
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.width,
+        "intermediate_size": spec.mlp_width,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.context,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "tie_word_embeddings": spec.tied,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD if spec.vocab > PAD else None,
+    }
+
+
+def generation_config(spec: ModelSpec) -> dict[str, Any]:
+    return {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD if spec.vocab > PAD else EOS}
+
+
+def processor_config(spec: ModelSpec) -> dict[str, Any]:
+    """`processor_config.json`: how images become patches and [IMG] tokens."""
+    v = spec.vision
+    assert v is not None
+    return {
+        "processor_class": "PixtralProcessor",
+        "patch_size": v.patch_size,
+        "spatial_merge_size": v.merge,
+        "image_token": "[IMG]",
+        "image_break_token": "[IMG_BREAK]",
+        "image_end_token": "[IMG_END]",
+        "image_processor": {
+            "image_processor_type": "PixtralImageProcessor",
+            "patch_size": {"height": v.stride, "width": v.stride},
+            "size": {"longest_edge": v.max_image_size},
+            "do_convert_rgb": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": _IMAGE_MEAN,
+            "image_std": _IMAGE_STD,
+            "do_resize": True,
+            "resample": 3,
+        },
+    }
+
+
+class _Keys:
+    """A section of a config file that says where a bad value stands."""
+
+    def __init__(self, values: dict[str, Any], where: str):
+        self.values, self.where = values, where
+
+    def section(self, key: str) -> _Keys:
+        value = self.required(key)
+        if not isinstance(value, dict):
+            raise UserError(f"{self.where}: {key} is {value!r}, expected an object")
+        return _Keys(value, f"{self.where}: {key}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def required(self, key: str) -> Any:
+        if self.values.get(key) is None:
+            raise UserError(f"{self.where}: {key} is missing")
+        return self.values[key]
+
+    def accept(self, key: str, default: Any, accepted: tuple) -> None:
+        """`default` is what a missing key means to `transformers`."""
+        value = self.values.get(key, default)
+        if value not in accepted:
+            listed = " or ".join(json.dumps(a) for a in accepted)
+            raise UserError(f"{self.where}: {key} is {json.dumps(value)}, this model family has {listed}")
+
+
+def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec:
+    """Sizes from a parsed `config.json` found at `where`.
+
+    Embedding and head are untied where the weights contain a head, whatever the file says: `transformers` has
+    written the flag wrongly. Otherwise `text_config` decides, then the top level.
+
+    Raises:
+        UserError: another architecture, a missing size, or a variation this family does not have.
+    """
+    top = _Keys(config, where)
+    kind = top.get("model_type")
+    if kind not in ("mistral3", "ministral3", "mistral"):
+        raise UserError(f"{where}: model_type is {kind!r}; mistral3, ministral3 and mistral can be read")
+    if top.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise UserError(f"{where}: weights are quantised ({method}); take the BF16 variant of this model")
+    text = top.section("text_config") if kind == "mistral3" else top
+    text_kind = text.get("model_type", "mistral")
+    if text_kind not in ("ministral3", "mistral"):
+        raise UserError(f"{text.where}: model_type is {text_kind!r}; ministral3 and mistral can be read")
+    text.accept("hidden_act", "silu", ("silu",))
+    window = text.values.get("sliding_window", 4096 if text_kind == "mistral" else None)
+    if window is not None and window < text.required("max_position_embeddings"):
+        raise UserError(f"{text.where}: sliding_window is {window}, this model family has full attention")
+    tied = text.get("tie_word_embeddings", top.get("tie_word_embeddings", False)) and not has_head
+    heads, width = text.required("num_attention_heads"), text.required("hidden_size")
+    try:
+        return ModelSpec(
+            layers=text.required("num_hidden_layers"),
+            width=width,
+            mlp_width=text.required("intermediate_size"),
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads", heads),
+            head_width=text.get("head_dim", width // heads),
+            vocab=text.required("vocab_size"),
+            context=text.required("max_position_embeddings"),
+            tied=tied,
+            norm_eps=text.required("rms_norm_eps"),
+            rope=_rope(text, text_kind),
+            vision=_vision(top) if kind == "mistral3" else None,
+            image_token=top.get("image_token_index", top.get("image_token_id", 10)),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _rope(text: _Keys, kind: str) -> RopeSpec:
+    if text.get("rope_parameters"):
+        rope = text.section("rope_parameters")
+    elif text.get("rope_scaling"):
+        rope = text.section("rope_scaling")
+    elif kind == "ministral3":
+        raise UserError(f"{text.where}: rope_parameters is missing")
+    else:
+        rope = _Keys({}, text.where)
+    form = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise UserError(f"{rope.where}: rope_theta is missing")
+    beta = rope.get("llama_4_scaling_beta", 0.0)
+    if form not in ("default", "yarn"):
+        raise UserError(f"{rope.where}: rope_type is {form!r}; default and yarn can be read")
+    original = rope.get("original_max_position_embeddings")
+    if form == "default":
+        return RopeSpec(theta=theta, temperature_beta=beta, original_context=original if beta else None)
+    rope.accept("truncate", True, (True, None))
+    rope.accept("attention_factor", None, (None, 1.0))
+    if rope.get("attention_factor") is None and not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        raise UserError(f"{rope.where}: YaRN rescales cos and sin here, this model family does not: set mscale")
+    if rope.get("mscale") != rope.get("mscale_all_dim"):
+        raise UserError(
+            f"{rope.where}: mscale is {rope.get('mscale')}, expected mscale_all_dim, so that their ratio is 1"
+        )
+    return RopeSpec(
+        theta=theta,
+        yarn_factor=rope.required("factor"),
+        original_context=original,
+        beta_fast=rope.get("beta_fast", 32.0),
+        beta_slow=rope.get("beta_slow", 1.0),
+        temperature_beta=beta,
+    )
+
+
+def _vision(top: _Keys) -> VisionSpec:
+    top.accept("projector_hidden_act", "gelu", ("gelu",))
+    top.accept("multimodal_projector_bias", False, (False,))
+    top.accept("vision_feature_layer", -1, (-1, [-1]))
+    v = top.section("vision_config")
+    v.accept("model_type", "pixtral", ("pixtral",))
+    v.accept("hidden_act", "gelu", ("silu",))
+    v.accept("num_channels", 3, (3,))
+    width, heads = v.required("hidden_size"), v.required("num_attention_heads")
+    rope = v.section("rope_parameters") if v.get("rope_parameters") else _Keys({}, v.where)
+    rope.accept("rope_type", "axial", ("axial", "default"))
+    return VisionSpec(
+        layers=v.required("num_hidden_layers"),
+        width=width,
+        mlp_width=v.required("intermediate_size"),
+        heads=heads,
+        head_width=v.get("head_dim", width // heads),
+        patch_size=v.required("patch_size"),
+        max_image_size=v.required("image_size"),
+        merge=top.get("spatial_merge_size", 2),
+        rope_theta=rope.get("rope_theta", v.get("rope_theta", 1e4)),
+        norm_eps=1e-5,
+    )
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a directory, parsed.
+
+    Raises:
+        UserError: there is none, or it is not a JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no config.json: not a Hugging Face model directory") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return config

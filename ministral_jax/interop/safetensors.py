@@ -1,0 +1,128 @@
+"""Safetensors files, written and read one tensor at a time, bfloat16 and float8 included.
+
+The format: 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, then the raw data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ministral_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that lies in a file."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Its values, mapped from the file rather than copied."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that is to be written; `value` is called when its turn comes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    value: Callable[[], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(path: Path, tensors: Iterable[Pending], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` to `path`, with one of them in memory at a time."""
+    tensors = list(tensors)
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for t in tensors:
+        header[t.name] = dict(dtype=_NAMES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.bytes])
+        end += t.bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for t in tensors:
+            value = np.ascontiguousarray(t.value(), t.dtype)
+            assert value.shape == t.shape, (t.name, value.shape, t.shape)
+            file.write(value.view(np.uint8).reshape(-1).data if value.size else b"")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name; only its header is read.
+
+    Raises:
+        UserError: the file is cut short, or not in this format.
+    """
+    header, start = _header(path)
+    header.pop("__metadata__", None)
+    tensors, end = {}, start
+    try:
+        for name, entry in header.items():
+            dtype, shape, (begin, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if stop - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {stop - begin} bytes")
+            tensors[name] = Tensor(path, dtype, shape, start + begin)
+            end = max(end, start + stop)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a valid safetensors header: {error!r}") from None
+    if end > path.stat().st_size:
+        raise UserError(f"{path}: cut short, {path.stat().st_size} bytes where its header promises {end}")
+    return tensors
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The file's free-form metadata. Raises `UserError` as `read`."""
+    return _header(path)[0].get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """The parsed header and where the data start."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise UserError(f"{path}: not a safetensors file, or cut short: {size} bytes, header of {length}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise UserError(f"{path}: not a valid safetensors header: {error!r}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: not a valid safetensors header: expected an object")
+    return header, 8 + length
