@@ -25,26 +25,26 @@ class OptimizerConfig(Frozen):
     """Optax optimiser, with the learning rate as a function of the step."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    warmup: int = Field(20, ge=0)
+    lr: float = Field(default=3e-4, gt=0)
+    warmup: int = Field(default=20, ge=0)
     """Steps of linear warm-up from 0."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    final_fraction: float = Field(0.1, ge=0, le=1)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
     """The last step's learning rate as a share of `lr`; `wsd` decays linearly over the last fifth of the steps."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Applied to matrices only, never to norm gains."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Global gradient norm above which the gradient is scaled down."""
 
 
 class BatchConfig(Frozen):
     """Global batch: `sequences` packed rows of `length` tokens, its gradient accumulated over `microbatches`."""
 
-    sequences: int = Field(16, ge=1)
-    length: int = Field(256, ge=2)
-    microbatches: int = Field(1, ge=1)
+    sequences: int = Field(default=16, ge=1)
+    length: int = Field(default=256, ge=2)
+    microbatches: int = Field(default=1, ge=1)
 
     @field_validator("microbatches")
     @classmethod
@@ -61,16 +61,16 @@ class BatchConfig(Frozen):
 class EvaluateConfig(Frozen):
     """Held-out evaluation at step 0, at powers of two below `every`, at multiples of `every`, and at the last step."""
 
-    every: int = Field(100, ge=1)
-    rows: int = Field(64, ge=1)
+    every: int = Field(default=100, ge=1)
+    rows: int = Field(default=64, ge=1)
     """Held-out rows, in file order."""
 
 
 class CheckpointConfig(Frozen):
     """Resume state every `every` steps, the newest `keep` kept."""
 
-    every: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class Stage(Frozen):
@@ -78,13 +78,12 @@ class Stage(Frozen):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
 
-    source: str | None = Field(None, alias="from")
+    source: str | None = Field(default=None, alias="from")
 
 
 class Looped(Stage):
     """A stage that runs the training loop."""
 
-    model: ModelRef | None = None
     steps: int = Field(ge=1)
     seed: int = 0
     data: DataConfig
@@ -119,7 +118,7 @@ class PruneStage(Stage):
     seed: int = 0
     data: DataConfig
     batch: BatchConfig = BatchConfig()
-    calibration: int = Field(16, ge=1)
+    calibration: int = Field(default=16, ge=1)
     """Batches of calibration data."""
     options: PruneOptions = PruneOptions()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -130,6 +129,7 @@ class DistillStage(Looped):
     """Make the student's next-token distribution equal the teacher's. The vision tower is frozen."""
 
     do: Literal["distill"]
+    model: ModelRef | None = None
     teacher: str
     loss: LossOptions = LossOptions()
     baseline: bool = False

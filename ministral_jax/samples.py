@@ -31,7 +31,7 @@ def write_samples(path: Path, data: PackedData, batches: list[Batch], prediction
 
 
 def _row_samples(data: PackedData, row: Batch, predicted: np.ndarray) -> list[dict[str, Any]]:
-    if "image_slot" not in row:
+    if "image_slot" not in row or data.vision is None:
         return []
     samples = []
     answered = row["answer_mask"] > 0

@@ -41,7 +41,8 @@ def finished_parent(tmp_path) -> Path:
     directory.mkdir(parents=True)
     stage = identity(recipe, "parent", resolve_specs(recipe)["parent"])
     write_json(directory / "stage.json", stage)
-    write_json(directory / "manifest.json", {"stage": "parent", "do": "train", "status": "finished", "inputs": {}, **stage})
+    manifest = {"stage": "parent", "do": "train", "status": "finished", "inputs": {}, **stage}
+    write_json(directory / "manifest.json", manifest)
     return tmp_path / "run"
 
 

@@ -22,7 +22,8 @@ OVERRIDES = ("stages.14b-hf.from=14b-short",)
 
 
 def start(run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ministral_jax", "run", str(MICRO), "14b-hf", *OVERRIDES, "--run-dir", str(run_dir)]
+    what = ["run", str(MICRO), "14b-hf", *OVERRIDES, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "ministral_jax", *what]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -58,7 +59,7 @@ def lines(run_dir: Path, stage: str) -> int:
 
 
 def moments(run_dir: Path) -> dict:
-    """When to kill: while the data is packed, after the first save, between saves, in surgery, in distillation, in export."""
+    """When to kill."""
     return {
         "packing": lambda: (run_dir / "data").is_dir(),
         "train, before a save": lambda: lines(run_dir, "parent") >= 2,
@@ -72,20 +73,21 @@ def moments(run_dir: Path) -> dict:
 
 def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_path):
     run_dir = tmp_path / "broken"
-    shutil.copytree(unbroken / "xla", run_dir / "xla")  # compiled programs are the same; the test need not wait for them
+    shutil.copytree(unbroken / "xla", run_dir / "xla")  # the same programs, compiled
     finished: dict[str, str] = {}
     for name, ready in moments(run_dir).items():
         kill_when(run_dir, ready)
         for stage in STAGES:
             if (path := run_dir / stage / "manifest.json").is_file():
-                assert finished.setdefault(stage, path.read_text()) == path.read_text(), f"{stage} was run again ({name})"
+                text = path.read_text()
+                assert finished.setdefault(stage, text) == text, f"{stage} was run again ({name})"
     output = finish(run_dir)
     assert set(finished) >= {"parent", "14b-pruned", "14b-short"}
     assert all(f"{stage}: finished already" in output for stage in finished)
     for stage in ("parent", "14b-pruned", "14b-short"):
         _, ours = load_stage(run_dir / stage)
         _, theirs = load_stage(unbroken / stage)
-        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), ours, theirs)), stage
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), ours, theirs)), stage
         assert _figures(run_dir, stage) == _figures(unbroken, stage), stage
     for path in (unbroken / "14b-hf" / "hf").glob("*.safetensors"):
         assert path.read_bytes() == (run_dir / "14b-hf" / "hf" / path.name).read_bytes()

@@ -21,9 +21,7 @@ from ministral_jax.training.metrics import StageLog, read_jsonl
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import init_state, make_step, split_frozen
 
-SPEC = ModelSpec(
-    layers=2, width=12, mlp_width=16, heads=2, kv_heads=1, head_width=4, vocab=32, context=16, vision=None
-)
+SPEC = ModelSpec(layers=2, width=12, mlp_width=16, heads=2, kv_heads=1, head_width=4, vocab=32, context=16, vision=None)
 MODEL = VLM(SPEC)
 CONFIG = OptimizerConfig(lr=1e-2, warmup=2)
 

@@ -38,7 +38,7 @@ class SourceConfig(Frozen):
     kind: Literal["python-library", "digits", "text", "jsonl"]
     path: str | None = None
     """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the tokens of the mix, relative to the other sources' weights."""
     limit: int | None = Field(default=None, ge=1)
     """Documents to read at most: a fixed sample of the files or digits, the first rows of a JSONL file."""
@@ -55,9 +55,9 @@ class DataConfig(Frozen):
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     sources: dict[str, SourceConfig] = Field(min_length=1)
-    held_out: float = Field(0.05, ge=0, lt=1)
+    held_out: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents kept for evaluation, chosen by a hash of the document's name."""
-    patches: int = Field(0, ge=0)
+    patches: int = Field(default=0, ge=0)
     """Image patches a row may hold (P); 0 is text only. Rows with images are filled with them up to this budget."""
-    max_pixels: int = Field(PIXEL_BOUND, ge=1, le=PIXEL_BOUND)
+    max_pixels: int = Field(default=PIXEL_BOUND, ge=1, le=PIXEL_BOUND)
     """Largest width * height of an image file, checked before it is decoded."""

@@ -229,7 +229,9 @@ def _rope(text: _Keys, kind: str) -> RopeSpec:
         raise UserError(f"{rope.where}: rope_type is {form!r}; default and yarn can be read")
     original = rope.get("original_max_position_embeddings")
     if form == "default":
-        return RopeSpec(theta=theta, temperature_beta=beta, original_context=original if beta else None)
+        return RopeSpec(
+            theta=theta, yarn_factor=1.0, temperature_beta=beta, original_context=original if beta else None
+        )
     rope.accept("truncate", True, (True, None))
     rope.accept("attention_factor", None, (None, 1.0))
     if rope.get("attention_factor") is None and not (rope.get("mscale") and rope.get("mscale_all_dim")):

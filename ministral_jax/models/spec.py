@@ -6,7 +6,7 @@ K key-value heads, h head width, L layers, V vocabulary, P image patches.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,10 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...
+
 
 class RopeSpec(Frozen):
     """Rotary positions and what long context adds to them.
@@ -24,12 +28,12 @@ class RopeSpec(Frozen):
     for positions below `original_context`, which is therefore required as soon as either is on.
     """
 
-    theta: float = Field(1e6, gt=1)
-    yarn_factor: float = Field(1.0, ge=1)
-    original_context: int | None = Field(None, ge=1)
+    theta: float = Field(default=1e6, gt=1)
+    yarn_factor: float = Field(default=1.0, ge=1)
+    original_context: int | None = Field(default=None, ge=1)
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    temperature_beta: float = Field(0.0, ge=0)
+    temperature_beta: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _original_context_is_known(self) -> Self:
@@ -41,16 +45,16 @@ class RopeSpec(Frozen):
 class VisionSpec(Frozen):
     """Pixtral vision tower. `patch_size * merge` pixels of an image side become one token of the decoder."""
 
-    layers: int = Field(24, ge=1)
-    width: int = Field(1024, ge=1)
-    mlp_width: int = Field(4096, ge=1)
-    heads: int = Field(16, ge=1)
-    head_width: int = Field(64, ge=4, multiple_of=4)
-    patch_size: int = Field(14, ge=1)
-    max_image_size: int = Field(1540, ge=1)
-    merge: int = Field(2, ge=1)
-    rope_theta: float = Field(1e4, gt=1)
-    norm_eps: float = Field(1e-5, gt=0)
+    layers: int = Field(default=24, ge=1)
+    width: int = Field(default=1024, ge=1)
+    mlp_width: int = Field(default=4096, ge=1)
+    heads: int = Field(default=16, ge=1)
+    head_width: int = Field(default=64, ge=4, multiple_of=4)
+    patch_size: int = Field(default=14, ge=1)
+    max_image_size: int = Field(default=1540, ge=1)
+    merge: int = Field(default=2, ge=1)
+    rope_theta: float = Field(default=1e4, gt=1)
+    norm_eps: float = Field(default=1e-5, gt=0)
 
     @property
     def stride(self) -> int:
@@ -83,7 +87,7 @@ class ModelSpec(Frozen):
     vocab: int = Field(ge=2)
     context: int = Field(ge=1)
     tied: bool = False
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     rope: RopeSpec = RopeSpec()
     vision: VisionSpec | None = VisionSpec()
     image_token: int = 10
@@ -117,17 +121,17 @@ class ModelSpec(Frozen):
         return self.decoder_parameters + self.vision_parameters
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of the decoder for one token: 2 per weight used, plus causal attention over `length` keys / 2."""
+        """Forward FLOPs of the decoder for one token: 2 per weight used, and attention over `length` / 2 keys."""
         attention = self.width * self.head_width * 2 * (self.heads + self.kv_heads)
         weights = self.layers * (attention + 3 * self.width * self.mlp_width) + self.vocab * self.width
         scores = self.layers * 2 * self.heads * self.head_width * length
         return 2 * weights + scores
 
 
-_YARN = dict(yarn_factor=16.0, original_context=16_384, temperature_beta=0.1)
-_REAL = dict(heads=32, kv_heads=8, head_width=128, vocab=131_072)
+_YARN: dict[str, Any] = dict(yarn_factor=16.0, original_context=16_384, temperature_beta=0.1)
+_REAL: dict[str, Any] = dict(heads=32, kv_heads=8, head_width=128, vocab=131_072)
 _TINY_VISION = VisionSpec(layers=2, width=32, mlp_width=96, heads=2, head_width=16, patch_size=2, max_image_size=32)
-_TINY = dict(heads=4, kv_heads=2, head_width=16, vocab=2_048, context=128, vision=_TINY_VISION)
+_TINY: dict[str, Any] = dict(heads=4, kv_heads=2, head_width=16, vocab=2_048, context=128, vision=_TINY_VISION)
 
 PRESETS: dict[str, ModelSpec] = {
     "mistral-small-3.1-24b": ModelSpec(

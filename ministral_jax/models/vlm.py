@@ -100,10 +100,12 @@ def check_images(images: dict, spec: ModelSpec) -> None:
         )
 
 
-@cache
-def _boxed(spec: Any) -> Params:
-    """Shapes and logical axes of every parameter, as Flax boxes."""
+def _trace(spec: ModelSpec) -> Params:
     return jax.eval_shape(_init(spec), jax.random.key(0))["params"]
+
+
+# Shapes and logical axes of every parameter, as Flax boxes; a spec is traced once.
+_boxed: Callable[[ModelSpec], Params] = cache(_trace)
 
 
 def _init(spec: ModelSpec) -> Callable[[Array], Any]:

@@ -193,8 +193,21 @@ _CUTS = (("layers", "layers", _cut_layers), ("width", "width", _cut_width), ("ml
 
 @jax.jit
 def _project(params: Params, basis: jax.Array, gain: float) -> Params:
-    """Untie, fold, rotate and slice in one program, so that no second copy of the model is alive in between."""
-    return slice_width(rotate(fold_norm_gains(untie(params)), basis), basis.shape[1], gain)
+    """Untie, fold, rotate and slice in one program that works on one layer at a time, so that no second copy of the
+    model is alive in between."""
+    params = untie(params)
+
+    def cut(layers: Params) -> Params:
+        whole = {**params, "decoder": {**params["decoder"], "layers": layers}}
+        return slice_width(rotate(fold_norm_gains(whole), basis), basis.shape[1], gain)
+
+    def cut_one(layer: Params) -> Params:
+        alone = jax.tree.map(lambda leaf: leaf[None], layer)
+        return jax.tree.map(lambda leaf: leaf[0], cut(alone)["decoder"]["layers"])
+
+    layers = params["decoder"]["layers"]
+    rest = cut(layers)  # its layers are unused, hence never computed
+    return {**rest, "decoder": {**rest["decoder"], "layers": jax.lax.map(cut_one, layers)}}
 
 
 def _fresh_projector(params: Params, spec: ModelSpec, key: jax.Array) -> Params:

@@ -39,7 +39,7 @@ class PruneOptions(Frozen):
     """Turn and narrow the source's projector with the decoder, or draw a new one as the paper does."""
     tie_seed: TieSeed = "mean"
     """What the shared matrix starts from when the target ties embedding and head."""
-    image_weight: float = Field(1.0, ge=0)
+    image_weight: float = Field(default=1.0, ge=0)
     """How much one image token counts relative to one text token, in every calibrated score."""
     recollect: bool = True
     """Collect the statistics again after each surgery step, on the model as it then is."""

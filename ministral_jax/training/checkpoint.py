@@ -18,7 +18,7 @@ def save_params(directory: Path, params: Tree) -> None:
     """Write parameters; the directory appears at once and whole, or not at all."""
     if directory.exists():  # left by a run that was killed before its manifest
         shutil.rmtree(directory)
-    ocp.save(directory.absolute(), params)
+    ocp.save(str(directory.absolute()), params)
 
 
 def load_params(directory: Path, abstract: Tree) -> Tree:
@@ -30,11 +30,11 @@ def load_params(directory: Path, abstract: Tree) -> Tree:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a checkpoint: there is no such directory")
     try:
-        stored = ocp.metadata(directory.absolute()).metadata
+        stored = ocp.metadata(str(directory.absolute())).metadata
     except Exception as error:
         raise UserError(f"{directory} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
     _same_shapes(stored, abstract, directory)
-    return ocp.load(directory.absolute(), _on_device(abstract))
+    return ocp.load(str(directory.absolute()), _on_device(abstract))
 
 
 def _same_shapes(stored: Tree, abstract: Tree, directory: Path) -> None:
@@ -66,10 +66,11 @@ class ResumeStore:
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        training: Any = ocp.training  # its policies do not match its own protocols for a type checker
+        self._checkpointer = training.Checkpointer(
+            str(directory.absolute()),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
         self._saving: Any = None

@@ -87,8 +87,9 @@ class ProgressLine:
     """A live bar on a terminal, plain lines in a log."""
 
     def __init__(self, title: str, total: int, start: int = 0):
-        self._title, self._total, self._start = title, total, start
-        self._begun = self._printed = time.monotonic()
+        self._title, self._total = title, total
+        self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -107,10 +108,12 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
+        self._first = self._first or (done, now)  # what came before it was compiling
         if now - self._printed >= LINE_SECONDS or done == self._total:
             self._printed = now
-            left = (now - self._begun) / max(done - self._start, 1) * (self._total - done)
-            print(f"{self._title:>18}  {done}/{self._total}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
+            speed = (now - self._first[1]) / max(done - self._first[0], 1)
+            left = f"  {speed * (self._total - done):.0f} s left" if done > self._first[0] else ""
+            print(f"{self._title:>18}  {done}/{self._total}  {note}{left}", file=sys.stderr, flush=True)
 
     def count(self, what: str, so_far: int) -> None:
         """Progress of work whose end is not known."""

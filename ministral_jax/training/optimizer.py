@@ -36,13 +36,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.name == "adamw":
         tx = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=_is_matrix)
     else:
+        dimensions: Any = _muon_dimensions
         tx = contrib.muon(
             rate,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             adam_weight_decay=config.weight_decay,
             weight_decay_mask=_is_matrix,
-            muon_weight_dimension_numbers=_muon_dimensions,
+            muon_weight_dimension_numbers=dimensions,
             consistent_rms=0.2,  # AdamW's RMS, so that one learning rate serves both (arXiv 2502.16982 §2.2)
             weight_decay=config.weight_decay,
         )
@@ -53,7 +54,7 @@ def _is_matrix(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
 
 
-def _muon_dimensions(params: Params) -> Params:
+def _muon_dimensions(params: Params) -> Any:
     """Which axes of a (stacked) kernel are its input and output; None leaves embeddings, head and gains to Adam."""
 
     def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
