@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ministral_jax.data.images import unpatchify
 from ministral_jax.data.pipeline import PackedData
 from ministral_jax.manifest import write_json
 
 SAMPLES = 16
+THUMBNAIL = 256
+"""Longest side in pixels."""
+
 Batch = dict[str, Any]
 
 
 def write_samples(path: Path, data: PackedData, batches: list[Batch], predictions: list[np.ndarray]) -> None:
-    """`{"images": [{"pixels": H x W x 3 uint8, "label", "answer"}]}` of the first held-out documents with one image.
+    """`{"images": [{"png" in base64, "question", "label", "answer"}]}` of the first held-out questions about an image.
 
     `predictions` are the most probable next tokens `[B, T]` per batch; the answer is read off under teacher forcing.
     """
@@ -43,14 +49,22 @@ def _row_samples(data: PackedData, row: Batch, predicted: np.ndarray) -> list[di
         block = data.vision.merge**2  # patches of one merged token
         image = row["patch_image"][slots[0] * block]
         here = row["patch_image"] == image
+        places = row["patch_row"][here], row["patch_col"][here]
         (positions,) = np.nonzero(document & answered)
+        question = document & (np.arange(len(document)) <= positions[0])
         samples.append(
             {
-                "pixels": unpatchify(
-                    row["patches"][here], row["patch_row"][here], row["patch_col"][here], data.vision.patch_size
-                ).tolist(),
+                "png": _png(unpatchify(row["patches"][here], *places, data.vision.patch_size)),
+                "question": data.tokenizer.decode(row["tokens"][question].tolist()),
                 "label": data.tokenizer.decode(row["tokens"][positions + 1].tolist()),
                 "answer": data.tokenizer.decode(predicted[positions].tolist()),
             }
         )
     return samples
+
+
+def _png(pixels: np.ndarray) -> str:
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -122,10 +122,11 @@ def _samples(recipe: Recipe, run_dir: Path) -> Figures:
     }
     images = [
         {
-            "pixels": sample["pixels"],
+            "png": png,
+            "question": sample["question"],
             "label": sample["label"],
-            "answers": {model: samples[key]["answer"] for model, samples in found.items() if key in samples},
+            "answers": {model: samples[png]["answer"] for model, samples in found.items() if png in samples},
         }
-        for key, sample in found["parent"].items()
+        for png, sample in found["parent"].items()
     ]
     return {"images": images}

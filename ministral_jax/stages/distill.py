@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import jax
 
-from ministral_jax.distillation.kl import Hidden, distillation_loss
+from ministral_jax.distillation.kl import Hidden, LossOptions, distillation_loss
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation import hidden, labels
 from ministral_jax.manifest import read_manifest
-from ministral_jax.models.vlm import VLM, head_matrix, init_params
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, Compute, head_matrix, init_params
 from ministral_jax.stages.job import Job, Params, Result, load_stage
 from ministral_jax.stages.looped import run_loop
+from ministral_jax.training.state import LossFn
 
 FROZEN = ("vision",)
 
@@ -19,22 +21,26 @@ def run(job: Job) -> Result:
     stage = job.stage
     teacher_spec, teacher_params = load_stage(job.run_dir / stage.teacher)
     check_same_tokenizer(job)
-    student, teacher = VLM(job.spec, stage.compute), VLM(teacher_spec, stage.compute)
+    loss = distillation(job.spec, teacher_spec, stage.compute, stage.loss)
+    length = stage.batch.length
+    flops = 3 * job.spec.flops_per_token(length) + teacher_spec.flops_per_token(length)
+    return run_loop(job, _student(job, teacher_params), loss, flops, FROZEN, (teacher_spec, teacher_params))
+
+
+def distillation(student_spec: ModelSpec, teacher_spec: ModelSpec, compute: Compute, options: LossOptions) -> LossFn:
+    """The objective: `(trainable, frozen, batch)`, with the teacher's parameters under `frozen["teacher"]`."""
+    student, teacher = VLM(student_spec, compute), VLM(teacher_spec, compute)
 
     def loss(params, frozen, batch):
         constants = dict(frozen)
         teacher_params = constants.pop("teacher")
         targets = Hidden(hidden(teacher, teacher_params, batch), head_matrix(teacher_params))
-        states = hidden(student, {**params, **constants}, batch)
+        states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
         mask = batch["loss_mask"]
-        total, metrics = distillation_loss(
-            states, head_matrix(params), jax.lax.stop_gradient(targets), labels(batch), mask, stage.loss
-        )
+        total, metrics = distillation_loss(states, head, targets, labels(batch), mask, options)
         return total, {**metrics, "loss": (total, mask.sum())}
 
-    length = stage.batch.length
-    flops = 3 * job.spec.flops_per_token(length) + teacher_spec.flops_per_token(length)
-    return run_loop(job, _student(job, teacher_params), loss, flops, FROZEN, (teacher_spec, teacher_params))
+    return loss
 
 
 def _student(job: Job, teacher_params: Params) -> Params:

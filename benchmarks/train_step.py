@@ -1,0 +1,192 @@
+"""One distillation step against a plain transformers + torch loop at the same shapes, interleaved in one run.
+
+    python benchmarks/train_step.py --against transformers [--json FILE]
+
+Each side is a process of its own that sleeps while the other is measured; rounds alternate, figures are medians.
+Text only, float32, forward KL over the full vocabulary, AdamW, clipped gradient. Memory is the largest resident set of
+the whole process (imports and compilation included). `speed_ratio` and `memory_ratio` are ours ÷ theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WIDTH, MLP_TEACHER, MLP_STUDENT, LAYERS, HEADS, KV_HEADS, HEAD_WIDTH, VOCAB = 256, 2048, 1024, 6, 8, 2, 32, 8192
+SEQUENCES, LENGTH = 8, 256
+
+
+def ours():
+    """A function that runs one step of this project's own training state, loss and update."""
+    import jax
+    import numpy as np
+
+    from ministral_jax.config import OptimizerConfig
+    from ministral_jax.distillation.kl import LossOptions
+    from ministral_jax.models.spec import ModelSpec
+    from ministral_jax.models.vlm import Compute, init_params
+    from ministral_jax.stages.distill import distillation
+    from ministral_jax.training.optimizer import learning_rate, make_optimizer
+    from ministral_jax.training.state import init_state, make_step
+
+    sizes = dict(layers=LAYERS, width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH, vocab=VOCAB)
+    student = ModelSpec(mlp_width=MLP_STUDENT, context=LENGTH, vision=None, **sizes)
+    teacher = ModelSpec(mlp_width=MLP_TEACHER, context=LENGTH, vision=None, **sizes)
+    init = jax.jit(init_params, static_argnums=0)
+    config = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
+    optimizer = make_optimizer(config, 1000)
+    loss = distillation(student, teacher, Compute(), LossOptions())
+    step = make_step(loss, optimizer, learning_rate(config, 1000))
+    state = init_state(init(student, jax.random.key(0)), optimizer)
+    frozen = {"teacher": init(teacher, jax.random.key(1))}
+    rng = np.random.default_rng(0)
+
+    def run() -> float:
+        nonlocal state
+        tokens = rng.integers(0, VOCAB, (SEQUENCES, LENGTH)).astype(np.int32)
+        positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+        mask = np.ones(tokens.shape, np.float32)
+        batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask}
+        state, metrics = step(state, frozen, batch)
+        return float(metrics["loss"][0])
+
+    return run
+
+
+def transformers_loop():
+    """A function that runs one step of the loop one would write with transformers and torch."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    def model(mlp_width: int) -> MistralForCausalLM:
+        return MistralForCausalLM(
+            MistralConfig(
+                vocab_size=VOCAB,
+                hidden_size=WIDTH,
+                intermediate_size=mlp_width,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV_HEADS,
+                head_dim=HEAD_WIDTH,
+                sliding_window=None,
+                use_cache=False,
+            )
+        )
+
+    torch.manual_seed(0)
+    student, teacher = model(MLP_STUDENT), model(MLP_TEACHER).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def run() -> float:
+        tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH))
+        with torch.no_grad():
+            target = torch.log_softmax(teacher(tokens).logits, -1)
+        ours = torch.log_softmax(student(tokens).logits, -1)
+        loss = torch.nn.functional.kl_div(
+            ours.flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+SIDES = {"ministral_jax": ours, "transformers": transformers_loop}
+
+
+def worker(side: str, steps: int) -> None:
+    """Answer each line on stdin with the seconds of `steps` steps and the peak resident set in bytes so far."""
+    run = SIDES[side]()
+    for _ in range(2):
+        run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        for _ in range(steps):
+            run()
+        seconds = time.perf_counter() - begun
+        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
+
+
+def start(side: str, steps: int) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--worker", side, "--steps", str(steps)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != "ready":
+        raise SystemExit(f"the {side} side failed to start")
+    return process
+
+
+def measure(process: subprocess.Popen) -> tuple[float, int]:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return tuple(json.loads(process.stdout.readline()))
+
+
+def compare(rounds: int, steps: int) -> dict:
+    processes = {side: start(side, steps) for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    peak = dict.fromkeys(SIDES, 0)
+    for n in range(rounds):
+        for side in list(SIDES) if n % 2 == 0 else reversed(SIDES):
+            spent, peak[side] = measure(processes[side])
+            seconds[side].append(spent / steps)
+            print(
+                f"round {n + 1}/{rounds}  {side:>14}  {SEQUENCES * LENGTH / seconds[side][-1]:8,.0f} tokens/s",
+                flush=True,
+            )
+    for process in processes.values():
+        process.communicate()
+    speed = {side: SEQUENCES * LENGTH / statistics.median(times) for side, times in seconds.items()}
+    return {
+        "speed_ratio": speed["ministral_jax"] / speed["transformers"],
+        "memory_ratio": peak["ministral_jax"] / peak["transformers"],
+        "tokens_per_second": speed,
+        "peak_bytes": peak,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", choices=["transformers"], default="transformers")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args.steps)
+    result = compare(args.rounds, args.steps)
+    print(f"\n{'':>16}{'tokens/s':>12}{'peak memory':>14}")
+    for side in SIDES:
+        print(f"{side:>16}{result['tokens_per_second'][side]:12,.0f}{result['peak_bytes'][side] / 1e9:11.2f} GB")
+    print(f"{'ours ÷ theirs':>16}{result['speed_ratio']:12.2f}{result['memory_ratio']:14.2f}")
+    print(result["versions"], result["hardware"])
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
