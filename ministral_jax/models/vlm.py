@@ -105,7 +105,7 @@ def _trace(spec: ModelSpec) -> Params:
 
 
 # Shapes and logical axes of every parameter, as Flax boxes; a spec is traced once.
-_boxed: Callable[[ModelSpec], Params] = cache(_trace)
+_boxed: Any = cache(_trace)
 
 
 def _init(spec: ModelSpec) -> Callable[[Array], Any]:

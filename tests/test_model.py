@@ -1,0 +1,326 @@
+"""The model against algebra in float64; against torch it is `test_golden.py`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from model_cases import CASES, TEXT, YARN, Case, inputs, loss_and_grads, pack, random_params, relative
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.attention import attend
+from ministral_jax.models.block import linear, rms_norm
+from ministral_jax.models.rope import axial_rotation, rotate, rotation, temperature, yarn_frequencies
+from ministral_jax.models.spec import PRESETS, RopeSpec
+from ministral_jax.models.vlm import (
+    VLM,
+    Compute,
+    abstract_params,
+    check_params,
+    head_matrix,
+    init_params,
+    logical_axes,
+)
+
+# A few thousand float64 roundings.
+EXACT = 1e-12
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "theta, expected",
+    [
+        (1e6, [1, 0.8058422, 0.03162278, 0.01333521, 3.282066e-3, 6.907023e-4, 4.961135e-5, 1.111425e-5, 1.283453e-6,
+               7.755861e-8]),
+        (1e9, [1, 0.7233942, 4.305426e-3, 6.977792e-4, 1.906580e-5, 3.776852e-6, 5.412277e-7, 1.482109e-7,
+               5.816076e-9, 8.639826e-11]),
+    ],
+)  # fmt: skip
+def test_yarn_frequencies_of_the_released_sizes(theta, expected):
+    rope = RopeSpec(theta=theta, yarn_factor=16, original_context=16_384)
+    got = yarn_frequencies(128, rope)[[0, 1, 16, 20, 25, 30, 36, 40, 50, 63]]
+    np.testing.assert_allclose(got, expected, rtol=5e-7)
+
+
+def test_position_temperature_of_the_released_sizes(x64):
+    rope = PRESETS["ministral-3-3b"].rope
+    positions = jnp.array([0, 16_383, 16_384, 32_768, 131_071, 262_143])
+    expected = [1, 1, 1.069315, 1.109861, 1.207944, 1.277259]
+    np.testing.assert_allclose(temperature(positions, rope, jnp.float64), expected, rtol=5e-7)
+    assert temperature(positions, RopeSpec(), jnp.float64) is None
+
+
+def test_rotation_is_multiplication_of_complex_pairs(x64):
+    random = np.random.default_rng(0)
+    x, positions = random.standard_normal((2, 5, 3, 8)), random.integers(0, 99, (2, 5))
+    turned = np.asarray(rotate(jnp.asarray(x), *rotation(jnp.asarray(positions), YARN, 8, jnp.float64)))
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * yarn_frequencies(8, YARN))
+    np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-13)
+
+
+def test_even_frequencies_turn_with_the_row_and_odd_ones_with_the_column(x64):
+    rows, columns = jnp.array([[0, 3]]), jnp.array([[5, 0]])
+    cos, _ = axial_rotation(rows, columns, 1e4, 16, jnp.float64)
+    f = 1e4 ** (-np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(cos[0, 0], np.cos(np.concatenate([0 * f[0::2], 5 * f[1::2]])))
+    np.testing.assert_allclose(cos[0, 1], np.cos(np.concatenate([3 * f[0::2], 0 * f[1::2]])))
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def naive_attention(q, k, v, segments, causal):
+    out = np.zeros_like(q)
+    B, T, H, h = q.shape
+    for b, t, n in np.ndindex(B, T, H):
+        g = n // (H // k.shape[2])
+        seen = [s for s in range(T) if segments[b, s] == segments[b, t] and (s <= t or not causal)]
+        w = np.exp(k[b, seen, g] @ q[b, t, n] * h**-0.5)
+        out[b, t, n] = w @ v[b, seen, g] / w.sum()
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_agrees_with_loops_in_every_implementation_and_its_gradients_too(x64, causal):
+    random = np.random.default_rng(0)
+    q, k, v, weight = (random.standard_normal((2, 13, n, 4)) for n in (6, 2, 2, 6))
+    segments = np.array([[1] * 4 + [2] * 6 + [0] * 3, [1] * 13])
+
+    def run(implementation, block):
+        def f(q, k, v):
+            out = attend(q, k, v, segments, causal=causal, implementation=implementation, block=block)
+            return jnp.sum(out * weight), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return [out, *grads]
+
+    plain = run("xla", 5)
+    assert relative(plain[0], naive_attention(q, k, v, segments, causal)) < EXACT
+    for block in (5, 13, 16):
+        assert max(map(relative, run("blockwise", block), plain)) < EXACT
+    without = attend(q, k, v, None, causal=causal, implementation="blockwise", block=5)
+    assert relative(without[1], plain[0][1]) < EXACT
+
+
+def test_auto_attention_takes_blocks_once_there_are_several():
+    def primitives(length):
+        q = jnp.zeros((1, length, 2, 4))
+        return str(jax.make_jaxpr(lambda q: attend(q, q, q, block=8))(q))
+
+    assert "while" in primitives(9) and "while" not in primitives(8)
+
+
+# ---- whole model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """A packed batch with images, float64 parameters, and its logits and gradients from the plainest computation."""
+    case = CASES["images"]
+    with jax.enable_x64(True):
+        params, batch = random_params(case.spec, dtype=np.float64), pack(case)
+        batch["patches"] = batch["patches"].astype(np.float64)
+        (_, logits), grads = loss_and_grads(params, case.spec, batch, Compute(attention="xla"))
+        return case, params, batch, np.asarray(logits), jax.tree.map(np.asarray, grads)
+
+
+def logits_of(params, spec, arguments, method="__call__"):
+    return jax.jit(lambda p, a: VLM(spec).apply({"params": p}, **a, method=method))(params, arguments)
+
+
+def test_documents_do_not_see_each_other(packed, x64):
+    case, params, batch, logits, _ = packed
+    assert np.isfinite(logits).all()
+    for b, row in enumerate(case.rows):
+        for number, document in enumerate(row, 1):
+            alone = pack(Case(case.spec, ((document,),)), padding=0)
+            arguments = {"tokens": alone["tokens"], "images": inputs(alone)["images"]}
+            assert (
+                relative(logits[b][batch["segments"][b] == number], logits_of(params, case.spec, arguments)[0]) < EXACT
+            )
+
+
+def test_images_reach_only_their_own_document(packed, x64):
+    case, params, batch, logits, _ = packed
+    changed = batch["patches"].copy()
+    changed[batch["patch_image"] == 3] += 1
+    again = logits_of(params, case.spec, inputs({**batch, "patches": changed}))
+    moved = np.abs(np.asarray(again - logits)).max(-1) > EXACT * np.abs(logits).max()
+    image_3 = np.zeros_like(moved)
+    image_3[0] = batch["segments"][0] == 3
+    assert (moved & image_3).sum() > 5 and not (moved & ~image_3).any()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Compute(unroll=0, remat="full", attention="xla"),
+        Compute(remat="dots", attention="blockwise", attention_block=16),
+    ],
+)
+def test_ways_of_computing_agree(packed, x64, compute):
+    case, params, batch, logits, grads = packed
+    (_, other), other_grads = loss_and_grads(params, case.spec, batch, compute)
+    assert relative(other, logits) < EXACT
+    assert max(jax.tree.leaves(jax.tree.map(relative, other_grads, grads))) < EXACT
+
+
+def test_float64_is_never_narrowed_on_the_way(packed, x64):
+    case, params, batch, *_ = packed
+    for compute in (Compute(attention="xla"), Compute(attention="blockwise", attention_block=16)):
+        program = str(
+            jax.make_jaxpr(lambda p, c=compute: VLM(case.spec, c).apply({"params": p}, **inputs(batch)))(params)
+        )
+        assert "f64[" in program and not [kind for kind in ("f32[", "bf16[") if kind in program]
+
+
+def test_bfloat16_compute_keeps_parameters_and_returns_float32_logits(packed):
+    case, params, batch, logits, _ = packed
+    params = jax.tree.map(lambda p: p.astype(np.float32), params)
+    batch = {**batch, "patches": batch["patches"].astype(np.float32)}
+    model = VLM(case.spec, Compute(dtype="bfloat16"))
+    apply = lambda p: model.apply({"params": p}, **inputs(batch))
+    half, grads = jax.jit(apply)(params), jax.eval_shape(jax.grad(lambda p: jnp.sum(apply(p))), params)
+    assert half.dtype == jnp.float32 and {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    real = batch["segments"] > 0
+    rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float64)[real])))
+    # bfloat16 rounds to 2^-9; some dozens of roundings add up like a random walk.
+    assert 2**-12 < rms(np.asarray(half) - logits) / rms(logits) < 2**-9 * 10
+
+
+def test_tied_model_is_the_untied_one_with_the_transposed_embedding_as_head(x64):
+    tied = TEXT.model_copy(update={"tied": True})
+    params = random_params(tied, dtype=np.float64)
+    untied = {"decoder": {**params["decoder"], "head": head_matrix(params)}}
+    arguments = {"tokens": CASES["text"].rows[0][0].tokens[None]}
+    out = logits_of(params, tied, arguments)
+    assert relative(logits_of(untied, TEXT, arguments), out) < EXACT
+    hidden = logits_of(params, tied, arguments, method="hidden")
+    assert relative(hidden @ head_matrix(untied), out) < EXACT
+
+
+def test_observe_shows_every_layer(packed, x64):
+    case, params, batch, *_ = packed
+    weights = jnp.asarray(batch["segments"] > 0, jnp.float64)
+    arguments = {**inputs(batch), "tap": lambda a, w: (a, jnp.sum(a["mlp_hidden"] * w[..., None])), "weights": weights}
+    observe = jax.jit(lambda p: VLM(case.spec).apply({"params": p}, **arguments, method="observe"))
+    hidden, (seen, total) = observe(params)
+    layers, eps = params["decoder"]["layers"], case.spec.norm_eps
+    assert relative(hidden, logits_of(params, case.spec, inputs(batch), method="hidden")) < EXACT
+    assert relative(hidden, rms_norm(seen["out"][-1], params["decoder"]["norm"], eps)) < EXACT
+    assert relative(seen["attention_norm_in"][1:], seen["out"][:-1]) < EXACT
+    text = batch["image_slot"] < 0
+    assert relative(seen["attention_norm_in"][0][text], params["decoder"]["embed"][batch["tokens"][text]]) < EXACT
+    assert np.abs(seen["mlp_norm_in"] - seen["attention_norm_in"]).max() > 0.1
+    for i in range(case.spec.layers):
+        x = rms_norm(seen["mlp_norm_in"][i], layers["mlp_norm"][i], eps)
+        product = jax.nn.silu(x @ layers["mlp"]["gate"][i]) * (x @ layers["mlp"]["up"][i])
+        assert relative(seen["mlp_hidden"][i], product) < EXACT
+        assert relative(seen["out"][i], seen["mlp_norm_in"][i] + product @ layers["mlp"]["down"][i]) < EXACT
+        assert relative(total[i], jnp.sum(product * weights[..., None])) < EXACT
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
+def test_gradient_of_linear(x64, shape):
+    random = np.random.default_rng(0)
+    x, w = random.standard_normal((2, 5, shape[0])), random.standard_normal(shape)
+    f = lambda product: jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), argnums=(0, 1))(x, w)
+    assert max(map(relative, f(linear), f(jnp.matmul))) < EXACT
+
+
+def test_the_model_runs_on_a_mesh_under_logical_rules():
+    case = CASES["images"]
+    params, batch = random_params(case.spec), pack(case)
+    alone = logits_of(params, case.spec, inputs(batch))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rules = [("batch", "data"), ("mlp", "model"), ("heads", "model"), ("vocab", "model")]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        specs = jax.tree.map(lambda axes: nn.logical_to_mesh_axes(axes), logical_axes(case.spec), is_leaf=is_axes)
+        shard = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s))
+        spread = logits_of(jax.tree.map(shard, params, specs), case.spec, inputs(batch))
+        assert "model" in str(spread.sharding)
+    assert relative(spread, alone) < 1e-5
+
+
+def is_axes(x) -> bool:
+    return isinstance(x, tuple)
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, decoder, total",
+    [
+        ("mistral-small-3.1-24b", 23.572e9, 24.01e9),
+        ("ministral-3-14b", 13.506e9, 13.95e9),
+        ("ministral-3-8b", 8.490e9, 8.92e9),
+        ("ministral-3-3b", 3.429e9, 3.85e9),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, decoder, total):
+    spec = PRESETS[name]
+    tree = abstract_params(spec)
+    count = lambda t: sum(leaf.size for leaf in jax.tree.leaves(t))
+    assert count(tree["decoder"]) == spec.decoder_parameters and count(tree) == spec.parameters
+    assert abs(count(tree["decoder"]) - decoder) < 0.5e6 and abs(count(tree) - total) < 5e6
+
+
+def test_fresh_parameters_have_the_declared_shapes_axes_and_scales():
+    spec = PRESETS["tiny-8b"]
+    params = jax.jit(lambda key: init_params(spec, key, jnp.bfloat16))(jax.random.key(0))
+    check_params(params, spec, "here")
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(logical_axes(spec), is_leaf=is_axes), strict=True):
+        assert leaf.ndim == len(axes) == len(set(axes)) or axes.count("vision_heads") == 2
+    mlp = params["decoder"]["layers"]["mlp"]
+    assert np.std(mlp["gate"].astype(np.float32)) == pytest.approx(spec.width**-0.5, rel=0.05)
+    assert np.std(mlp["down"].astype(np.float32)) == pytest.approx((2 * spec.layers * spec.mlp_width) ** -0.5, rel=0.05)
+    assert np.unique(np.asarray(mlp["gate"], np.float32)[:, 0, 0]).size == spec.layers
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_another_size_are_named():
+    spec = PRESETS["tiny-3b"]
+    shapes = abstract_params(spec)
+    broken = {**shapes, "decoder": {**shapes["decoder"], "norm": jax.ShapeDtypeStruct((49,), jnp.float32)}}
+    with pytest.raises(UserError, match=r"runs/x: parameter decoder/norm has shape \(49,\), expected \(48,\)"):
+        check_params(broken, spec, "runs/x")
+    with pytest.raises(UserError, match=r"decoder/head \(48, 2048\) is missing"):
+        check_params(shapes, spec.model_copy(update={"tied": False}), "runs/x")
+    with pytest.raises(UserError, match=r"projector/linear_1 \(32, 48\) is not part of this model"):
+        check_params(shapes, spec.model_copy(update={"vision": None}), "runs/x")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda b: b.pop("patch_row"), "images lack patch_row"),
+        (lambda b: b.update(patches=b["patches"][:, :-2]), "P a multiple of 4"),
+        (lambda b: b.update(patches=b["patches"][..., :-1]), r"expected \[B, P, 12\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(change, message):
+    case = CASES["images"]
+    images = inputs(pack(case))["images"]
+    change(images)
+    with pytest.raises(UserError, match=message):
+        VLM(case.spec).apply({"params": random_params(case.spec)}, np.zeros((2, 4), np.int32), images=images)
+
+
+def test_a_text_model_refuses_images():
+    images = inputs(pack(CASES["images"]))["images"]
+    with pytest.raises(UserError, match="no vision tower"):
+        VLM(TEXT).apply({"params": random_params(TEXT)}, np.zeros((2, 4), np.int32), images=images)
