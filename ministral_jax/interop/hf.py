@@ -270,7 +270,7 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid index: {error!r}") from None
     else:
         files = sorted(f.name for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))

@@ -79,9 +79,9 @@ def write(path: Path, tensors: Iterable[Pending], metadata: dict[str, str] | Non
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for t in tensors:
-            value = np.ascontiguousarray(t.value(), t.dtype)
+            value = np.asarray(t.value(), t.dtype, order="C")
             assert value.shape == t.shape, (t.name, value.shape, t.shape)
-            file.write(value.view(np.uint8).reshape(-1).data if value.size else b"")
+            file.write(value.reshape(-1).view(np.uint8).data)
 
 
 def read(path: Path) -> dict[str, Tensor]:
