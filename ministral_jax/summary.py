@@ -113,13 +113,10 @@ def _samples(recipe: Recipe, run_dir: Path) -> Figures:
     if family is None or not (run_dir / family.parent / "samples.json").is_file():
         return {"images": []}
     models = {"parent": family.parent, **family.children}
-    found = {
-        model: {
-            json.dumps(s["pixels"]): s for s in json.loads((run_dir / stage / "samples.json").read_text())["images"]
-        }
-        for model, stage in models.items()
-        if (run_dir / stage / "samples.json").is_file()
-    }
+    found: dict[str, dict[str, Figures]] = {}
+    for model, stage in models.items():
+        if (path := run_dir / stage / "samples.json").is_file():
+            found[model] = {s["png"]: s for s in json.loads(path.read_text(encoding="utf-8"))["images"]}
     images = [
         {
             "png": png,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import ministral_jax
 from ministral_jax.manifest import read_manifest
 from ministral_jax.stages.job import load_stage
 
@@ -112,3 +113,28 @@ def test_a_manifest_names_what_it_was_made_from(unbroken):
     assert manifest["inputs"]["parent"]["stage"] == "14b-pruned" and manifest["inputs"]["teacher"]["stage"] == "parent"
     assert manifest["versions"]["jax"] == jax.__version__
     assert (manifest["tokens"], manifest["steps"]) == (6 * 4 * 64, 6)
+
+
+def test_the_vision_tower_is_the_parents(unbroken):
+    _, parent = load_stage(unbroken / "parent")
+    _, child = load_stage(unbroken / "14b-short")
+    assert jax.tree.all(jax.tree.map(np.array_equal, child["vision"], parent["vision"]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, child["projector"], parent["projector"]))
+
+
+def test_a_stage_and_its_export_load_as_the_same_model(unbroken):
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12) + 100
+    logits = []
+    for path in (unbroken / "14b-short", unbroken / "14b-hf" / "hf"):
+        model, params = ministral_jax.load(path)
+        logits.append(np.asarray(model.apply({"params": params}, tokens)))
+    assert logits[0].shape == (2, 12, 512)
+    np.testing.assert_array_equal(*logits)
+
+
+def test_summary_and_report_of_an_unfinished_family(unbroken):
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert (
+        summary["parent"]["parameters"] > 0 and summary["children"] == {}
+    )  # its last stage, 14b-base, was not asked for
+    assert (unbroken / "report.html").is_file()
