@@ -14,7 +14,6 @@ two log-softmaxes, one sum, differentiated by JAX. It computes no metrics; ours 
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hardware import processor
 from ministral_jax.distillation.kl import Hidden, LossOptions, distillation_loss
 
 WIDTH, ROWS, ROUNDS = 256, 4, 9
@@ -97,15 +97,6 @@ def run_times() -> tuple[dict[str, list[float]], float]:
     return seconds, max(jax.tree.leaves(apart))
 
 
-def hardware() -> str:
-    """Model of the CPU as far as the system tells, cores, and the device JAX runs on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, JAX on {jax.devices()[0].device_kind}"
-
-
 def measure() -> dict:
     """All figures, ready for JSON."""
     bytes_of = memory()
@@ -125,7 +116,7 @@ def measure() -> dict:
         width=WIDTH,
         chunk=LossOptions().chunk,
         versions={"python": platform.python_version(), "jax": version("jax"), "jaxlib": version("jaxlib")},
-        hardware=hardware(),
+        hardware=f"{processor()}, JAX on {jax.devices()[0].device_kind}",
     )
 
 

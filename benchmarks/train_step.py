@@ -13,13 +13,14 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from hardware import processor
 
 WIDTH, MLP_TEACHER, MLP_STUDENT, LAYERS, HEADS, KV_HEADS, HEAD_WIDTH, VOCAB = 256, 2048, 1024, 6, 8, 2, 32, 8192
 SEQUENCES, LENGTH = 8, 256
@@ -158,14 +159,8 @@ def compare(rounds: int, steps: int) -> dict:
         "tokens_per_second": speed,
         "peak_bytes": peak,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "hardware": processor(),
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:
