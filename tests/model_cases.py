@@ -22,7 +22,8 @@ TEXT = ModelSpec(
     layers=2, width=20, mlp_width=28, heads=4, kv_heads=2, head_width=8, vocab=48, context=48, vision=None,
     rope=RopeSpec(theta=1e4),
 )  # fmt: skip
-YARN = RopeSpec(theta=1e4, yarn_factor=4, original_context=12, temperature_beta=0.3)
+# Both ends of the ramp fall inside the head and between whole numbers, so that rounding them shows.
+YARN = RopeSpec(theta=100, yarn_factor=4, original_context=12, temperature_beta=0.3, beta_fast=0.5, beta_slow=0.1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ CASES = {
         TEXT.model_copy(update={"rope": YARN.model_copy(update={"temperature_beta": 0.0})}), ((text(40, 8),),)
     ),
     "text_temperature_alone": Case(
-        TEXT.model_copy(update={"rope": YARN.model_copy(update={"yarn_factor": 1.0})}), ((text(40, 9),),)
+        TEXT.model_copy(update={"rope": RopeSpec(theta=1e4, original_context=12, temperature_beta=0.3)}),
+        ((text(40, 9),),),
     ),
     "images": image_case(vlm(rope=YARN)),
     "images_tied": image_case(vlm(tied=True, norm_eps=1e-3)),
