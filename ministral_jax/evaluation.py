@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,6 +35,18 @@ def hidden(model: VLM, params: Params, batch: Batch) -> jax.Array:
     return model.apply({"params": params}, batch["tokens"], **model_inputs(batch), method="hidden")  # type: ignore[return-value]
 
 
+@cache
+def _forward(spec: ModelSpec, compute: Compute) -> Callable[[Params, Batch], jax.Array]:
+    """`hidden` of one size, compiled once for all stages of a process that evaluate it."""
+    return jax.jit(partial(hidden, VLM(spec, compute)))
+
+
+@jax.jit
+def _read(states: jax.Array, params: Params, targets: tuple[jax.Array, Params] | None, batch: Batch):
+    teacher = None if targets is None else Hidden(targets[0], head_matrix(targets[1]))
+    return evaluate_positions(states, head_matrix(params), teacher, labels(batch))
+
+
 def make_evaluate(
     spec: ModelSpec, compute: Compute, teacher_spec: ModelSpec | None = None
 ) -> Callable[[Params, Params | None, Sequence[Batch]], tuple[dict[str, float], list[np.ndarray]]]:
@@ -43,18 +56,18 @@ def make_evaluate(
         `(params, teacher_params, batches) -> (figures, predictions)`: means over the counted positions of all batches,
         and per batch the most probable next token `[B, T]`.
     """
-    model = VLM(spec, compute)
-    teacher = VLM(teacher_spec, compute) if teacher_spec is not None else None
 
-    @jax.jit
-    def positions(params: Params, teacher_params: Params | None, batch: Batch) -> dict[str, jax.Array]:
-        targets = None
-        if teacher is not None and teacher_params is not None:
-            targets = Hidden(hidden(teacher, teacher_params, batch), head_matrix(teacher_params))
-        return evaluate_positions(hidden(model, params, batch), head_matrix(params), targets, labels(batch))
+    def head(params: Params) -> Params:
+        decoder = params["decoder"]
+        return {"decoder": {key: decoder[key] for key in ("embed", "head") if key in decoder}}
 
     def evaluate(params: Params, teacher_params: Params | None, batches: Sequence[Batch]):
-        outputs = [jax.device_get(positions(params, teacher_params, batch)) for batch in batches]
+        outputs = []
+        for batch in batches:
+            targets = None
+            if teacher_spec is not None and teacher_params is not None:
+                targets = (_forward(teacher_spec, compute)(teacher_params, batch), head(teacher_params))
+            outputs.append(jax.device_get(_read(_forward(spec, compute)(params, batch), head(params), targets, batch)))
         return figures(batches, outputs), [out["prediction"] for out in outputs]
 
     return evaluate

@@ -42,7 +42,8 @@ def _finish(recipe: Recipe, run_dir: Path) -> None:
     summary = write_summary(recipe, run_dir)
     page = build_report(run_dir)
     if summary["parent"] or summary["children"]:
-        Console().print(family_table(summary))
+        width = None if sys.stdout.isatty() else 120  # in a log, rich would cut the columns at 80
+        Console(width=width).print(family_table(summary))
     print(f"report: {page}", file=sys.stderr)
 
 
