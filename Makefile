@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test parity lint format clean
+.PHONY: help cascade test parity wheel lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
 	@echo "make test      the tests"
 	@echo "make parity    the model against torch and transformers, live"
+	@echo "make wheel     a wheel, checked far from the checkout"
 	@echo "make lint      formatting, lint and types"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -31,6 +32,12 @@ test: $(VENV)/installed
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity tests/parity
+
+# A wheel alone, far from the checkout, finds the recipes that it carries.
+wheel: $(VENV)/installed
+	rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	rm -rf build/wheel && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
+	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python -c "import ministral_jax, ministral_jax.recipe as r; assert 'build' in ministral_jax.__file__; print(len(r.load_recipe('configs/tiny.yaml').stages), 'stages, from', ministral_jax.__file__)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
