@@ -28,27 +28,26 @@ SEQUENCES, LENGTH = 8, 256
 
 def ours():
     """A function that runs one step of this project's own training state, loss and update."""
-    import jax
     import numpy as np
 
     from ministral_jax.config import OptimizerConfig
     from ministral_jax.distillation.kl import LossOptions
     from ministral_jax.models.spec import ModelSpec
-    from ministral_jax.models.vlm import Compute, init_params
+    from ministral_jax.models.vlm import Compute
     from ministral_jax.stages.distill import distillation
+    from ministral_jax.stages.job import fresh_params
     from ministral_jax.training.optimizer import learning_rate, make_optimizer
     from ministral_jax.training.state import init_state, make_step
 
     sizes = dict(layers=LAYERS, width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH, vocab=VOCAB)
     student = ModelSpec(mlp_width=MLP_STUDENT, context=LENGTH, vision=None, **sizes)
     teacher = ModelSpec(mlp_width=MLP_TEACHER, context=LENGTH, vision=None, **sizes)
-    init = jax.jit(init_params, static_argnums=0)
     config = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
     optimizer = make_optimizer(config, 1000)
     loss = distillation(student, teacher, Compute(), LossOptions())
     step = make_step(loss, optimizer, learning_rate(config, 1000))
-    state = init_state(init(student, jax.random.key(0)), optimizer)
-    frozen = {"teacher": init(teacher, jax.random.key(1))}
+    state = init_state(fresh_params(student, 0), optimizer)
+    frozen = {"teacher": fresh_params(teacher, 1)}
     rng = np.random.default_rng(0)
 
     def run() -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import ministral_jax
 from ministral_jax.manifest import read_manifest
@@ -19,25 +20,26 @@ from ministral_jax.stages.job import load_stage
 
 MICRO = Path(__file__).with_name("micro.yaml")
 STAGES = ("parent", "14b-pruned", "14b-short", "14b-hf")
-OVERRIDES = ("stages.14b-hf.from=14b-short",)
 
 
-def start(run_dir: Path) -> subprocess.Popen:
-    what = ["run", str(MICRO), "14b-hf", *OVERRIDES, "--run-dir", str(run_dir)]
-    command = [sys.executable, "-m", "ministral_jax", *what]
+CASCADE = (str(MICRO), "14b-hf", "stages.14b-hf.from=14b-short")
+
+
+def start(run_dir: Path, recipe: tuple[str, ...]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ministral_jax", "run", *recipe, "--run-dir", str(run_dir)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(run_dir: Path) -> str:
-    process = start(run_dir)
+def finish(run_dir: Path, recipe: tuple[str, ...] = CASCADE) -> str:
+    process = start(run_dir, recipe)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
 
-def kill_when(run_dir: Path, ready) -> None:
-    process = start(run_dir)
+def kill_when(run_dir: Path, ready, recipe: tuple[str, ...] = CASCADE) -> None:
+    process = start(run_dir, recipe)
     deadline = time.monotonic() + 600
     while not ready():
         assert process.poll() is None, process.communicate()[0]
@@ -45,6 +47,10 @@ def kill_when(run_dir: Path, ready) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def same(ours, theirs) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_pa
     for stage in ("parent", "14b-pruned", "14b-short"):
         _, ours = load_stage(run_dir / stage)
         _, theirs = load_stage(unbroken / stage)
-        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), ours, theirs)), stage
+        assert same(ours, theirs), stage
         assert _figures(run_dir, stage) == _figures(unbroken, stage), stage
     for path in (unbroken / "14b-hf" / "hf").glob("*.safetensors"):
         assert path.read_bytes() == (run_dir / "14b-hf" / "hf" / path.name).read_bytes()
@@ -99,6 +105,16 @@ def _figures(run_dir: Path, stage: str) -> list:
     path = run_dir / stage / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def test_a_killed_import_is_done_again(unbroken, tmp_path):
+    stages = {"model": {"do": "import", "path": str(unbroken / "14b-hf" / "hf")}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    recipe, run_dir = (str(tmp_path / "r.yaml"),), tmp_path / "run"
+    kill_when(run_dir, lambda: (run_dir / "model" / "stage.json").is_file(), recipe)
+    assert read_manifest(run_dir / "model") is None
+    finish(run_dir, recipe)
+    assert same(load_stage(run_dir / "model")[1], load_stage(unbroken / "14b-short")[1])
 
 
 def test_a_finished_run_does_nothing(unbroken):
@@ -118,8 +134,8 @@ def test_a_manifest_names_what_it_was_made_from(unbroken):
 def test_the_vision_tower_is_the_parents(unbroken):
     _, parent = load_stage(unbroken / "parent")
     _, child = load_stage(unbroken / "14b-short")
-    assert jax.tree.all(jax.tree.map(np.array_equal, child["vision"], parent["vision"]))
-    assert not jax.tree.all(jax.tree.map(np.array_equal, child["projector"], parent["projector"]))
+    assert same(child["vision"], parent["vision"])
+    assert not same(child["projector"], parent["projector"])
 
 
 def test_a_stage_and_its_export_load_as_the_same_model(unbroken):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import jax
-
 from ministral_jax.distillation.kl import Hidden, LossOptions, distillation_loss
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation import hidden, labels
 from ministral_jax.manifest import read_manifest
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix, init_params
-from ministral_jax.stages.job import Job, Params, Result, load_stage
+from ministral_jax.models.vlm import VLM, Compute, head_matrix
+from ministral_jax.stages.job import Job, Params, Result, fresh_params, load_stage
 from ministral_jax.stages.looped import run_loop
 from ministral_jax.training.state import LossFn
 
@@ -48,7 +46,7 @@ def _student(job: Job, teacher_params: Params) -> Params:
     if job.source is not None:
         _, params = load_stage(job.source)
         return params
-    params = jax.jit(init_params, static_argnums=0)(job.spec, jax.random.key(job.stage.seed))
+    params = fresh_params(job.spec, job.stage.seed)
     return {**params, **{key: teacher_params[key] for key in FROZEN if key in params}}
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import read_manifest, spec_of
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import abstract_params
+from ministral_jax.models.vlm import abstract_params, init_params
 from ministral_jax.training.checkpoint import load_params, save_params
 
 Params = dict[str, Any]
@@ -55,6 +56,12 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
     spec: ModelSpec | None = None
     """Where it is not the one the job named: exact surgery scales the norms' epsilon."""
+
+
+def fresh_params(spec: ModelSpec, seed: int) -> Params:
+    """Random parameters of a size. On CPU, optimising the generator's code takes longer than running it."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init_params, static_argnums=0, compiler_options=options)(spec, jax.random.key(seed))
 
 
 def load_stage(directory: Path, dtype: Any = jnp.float32) -> tuple[ModelSpec, Params]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import jax
-
 from ministral_jax.distillation.kl import cross_entropy
 from ministral_jax.evaluation import hidden, labels
-from ministral_jax.models.vlm import VLM, head_matrix, init_params
-from ministral_jax.stages.job import Job, Result
+from ministral_jax.models.vlm import VLM, head_matrix
+from ministral_jax.stages.job import Job, Result, fresh_params
 from ministral_jax.stages.looped import run_loop
 
 
@@ -20,5 +18,5 @@ def run(job: Job) -> Result:
         total, metrics = cross_entropy(states, head_matrix(params), labels(batch), batch["loss_mask"])
         return total, {**metrics, "loss": metrics["ce"]}
 
-    params = jax.jit(init_params, static_argnums=0)(job.spec, jax.random.key(stage.seed))
+    params = fresh_params(job.spec, stage.seed)
     return run_loop(job, params, loss, 3 * job.spec.flops_per_token(stage.batch.length))
