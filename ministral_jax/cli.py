@@ -11,13 +11,16 @@ from ministral_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 2 the user's input is at fault (said in one sentence on stderr)."""
+    """Run a command; 0 done, 2 the user's input is at fault (said in one sentence on stderr), 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
         args.command(args)
     except UserError as error:
         print(f"ministral-jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ministral-jax: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
     return 0
 
 

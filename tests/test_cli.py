@@ -1,6 +1,7 @@
 """The command line: bad input is one sentence and exit code 2, and harms nothing that is there."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,13 @@ def test_report_and_export_of_what_is_no_run(capsys, tmp_path):
 def test_a_finished_stage_whose_checkpoint_is_gone(capsys, finished_parent):
     shutil.rmtree(finished_parent / "data", ignore_errors=True)
     assert "params is not a checkpoint" in run(capsys, finished_parent, "14b-pruned")
+
+
+def test_a_loss_that_is_no_number(capsys, tmp_path):
+    mad = ("stages.parent.optimizer.lr=1e30", "stages.parent.optimizer.warmup=0", "stages.parent.checkpoint.every=1")
+    message = run(capsys, tmp_path, "parent", *mad)
+    assert re.search(r"the loss is (nan|inf) at step \d; the state of step \d is kept in .*parent/state", message)
+    assert not (tmp_path / "parent" / "manifest.json").exists()
 
 
 def test_load_of_what_is_no_checkpoint(tmp_path):

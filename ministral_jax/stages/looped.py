@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -73,19 +72,22 @@ def run_loop(
         flops_per_step=flops_per_token * stage.batch.tokens,
     )
     store = ResumeStore(job.directory / "state", stage.checkpoint.keep)
-    outcome = fit(
-        job.name,
-        init_state(trainable, optimizer),
-        lambda state, batch: update(state, constants, batch),
-        _stream(data, stage),
-        evaluate,
-        schedule,
-        partial(StageLog, job.directory),
-        store,
-    )
+    try:
+        outcome = fit(
+            job.name,
+            init_state(trainable, optimizer),
+            lambda state, batch: update(state, constants, batch),
+            _stream(data, stage),
+            evaluate,
+            schedule,
+            partial(StageLog, job.directory),
+            store,
+        )
+    finally:
+        store.close()
     job.save({**outcome.state["params"], **fixed})
     write_samples(job.directory / "samples.json", data, evaluation, predictions)
-    shutil.rmtree(job.directory / "state", ignore_errors=True)
+    store.delete()
     tokens = stage.steps * stage.batch.tokens
     return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, {"data": data_details(data)})
 

@@ -104,5 +104,4 @@ class ResumeStore:
 
     def delete(self) -> None:
         """A finished stage needs no state to resume from."""
-        self.close()
         shutil.rmtree(self.directory, ignore_errors=True)
