@@ -11,6 +11,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+KEEP = "keep"
+
+
+def keep(x: Array) -> Array:
+    """Mark a result that is worth its memory until the backward pass, unlike the elementwise functions around it."""
+    return checkpoint_name(x, KEEP)
 
 
 def attend(
@@ -41,7 +49,7 @@ def attend(
         q = rearrange(q, "B t (K G) h -> B K G t h", K=K)
         k, v = (rearrange(x, "B s K h -> B K s h") for x in (k, v))
         p = jax.nn.softmax(_scores(q, k, _visible(segments, segments, 0, causal)))
-        return rearrange(jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v), "B K G t h -> B t (K G) h")
+        return keep(rearrange(jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v), "B K G t h -> B t (K G) h"))
 
     padding = [(0, 0), (0, -T % block)]
     q, k, v = (jnp.pad(x, [*padding, (0, 0), (0, 0)]) for x in (q, k, v))
@@ -98,7 +106,7 @@ def _tiles_forward(q, k, v, segments, causal):
         out, top, total = lax.fori_loop(0, i + 1 if causal else n, tile, start)
         return (out / total).astype(q.dtype), top + jnp.log(total)
 
-    out, lse = lax.map(row, (jnp.arange(n), q, segments))
+    out, lse = map(keep, lax.map(row, (jnp.arange(n), q, segments)))
     return out, (q, k, v, segments, out, lse)
 
 

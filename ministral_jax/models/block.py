@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen.spmd import with_logical_constraint
 from jax import Array
 
-from ministral_jax.models.attention import attend
+from ministral_jax.models.attention import KEEP, attend, keep
 from ministral_jax.models.rope import rotate
 
 
@@ -22,7 +22,8 @@ class Compute:
     """How a model is evaluated; none of it changes what is computed.
 
     `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `remat`: what the
-    backward pass recomputes: nothing, everything ("full") or all but the matrix products ("dots"). `unroll`: layers
+    backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"), everything
+    ("full"). `unroll`: layers
     unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see `attention.attend`.
     """
 
@@ -47,7 +48,11 @@ def linear(x: Array, kernel: Array) -> Array:
     Its own backward pass only to choose the order of the kernel gradient's product: the narrower of input and
     cotangent goes to the left, the operand XLA transposes on CPU, where JAX's rule always puts the cotangent.
     """
-    return x @ kernel
+    return keep(x @ kernel)
+
+
+def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return keep(x @ kernel), (x, kernel)
 
 
 def _linear_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
@@ -60,7 +65,7 @@ def _linear_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Arr
     return d_y @ kernel.T, d_kernel
 
 
-linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -120,13 +125,6 @@ class Attention(nn.Module):
         return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D"))
 
 
-@jax.checkpoint
-def gated(gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
-    """((silu(gate) ⊙ up) down, silu(gate) ⊙ up), the second computed again in the backward pass: it is cheap."""
-    hidden = jax.nn.silu(gate) * up
-    return linear(hidden, down), hidden
-
-
 class SwiGLU(nn.Module):
     """(silu(x gate) ⊙ x up) down (arXiv 2002.05202): [B, T, D] -> ([B, T, D], the hidden product [B, T, F])."""
 
@@ -141,7 +139,8 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", (s.width, s.mlp_width), (D, F), std)
         up = weight(self, "up", (s.width, s.mlp_width), (D, F), std)
         down = weight(self, "down", (s.mlp_width, s.width), (F, D), out_std)
-        return gated(linear(x, gate), linear(x, up), down)
+        hidden = jax.nn.silu(linear(x, gate)) * linear(x, up)
+        return linear(hidden, down), hidden
 
 
 class Block(nn.Module):
@@ -179,6 +178,7 @@ class Block(nn.Module):
 
 
 _REMAT = {
+    "none": jax.checkpoint_policies.save_only_these_names(KEEP),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -186,10 +186,8 @@ _REMAT = {
 
 def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = None) -> nn.Module:
     """`spec.depth` blocks in one scan over parameters stacked on a leading axis called `axis`."""
-    block = Block
-    if compute.remat != "none":
-        # Only a loop keeps XLA from merging the recomputation with the original.
-        block = nn.remat(Block, policy=_REMAT[compute.remat], prevent_cse=compute.unroll != 1)
+    # Only a loop keeps XLA from merging the recomputation with the original.
+    block = nn.remat(Block, policy=_REMAT[compute.remat], prevent_cse=compute.unroll != 1)
     everywhere: Any = nn.broadcast
     scanned = nn.scan(
         block,
