@@ -68,8 +68,9 @@ def _say(text: str) -> None:
 
 
 def identity(recipe: Recipe, name: str, spec: ModelSpec) -> dict[str, Any]:
-    """The settings that make a stage's result what it is."""
-    return {"config": recipe.stages[name].model_dump(mode="json", by_alias=True), "spec": spec.model_dump(mode="json")}
+    """The settings that make a stage's result what it is; how often it is saved on the way does not."""
+    config = recipe.stages[name].model_dump(mode="json", by_alias=True, exclude={"checkpoint"})
+    return {"config": config, "spec": spec.model_dump(mode="json")}
 
 
 def _check_unchanged(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> None:
@@ -115,7 +116,7 @@ def _run_stage(recipe: Recipe, run_dir: Path, name: str, specs: dict[str, ModelS
         "stage": name,
         "do": stage.do,
         "status": "finished",
-        **identity(recipe, name, specs[name]),
+        "config": stage.model_dump(mode="json", by_alias=True),
         "spec": (result.spec or job.spec).model_dump(mode="json"),
         "inputs": {
             "parent" if other == stage.source else "teacher": {"stage": other, "digest": digest(run_dir / other)}

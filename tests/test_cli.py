@@ -90,6 +90,13 @@ def test_other_settings_than_the_finished_stages(capsys, finished_parent):
     assert snapshot(finished_parent) == before
 
 
+def test_saving_more_often_is_no_other_setting(capsys, finished_parent):
+    message = run(
+        capsys, finished_parent, "stages.parent.checkpoint.every=1", "data.sources.code.limit=3", "14b-pruned"
+    )
+    assert "config.data.sources.code.limit was 12, now 3" in message
+
+
 def test_a_stage_made_from_another_parent_than_the_one_there(capsys, finished_parent):
     from ministral_jax.cascade import identity
     from ministral_jax.recipe import load_recipe, resolve_specs

@@ -12,7 +12,6 @@ from ministral_jax.evaluation import make_evaluate
 from ministral_jax.pruning.prune import prune
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import data_details, held_out_batches, open_data
-from ministral_jax.training.loop import take
 
 
 def run(job: Job) -> Result:
@@ -21,7 +20,9 @@ def run(job: Job) -> Result:
     spec, params = load_stage(job.source)
     data = open_data(job)
     evaluation = held_out_batches(job, data)
-    calibration = take(batches(data, "train", stage.batch.sequences, stage.seed), stage.calibration)
+
+    def calibration():
+        return batches(data, "train", stage.batch.sequences, stage.seed, stop_step=stage.calibration)
 
     def kl_to_source(pruned, pruned_spec) -> float:
         evaluate = make_evaluate(pruned_spec, stage.compute, spec)
@@ -32,7 +33,7 @@ def run(job: Job) -> Result:
         params,
         spec,
         job.spec,
-        lambda: calibration,
+        calibration,
         stage.options,
         key,
         lambda text: print(f"{job.name:>18}  {text}", file=sys.stderr, flush=True),

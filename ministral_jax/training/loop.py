@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -151,11 +150,3 @@ class _Reporter:
             self._since = (step, now)
         self._log.write("train", step, {"tokens": step * self._schedule.tokens_per_step, **values})
         self._line.update(step, note)
-
-
-def take(stream: Iterator[Batch], count: int) -> list[Batch]:
-    """The first `count` batches, and the stream closed."""
-    try:
-        return list(itertools.islice(stream, count))
-    finally:
-        getattr(stream, "close", lambda: None)()
