@@ -35,10 +35,13 @@ def hidden(model: VLM, params: Params, batch: Batch) -> jax.Array:
     return model.apply({"params": params}, batch["tokens"], **model_inputs(batch), method="hidden")  # type: ignore[return-value]
 
 
-@cache
-def _forward(spec: ModelSpec, compute: Compute) -> Callable[[Params, Batch], jax.Array]:
-    """`hidden` of one size, compiled once for all stages of a process that evaluate it."""
+def _compile(spec: ModelSpec, compute: Compute) -> Callable[[Params, Batch], jax.Array]:
+    """`hidden` of one size."""
     return jax.jit(partial(hidden, VLM(spec, compute)))
+
+
+# Once for all stages of a process that evaluate the size. Any: a type checker takes frozen models for unhashable.
+_forward: Any = cache(_compile)
 
 
 @jax.jit

@@ -6,7 +6,7 @@ K key-value heads, h head width, L layers, V vocabulary, P image patches.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,10 +15,6 @@ class Frozen(BaseModel):
     """Immutable, hashable record that refuses unknown keys; the base of every spec and config in the project."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    if TYPE_CHECKING:
-
-        def __hash__(self) -> int: ...
 
 
 class RopeSpec(Frozen):
