@@ -82,31 +82,30 @@ def test_an_export_gives_the_same_logits_in_transformers(rows, child):
 
     theirs = transformers.Mistral3ForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
     compared = {"text": 0, "image": 0}
-    for document in np.unique(batch["segments"][0]):
-        (where,) = np.nonzero(batch["segments"][0] == document)
-        pixels = _pixels(batch, where, data.vision)
-        inputs = {"input_ids": torch.tensor(batch["tokens"][0, where][None].astype(np.int64))}
+    documents = {(row, int(n)) for row, segments in enumerate(batch["segments"]) for n in np.unique(segments) if n}
+    for row, document in sorted(documents):
+        (where,) = np.nonzero(batch["segments"][row] == document)
+        pixels = _pixels({key: value[row] for key, value in batch.items()}, where, data.vision)
+        inputs = {"input_ids": torch.tensor(batch["tokens"][row, where][None].astype(np.int64))}
         if pixels is not None:
             inputs |= {"pixel_values": torch.tensor(pixels[None]), "image_sizes": torch.tensor([pixels.shape[1:]])}
         with torch.no_grad():
             logits = theirs(**inputs).logits[0].numpy()
-        np.testing.assert_allclose(logits, ours[0, where], rtol=0, atol=2e-5 * np.abs(ours).max())
+        np.testing.assert_allclose(logits, ours[row, where], rtol=0, atol=2e-5 * np.abs(ours).max())
         compared["text" if pixels is None else "image"] += 1
     assert compared["text"] >= 1 and compared["image"] >= 1
 
 
-def _pixels(batch, where, vision) -> np.ndarray | None:
-    """The image of a document of row 0, `[3, H, W]` normalised, put together patch by patch."""
-    slots = batch["image_slot"][0, where]
+def _pixels(row, where, vision) -> np.ndarray | None:
+    """The image of a document (the positions `where` of a row), `[3, H, W]` normalised, put together patch by patch."""
+    slots = row["image_slot"][where]
     if (slots < 0).all():
         return None
-    image = batch["patch_image"][0, slots.max() * vision.merge**2]
-    (patches,) = np.nonzero(batch["patch_image"][0] == image)
-    row, column = batch["patch_row"][0, patches], batch["patch_col"][0, patches]
-    p = vision.patch_size
-    pixels = np.zeros((3, (row.max() + 1) * p, (column.max() + 1) * p), np.float32)
-    for r, c, patch in zip(row, column, batch["patches"][0, patches], strict=True):
-        pixels[:, r * p : (r + 1) * p, c * p : (c + 1) * p] = patch.reshape(3, p, p)
+    (patches,) = np.nonzero(row["patch_image"] == row["patch_image"][slots.max() * vision.merge**2])
+    r, c, p = row["patch_row"][patches], row["patch_col"][patches], vision.patch_size
+    pixels = np.zeros((3, (r.max() + 1) * p, (c.max() + 1) * p), np.float32)
+    for y, x, patch in zip(r * p, c * p, row["patches"][patches], strict=True):
+        pixels[:, y : y + p, x : x + p] = patch.reshape(3, p, p)
     return pixels
 
 
