@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ministral_jax.config import Looped, PruneStage, Recipe
-from ministral_jax.data.pipeline import check_vocab, prepare
+from ministral_jax.data.pipeline import PackedData, check_vocab, prepare
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import digest, environment, read_manifest, spec_of, write_json
 from ministral_jax.models.spec import ModelSpec
@@ -36,8 +36,7 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
     for name in names:  # every conflict is found before anything is computed or written
         _check_unchanged(recipe, run_dir, name, specs[name])
     pending = [name for name in names if read_manifest(run_dir / name) is None]
-    for name in pending:  # so is every fault of the data
-        _pack_data(recipe, run_dir, name, specs[name])
+    _pack_data(recipe, run_dir, pending, specs)  # so is every fault of the data
     write_json(run_dir / "recipe.json", recipe.dump())
     for position, name in enumerate(names, 1):
         if read_manifest(run_dir / name) is not None:
@@ -48,19 +47,24 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
     return names
 
 
-def _pack_data(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> None:
-    """Tokenise and pack what a stage will read, unless that was done already."""
-    stage = recipe.stages[name]
-    if not isinstance(stage, (Looped, PruneStage)):
-        return
-    begun = time.monotonic()
-    line = ProgressLine("data", 0)
-    data = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", line.count)
-    line.close()
-    check_vocab(data.tokenizer, spec)
-    spent = time.monotonic() - begun
-    if spent > 1:
-        append_jsonl(run_dir / "ledger.jsonl", {"what": f"data of {name}", "seconds": round(spent, 3)})
+def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str, ModelSpec]) -> None:
+    """Tokenise and pack what the stages will read, unless that was done already; once for those that read the same."""
+    packed: dict[Any, PackedData] = {}
+    begun, line = time.monotonic(), ProgressLine("data", 0)
+    try:
+        for name in names:
+            stage, spec = recipe.stages[name], specs[name]
+            if not isinstance(stage, (Looped, PruneStage)):
+                continue
+            wanted = (stage.data.model_dump_json(), stage.batch.length, spec.vision)
+            if wanted not in packed:
+                packed[wanted] = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", line.count)
+            check_vocab(packed[wanted].tokenizer, spec)
+    finally:
+        line.close()
+    if packed:
+        spent = round(time.monotonic() - begun, 3)
+        append_jsonl(run_dir / "ledger.jsonl", {"what": "data", "seconds": spent})
 
 
 def _say(text: str) -> None:

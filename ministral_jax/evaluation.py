@@ -12,11 +12,10 @@ import numpy as np
 
 from ministral_jax.distillation.kl import Hidden, evaluate_positions
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, head_matrix
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
-IMAGE_KEYS = ("patches", "patch_image", "patch_row", "patch_col", "image_slot")
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

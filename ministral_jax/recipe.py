@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import graphlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -325,7 +324,3 @@ def _check_sizes(stage: Stage, spec: ModelSpec, source: ModelSpec | None, where:
     length = stage.batch.length if isinstance(stage, (TrainStage, DistillStage, PruneStage)) else 0
     if length > spec.context:
         raise UserError(f"{where}.batch.length = {length} exceeds the model's context of {spec.context}")
-
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(json.dumps(recipe.dump(), indent=2) + "\n", encoding="utf-8")

@@ -101,15 +101,19 @@ def patch_positions(rows: int, columns: int, merge: int) -> tuple[np.ndarray, np
 
 def normalise(patches: np.ndarray) -> np.ndarray:
     """uint8 patches `[..., 3pp]` to float32: / 255, then CLIP's mean and standard deviation per channel."""
-    per_channel = patches.shape[-1] // 3
-    mean, std = np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)
+    mean, std = _pixel_statistics(patches)
     return (patches / np.float32(255) - mean) / std
 
 
 def unpatchify(patches: np.ndarray, row: np.ndarray, column: np.ndarray, patch_size: int) -> np.ndarray:
     """One image's normalised patches `[n, 3pp]` and their places in its grid `[n]` back to uint8 `[H, W, 3]`."""
-    per_channel = patches.shape[-1] // 3
-    mean, std = np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)
+    mean, std = _pixel_statistics(patches)
     grid = np.zeros((row.max() + 1, column.max() + 1, patches.shape[-1]), np.uint8)
     grid[row, column] = np.rint((patches * std + mean) * 255)
     return rearrange(grid, "r q (c y x) -> (r y) (q x) c", c=3, y=patch_size, x=patch_size)
+
+
+def _pixel_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """CLIP's mean and standard deviation of each value of a flattened patch, `[3pp]`."""
+    per_channel = patches.shape[-1] // 3
+    return np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)

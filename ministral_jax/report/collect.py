@@ -15,6 +15,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.manifest import digest
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.report.style import accent
+from ministral_jax.training.metrics import read_jsonl
 
 Row = dict[str, float]
 """One line of metrics.jsonl: the values that are numbers."""
@@ -257,7 +258,7 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
     directory = run_dir / name
     inside = directory.parent == run_dir and directory.is_dir()
     manifest = mapping(_json(directory / "manifest.json", notes)) if inside else {}
-    rows = _rows(directory / "metrics.jsonl") if inside else []
+    rows = read_jsonl(directory / "metrics.jsonl") if inside else []
     finished = manifest.get("status") == "finished"
     spec = None
     if manifest.get("spec") is not None:
@@ -277,17 +278,6 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
         train=_of_kind(rows, "train"),
         evals=_of_kind(rows, "eval"),
     )
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Lines that are JSON objects; a line torn by a kill is not one."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def _of_kind(rows: list[dict[str, Any]], kind: str) -> list[Row]:

@@ -43,14 +43,14 @@ def mean(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a last line torn by a kill is left out."""
+    """Records of a JSONL file; lines that are not JSON objects, such as a last one torn by a kill, are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
