@@ -1,8 +1,16 @@
-"""All of Orbax, behind four functions: finished parameters, and the state to resume from."""
+"""All of Orbax, behind two functions and a class: finished parameters, and the states a stage goes on from.
+
+All processes of a job call the same things at the same points; the directory lies on a file system they share.
+Process 0 alone renames, removes and writes checksums. What a killed or a full machine leaves behind is recognised by
+checksums that are written last: a state without them, or with a file that differs, is not used.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,98 +18,277 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from ministral_jax.errors import UserError
+from ministral_jax.manifest import write_json
+from ministral_jax.parallel import barrier, is_first
+from ministral_jax.training.checksums import Files, checksums, damage, first_problem, from_first
+from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
 
 Tree = Any
 
 
-def save_params(directory: Path, params: Tree) -> None:
-    """Write parameters; the directory appears at once and whole, or not at all."""
-    if directory.exists():  # left by a run that was killed before its manifest
-        shutil.rmtree(directory)
-    ocp.save(str(directory.absolute()), params)
+def save_params(directory: Path, params: Tree) -> Files:
+    """Write parameters; the directory appears at once and whole, or not at all.
 
-
-def load_params(directory: Path, abstract: Tree) -> Tree:
-    """Read parameters into the shapes and dtypes of `abstract`.
+    Returns:
+        Size and SHA-256 of every file, the same dict on every process: for the manifest, and for `load_params`.
 
     Raises:
-        UserError: no checkpoint there, or one of another shape (the first leaf that differs is named).
+        UserError: they could not be written (on every process); nothing is left of the attempt.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a checkpoint: there is no such directory")
+    if is_first():  # left by a run that was killed before its manifest
+        discard(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    barrier(f"save {directory}")
+    files: Files = {}
+    writing = Writing(
+        directory,
+        lambda: ocp.save_async(str(directory.absolute()), params),
+        lambda: files.update(checksums(directory)),
+    )
+    if (problem := writing.outcome()) is not None:
+        if is_first():
+            discard(directory)
+        raise UserError(f"the parameters could not be saved in {directory}: {problem}") from writing.error
+    return from_first(files)
+
+
+def load_params(directory: Path, abstract: Tree, files: Files | None = None) -> Tree:
+    """Read parameters.
+
+    Args:
+        abstract: `ShapeDtypeStruct`s; parameters are cast to their dtypes and lie where their shardings say (without
+            one, on the first device).
+        files: what `save_params` returned; checked before anything is loaded, each process reads its share.
+
+    Raises:
+        UserError: no checkpoint there, one of another shape (the first leaf that differs is named), or a file that
+            differs from `files`. The same on every process.
+    """
+    problem = None if directory.is_dir() else f"{directory} is not a checkpoint: there is no such directory"
+    if files is not None and first_problem(problem) is None and (found := damage(directory, files)) is not None:
+        raise UserError(f"{directory}: {found}; delete {directory.parent} to have the stage made again")
+    if (problem := first_problem(problem or _misfit(directory, abstract))) is not None:
+        raise UserError(problem)
+    try:
+        return ocp.load(str(directory.absolute()), _placed(abstract))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory} cannot be read: {reason(error)}; delete {directory.parent} to have the stage made again"
+        ) from error
+
+
+def _misfit(directory: Path, abstract: Tree) -> str | None:
     try:
         stored = ocp.metadata(str(directory.absolute())).metadata
     except Exception as error:
-        raise UserError(f"{directory} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
-    _same_shapes(stored, abstract, directory)
-    return ocp.load(str(directory.absolute()), _on_device(abstract))
+        return f"{directory} is not a readable checkpoint: {reason(error)}"
+    return _difference(stored, abstract, directory)
 
 
-def _same_shapes(stored: Tree, abstract: Tree, directory: Path) -> None:
-    found = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(stored)
-    }
-    wanted = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(abstract)
-    }
+def _difference(stored: Tree, abstract: Tree, directory: Path) -> str | None:
+    """The first leaf that only one of two trees has, or that differs in shape."""
+    found, wanted = (
+        {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored, abstract)
+    )
     for path in sorted(found.keys() ^ wanted.keys()):
-        missing = path in wanted
-        raise UserError(f"{directory}: {path} is {'missing' if missing else 'not part of the model'}")
+        return f"{directory}: {path} is {'missing' if path in wanted else 'not part of the model'}"
     for path, leaf in wanted.items():
         if tuple(found[path].shape) != tuple(leaf.shape):
-            raise UserError(
-                f"{directory}: {path} has shape {tuple(found[path].shape)}, the spec needs {tuple(leaf.shape)}"
-            )
+            return f"{directory}: {path} has shape {tuple(found[path].shape)}, the spec needs {tuple(leaf.shape)}"
+    return None
 
 
-def _on_device(abstract: Tree) -> Tree:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _placed(abstract: Tree) -> Tree:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=getattr(s, "sharding", None) or device), abstract
     )
 
 
-class ResumeStore:
-    """The newest few training states of a stage, saved without stopping the loop."""
+# ---- states to resume from ------------------------------------------------------------------------------------------
 
-    def __init__(self, directory: Path, keep: int):
+
+class ResumeStore:
+    """Training states of a stage, `directory`/<step>, saved without stopping the loop.
+
+    The newest `keep` stay, and every multiple of `keep_every`. A state counts once `checksums`/<step>.json is there;
+    opening looks for the newest one all of whose files match it, and moves what is newer to `damaged`/<step>, saying
+    so on stderr. Older states go only after a newer one counts.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_every: int | None = None):
         self.directory = directory
-        training: Any = ocp.training  # its policies do not match its own protocols for a type checker
-        self._checkpointer = training.Checkpointer(
-            str(directory.absolute()),
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
-        self._saving: Any = None
+        self._keep, self._every = keep, keep_every
+        self._saving: tuple[int, Writing] | None = None
+        self._latest = self._open()
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete state."""
-        return None if self._checkpointer.latest is None else self._checkpointer.latest.step
+        """Step of the newest good state; waits for the save in progress. The same on every process."""
+        self.wait()
+        return self._latest
 
     def save(self, step: int, state: Tree, note: dict[str, Any]) -> None:
-        """Start saving; waits only for the save before this one. `note` is small JSON kept beside the state."""
+        """Start saving; waits only for the save before this one. `note` is small JSON kept beside the state.
+
+        Raises:
+            UserError: the save before this one failed.
+        """
         self.wait()
-        self._saving = self._checkpointer.save_checkpointables_async(step, {"state": state}, custom_metadata=note)
+        path = str(self._path(step).absolute())
+        self._saving = (
+            step,
+            Writing(
+                self._path(step),
+                lambda: ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=note),
+                lambda: self._complete(step),
+            ),
+        )
 
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The newest state, bit for bit, and its note."""
-        latest = self._checkpointer.latest
-        assert latest is not None
-        loaded = self._checkpointer.load_checkpointables(latest.step, {"state": _on_device(abstract)})
-        note = self._checkpointer.checkpointables_metadata(latest.step).custom_metadata
+        """The newest state, bit for bit, and its note. Leaves lie where the shardings of `abstract` say.
+
+        Raises:
+            UserError: it is the state of a model or an optimiser of other sizes.
+        """
+        step = self.latest
+        assert step is not None
+        path = self._path(step)
+        stored = ocp.checkpointables_metadata(str(path.absolute()))
+        if (problem := first_problem(_difference(stored.metadata["state"], abstract, path))) is not None:
+            raise UserError(f"{problem}; delete {self.directory} to start the stage again")
+        loaded = ocp.load_checkpointables(str(path.absolute()), {"state": _placed(abstract)})
+        note: Any = stored.custom_metadata
         return loaded["state"], note or {}
 
     def wait(self) -> None:
-        if self._saving:
-            self._saving.result()
-            self._saving = None
+        """Until the state that is being saved counts.
+
+        Raises:
+            UserError: it could not be saved (on every process). The states before it are as they were.
+        """
+        if self._saving is None:
+            return
+        (step, writing), self._saving = self._saving, None
+        if (problem := writing.outcome()) is None:
+            self._latest = step
+            return
+        if is_first():
+            self._forget(step)
+        kept = "no state was saved before" if self._latest is None else f"the state of step {self._latest} is intact"
+        raise UserError(
+            f"the state of step {step} could not be saved in {self.directory}: {problem}; {kept}, the same command "
+            "goes on from there"
+        ) from writing.error
 
     def close(self) -> None:
-        self.wait()
-        self._checkpointer.close()
+        """Let the save in progress end. Asks no other process, so it may follow an error that only this one met."""
+        if self._saving is None:
+            return
+        (step, writing), self._saving = self._saving, None
+        writing.join()
+        if writing.error is None:
+            self._latest = step
+        else:
+            _say(f"the state of step {step} could not be saved in {self.directory}: {reason(writing.error)}")
 
     def delete(self) -> None:
-        """A finished stage needs no state to resume from."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """A finished stage needs no state to resume from; multiples of `keep_every` stay."""
+        self.wait()
+        if not is_first():
+            return
+        if self._every is None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return
+        self._keep_only({step for step in self._recorded() if step % self._every == 0})
+        shutil.rmtree(self.directory / "damaged", ignore_errors=True)
+
+    # ---- process 0 ----
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _record(self, step: int) -> Path:
+        return self.directory / "checksums" / f"{step}.json"
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def _recorded(self) -> list[int]:
+        return [step for step in self._steps() if self._record(step).is_file()]
+
+    def _forget(self, step: int) -> None:
+        self._record(step).unlink(missing_ok=True)  # first: a state that is half removed does not count
+        discard(self._path(step))
+
+    def _keep_only(self, kept: set[int]) -> None:
+        for step in set(self._steps()) - kept:
+            self._forget(step)
+
+    def _complete(self, step: int) -> None:
+        """What makes a written state count; then older ones may go. In a thread of process 0."""
+        self._record(step).parent.mkdir(exist_ok=True)
+        write_json(self._record(step), checksums(self._path(step)))
+        steps = self._recorded()
+        self._keep_only({*steps[-self._keep :], *(s for s in steps if self._every and s % self._every == 0)})
+
+    # ---- opening ----
+
+    def _open(self) -> int | None:
+        """The newest good state; what is newer is out of the way."""
+        torn = self._tidy() if is_first() else []
+        steps: list[int] = from_first(self._steps() if is_first() else None)
+        bad: dict[int, str] = {}
+        good = None
+        for step in reversed(steps):
+            problem = self._problem(step)
+            if problem is None:
+                good = step
+                break
+            bad[step] = problem
+        if is_first():
+            instead = "starting from the beginning" if good is None else f"going on from step {good}"
+            for step, problem in bad.items():
+                place = self._set_aside(step)
+                _say(f"{self._path(step)} is damaged ({problem}); moved to {place}; {instead}")
+            for step in torn:
+                _say(f"{self._path(step)} was being written when the run ended; removed; {instead}")
+        barrier(f"open {self.directory}")
+        return good
+
+    def _tidy(self) -> list[int]:
+        """Steps whose writing was cut short; nothing of them is left."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        torn = []
+        for path in self.directory.iterdir():
+            if path.name.endswith((TEMPORARY, FAILED)):
+                shutil.rmtree(path, ignore_errors=True)
+            if path.name.endswith(TEMPORARY) and (step := path.name.removesuffix(TEMPORARY)).isdecimal():
+                torn.append(int(step))
+        return torn
+
+    def _problem(self, step: int) -> str | None:
+        files, problem = from_first(_read_record(self._record(step)) if is_first() else None)
+        return problem or damage(self._path(step), files)
+
+    def _set_aside(self, step: int) -> Path:
+        place = self.directory / "damaged" / str(step)
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(self._path(step), place)
+        self._record(step).unlink(missing_ok=True)
+        return place
+
+
+def _read_record(path: Path) -> tuple[Files | None, str | None]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")), None
+    except FileNotFoundError:
+        return None, f"it has no {path.parent.name}/{path.name}: the run ended before that was written"
+    except (OSError, ValueError):
+        return None, f"{path.parent.name}/{path.name} is not readable"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

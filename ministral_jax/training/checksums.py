@@ -1,0 +1,85 @@
+"""Whether what lies in a directory is what was written there: sizes and SHA-256 of its files, and what all processes
+agree to be wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Files = dict[str, Any]
+"""Relative path -> [size in bytes, SHA-256 in hex]; survives JSON unchanged."""
+
+_THREADS = min(8, os.cpu_count() or 1)
+_LONGEST = 2000
+
+
+def checksums(directory: Path) -> Files:
+    """Of every file under `directory`."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = pool.map(_sha256, paths)
+        return {
+            path.relative_to(directory).as_posix(): [path.stat().st_size, digest]
+            for path, digest in zip(paths, digests, strict=True)
+        }
+
+
+def damage(directory: Path, files: Files) -> str | None:
+    """What differs from `files`, or None: "NAME is missing", "NAME has 3 bytes instead of 5", ..
+
+    Every process reads its share of the files and learns of everyone's findings.
+    """
+    share = sorted(files, key=lambda name: (-files[name][0], name))[jax.process_index() :: jax.process_count()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        findings = pool.map(lambda name: _difference(directory, name, *files[name]), share)
+        return first_problem(next((finding for finding in findings if finding), None))
+
+
+def _difference(directory: Path, name: str, size: int, digest: str) -> str | None:
+    path = directory / name
+    try:
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+        return None if _sha256(path) == digest else f"the content of {name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- what processes tell each other; all of them must call these at the same point ---------------------------------
+
+
+def first_problem(problem: str | None) -> str | None:
+    """What the first process that has something to say says; the same on every process."""
+    if jax.process_count() == 1:
+        return problem
+    line = np.zeros(_LONGEST, np.uint8)
+    text = np.frombuffer((problem or "").encode()[:_LONGEST], np.uint8)
+    line[: len(text)] = text
+    lines = np.asarray(multihost_utils.process_allgather(line))
+    said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in lines]
+    return next((text for text in said if text), None)
+
+
+def from_first(value: Any) -> Any:
+    """The JSON value that process 0 has; the others' is not looked at."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
+    line = text if jax.process_index() == 0 else np.zeros(length, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(line)).tobytes())
