@@ -9,11 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ministral_jax.config import Looped, PruneStage, Recipe
 from ministral_jax.data.pipeline import PackedData, check_vocab, prepare
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import digest, environment, read_manifest, spec_of, write_json
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.parallel import Placement, barrier, first_then_all, is_first, make_mesh
+from ministral_jax.processes import poll, poll_alone
 from ministral_jax.recipe import inputs, order, resolve_specs
 from ministral_jax.stages import Job, Result, verb
 from ministral_jax.training.metrics import ProgressLine, append_jsonl
@@ -36,8 +40,11 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
     for name in names:  # every conflict is found before anything is computed or written
         _check_unchanged(recipe, run_dir, name, specs[name])
     pending = [name for name in names if read_manifest(run_dir / name) is None]
-    _pack_data(recipe, run_dir, pending, specs)  # so is every fault of the data
-    write_json(run_dir / "recipe.json", recipe.dump())
+    for name in pending:
+        _check_mesh(recipe, name)
+    first_then_all(lambda: _pack_data(recipe, run_dir, pending, specs))  # so is every fault of the data
+    if is_first():
+        write_json(run_dir / "recipe.json", recipe.dump())
     for position, name in enumerate(names, 1):
         if read_manifest(run_dir / name) is not None:
             _say(f"[{position}/{len(names)}] {name}: finished already")
@@ -47,10 +54,23 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
     return names
 
 
+def _check_mesh(recipe: Recipe, name: str) -> None:
+    stage = recipe.stages[name]
+    placement = Placement(make_mesh(stage.mesh), stage.sharding)
+    if isinstance(stage, (Looped, PruneStage)):
+        batch = stage.batch
+        placement.check_batch(batch.sequences, batch.length, f"stages.{name}", batch.microbatches)
+
+
 def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str, ModelSpec]) -> None:
     """Tokenise and pack what the stages will read, unless that was done already; once for those that read the same."""
     packed: dict[Any, PackedData] = {}
     begun, line = time.monotonic(), ProgressLine("data", 0)
+
+    def progress(what: str, so_far: int) -> None:
+        poll_alone(f"packing data: {what}")
+        line.count(what, so_far)
+
     try:
         for name in names:
             stage, spec = recipe.stages[name], specs[name]
@@ -58,22 +78,26 @@ def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str,
                 continue
             wanted = (stage.data.model_dump_json(), stage.batch.length, spec.vision)
             if wanted not in packed:
-                packed[wanted] = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", line.count)
+                packed[wanted] = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", progress)
             check_vocab(packed[wanted].tokenizer, spec)
     finally:
         line.close()
-    if packed:
+    if packed and is_first():
         spent = round(time.monotonic() - begun, 3)
         append_jsonl(run_dir / "ledger.jsonl", {"what": "data", "seconds": spent})
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+_ON_THE_WAY = {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding"}
 
 
 def identity(recipe: Recipe, name: str, spec: ModelSpec) -> dict[str, Any]:
-    """The settings that make a stage's result what it is; how often it is saved on the way does not."""
-    config = recipe.stages[name].model_dump(mode="json", by_alias=True, exclude={"checkpoint"})
+    """The settings that make a stage's result what it is; where it is computed and how it survives do not."""
+    config = recipe.stages[name].model_dump(mode="json", by_alias=True, exclude=_ON_THE_WAY)
     return {"config": config, "spec": spec.model_dump(mode="json")}
 
 
@@ -112,12 +136,22 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 def _run_stage(recipe: Recipe, run_dir: Path, name: str, specs: dict[str, ModelSpec]) -> None:
     stage, directory = recipe.stages[name], run_dir / name
     directory.mkdir(exist_ok=True)
-    write_json(directory / "stage.json", identity(recipe, name, specs[name]))
+    if is_first():
+        write_json(directory / "stage.json", identity(recipe, name, specs[name]))
     job = Job(name=name, stage=stage, spec=_with_norms_of_source(recipe, run_dir, name, specs[name]), run_dir=run_dir)
     begun = time.monotonic()
-    result: Result = verb(stage)(job)
-    manifest = {
-        "stage": name,
+    poll(f"beginning {name}", slow=True)
+    with jax.set_mesh(job.placement.mesh):
+        result: Result = verb(stage)(job)
+    if is_first():
+        write_json(directory / "manifest.json", _manifest(job, result, time.monotonic() - begun))
+    barrier(f"{name} finished")
+
+
+def _manifest(job: Job, result: Result, seconds: float) -> dict[str, Any]:
+    stage, run_dir = job.stage, job.run_dir
+    return {
+        "stage": job.name,
         "do": stage.do,
         "status": "finished",
         "config": stage.model_dump(mode="json", by_alias=True),
@@ -128,12 +162,13 @@ def _run_stage(recipe: Recipe, run_dir: Path, name: str, specs: dict[str, ModelS
         },
         "tokens": result.tokens,
         "steps": result.steps,
-        "seconds": round(result.seconds or time.monotonic() - begun, 3),
+        "seconds": round(result.seconds or seconds, 3),
         "metrics": result.metrics,
+        "files": result.files,
+        "devices": {"count": jax.device_count(), "kind": jax.devices()[0].device_kind, "hosts": jax.process_count()},
         **result.details,
         **environment(),
     }
-    write_json(directory / "manifest.json", manifest)
 
 
 def _with_norms_of_source(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) -> ModelSpec:

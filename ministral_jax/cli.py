@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,17 +12,44 @@ from ministral_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 2 the user's input is at fault (said in one sentence on stderr), 130 interrupted."""
-    args = _parser().parse_args(argv)
+    """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
+    75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
+    from ministral_jax.processes import RETRY, Preempted, leave, lost_peer
+
+    args = _parse(argv)
     try:
-        args.command(args)
+        code = args.command(args) or 0
     except UserError as error:
-        print(f"ministral-jax: {error}", file=sys.stderr)
-        return 2
+        _say(str(error))
+        return leave(2, together=True)
+    except Preempted as stop:
+        _say(f"stopped as asked, before {stop}; the same command goes on")
+        return leave(RETRY, together=True)
     except KeyboardInterrupt:
-        print("ministral-jax: interrupted; the same command goes on from the last saved state", file=sys.stderr)
-        return 130
-    return 0
+        _say("interrupted; the same command goes on from the last saved state")
+        return leave(130, together=False)
+    except Exception as error:
+        traceback.print_exc()
+        if lost_peer(error):
+            _say("another process of this job is gone; the same command goes on from the last saved state")
+            return leave(RETRY, together=False)
+        return leave(1, together=False)
+    return leave(code, together=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand between stages and overrides, which argparse alone would not have."""
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in more) or (more and not hasattr(args, "rest")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.rest = [*args.rest, *more]
+    return args
+
+
+def _say(text: str) -> None:
+    print(f"ministral-jax: {text}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,9 +62,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", help="YAML file, e.g. configs/tiny.yaml")
     run.add_argument("rest", nargs="*", metavar="STAGE | key=value", help="stages to run (default: all), and overrides")
     run.add_argument("--run-dir", type=Path, help="where stages are written (default: runs/<recipe's name>)")
+    group = run.add_argument_group("several processes, each with this command")
+    group.add_argument("--distributed", action="store_true", help="find the others by the cluster's own means")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, instead of finding it")
+    group.add_argument("--process-count", type=int, metavar="N")
+    group.add_argument("--process-index", type=int, metavar="I")
+    group.add_argument("--cpu-devices", type=int, metavar="K", help="run on K virtual CPU devices in each process")
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="write report.html and summary.json of a run")
+    sweep = commands.add_parser("sweep", help="run a recipe at several settings; stages that they share are run once")
+    sweep.add_argument("recipe", help="YAML file: a recipe, or a sweep, e.g. configs/sweeps/tiny_layer_score.yaml")
+    sweep.add_argument("rest", nargs="*", metavar="STAGE | key=v1,v2", help="stages to run, values to vary, overrides")
+    sweep.add_argument("--zip", action="store_true", help="keys vary together instead of in every combination")
+    sweep.add_argument("--name", help="of the directory below runs/ (default: the file's name and what varies)")
+    sweep.add_argument("--run-dir", type=Path, help="where points are written (default: runs/<name>)")
+    sweep.set_defaults(command=_sweep)
+
+    report = commands.add_parser("report", help="write the report and the figures of a run or of a sweep")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(command=_report)
 
@@ -49,15 +91,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from ministral_jax.processes import join, use_cpu
     from ministral_jax.recipe import load_recipe
     from ministral_jax.run import run_recipe
 
     overrides = [word for word in args.rest if "=" in word]
     recipe = load_recipe(args.recipe, overrides)
+    if args.cpu_devices is not None:
+        use_cpu(args.cpu_devices)
+    join(recipe.limits, args.distributed, args.coordinator, args.process_count, args.process_index)
     run_recipe(recipe, args.run_dir or Path("runs") / recipe.name, [word for word in args.rest if "=" not in word])
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    from ministral_jax.processes import Limits, join
+    from ministral_jax.sweep import read_sweep
+    from ministral_jax.sweep_run import run_sweep
+
+    join(Limits())  # one process: for its answer to SIGTERM
+    sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
+    return run_sweep(sweep, args.run_dir or Path("runs") / sweep.name)
+
+
 def _report(args: argparse.Namespace) -> None:
+    if (args.run_dir / "sweep.json").is_file():
+        from ministral_jax.sweep_run import report_sweep
+
+        return report_sweep(args.run_dir)
     from ministral_jax.run import report_run
 
     report_run(args.run_dir)

@@ -15,6 +15,8 @@ from ministral_jax.data.config import DataConfig
 from ministral_jax.distillation.kl import LossOptions
 from ministral_jax.models.spec import Frozen
 from ministral_jax.models.vlm import Compute
+from ministral_jax.parallel import MeshConfig, Rules
+from ministral_jax.processes import Limits
 from ministral_jax.pruning.prune import PruneOptions
 
 ModelRef = str | dict[str, Any]
@@ -67,10 +69,24 @@ class EvaluateConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
-    """Resume state every `every` steps, the newest `keep` kept."""
+    """Resume state every `every` steps, the newest `keep` kept, and for good those of multiples of `keep_every`."""
 
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+
+
+class GuardConfig(Frozen):
+    """What happens when a step's loss is NaN, infinite, or above `spike` times the median of the last `window`.
+
+    `stop` ends the run. `rollback` goes back to the newest saved state and leaves out the batches since then, at most
+    `rollbacks` times in a row of a process's life.
+    """
+
+    action: Literal["stop", "rollback"] = "stop"
+    spike: float | None = Field(default=None, gt=1)
+    window: int = Field(default=50, ge=1)
+    rollbacks: int = Field(default=3, ge=0)
 
 
 class Stage(Frozen):
@@ -79,6 +95,8 @@ class Stage(Frozen):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
 
     source: str | None = Field(default=None, alias="from")
+    mesh: MeshConfig = MeshConfig()
+    sharding: Rules = Rules()
 
 
 class Looped(Stage):
@@ -91,6 +109,7 @@ class Looped(Stage):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     compute: Compute = Compute()
 
 
@@ -131,6 +150,8 @@ class DistillStage(Looped):
     do: Literal["distill"]
     model: ModelRef | None = None
     teacher: str
+    teacher_sharding: Rules | None = None
+    """Where the teacher lies; None is like the student."""
     loss: LossOptions = LossOptions()
     baseline: bool = False
     """Also run `<stage>-scratch`: same shape, data, tokens and teacher, but decoder and projector drawn at random."""
@@ -160,6 +181,7 @@ class Recipe(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     stages: dict[str, AnyStage]
     family: Family | None = None
+    limits: Limits = Limits()
 
     @field_validator("stages")
     @classmethod

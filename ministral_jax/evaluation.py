@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ministral_jax.distillation.kl import Hidden, evaluate_positions
+from ministral_jax.distillation.kl import Hidden
+from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, head_matrix
+from ministral_jax.parallel import Placement, zigzag
+from ministral_jax.processes import poll
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
+Evaluate = Callable[[Params, Params | None, Iterable[Batch]], tuple[dict[str, float], list[np.ndarray]]]
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -24,77 +28,92 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return dict(positions=batch["positions"], segments=batch["segments"], images=images or None)
 
 
-def labels(batch: Batch) -> jax.Array:
-    """`[B, T]` the next token of every position; the last column is never counted."""
-    return jnp.roll(batch["tokens"], -1, axis=1)
-
-
 def hidden(model: VLM, params: Params, batch: Batch) -> jax.Array:
     """`[B, T, D]` after the final norm."""
     return model.apply({"params": params}, batch["tokens"], **model_inputs(batch), method="hidden")  # type: ignore[return-value]
 
 
-def _compile(spec: ModelSpec, compute: Compute) -> Callable[[Params, Batch], jax.Array]:
+def _compile(spec: ModelSpec, compute: Compute, placement: Placement) -> Callable[[Params, Batch], jax.Array]:
     """`hidden` of one size."""
-    return jax.jit(partial(hidden, VLM(spec, compute)))
+    return jax.jit(placement.rules.scoped(partial(hidden, VLM(spec, compute))))
+
+
+def _compile_reading(head: LossHead) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+    """Sums over a batch and predictions `[B, T]`, whole on every device."""
+
+    def read(states: jax.Array, params: Params, targets: tuple[jax.Array, Params] | None, batch: Batch):
+        teacher = None if targets is None else Hidden(targets[0], head_matrix(targets[1]))
+        readings = head.evaluate_positions(states, head_matrix(params), teacher, batch["labels"])
+        return sums(batch, readings), readings["prediction"]
+
+    return jax.jit(read, out_shardings=head.placement.replicated)
 
 
 # Once for all stages of a process that evaluate the size. Any: a type checker takes frozen models for unhashable.
 _forward: Any = cache(_compile)
-
-
-@jax.jit
-def _read(states: jax.Array, params: Params, targets: tuple[jax.Array, Params] | None, batch: Batch):
-    teacher = None if targets is None else Hidden(targets[0], head_matrix(targets[1]))
-    return evaluate_positions(states, head_matrix(params), teacher, labels(batch))
+_reading: Any = cache(_compile_reading)
 
 
 def make_evaluate(
-    spec: ModelSpec, compute: Compute, teacher_spec: ModelSpec | None = None
-) -> Callable[[Params, Params | None, Sequence[Batch]], tuple[dict[str, float], list[np.ndarray]]]:
+    spec: ModelSpec,
+    compute: Compute,
+    placement: Placement,
+    teacher_spec: ModelSpec | None = None,
+    teacher_placement: Placement | None = None,
+) -> Evaluate:
     """An evaluator of models of one size, against a teacher when its size is given.
 
     Returns:
-        `(params, teacher_params, batches) -> (figures, predictions)`: means over the counted positions of all batches,
-        and per batch the most probable next token `[B, T]`.
+        `(params, teacher_params, batches) -> (figures, predictions)`: means over the counted positions of all batches
+        (as `Placement.place` gives them), and per batch the most probable next token `[B, T]` in the row's order.
     """
+    taught = teacher_placement or placement
 
     def head(params: Params) -> Params:
         decoder = params["decoder"]
         return {"decoder": {key: decoder[key] for key in ("embed", "head") if key in decoder}}
 
-    def evaluate(params: Params, teacher_params: Params | None, batches: Sequence[Batch]):
-        outputs = []
-        for batch in batches:
+    def evaluate(params: Params, teacher_params: Params | None, batches: Iterable[Batch]):
+        outputs, predictions = [], []
+        for number, batch in enumerate(batches, 1):
+            poll(f"evaluating batch {number}", slow=number == 1)
             targets = None
             if teacher_spec is not None and teacher_params is not None:
-                targets = (_forward(teacher_spec, compute)(teacher_params, batch), head(teacher_params))
-            outputs.append(jax.device_get(_read(_forward(spec, compute)(params, batch), head(params), targets, batch)))
-        return figures(batches, outputs), [out["prediction"] for out in outputs]
+                targets = (_forward(teacher_spec, compute, taught)(teacher_params, batch), head(teacher_params))
+            states = _forward(spec, compute, placement)(params, batch)
+            read = _reading(LossHead(placement, taught.rules))
+            total, predicted = jax.device_get(read(states, head(params), targets, batch))
+            outputs.append(total)
+            predictions.append(predicted[:, np.argsort(zigzag(predicted.shape[1], placement.mesh.shape["context"]))])
+        return figures(outputs), predictions
 
     return evaluate
 
 
-def figures(batches: Sequence[Batch], outputs: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Means over held-out positions, in float64 on the host.
+def sums(batch: Batch, readings: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What `figures` needs of one batch: sums over its positions."""
+    counted, answers = batch["loss_mask"], batch["answer_mask"]
+    total = {
+        "counted": counted.sum(),
+        "ce": (counted * readings["ce"]).sum(),
+        "nats": jnp.where(batch["text_bytes"] > 0, readings["ce"], 0).sum(),
+        "bytes": batch["text_bytes"].sum(),
+        "right": (answers * (readings["prediction"] == batch["labels"])).sum(),
+        "answers": answers.sum(),
+    }
+    return total | ({"kl": (counted * readings["kl"]).sum()} if "kl" in readings else {})
+
+
+def figures(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over held-out positions, added up in float64 from the sums of the batches.
 
     `kl` and `ce` in nats per counted token; `bits_per_byte` over text; `digit_accuracy` over answers about images.
     """
-    total = dict.fromkeys(("counted", "kl", "ce", "nats", "bytes", "right", "answers"), 0.0)
-    for batch, out in zip(batches, outputs, strict=True):
-        counted, text, answer = (np.asarray(batch[k], np.float64) for k in ("loss_mask", "text_bytes", "answer_mask"))
-        total["counted"] += counted.sum()
-        total["ce"] += (counted * out["ce"]).sum()
-        total["kl"] += (counted * out["kl"]).sum() if "kl" in out else 0.0
-        total["nats"] += ((text > 0) * np.asarray(out["ce"], np.float64)).sum()
-        total["bytes"] += text.sum()
-        total["right"] += (answer * (out["prediction"] == np.roll(batch["tokens"], -1, axis=1))).sum()
-        total["answers"] += answer.sum()
-    result = {"ce": total["ce"] / max(total["counted"], 1)}
-    if outputs and "kl" in outputs[0]:
-        result["kl"] = total["kl"] / max(total["counted"], 1)
-    if total["bytes"]:
-        result["bits_per_byte"] = total["nats"] / np.log(2) / total["bytes"]
-    if total["answers"]:
+    total = {key: float(np.sum([out[key] for out in outputs], dtype=np.float64)) for key in (outputs or [{}])[0]}
+    counted = max(total.get("counted", 0.0), 1.0)
+    result = {key: total[key] / counted for key in ("ce", "kl") if key in total}
+    if total.get("bytes"):
+        result["bits_per_byte"] = total["nats"] / float(np.log(2)) / total["bytes"]
+    if total.get("answers"):
         result["digit_accuracy"] = total["right"] / total["answers"]
-    return {key: float(value) for key, value in result.items()}
+    return result

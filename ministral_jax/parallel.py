@@ -147,7 +147,7 @@ class Placement:
     """A mesh and rules: where the parameters, the optimiser's state and the rows of a batch lie."""
 
     mesh: Mesh
-    rules: Rules = Rules()
+    rules: Rules
 
     @cached_property
     def replicated(self) -> NamedSharding:
@@ -267,6 +267,28 @@ def fetch(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+def first_then_all(work: Callable[[], None]) -> None:
+    """`work` by the first process, which writes files that the others then find.
+
+    Raises:
+        UserError: the first process's, by every process.
+    """
+    error: UserError | None = None
+    if is_first():
+        try:
+            work()
+        except UserError as found:
+            error = found
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
+        if failed and error is None:
+            raise UserError("the first process found a fault, see what it says")
+    if error is not None:
+        raise error
+    if not is_first():
+        work()
 
 
 def barrier(name: str) -> None:

@@ -15,6 +15,7 @@ from ministral_jax.config import DistillStage, ImportStage, ModelRef, PruneStage
 from ministral_jax.data.config import DataConfig
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS, ModelSpec
+from ministral_jax.parallel import MeshConfig, Rules
 
 PACKAGED_CONFIGS = Path(__file__).parent / "configs"
 """Where a wheel keeps the recipes of the repository's `configs/`."""
@@ -104,6 +105,7 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:  # said once here, not once for every stage that inherits it
         problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
         raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
     kinds = ("train", "import", "prune", "distill", "export")
     for kind in defaults:
         if kind not in kinds:
@@ -116,8 +118,21 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         stage = merge(defaults.get(stage["do"], {}), stage)
         if data is not None and stage["do"] in ("train", "prune", "distill"):
             stage["data"] = merge(data, stage.get("data", {}))
+        for key, value in shared.items():
+            stage[key] = merge(value, stage.get(key, {}))
         stages[name] = stage
     return {**raw, "stages": stages}
+
+
+def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, Any]:
+    """A block of the recipe that every stage inherits, taken out of it; its faults are said once."""
+    value = raw.pop(key, None) or {}
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        problems = (explain(problem, model, f"{key}.") for problem in error.errors())
+        raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    return value
 
 
 def _validate(raw: dict[str, Any], where: str) -> Recipe:
@@ -158,7 +173,7 @@ def _keys_beside(loc: list[str], root: type[BaseModel]) -> list[str]:
             node = next((get_args(t)[1] for t in _alternatives(node) if get_origin(t) is dict), None)
     models = [t for t in _alternatives(node) if isinstance(t, type) and issubclass(t, BaseModel)]
     known = [f.alias or name for m in models for name, f in m.model_fields.items()]
-    return [*known, "defaults", "data"] if node is Recipe else known
+    return [*known, "defaults", "data", "mesh", "sharding"] if node is Recipe else known
 
 
 def _alternatives(annotation: Any) -> list[Any]:

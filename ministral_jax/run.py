@@ -15,6 +15,7 @@ from rich.table import Table
 from ministral_jax.cascade import run_cascade
 from ministral_jax.config import Recipe
 from ministral_jax.errors import UserError
+from ministral_jax.parallel import barrier, is_first
 from ministral_jax.report import build_report
 from ministral_jax.summary import write_summary
 
@@ -23,7 +24,9 @@ def run_recipe(recipe: Recipe, run_dir: Path, stages: Iterable[str] = ()) -> Non
     """Run the stages of a recipe in `run_dir`, then write its report and print the family's table."""
     jax.config.update("jax_compilation_cache_dir", str((run_dir / "xla").absolute()))
     run_cascade(recipe, run_dir, stages)
-    _finish(recipe, run_dir)
+    if is_first():
+        _finish(recipe, run_dir)
+    barrier("reported")
 
 
 def report_run(run_dir: Path) -> None:

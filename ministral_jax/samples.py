@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ministral_jax.data.images import unpatchify
-from ministral_jax.data.pipeline import PackedData
+from ministral_jax.data.pipeline import PackedData, held_out
 from ministral_jax.manifest import write_json
+from ministral_jax.parallel import is_first
 
 SAMPLES = 16
 THUMBNAIL = 256
@@ -21,13 +22,19 @@ THUMBNAIL = 256
 Batch = dict[str, Any]
 
 
-def write_samples(path: Path, data: PackedData, batches: list[Batch], predictions: list[np.ndarray]) -> None:
-    """`{"images": [{"png" in base64, "question", "label", "answer"}]}` of the first held-out questions about an image.
+def write_samples(
+    path: Path, data: PackedData, batch_size: int, limit_rows: int, predictions: list[np.ndarray]
+) -> None:
+    """`{"images": [{"png" in base64, "question", "label", "answer"}]}` of the first held-out questions about an image;
+    the first process writes them.
 
-    `predictions` are the most probable next tokens `[B, T]` per batch; the answer is read off under teacher forcing.
+    `predictions` are the most probable next tokens `[B, T]` per batch of `held_out(..)`; the answer is read off
+    under teacher forcing.
     """
+    if not is_first():
+        return
     samples: list[dict[str, Any]] = []
-    for batch, predicted in zip(batches, predictions, strict=True):
+    for batch, predicted in zip(held_out(data, batch_size, limit_rows), predictions, strict=True):
         for row in range(batch["tokens"].shape[0]):
             samples += _row_samples(data, {key: value[row] for key, value in batch.items()}, predicted[row])
             if len(samples) >= SAMPLES:

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ministral_jax.config import OptimizerConfig
+from ministral_jax.config import GuardConfig, OptimizerConfig
 from ministral_jax.distillation.kl import cross_entropy
 from ministral_jax.errors import UserError
-from ministral_jax.evaluation import figures, hidden, labels
+from ministral_jax.evaluation import figures, hidden, sums
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
 from ministral_jax.summary import token_speedup
 from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
-from ministral_jax.training.loop import Diverged, Schedule, fit
+from ministral_jax.training.loop import Diverged, Schedule, fit, restore
 from ministral_jax.training.metrics import StageLog, read_jsonl
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
-from ministral_jax.training.state import init_state, make_step, split_frozen
+from ministral_jax.training.state import abstract_state, init_state, make_step, split_frozen
 
 SPEC = ModelSpec(layers=2, width=12, mlp_width=16, heads=2, kv_heads=1, head_width=4, vocab=32, context=16, vision=None)
 MODEL = VLM(SPEC)
@@ -32,12 +32,12 @@ def batch(n: int, rows: int = 4) -> dict:
     mask = (rng.random((rows, 8)) < 0.6).astype(np.float32)
     mask[:, -1] = 0
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
-    return {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask}
+    return {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask, "labels": np.roll(tokens, -1, 1)}
 
 
 def loss(params, frozen, batch):
     states = hidden(MODEL, params, batch)
-    total, metrics = cross_entropy(states, head_matrix(params), labels(batch), batch["loss_mask"])
+    total, metrics = cross_entropy(states, head_matrix(params), batch["labels"], batch["loss_mask"])
     return total, {**metrics, "loss": metrics["ce"]}
 
 
@@ -113,7 +113,7 @@ def test_muon_makes_the_updates_of_every_layer_orthogonal(params):
     assert singular.max() / singular.min() < 2.5
 
 
-def run(tmp_path, params, steps=6, batches=None, evaluate=None):
+def run(tmp_path, params, steps=6, batches=None, evaluate=None, guard=GuardConfig()):
     (tmp_path / "stage").mkdir(exist_ok=True)
     step = step_fn()
     schedule = Schedule(steps=steps, evaluate_every=4, save_every=2, tokens_per_step=32, flops_per_step=1.0)
@@ -121,11 +121,12 @@ def run(tmp_path, params, steps=6, batches=None, evaluate=None):
     try:
         return fit(
             "stage",
-            fresh(params),
+            *(restore(store, abstract_state(params, make_optimizer(CONFIG, 10))) or (fresh(params), None)),
             lambda state, b: step(state, {}, b),
             batches or (lambda start: (batch(n) for n in range(start, 100))),
             evaluate or (lambda state: {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}),
             schedule,
+            guard,
             lambda resumed: StageLog(tmp_path / "stage", resumed),
             store,
         )
@@ -139,7 +140,8 @@ def test_every_step_and_evaluation_is_logged_once(tmp_path, params):
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 1, 2, 4, 6]
     assert [r["tokens"] for r in records if r["kind"] == "eval"][-1] == 6 * 32
-    assert outcome.metrics == {"kl": records[-1]["kl"]} and int(outcome.state["step"]) == 6
+    last = [r for r in records if r["kind"] == "eval"][-1]
+    assert outcome.metrics == {"kl": last["kl"]} and int(outcome.state["step"]) == 6
 
 
 class Stop(Exception):
@@ -173,7 +175,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path, 
     with pytest.raises(Diverged, match=r"loss is nan at step 5; the state of step 4 is kept in .*state"):
         run(tmp_path, params, batches=poisoned)
     store = ResumeStore(tmp_path / "stage" / "state", 2)
-    state, _ = store.restore(jax.eval_shape(lambda: fresh(params)))
+    state, _ = store.restore(abstract_state(params, make_optimizer(CONFIG, 10)))
     store.close()
     assert int(state["step"]) == 4
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["params"]))
@@ -197,7 +199,7 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path, params):
 def test_figures_are_means_over_all_batches_not_means_of_means():
     ones = np.ones((1, 4), np.float32)
     part = {
-        "tokens": np.array([[1, 2, 3, 4]]),
+        "labels": np.array([[2, 3, 4, 0]]),
         "loss_mask": np.array([[1, 1, 0, 0]], np.float32),
         "text_bytes": np.array([[3, 0, 0, 0]], np.float32),
         "answer_mask": np.array([[0, 1, 0, 0]], np.float32),
@@ -205,7 +207,7 @@ def test_figures_are_means_over_all_batches_not_means_of_means():
     other = {**part, "loss_mask": ones, "answer_mask": np.array([[1, 1, 0, 0]], np.float32)}
     right = {"ce": 2 * ones, "kl": ones, "prediction": np.array([[2, 3, 4, 0]])}
     wrong = {"ce": 4 * ones, "kl": 4 * ones, "prediction": np.zeros((1, 4), int)}
-    result = figures([part, other], [right, wrong])
+    result = figures([sums(part, right), sums(other, wrong)])
     assert result["kl"] == pytest.approx((2 * 1 + 4 * 4) / 6)
     assert result["ce"] == pytest.approx((2 * 2 + 4 * 4) / 6)
     assert result["bits_per_byte"] == pytest.approx((2 + 4) / math.log(2) / 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -91,48 +91,49 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    host: int = 0,
-    hosts: int = 1,
     stop_step: int | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Row]:
-    """This host's part of the global batches `start_step, start_step + 1, ..`, shuffled anew each epoch, without end.
+    """The global batches `start_step, start_step + 1, ..`, shuffled anew each epoch, without end; or of each only
+    `rows`, those that the devices of this host hold.
 
-    Batch n holds rows `n B .. (n + 1) B` of an endless sequence that depends on the seed alone, and host h of H its
-    rows `h B/H .. (h + 1) B/H`: any number of hosts reads the same global batch, and resuming is starting at a step.
-    Closing the iterator ends its reading threads.
+    Batch n holds rows `n B .. (n + 1) B` of an endless sequence that depends on the seed alone: any number of hosts
+    reads the same global batch, and resuming is starting at a step. Closing the iterator ends its reading threads.
 
     Yields:
-        Arrays of the batch, `[B / hosts, T]` unless said otherwise:
+        Arrays of the batch, `[len(rows), T]` unless said otherwise:
             tokens, positions, segments int32: segment 0 is padding, documents are 1, 2, ..; positions restart in each.
+            labels int32: `tokens[t + 1]`.
             loss_mask float32: 1 where position t predicts a counted target, `tokens[t + 1]` of the same document: any
                 token of plain text, what the assistant says in a conversation.
             answer_mask float32: 1 where position t predicts a token of an answer after an image, without its `</s>` and
                 without reasoning: exact match is argmax equal to `tokens[t + 1]` at all of them within a segment.
             text_bytes float32: UTF-8 bytes of `tokens[t + 1]` where it is counted plain text, else 0: bits per byte is
                 `sum(cross-entropy where text_bytes > 0) / ln 2 / sum(text_bytes)`.
-        And unless `data.patches` is 0, with `[B / hosts, P]`:
+        And unless `data.patches` is 0, with `[len(rows), P]`:
             patches float32 `[.., P, 3pp]` normalised, in merge-block order; patch_image, patch_row, patch_col int32:
                 image 0 is padding, images of the row are 1, 2, ..; row and column in the image's own patch grid.
             image_slot int32 `[.., T]`: which merged token of the row stands at this `[IMG]`, -1 elsewhere.
 
     Raises:
-        UserError: the split is empty or the hosts do not divide the batch.
+        UserError: the split is empty.
     """
-    if batch_size % hosts:
-        raise UserError(f"batch.sequences = {batch_size} must be a multiple of the {hosts} hosts that read it")
     records = _open(data, split)
     order = grain.MapDataset.range(data.counts[split]["rows"]).seed(seed).shuffle().repeat()
-    local = batch_size // hosts
+    wanted = range(batch_size) if rows is None else rows
 
     def batch(step: int) -> Row:
-        first = step * batch_size + host * local
-        return _stack([_decode(records[cast(int, order[i])], data) for i in range(first, first + local)])
+        first = step * batch_size
+        return _stack([_decode(records[cast(int, order[first + int(i)])], data) for i in wanted])
 
     return _prefetched(grain.MapDataset.range(start_step, _ENDLESS if stop_step is None else stop_step).map(batch))
 
 
 def held_out(
-    data: PackedData, batch_size: int, limit_rows: int | None = None, host: int = 0, hosts: int = 1
+    data: PackedData,
+    batch_size: int,
+    limit_rows: int | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Row]:
     """The held-out rows (or the first `limit_rows`) in file order, once, in batches like those of `batches`.
 
@@ -145,9 +146,9 @@ def held_out(
     count = data.counts["held_out"]["rows"]
     if limit_rows is not None:
         count = min(count, limit_rows)
-    local = batch_size // hosts
+    wanted = range(batch_size) if rows is None else rows
     for first in range(0, count, batch_size):
-        indices = range(first + host * local, first + (host + 1) * local)
+        indices = [first + int(i) for i in wanted]
         yield _stack([_decode(records[i] if i < count else None, data) for i in indices])
 
 

@@ -60,6 +60,7 @@ def decode_row(record: bytes | None, length: int, patches: int, tokenizer: Token
         tokens=_pad(tokens, length),
         positions=_pad(positions, length),
         segments=_pad(segments, length),
+        labels=_pad(_next(tokens), length),
         loss_mask=_pad((targets & TRAINABLE > 0).astype(np.float32), length),
         answer_mask=_pad((targets & ANSWER > 0).astype(np.float32), length),
         text_bytes=_pad(text_bytes.astype(np.float32), length),

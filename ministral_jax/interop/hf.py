@@ -22,6 +22,7 @@ from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params, abstract_params, check_params
+from ministral_jax.parallel import barrier, fetch, is_first
 
 SHARD_BYTES = 5_000_000_000
 WRITER = "ministral_jax"
@@ -96,13 +97,12 @@ class Slot:
     def take(self, params: Params) -> np.ndarray:
         """This tensor as the file has it, fetched to the host."""
         leaf = _leaf(params, self.path)
-        return self._rearrange(np.asarray(leaf if self.layer is None else leaf[self.layer]), self.pattern)
+        return self._rearrange(fetch(leaf if self.layer is None else leaf[self.layer]), self.pattern)
 
-    def put(self, params: Params, value: np.ndarray) -> None:
-        """Fill this tensor's part of `params`, numpy arrays, with `value` from the file."""
+    def view(self, value: np.ndarray) -> np.ndarray:
+        """A tensor from the file with its axes as ours; of a mapped file, nothing is read yet."""
         ours, theirs = self.pattern.split(" -> ")
-        leaf = _leaf(params, self.path)
-        leaf[... if self.layer is None else self.layer] = self._rearrange(value, f"{theirs} -> {ours}")
+        return self._rearrange(value, f"{theirs} -> {ours}")
 
 
 def slots(spec: ModelSpec) -> list[Slot]:
@@ -133,8 +133,9 @@ def export_hf(
     """Write a model that `transformers` loads: configuration, sharded weights in `dtype` and copies of
     `tokenizer_files` (directories give their files).
 
-    `params` may be on devices; one tensor at a time is fetched. Everything is written beside `directory` and renamed
-    into place at the end, replacing an earlier export but nothing else.
+    `params` may be on the devices of several processes; all of them must call this. One tensor at a time is fetched,
+    and the first process writes it. Everything is written beside `directory` and renamed into place at the end,
+    replacing an earlier export but nothing else.
 
     Raises:
         UserError: parameters that do not fit `spec`, an unknown dtype, a missing tokenizer file, or a `directory` that
@@ -152,6 +153,11 @@ def export_hf(
         if not file.is_file():
             raise UserError(f"tokenizer file {file} does not exist")
 
+    if not is_first():
+        for slot in slots(spec):
+            slot.take(params)
+        barrier("exported")
+        return
     draft = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -168,6 +174,7 @@ def export_hf(
         directory.rename(replaced)
     draft.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
+    barrier("exported")
 
 
 def _ours(directory: Path) -> bool:
@@ -229,9 +236,10 @@ def read_spec(directory: Path) -> ModelSpec:
     return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))
 
 
-def import_hf(directory: Path, dtype: Any = "float32") -> tuple[ModelSpec, Params]:
-    """Sizes and parameters (numpy arrays of `dtype`) of a Hugging Face directory: Mistral3ForConditionalGeneration, or
-    the text-only Ministral3ForCausalLM and MistralForCausalLM.
+def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None = None) -> tuple[ModelSpec, Params]:
+    """Sizes and parameters of `dtype` of a Hugging Face directory: Mistral3ForConditionalGeneration, or the text-only
+    Ministral3ForCausalLM and MistralForCausalLM. They are numpy arrays, or arrays placed by `shardings`, of which
+    every host then reads only what its devices hold.
 
     Raises:
         UserError: as `read_spec`; also tensors that are missing, unexpected, or of another shape.
@@ -248,10 +256,25 @@ def import_hf(directory: Path, dtype: Any = "float32") -> tuple[ModelSpec, Param
         if tensors[name].dtype.name not in _FLOATS:
             raise UserError(f"{directory}: {name} is {tensors[name].dtype.name}; {', '.join(_FLOATS)} can be read")
 
-    params = jax.tree.map(lambda a: np.empty(a.shape, jnp.dtype(dtype)), abstract_params(spec))
-    for name, slot in wanted.items():
-        slot.put(params, tensors[name].read())
-    return spec, params
+    stacks: dict[str, list[tuple[Slot, safetensors.Tensor]]] = {}
+    for name, slot in wanted.items():  # layers ascending
+        stacks.setdefault(slot.path, []).append((slot, tensors[name]))
+
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any = None) -> Any:
+        parts = stacks["/".join(key.key for key in path)]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if parts[0][0].layer is None:
+                return parts[0][0].view(parts[0][1].read())[index].astype(jnp.dtype(dtype))
+            views = [slot.view(tensor.read())[index[1:]] for slot, tensor in parts[index[0]]]
+            return np.stack([view.astype(jnp.dtype(dtype)) for view in views])
+
+        if sharding is None:
+            return part((slice(None),) * leaf.ndim)
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+    trees = (abstract_params(spec),) if shardings is None else (abstract_params(spec), shardings)
+    return spec, jax.tree_util.tree_map_with_path(read, *trees)
 
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")

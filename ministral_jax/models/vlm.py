@@ -101,7 +101,7 @@ def check_images(images: dict, spec: ModelSpec) -> None:
 
 
 def _trace(spec: ModelSpec) -> Params:
-    return jax.eval_shape(_init(spec), jax.random.key(0))["params"]
+    return jax.eval_shape(_init(spec), jax.random.key(0))
 
 
 # Shapes and logical axes of every parameter, as Flax boxes; a spec is traced once.
@@ -115,24 +115,33 @@ def _init(spec: ModelSpec) -> Callable[[Array], Any]:
         slot = jnp.full((1, 1), -1, jnp.int32)
         patches = jnp.zeros((1, v.merge**2, v.patch_width))
         images = {"patches": patches, "patch_image": grid, "patch_row": grid, "patch_col": grid, "image_slot": slot}
-    return lambda key: VLM(spec).init(key, jnp.zeros((1, 1), jnp.int32), images=images)
+
+    def init(key: Array) -> Params:
+        with nn.logical_axis_rules(()):  # where parameters lie is said by whoever compiles this
+            variables: Any = VLM(spec).init(key, jnp.zeros((1, 1), jnp.int32), images=images)
+            return variables["params"]
+
+    return init
 
 
 def init_params(spec: ModelSpec, key: Array, dtype=jnp.float32) -> Params:
     """Fresh parameters: gains 1, kernels normal with deviation 1/√fan-in, and 1/√(2·layers) of that where they write
     to the residual stream (GPT-2's rule)."""
-    params = nn.unbox(_init(spec)(key)["params"])
-    return jax.tree.map(lambda p: p.astype(dtype), params)
+    return jax.tree.map(lambda box: box.value.astype(dtype), _init(spec)(key), is_leaf=_is_box)
 
 
 def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), nn.unbox(_boxed(spec)))
+    return jax.tree.map(lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype), _boxed(spec), is_leaf=_is_box)
 
 
 def logical_axes(spec: ModelSpec) -> Params:
     """The parameter tree as tuples of axis names, e.g. ("layers", "embed", "mlp")."""
-    return jax.tree.map(lambda box: tuple(box.names), _boxed(spec), is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree.map(lambda box: tuple(box.names), _boxed(spec), is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.Partitioned)
 
 
 def head_matrix(params: Params) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, check_params, init_params
+from ministral_jax.parallel import Placement
 from ministral_jax.pruning.score import Basis, PruneOptions, layer_scores, mlp_scores, top, width_basis
 from ministral_jax.pruning.statistics import DOMAINS, Statistics, collect
 from ministral_jax.pruning.transforms import (
@@ -34,6 +35,8 @@ _SHRINK = ("layers", "width", "mlp_width")
 _SAME = ("heads", "kv_heads", "head_width", "vocab", "image_token", "vision")
 _COMPUTE = Compute()
 Cut = tuple[Params, ModelSpec, dict[str, Any]]
+Operate = Callable[..., Params]
+"""(surgery, spec of its result, arguments) -> parameters; see `_operate`."""
 
 
 def check_target(source: ModelSpec, target: ModelSpec, where: str) -> None:
@@ -59,6 +62,7 @@ def prune(
     *,
     compute: Compute = _COMPUTE,
     measure: Callable[[Params, ModelSpec], float] | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Params, ModelSpec, dict[str, Any]]:
     """Parameters of `target`'s sizes cut from `params`, their spec, and a JSON-able report of what was kept and why.
 
@@ -71,6 +75,7 @@ def prune(
         compute: how the model is evaluated during calibration.
         measure: called with parameters and spec after every step, for instance for the KL from the source; its values
             stand in the report under `kl`.
+        placement: where the parameters lie; every step makes its result there.
 
     Returns:
         The spec is `target`, with the epsilon of its norms scaled when `options.norm_eps` is "exact". The report holds
@@ -82,6 +87,7 @@ def prune(
     check_target(spec, target, "prune target")
     check_params(params, spec, "prune source")
     say = progress or (lambda line: None)
+    operate = partial(_operate, placement)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     report: dict[str, Any] = {"tokens": None, "steps": [], "kl": {}}
     statistics: Statistics | None = None
@@ -101,18 +107,20 @@ def prune(
             statistics = collect(VLM(spec, compute), params, batches(), width=width, progress=tell)
             report["tokens"] = report["tokens"] or dict(zip(DOMAINS, statistics.tokens.tolist(), strict=True))
             _check_images(statistics, spec, target, options)
-        params, spec, details = cut(params, spec, target, statistics, options, rng)
+        params, spec, details = cut(params, spec, target, statistics, options, rng, operate)
         if step == "layers":
             statistics = statistics.take_layers(np.asarray(details["kept"]))
         done(step, details)
 
     if target.tied and not spec.tied:
-        params, spec = tie_embeddings(params, options.tie_seed), spec.model_copy(update={"tied": True})
+        spec = spec.model_copy(update={"tied": True})
+        params = operate(partial(tie_embeddings, seed=options.tie_seed), spec, params)
         done("tie", {"seed": options.tie_seed})
     elif spec.tied and not target.tied:
-        params, spec = untie(params), spec.model_copy(update={"tied": False})
+        spec = spec.model_copy(update={"tied": False})
+        params = operate(untie, spec, params)
     if spec.vision is not None and options.projector == "fresh":
-        params = {**params, "projector": _fresh_projector(params, spec, key)}
+        params = operate(partial(_fresh_projector, spec), spec, params, key)
         done("projector", {"drawn": "fresh"})
     eps = spec.norm_eps if options.norm_eps == "exact" else target.norm_eps
     moved, spec = spec.rope != target.rope, target.model_copy(update={"norm_eps": eps})
@@ -120,6 +128,13 @@ def prune(
         done("rope", {"to": target.rope.model_dump(mode="json")})
     check_params(params, spec, "pruned model")
     return params, spec, report
+
+
+def _operate(placement: Placement | None, surgery: Callable[..., Params], spec: ModelSpec, *args: Any) -> Params:
+    """`surgery(*args)`, the parameters of `spec`, computed part by part where they will lie."""
+    if placement is None:
+        return surgery(*args)
+    return jax.jit(surgery, out_shardings=placement.params(spec))(*args)
 
 
 def _prefixed(say: Callable[[str], None], step: str, line: str) -> None:
@@ -142,11 +157,13 @@ def _cut_layers(
     statistics: Statistics,
     options: PruneOptions,
     rng: np.random.Generator,
+    operate: Operate,
 ) -> Cut:
     scores = layer_scores(statistics, options.layer_score, options.image_weight, rng)
     kept = top(scores, target.layers)
     details = {"score": options.layer_score, "scores": scores.tolist(), "kept": kept.tolist()}
-    return drop_layers(params, kept), spec.model_copy(update={"layers": target.layers}), details
+    spec = spec.model_copy(update={"layers": target.layers})
+    return operate(partial(drop_layers, keep=kept), spec, params), spec, details
 
 
 def _cut_width(
@@ -156,20 +173,26 @@ def _cut_width(
     statistics: Statistics,
     options: PruneOptions,
     rng: np.random.Generator,
+    operate: Operate,
 ) -> Cut:
     basis = width_basis(statistics, options.width_basis, options.image_weight, rng)
     energy = basis.retained(target.width)
     gain = slice_gain(spec.width, target.width, energy if options.norm_gain == "energy" else 1.0)
-    params = _project(params, jnp.asarray(basis.vectors[:, : target.width]), gain)
+    narrow: Callable[[Params], Params] = lambda params: params
     details = {"basis": options.width_basis, "retained_energy": energy, "gain": gain, "spectrum": _spectrum(basis)}
     if spec.vision is not None:
         assert statistics.projector is not None
         worth = statistics.projector[1] / max(statistics.tokens[1], 1)
         kept = top(worth, target.width)
-        params = narrow_projector(params, kept)
+        narrow = partial(narrow_projector, keep=kept)
         details["projector"] = _summary(worth, kept)
     eps = spec.norm_eps * gain**2 if options.norm_eps == "exact" else spec.norm_eps
-    return params, spec.model_copy(update={"width": target.width, "norm_eps": eps, "tied": False}), details
+    spec = spec.model_copy(update={"width": target.width, "norm_eps": eps, "tied": False})
+
+    def cut(params: Params, vectors: jax.Array) -> Params:
+        return narrow(_project(params, vectors, gain))
+
+    return operate(cut, spec, params, jnp.asarray(basis.vectors[:, : target.width])), spec, details
 
 
 def _cut_mlp(
@@ -179,12 +202,14 @@ def _cut_mlp(
     statistics: Statistics,
     options: PruneOptions,
     rng: np.random.Generator,
+    operate: Operate,
 ) -> Cut:
     scores = mlp_scores(params, statistics, options.mlp_score, options.image_weight, rng)
     kept = top(scores, target.mlp_width)
     layers = [_summary(*layer) for layer in zip(scores, kept, strict=True)]
     details = {"score": options.mlp_score, "kept": target.mlp_width, "layers": layers}
-    return narrow_mlp(params, kept), spec.model_copy(update={"mlp_width": target.mlp_width}), details
+    spec = spec.model_copy(update={"mlp_width": target.mlp_width})
+    return operate(partial(narrow_mlp, keep=kept), spec, params), spec, details
 
 
 _CUTS = (("layers", "layers", _cut_layers), ("width", "width", _cut_width), ("mlp", "mlp_width", _cut_mlp))
@@ -210,9 +235,9 @@ def _project(params: Params, basis: jax.Array, gain: float) -> Params:
     return {**rest, "decoder": {**rest["decoder"], "layers": jax.lax.map(cut_one, layers)}}
 
 
-def _fresh_projector(params: Params, spec: ModelSpec, key: jax.Array) -> Params:
+def _fresh_projector(spec: ModelSpec, params: Params, key: jax.Array) -> Params:
     drawn = jax.jit(lambda key: init_params(spec, key)["projector"])(key)  # only the projector is computed
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), drawn, params["projector"])
+    return {**params, "projector": jax.tree.map(lambda new, old: new.astype(old.dtype), drawn, params["projector"])}
 
 
 def _summary(scores: np.ndarray, kept: np.ndarray) -> dict[str, Any]:

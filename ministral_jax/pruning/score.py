@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from ministral_jax.models.spec import Frozen
+from ministral_jax.parallel import fetch
 from ministral_jax.pruning.statistics import Statistics
 from ministral_jax.pruning.transforms import TieSeed
 
@@ -89,8 +90,8 @@ def mlp_scores(
 
 
 def _weight_norm(layer: dict[str, Any]) -> np.ndarray:
-    gain = np.asarray(layer["mlp_norm"], np.float64)[:, None]
-    gate, up, down = (np.asarray(layer["mlp"][name], np.float64) for name in ("gate", "up", "down"))
+    gain = fetch(layer["mlp_norm"]).astype(np.float64)[:, None]
+    gate, up, down = (fetch(layer["mlp"][name]).astype(np.float64) for name in ("gate", "up", "down"))
     return np.linalg.norm(gain * gate, axis=0) * np.linalg.norm(gain * up, axis=0) * np.linalg.norm(down, axis=1)
 
 

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from ministral_jax.distillation.kl import Hidden, LossOptions, distillation_loss
+import jax
+import jax.numpy as jnp
+
+from ministral_jax.distillation.kl import Hidden, LossOptions
+from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.errors import UserError
-from ministral_jax.evaluation import hidden, labels
+from ministral_jax.evaluation import hidden
 from ministral_jax.manifest import read_manifest
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.stages.job import Job, Params, Result, fresh_params, load_stage
 from ministral_jax.stages.looped import run_loop
+from ministral_jax.training.goodput import Clock
 from ministral_jax.training.state import LossFn
 
 FROZEN = ("vision",)
 
 
 def run(job: Job) -> Result:
-    stage = job.stage
-    teacher_spec, teacher_params = load_stage(job.run_dir / stage.teacher)
+    stage, clock = job.stage, Clock()
     check_same_tokenizer(job)
-    loss = distillation(job.spec, teacher_spec, stage.compute, stage.loss)
+    # In the dtype it computes in: the parameters would be cast to that at every use.
+    teacher_dtype = jnp.dtype(stage.compute.dtype)
+    teacher_spec, teacher_params = load_stage(job.run_dir / stage.teacher, teacher_dtype, job.teacher_placement)
+    heads = LossHead(job.placement, job.teacher_placement.rules)
+    loss = distillation(job.spec, teacher_spec, stage.compute, stage.loss, heads)
     length = stage.batch.length
     flops = 3 * job.spec.flops_per_token(length) + teacher_spec.flops_per_token(length)
-    return run_loop(job, _student(job, teacher_params), loss, flops, FROZEN, (teacher_spec, teacher_params))
+    return run_loop(job, _student(job, teacher_params), loss, flops, FROZEN, (teacher_spec, teacher_params), clock)
 
 
-def distillation(student_spec: ModelSpec, teacher_spec: ModelSpec, compute: Compute, options: LossOptions) -> LossFn:
+def distillation(
+    student_spec: ModelSpec, teacher_spec: ModelSpec, compute: Compute, options: LossOptions, heads: LossHead
+) -> LossFn:
     """The objective: `(trainable, frozen, batch)`, with the teacher's parameters under `frozen["teacher"]`."""
     student, teacher = VLM(student_spec, compute), VLM(teacher_spec, compute)
+    taught = heads.teacher_rules.scoped(hidden)
 
     def loss(params, frozen, batch):
         constants = dict(frozen)
         teacher_params = constants.pop("teacher")
-        targets = Hidden(hidden(teacher, teacher_params, batch), head_matrix(teacher_params))
+        targets = Hidden(taught(teacher, teacher_params, batch), head_matrix(teacher_params))
         states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
         mask = batch["loss_mask"]
-        total, metrics = distillation_loss(states, head, targets, labels(batch), mask, options)
+        total, metrics = heads.distillation_loss(states, head, targets, batch["labels"], mask, options)
         return total, {**metrics, "loss": (total, mask.sum())}
 
     return loss
@@ -44,10 +55,15 @@ def distillation(student_spec: ModelSpec, teacher_spec: ModelSpec, compute: Comp
 def _student(job: Job, teacher_params: Params) -> Params:
     """The source's parameters; from scratch, a fresh decoder and projector around the teacher's vision tower."""
     if job.source is not None:
-        _, params = load_stage(job.source)
-        return params
-    params = fresh_params(job.spec, job.stage.seed)
-    return {**params, **{key: teacher_params[key] for key in FROZEN if key in params}}
+        return load_stage(job.source, placement=job.placement)[1]
+    params = fresh_params(job.spec, job.stage.seed, job.placement)
+    shardings = job.placement.params(job.spec)
+
+    def lend(taught, ours, sharding):
+        return jax.device_put(taught.astype(ours.dtype), sharding)
+
+    lent = {k: jax.tree.map(lend, teacher_params[k], params[k], shardings[k]) for k in FROZEN if k in params}
+    return {**params, **lent}
 
 
 def check_same_tokenizer(job: Job) -> None:

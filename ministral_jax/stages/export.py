@@ -9,18 +9,19 @@ from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.manifest import read_manifest
+from ministral_jax.parallel import Placement
 from ministral_jax.stages.job import Job, Result, load_stage
 
 
 def run(job: Job) -> Result:
     assert job.source is not None
-    export_stage(job.source, job.directory / "hf", job.stage.dtype)
+    export_stage(job.source, job.directory / "hf", job.stage.dtype, job.placement)
     return Result()
 
 
-def export_stage(stage_directory: Path, destination: Path, dtype: str) -> None:
-    """Export a finished stage, with the tokenizer its data was made with."""
-    spec, params = load_stage(stage_directory)
+def export_stage(stage_directory: Path, destination: Path, dtype: str, placement: Placement | None = None) -> None:
+    """Export a finished stage, with the tokenizer its data was made with. All processes call it, the first writes."""
+    spec, params = load_stage(stage_directory, placement=placement)
     manifest = read_manifest(stage_directory) or {}
     with TemporaryDirectory() as scratch:
         files = []

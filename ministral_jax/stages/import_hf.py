@@ -9,6 +9,5 @@ from ministral_jax.stages.job import Job, Result
 
 
 def run(job: Job) -> Result:
-    _, params = import_hf(Path(job.stage.path), job.stage.dtype)
-    job.save(params)
-    return Result()
+    _, params = import_hf(Path(job.stage.path), job.stage.dtype, job.placement.params(job.spec))
+    return Result(files=job.save(params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.manifest import read_manifest, spec_of
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import abstract_params, init_params
+from ministral_jax.parallel import Placement, make_mesh
 from ministral_jax.training.checkpoint import load_params, save_params
 
 Params = dict[str, Any]
@@ -40,8 +42,18 @@ class Job:
     def source(self) -> Path | None:
         return None if self.stage.source is None else self.run_dir / self.stage.source
 
-    def save(self, params: Params) -> None:
-        save_params(self.directory / "params", params)
+    @cached_property
+    def placement(self) -> Placement:
+        return Placement(make_mesh(self.stage.mesh), self.stage.sharding)
+
+    @property
+    def teacher_placement(self) -> Placement:
+        """On the same mesh, by its own rules where it has some."""
+        return Placement(self.placement.mesh, getattr(self.stage, "teacher_sharding", None) or self.stage.sharding)
+
+    def save(self, params: Params) -> dict[str, Any]:
+        """Write the stage's parameters; returns the checksums for its manifest."""
+        return save_params(self.directory / "params", params)
 
 
 @dataclass(frozen=True)
@@ -53,25 +65,34 @@ class Result:
     steps: int = 0
     seconds: float | None = None
     """Time over all attempts, where the stage knows it."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """Checksums of the parameters' files."""
     details: dict[str, Any] = field(default_factory=dict)
     spec: ModelSpec | None = None
     """Where it is not the one the job named: exact surgery scales the norms' epsilon."""
 
 
-def fresh_params(spec: ModelSpec, seed: int) -> Params:
-    """Random parameters of a size. On CPU, optimising the generator's code takes longer than running it."""
+def fresh_params(spec: ModelSpec, seed: int, placement: Placement | None = None) -> Params:
+    """Random parameters of a size, made where they are to lie; the values do not depend on that. On CPU, optimising the
+    generator's code takes longer than running it."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init_params, static_argnums=0, compiler_options=options)(spec, jax.random.key(seed))
+    shardings = None if placement is None else placement.params(spec)
+    init = jax.jit(init_params, static_argnums=0, compiler_options=options, out_shardings=shardings)
+    return init(spec, jax.random.key(seed))
 
 
-def load_stage(directory: Path, dtype: Any = jnp.float32) -> tuple[ModelSpec, Params]:
-    """Sizes and parameters of a finished stage.
+def load_stage(
+    directory: Path, dtype: Any = jnp.float32, placement: Placement | None = None
+) -> tuple[ModelSpec, Params]:
+    """Sizes and parameters of a finished stage, on one device unless placed.
 
     Raises:
-        UserError: the stage is not finished, or its checkpoint does not have the sizes its manifest names.
+        UserError: the stage is not finished, its checkpoint does not have the sizes its manifest names, or a file of it
+            is not as it was written.
     """
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"{directory} is not a finished stage: it has no manifest.json that says so")
     spec = spec_of(manifest)
-    return spec, load_params(directory / "params", abstract_params(spec, dtype))
+    abstract = abstract_params(spec, dtype) if placement is None else placement.abstract(spec, dtype)
+    return spec, load_params(directory / "params", abstract, manifest.get("files"))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from ministral_jax.distillation.kl import cross_entropy
-from ministral_jax.evaluation import hidden, labels
+from ministral_jax.distillation.sharded import LossHead
+from ministral_jax.evaluation import hidden
 from ministral_jax.models.vlm import VLM, head_matrix
 from ministral_jax.stages.job import Job, Result, fresh_params
 from ministral_jax.stages.looped import run_loop
+from ministral_jax.training.goodput import Clock
 
 
 def run(job: Job) -> Result:
     stage = job.stage
-    model = VLM(job.spec, stage.compute)
+    model, head, clock = VLM(job.spec, stage.compute), LossHead(job.placement), Clock()
 
     def loss(params, frozen, batch):
         states = hidden(model, params, batch)
-        total, metrics = cross_entropy(states, head_matrix(params), labels(batch), batch["loss_mask"])
+        total, metrics = head.cross_entropy(states, head_matrix(params), batch["labels"], batch["loss_mask"])
         return total, {**metrics, "loss": metrics["ce"]}
 
-    params = fresh_params(job.spec, stage.seed)
-    return run_loop(job, params, loss, 3 * job.spec.flops_per_token(stage.batch.length))
+    params = fresh_params(job.spec, stage.seed, job.placement)
+    return run_loop(job, params, loss, 3 * job.spec.flops_per_token(stage.batch.length), clock=clock)

@@ -59,13 +59,19 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
 
 class StageLog:
-    """Metrics of one stage. Lines of steps after `resume_step` (a run that was killed) are dropped on opening."""
+    """Metrics of one stage, written by the first process. Lines of steps after `resume_step` (a run that was killed)
+    are dropped on opening, but for where their time went."""
 
     def __init__(self, directory: Path, resume_step: int | None):
+        self._path = directory / "metrics.jsonl"
+        self._file: Any = None
+        known = read_jsonl(self._path)
+        self.attempts = max((r["attempt"] for r in known if r["kind"] == "time"), default=0)
+        if jax.process_index() != 0:
+            return
         from tensorboardX import SummaryWriter
 
-        self._path = directory / "metrics.jsonl"
-        kept = [r for r in read_jsonl(self._path) if resume_step is not None and r["step"] <= resume_step]
+        kept = [r for r in known if r["kind"] == "time" or (resume_step is not None and r["step"] <= resume_step)]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(temporary, self._path)
@@ -73,14 +79,23 @@ class StageLog:
         self._events = SummaryWriter(str(directory / "events"), purge_step=(resume_step or 0) + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
+    def write_time(self, record: Mapping[str, Any]) -> None:
+        """A record of `goodput`."""
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": "time", "at": round(time.time(), 3), **record}) + "\n")
+            self._file.flush()
+
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
 
 
 class ProgressLine:
@@ -91,7 +106,8 @@ class ProgressLine:
         self._printed = time.monotonic()
         self._first: tuple[int, float] | None = None
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        self._shown = jax.process_index() == 0
+        if sys.stderr.isatty() and self._shown:
             columns = (
                 TextColumn("{task.description:>18}"),
                 BarColumn(),
@@ -107,6 +123,8 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
+        if not self._shown:
+            return
         now = time.monotonic()
         self._first = self._first or (done, now)  # what came before it was compiling
         if now - self._printed >= LINE_SECONDS or done == self._total:
@@ -115,11 +133,18 @@ class ProgressLine:
             left = f"  {speed * (self._total - done):.0f} s left" if done > self._first[0] else ""
             print(f"{self._title:>18}  {done}/{self._total}  {note}{left}", file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(f"{self._title}: {text}")
+        elif self._shown:
+            print(f"{self._title:>18}  {text}", file=sys.stderr, flush=True)
+
     def count(self, what: str, so_far: int) -> None:
         """Progress of work whose end is not known."""
         if self._bar is not None:
             self._bar.update(self._task, note=f"{what}: {so_far:,}")
-        elif (now := time.monotonic()) - self._printed >= LINE_SECONDS:
+        elif self._shown and (now := time.monotonic()) - self._printed >= LINE_SECONDS:
             self._printed = now
             print(f"{self._title:>18}  {what}: {so_far:,}", file=sys.stderr, flush=True)
 

@@ -8,6 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ministral_jax.parallel import like_params, with_shardings
 
 Tree = Any
 State = dict[str, Any]
@@ -17,18 +21,48 @@ LossFn = Callable[[Tree, Tree, Tree], tuple[jax.Array, Metrics]]
 
 
 def init_state(params: Tree, optimizer: optax.GradientTransformation) -> State:
-    """State before the first update, placed like one that came out of an update, so that the step compiles once."""
-    moments = jax.jit(optimizer.init)(params)
-    state = {"params": params, "optimizer": moments, "step": jnp.zeros((), jnp.int32)}
-    return jax.device_put(state, jax.devices()[0])
+    """State before the first update, placed like one that came out of an update, so that the step compiles once:
+    moments lie where their parameters do."""
+    shardings = state_shardings(params, optimizer)
+    fresh = jax.jit(
+        lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)),
+        out_shardings=(shardings["optimizer"], shardings["step"]),
+    )
+    placed = jax.device_put(params, shardings["params"])
+    moments, step = fresh(placed)
+    return {"params": placed, "optimizer": moments, "step": step}
+
+
+def state_shardings(params: Tree, optimizer: optax.GradientTransformation) -> State:
+    """Where a state lies, by where its parameters (arrays, or shapes with shardings) do."""
+    placed = jax.tree.map(lambda p: p.sharding, params)
+    one = jax.tree.leaves(placed)[0]
+    whole = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    moments = jax.eval_shape(optimizer.init, params)
+    return {"params": placed, "optimizer": like_params(moments, params, placed, whole), "step": whole}
+
+
+def abstract_state(params: Tree, optimizer: optax.GradientTransformation) -> State:
+    """Shapes of a state and where they lie; nothing is allocated."""
+    shapes = {
+        "params": jax.eval_shape(lambda: params),
+        "optimizer": jax.eval_shape(optimizer.init, params),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    return with_shardings(shapes, state_shardings(params, optimizer))
 
 
 def make_step(
-    loss: LossFn, optimizer: optax.GradientTransformation, rate: optax.Schedule, microbatches: int = 1
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    microbatches: int = 1,
+    shardings: State | None = None,
 ) -> Callable[[State, Tree, Tree], tuple[State, Metrics]]:
     """One update, compiled, its state donated: the gradient of sum / count over the whole global batch.
 
     Sums and counts are added over microbatches before the division, so splitting a batch changes nothing but rounding.
+    `shardings`: see `state_shardings`; the state is left where it was.
     """
 
     def gradient(params: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Metrics]:
@@ -38,7 +72,8 @@ def make_step(
     def accumulated(params: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Metrics]:
         if microbatches == 1:
             return gradient(params, frozen, batch)
-        split = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+        # Each microbatch takes rows from every device: reading the batch in order would move rows between devices.
+        split = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=microbatches), batch)
         shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], split))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, frozen, part)), None)
@@ -57,7 +92,9 @@ def make_step(
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings["step"]))
 
 
 def split_frozen(params: dict[str, Tree], frozen: tuple[str, ...]) -> tuple[dict[str, Tree], dict[str, Tree]]:
