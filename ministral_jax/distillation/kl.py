@@ -8,15 +8,17 @@ them twice: student logits, teacher logits, `d_hidden`, `d_head`.
 Sums, metrics and `d_head` are carried in float32 (float64 for float64 hidden states), whatever the inputs are; products
 run in the dtype of the hidden states. Only the student's hidden states and head are differentiated, once.
 
-Everything is local arithmetic without collectives. Inside `jax.shard_map`, with rows split over devices and heads whole
-on each, sums and metrics are those of the device's own rows, to be added with `psum`; a head that is replicated over
-these devices receives the sum of their gradients. Plain `jit` over a sharded batch gives the same numbers, but reduces
-`d_head` over the devices once per chunk.
+Inside `jax.shard_map` (see `sharded.py`), with rows split over devices, sums and metrics are those of the device's own
+rows, to be added with `psum`; a head that is replicated over these devices receives the sum of their gradients. Plain
+`jit` over a sharded batch gives the same numbers, but reduces `d_head` over the devices once per chunk. `vocab_axis`
+names the mesh axis over which V is cut, both heads' alike: the only collectives are then reductions of [B, c] numbers
+over it, and the gradient of a head has the device's own columns.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,6 +32,7 @@ from ministral_jax.models.spec import Frozen
 
 DEFAULT_CHUNK = 512
 Metrics = dict[str, tuple[Array, Array]]
+Axis = str | tuple[str, ...] | None
 
 
 class LossOptions(Frozen):
@@ -70,7 +73,13 @@ Targets = Hidden | Dense
 
 
 def distillation_loss(
-    hidden: Array, head: Array, targets: Targets, labels: Array, mask: Array, options: LossOptions
+    hidden: Array,
+    head: Array,
+    targets: Targets,
+    labels: Array,
+    mask: Array,
+    options: LossOptions,
+    vocab_axis: Axis = None,
 ) -> tuple[Array, Metrics]:
     """Sum of the distillation loss over counted tokens, and metrics as (sum, count).
 
@@ -81,6 +90,7 @@ def distillation_loss(
         labels: `[B, T]` integers in `[0, V)`; ignored where masked.
         mask: `[B, T]` weights. A token of weight 0 adds exactly nothing to sums and gradients, even if its hidden
             states (the teacher's too) are NaN.
+        vocab_axis: the `shard_map` axis that cuts V of both heads (and of dense targets); labels count the whole V.
 
     Returns:
         The scalar sum, to be divided by a metric's count for a mean, and the metrics `kl` (always KL(teacher‖student)
@@ -90,27 +100,37 @@ def distillation_loss(
     Raises:
         UserError: shapes do not fit together.
     """
-    _check_shapes(hidden, head, targets, labels, mask)
-    loss, sums, count = _loss(*_vary_alike((hidden, head, targets, labels, mask)), options)
+    check_shapes(hidden, head, targets, labels, mask)
+    loss, sums, count = _loss(*_vary_alike(hidden, head, targets, labels, mask, vocab_axis), options, vocab_axis)
     return loss, {name: (sums[name], count) for name in ("kl", "ce", "agreement")}
 
 
 def cross_entropy(
-    hidden: Array, head: Array, labels: Array, mask: Array, chunk: int = DEFAULT_CHUNK
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    mask: Array,
+    chunk: int = DEFAULT_CHUNK,
+    vocab_axis: Axis = None,
 ) -> tuple[Array, Metrics]:
     """Sum of the cross-entropy (nats) over counted tokens, and metrics `ce` and `accuracy` as (sum, count).
 
     `accuracy` counts the labels that are the student's top token, an exact tie included. Shapes, dtypes, masking and
     errors as in `distillation_loss`.
     """
-    _check_shapes(hidden, head, None, labels, mask)
+    check_shapes(hidden, head, None, labels, mask)
     options = LossOptions(ce_weight=1, chunk=chunk)
-    loss, sums, count = _loss(*_vary_alike((hidden, head, None, labels, mask)), options)
+    loss, sums, count = _loss(*_vary_alike(hidden, head, None, labels, mask, vocab_axis), options, vocab_axis)
     return loss, {name: (sums[name], count) for name in ("ce", "accuracy")}
 
 
 def evaluate_positions(
-    hidden: Array, head: Array, targets: Targets | None, labels: Array, chunk: int = DEFAULT_CHUNK
+    hidden: Array,
+    head: Array,
+    targets: Targets | None,
+    labels: Array,
+    chunk: int = DEFAULT_CHUNK,
+    vocab_axis: Axis = None,
 ) -> dict[str, Array]:
     """Readings at every position, each `[B, T]`. Nothing is masked. Shapes and errors as in `distillation_loss`.
 
@@ -118,12 +138,12 @@ def evaluate_positions(
     `prediction` (int32) is the student's argmax, and `correct` is 1 where it is the label, else 0. All but `prediction`
     are float32 (float64 for float64 hidden states).
     """
-    _check_shapes(hidden, head, targets, labels, labels)
+    check_shapes(hidden, head, targets, labels)
     rows, teacher_kernel = _unpack(targets)
     kernel, options = head.astype(hidden.dtype), LossOptions(ce_weight=1, chunk=chunk)
 
     def read(_, arrays):
-        readings, _ = _chunk_losses(arrays, kernel, teacher_kernel, options)
+        readings, _ = _chunk_losses(arrays, kernel, teacher_kernel, options, vocab_axis)
         return None, {name: readings[name] for name in ("ce", "prediction", "kl") if name in readings}
 
     with jax.named_scope("loss_head"):
@@ -136,10 +156,11 @@ def evaluate_positions(
 
 
 class _Categorical(NamedTuple):
-    """A distribution over V as unnormalised log-probabilities [..., V] and their logsumexp [...]."""
+    """A distribution over V as unnormalised log-probabilities [..., V], cut over `axis`, and their logsumexp [...]."""
 
     logits: Array
     lse: Array
+    axis: Axis
 
     @property
     def log(self) -> Array:
@@ -150,26 +171,40 @@ class _Categorical(NamedTuple):
         return jnp.exp(self.log)
 
 
-def _categorical(logits: Array) -> _Categorical:
-    return _Categorical(logits, jax.nn.logsumexp(logits, axis=-1))
+def _categorical(logits: Array, axis: Axis) -> _Categorical:
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    if axis is not None:
+        top = jax.lax.pmax(lse, axis)
+        lse = top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
+    return _Categorical(logits, lse, axis)
 
 
-def _mean(weights: Array, x: Array) -> Array:
+def _mean(weights: Array, x: Array, axis: Axis) -> Array:
     """Mean over V; dividing by the sum of the weights takes out the rounding of `lse` that all of them share."""
-    return jnp.sum(weights * x, axis=-1) / jnp.sum(weights, axis=-1)
+    total = _across(jax.lax.psum, jnp.sum(weights * x, axis=-1), axis)
+    return total / _across(jax.lax.psum, jnp.sum(weights, axis=-1), axis)
+
+
+def _across(collective: Callable, x: Array, axis: Axis) -> Array:
+    """What the devices have of a reduction over V, reduced over them."""
+    return x if axis is None else collective(x, axis)
+
+
+def _top(logits: Array, axis: Axis) -> Array:
+    return _across(jax.lax.pmax, jnp.max(logits, axis=-1), axis)
 
 
 def _forward_kl(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
     """KL(p‖q) = Σ p (log p - log q) [...] and its gradient q - p with respect to the logits of q [..., V]."""
     weights = p.probabilities
-    value = _mean(weights, p.logits - q.logits) - p.lse + q.lse
+    value = _mean(weights, p.logits - q.logits, q.axis) - p.lse + q.lse
     return value, q.probabilities - weights
 
 
 def _reverse_kl(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
     """KL(q‖p) [...] and its gradient q (log q - log p - KL) with respect to the logits of q [..., V]."""
     weights, ratio = q.probabilities, q.logits - p.logits
-    mean = _mean(weights, ratio)
+    mean = _mean(weights, ratio, q.axis)
     return mean - q.lse + p.lse, weights * (ratio - mean[..., None])
 
 
@@ -179,7 +214,8 @@ def _jsd(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array,
     dJSD/dq = (1 - β) log(q/m), since what comes through m cancels: the gradient of (1 - β) KL(q‖m) with m held fixed.
     """
     beta = options.jsd_beta
-    m = _Categorical(jnp.logaddexp(p.log + math.log(beta), q.log + math.log1p(-beta)), jnp.zeros_like(q.lse))
+    mixture = jnp.logaddexp(p.log + math.log(beta), q.log + math.log1p(-beta))
+    m = _Categorical(mixture, jnp.zeros_like(q.lse), q.axis)
     student, d_logits = _reverse_kl(m, q, options)
     return beta * _forward_kl(p, m, options)[0] + (1 - beta) * student, (1 - beta) * d_logits
 
@@ -187,45 +223,57 @@ def _jsd(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array,
 _DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions) -> tuple[dict[str, Any], Any]:
+def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions, axis: Axis) -> tuple[dict[str, Any], Any]:
     """Readings [B, c] by name, `loss` among them, and the gradient of `loss` in the student's logits [B, c, V].
 
     What a caller leaves unused (the gradient, a reading) is not computed under `jit` and inside `scan`.
     """
     hidden, rows, labels = arrays
     student = _logits(hidden, kernel)
-    q, top = _categorical(student), jnp.max(student, axis=-1)
-    at_label = jnp.take_along_axis(student, labels[..., None], axis=-1)[..., 0]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * student.shape[-1]
+    q, top = _categorical(student, axis), _top(student, axis)
+    at_label = _at(labels - first, student, axis)
     ce = q.lse - at_label
-    readings = {"ce": ce, "accuracy": (at_label == top).astype(ce.dtype), "prediction": _first_of(top, student)}
+    prediction = _first_of(top, student, first, axis)
+    readings = {"ce": ce, "accuracy": (at_label == top).astype(ce.dtype), "prediction": prediction}
     losses, gradients = [], []
     if options.ce_weight > 0:
-        is_label = jnp.arange(student.shape[-1]) == labels[..., None]
+        is_label = jnp.arange(student.shape[-1]) == (labels - first)[..., None]
         losses.append(options.ce_weight * ce)
         gradients.append(options.ce_weight * (q.probabilities - is_label))
     if rows is not None:
         teacher = rows if teacher_kernel is None else _logits(rows, teacher_kernel)
-        p = _categorical(teacher.astype(student.dtype))
+        p = _categorical(teacher.astype(student.dtype), axis)
         readings["kl"] = _forward_kl(p, q, options)[0]
         # one fused pass, where two argmaxes would cost as much as a matrix product on CPU
-        is_teacher_top = p.logits == jnp.max(p.logits, axis=-1)[..., None]
-        at_teacher_top = jnp.max(jnp.where(is_teacher_top, student, -jnp.inf), axis=-1)
+        is_teacher_top = p.logits == _top(p.logits, axis)[..., None]
+        at_teacher_top = _top(jnp.where(is_teacher_top, student, -jnp.inf), axis)
         readings["agreement"] = (at_teacher_top == top).astype(ce.dtype)
         if options.ce_weight < 1:
             tau, weight = options.temperature, 1 - options.ce_weight
             if tau != 1:
-                p, q = _categorical(p.logits / tau), _categorical(student / tau)
+                p, q = _categorical(p.logits / tau, axis), _categorical(student / tau, axis)
             value, d_logits = _DIVERGENCES[options.objective](p, q, options)
             losses.append(weight * tau**2 * value)
             gradients.append(weight * tau * d_logits)
     return readings | {"loss": sum(losses)}, sum(gradients)
 
 
-def _first_of(top: Array, logits: Array) -> Array:
+def _at(index: Array, logits: Array, axis: Axis) -> Array:
+    """Value [...] of logits [..., V] at an index that counts from the first column of this device."""
+    if axis is None:
+        return jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    here = (index >= 0) & (index < logits.shape[-1])
+    value = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)[..., 0]
+    return jax.lax.psum(jnp.where(here, value, 0), axis)
+
+
+def _first_of(top: Array, logits: Array, first: Array | int, axis: Axis) -> Array:
     """Index of the maximum [...] in logits [..., V]: jnp.argmax as a plain reduction, four times as fast on CPU."""
-    last = logits.shape[-1] - 1
-    candidates = jnp.where(logits == top[..., None], jnp.arange(last + 1, dtype=jnp.int32), last)
-    return jnp.min(candidates, axis=-1)
+    own = logits.shape[-1]
+    last = (own if axis is None else own * jax.lax.axis_size(axis)) - 1
+    candidates = jnp.where(logits == top[..., None], first + jnp.arange(own, dtype=jnp.int32), last)
+    return _across(jax.lax.pmin, jnp.min(candidates, axis=-1), axis)
 
 
 def _logits(hidden: Array, kernel: Array) -> Array:
@@ -236,25 +284,25 @@ def _logits(hidden: Array, kernel: Array) -> Array:
 # ---- sums over all chunks, with the gradient taken on the way -------------------------------------------------------
 
 
-def _loss_value(hidden, head, targets, labels, mask, options):
+def _loss_value(hidden, head, targets, labels, mask, options, axis):
     """(loss sum, sums of the readings by name, sum of weights)."""
-    return _scan_loss(hidden, head, targets, labels, mask, options, with_gradient=False)[0]
+    return _scan_loss(hidden, head, targets, labels, mask, options, axis, with_gradient=False)[0]
 
 
-def _loss_forward(hidden, head, targets, labels, mask, options):
-    return _scan_loss(hidden, head, targets, labels, mask, options, with_gradient=True)
+def _loss_forward(hidden, head, targets, labels, mask, options, axis):
+    return _scan_loss(hidden, head, targets, labels, mask, options, axis, with_gradient=True)
 
 
-def _loss_backward(options, gradients, cotangents):
+def _loss_backward(options, axis, gradients, cotangents):
     d_hidden, d_head = ((cotangents[0] * d).astype(d.dtype) for d in gradients)
     return d_hidden, d_head, None, None, None
 
 
-_loss = jax.custom_vjp(_loss_value, nondiff_argnums=(5,))
+_loss = jax.custom_vjp(_loss_value, nondiff_argnums=(5, 6))
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, with_gradient: bool):
+def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, axis: Axis, with_gradient: bool):
     """((loss sum, reading sums, count), (d_hidden, d_head)); the gradients are None unless asked for."""
     dtype = _accumulator(hidden)
     kernel, weights = head.astype(hidden.dtype), mask.astype(dtype)
@@ -263,7 +311,7 @@ def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, with_g
     def accumulate(carry, arrays) -> tuple[Any, Any]:
         (sums, d_head), w = carry, arrays[-1]
         counted = jax.tree.map(lambda a: _where_counted(w, a), arrays[:-1])
-        readings, d_logits = _chunk_losses(counted, kernel, teacher_kernel, options)
+        readings, d_logits = _chunk_losses(counted, kernel, teacher_kernel, options, axis)
         sums = {name: sums[name] + jnp.sum(w * readings[name]) for name in sums}
         if not with_gradient:
             return (sums, None), None
@@ -283,18 +331,22 @@ def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, with_g
     return (sums.pop("loss"), sums, jnp.sum(weights)), gradients
 
 
-def _vary_alike(arrays):
+def _vary_alike(hidden, head, targets, labels, mask, vocab_axis: Axis):
     """Inside `shard_map`, let all arrays vary over the axes any of them varies over; the identity outside.
 
-    Its transpose sums the gradient of a replicated head over the devices that share it.
+    Its transpose sums the gradient of a replicated head over the devices that share it, and that of the hidden states
+    over the devices that share V. Labels and mask stay what all of these have in common, and so do the sums.
     """
+    arrays = (hidden, head, targets, labels, mask)
     axes = {axis for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).manual_axis_type.varying}
+    cut = {vocab_axis} if isinstance(vocab_axis, str) else set(vocab_axis or ())
 
-    def vary(x):
+    def vary(x, axes):
         missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(vary, arrays)
+    wide = jax.tree.map(lambda x: vary(x, axes), arrays[:3])
+    return *wide, *(vary(x, axes - cut) for x in arrays[3:])
 
 
 def _where_counted(weights: Array, x: Array) -> Array:
@@ -330,12 +382,13 @@ def _join(x: Array, tokens: int) -> Array:
     return rearrange(x, "n b c ... -> b (n c) ...")[:, :tokens]
 
 
-def _check_shapes(hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array) -> None:
+def check_shapes(hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array | None = None) -> None:
+    """Raise `UserError` when the arguments of a loss do not fit together."""
     positions = hidden.shape[:2]
     if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[0]:
         raise UserError(f"loss head: hidden {hidden.shape} and head {head.shape} must be [B, T, D] and [D, V]")
     for name, x in (("labels", labels), ("mask", mask)):
-        if x.shape != positions:
+        if x is not None and x.shape != positions:
             raise UserError(f"loss head: {name} of shape {x.shape} must be [B, T] = {positions}")
     match targets:
         case Hidden(rows, teacher_head):

@@ -1,0 +1,104 @@
+"""The loss head on a mesh: the local functions of `kl.py` in one `jax.shard_map`.
+
+Tokens lie over the batch and length axes, V of the heads over the others that cut it. Before the loop over chunks each
+head is gathered over the axes that cut D; the transpose of that is one reduce-scatter of `d_head` after the loop. In
+the loop only [B, c] numbers are reduced, over the axes of V. Plain `jit` would gather the heads and reduce `d_head`
+once per chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from ministral_jax.distillation import kl
+from ministral_jax.distillation.kl import DEFAULT_CHUNK, Dense, Hidden, LossOptions, Metrics, Targets
+from ministral_jax.parallel import Placement, Rules, partition
+
+
+@dataclass(frozen=True)
+class LossHead:
+    """`kl`'s functions with the same arguments, results and errors, on arrays that lie on `placement`.
+
+    Heads are [D, V], `embed.T` when tied, and lie by the rules for ("embed", "vocab"), the teacher's by
+    `teacher_rules` where these differ. Sums and metrics come out whole on every device, gradients where their arrays
+    lie. `chunk` counts tokens over the rows of one device. On one device these are `kl`'s functions.
+    """
+
+    placement: Placement
+    teacher_rules: Rules | None = None
+
+    def distillation_loss(
+        self, hidden: Array, head: Array, targets: Targets, labels: Array, mask: Array, options: LossOptions
+    ) -> tuple[Array, Metrics]:
+        """See `kl.distillation_loss`."""
+        local = lambda *arrays, axis: kl.distillation_loss(*arrays, options, axis)
+        return self._mapped(local, True, hidden, head, targets, labels, mask)
+
+    def cross_entropy(
+        self, hidden: Array, head: Array, labels: Array, mask: Array, chunk: int = DEFAULT_CHUNK
+    ) -> tuple[Array, Metrics]:
+        """See `kl.cross_entropy`."""
+        local = lambda hidden, head, _, labels, mask, axis: kl.cross_entropy(hidden, head, labels, mask, chunk, axis)
+        return self._mapped(local, True, hidden, head, None, labels, mask)
+
+    def evaluate_positions(
+        self, hidden: Array, head: Array, targets: Targets | None, labels: Array, chunk: int = DEFAULT_CHUNK
+    ) -> dict[str, Array]:
+        """See `kl.evaluate_positions`; the readings lie as the labels do."""
+        local = lambda *arrays, axis: kl.evaluate_positions(*arrays, chunk, axis)
+        return self._mapped(local, False, hidden, head, targets, labels)
+
+    def _mapped(self, local: Callable, summed: bool, hidden, head, targets, labels, *mask) -> Any:
+        """`local` over the shards, its results summed over them or left where the tokens lie."""
+        mesh, rules = self.placement.mesh, self.placement.rules
+        if mesh.size == 1:
+            return local(hidden, head, targets, labels, *mask, axis=None)
+        kl.check_shapes(hidden, head, targets, labels, *mask)
+        tokens = partition(labels.shape, ("batch", "length"), rules, mesh)
+        over = _axes(*tokens)
+        # Where rules cut V over an axis of the tokens, or D over another, the head comes in without that cut.
+        vocab = tuple(a for a in _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over)
+
+        def lies(head: Array, rules: Rules) -> P:
+            cut = _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[0])
+            return P(tuple(a for a in cut if a in over), vocab)
+
+        own, rows = lies(head, rules), P(*tokens, None)
+        match targets:
+            case Hidden():
+                theirs: Any = Hidden(rows, lies(targets.head, self.teacher_rules or rules))
+            case Dense():
+                theirs = Dense(P(*tokens, vocab))
+            case None:
+                theirs = None
+
+        def inside(hidden, head, targets, labels, *mask):
+            head = _whole(head, own, over if summed else ())
+            if isinstance(targets, Hidden):
+                targets = targets._replace(head=_whole(targets.head, theirs.head))
+            result = local(hidden, head, targets, labels, *mask, axis=vocab or None)
+            return jax.lax.psum(result, over) if summed and over else result
+
+        in_specs = (rows, own, theirs, tokens, *(tokens for _ in mask))
+        mapped = jax.shard_map(inside, mesh=mesh, in_specs=in_specs, out_specs=P() if summed else tokens)
+        return mapped(hidden, head, targets, labels, *mask)
+
+
+def _axes(*entries: Any) -> tuple[str, ...]:
+    """The mesh axes that entries of a `PartitionSpec` name."""
+    return tuple(axis for e in entries for axis in ((e,) if isinstance(e, str) else e or ()))
+
+
+def _whole(head: Array, spec: P, over: tuple[str, ...] = ()) -> Array:
+    """A head's shard with all of D. It varies over `over` before it is gathered, so that its gradient is scattered
+    before it is summed over the axes that hold copies."""
+    cut = _axes(spec[0])
+    copies = tuple(axis for axis in over if axis not in cut)
+    head = jax.lax.pcast(head, copies, to="varying") if copies else head
+    return jax.lax.all_gather(head, cut, axis=0, tiled=True) if cut else head
