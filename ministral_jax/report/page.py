@@ -8,7 +8,7 @@ from pathlib import Path
 from ministral_jax.report import details, results
 from ministral_jax.report.collect import Run, read_run
 from ministral_jax.report.family import family_figure
-from ministral_jax.report.markup import Html, el
+from ministral_jax.report.markup import Child, Html, el
 from ministral_jax.report.style import PAGE_CSS
 from ministral_jax.report.units import duration, listing
 
@@ -36,13 +36,13 @@ def build_report(run_dir: Path) -> Path:
     """
     run = read_run(Path(run_dir))
     page = Path(run_dir) / "report.html"
-    _write(page, render(run))
+    write(page, render(run))
     if any(model.made for model in run.models):
-        _write(page.with_name("family.svg"), family_figure(run.summary))
+        write(page.with_name("family.svg"), family_figure(run.summary))
     return page
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """At once: a reader, or a crash, never meets half a page."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -50,27 +50,34 @@ def _write(path: Path, text: str) -> None:
 
 
 def render(run: Run) -> str:
-    parts = [(anchor, label, made) for anchor, label, make in _SECTIONS if (made := make(run))]
-    links = [el("a", label, href=f"#{anchor}") for anchor, label, _ in parts]
+    sections = [(anchor, label, made) for anchor, label, make in _SECTIONS if (made := make(run))]
     title = results.headline(run)
+    footer = [details.versions(run), el("p", "One file; it loads nothing and runs no script.")]
+    return document(f"run {run.name}", title, _status(run), results.family(run), sections, footer)
+
+
+def document(
+    subject: str, title: str, lead: str, hero: Child, sections: list[tuple[str, str, Html]], footer: Child
+) -> str:
+    """A whole page: its head with the style sheet, title and lead, links to its sections (anchor, label, content)."""
+    links = [el("a", label, href=f"#{anchor}") for anchor, label, _ in sections]
     head = el(
         "head",
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{run.name}: {title}"),
+        el("title", f"{subject.partition(' ')[2]}: {title}"),
         el("style", Html(PAGE_CSS)),
     )
     header = el(
         "header",
-        el("p", f"ministral_jax \u00b7 run {run.name}", class_="eyebrow"),
+        el("p", f"ministral_jax \u00b7 {subject}", class_="eyebrow"),
         el("h1", title),
-        el("p", _status(run), class_="lead"),
+        el("p", lead, class_="lead"),
         el("nav", links, aria_label="Sections"),
     )
-    main = el("main", results.family(run), [made for _, _, made in parts])
-    footer = el("footer", details.versions(run), el("p", "One file; it loads nothing and runs no script."))
-    return "<!DOCTYPE html>\n" + el("html", head, el("body", header, main, footer), lang="en") + "\n"
+    main = el("main", hero, [made for _, _, made in sections])
+    return "<!DOCTYPE html>\n" + el("html", head, el("body", header, main, el("footer", footer)), lang="en") + "\n"
 
 
 def _status(run: Run) -> str:

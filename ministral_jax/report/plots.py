@@ -50,7 +50,7 @@ _RC: dict[Any, Any] = {
 _POINTS = 400
 
 
-def _draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = (4.7, 3.4)) -> Html:
+def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = (4.7, 3.4)) -> Html:
     """One figure with one axes, `size` in inches of 72 CSS pixels, as SVG that takes its colours from the page."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=size, layout="constrained")
@@ -81,7 +81,7 @@ def _inline(svg: str, alt: str) -> Html:
     return Html(f'<svg class="plot" role="img" aria-label="{escape(alt)}" viewBox="{view[1]}">{body}')
 
 
-def _log_y(axes: Axes, values: Sequence[float]) -> None:
+def log_y(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic, limits with some air, ticks written as plain decimals."""
     low, high = min(values), max(values)
     low, high = low / 1.25, high * 1.25
@@ -94,7 +94,7 @@ def _log_y(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
 
 
-def _token_axis(axes: Axes, label: str = "tokens") -> None:
+def token_axis(axes: Axes, label: str = "tokens") -> None:
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -139,7 +139,7 @@ def kl_curves(
         return None
 
     def paint(axes: Axes) -> None:
-        _log_y(axes, values)
+        log_y(axes, values)
         labels = {"-": "pruned start", "--": "random start"}
         for (xs, ys), style in lines:
             if style == "-" and found is not None and found.tokens and xs and xs[0] == 0:
@@ -163,13 +163,13 @@ def kl_curves(
             axes.text(
                 start, 1.01, " long context", transform=axes.get_xaxis_transform(), color=light("muted"), va="bottom"
             )
-        _token_axis(axes)
+        token_axis(axes)
         axes.set_ylabel("held-out KL to the parent, nats")
         handles, names = axes.get_legend_handles_labels()
         short_end = starts[1] / axes.get_xlim()[1] if len(starts) > 1 else 1.0
         axes.legend(handles[::-1], names[::-1], loc="upper right", bbox_to_anchor=(short_end, 1.0), handlelength=2.2)
 
-    return _draw(paint, alt)
+    return draw(paint, alt)
 
 
 def _starts(pruned: list[list[Row]], scratch: list[list[Row]]) -> list[float]:
@@ -215,11 +215,11 @@ def loss_curve(
         if held_x:
             axes.plot(held_x, held_y, "o", ms=4.5, mfc=light("paper"), mec=light("ink"), mew=1.2, label="held out")
         _cut_spikes(axes, np.concatenate([ys, held_y]))
-        _token_axis(axes)
+        token_axis(axes)
         axes.set_ylabel(label)
         axes.legend(loc="best")
 
-    return _draw(paint, alt, size)
+    return draw(paint, alt, size)
 
 
 def _cut_spikes(axes: Axes, values: np.ndarray) -> None:
@@ -243,7 +243,7 @@ def spectrum(
     accent = light(colour)
 
     def paint(axes: Axes) -> None:
-        _log_y(axes, list(y))
+        log_y(axes, list(y))
         floor = axes.get_ylim()[0]
         axes.fill_between(x, y, floor, where=(x <= kept).tolist(), color=accent, alpha=0.18, lw=0)
         axes.plot(x, y, color=light("faint"), lw=1.6)
@@ -258,7 +258,7 @@ def spectrum(
         axes.set_xlabel("principal direction of the residual stream")
         axes.set_ylabel("energy, largest = 1")
 
-    return _draw(paint, alt)
+    return draw(paint, alt)
 
 
 def layer_scores(colour: str, scores: list[float], kept: list[int], alt: str) -> Html | None:
@@ -283,7 +283,7 @@ def layer_scores(colour: str, scores: list[float], kept: list[int], alt: str) ->
         axes.set_xlabel("layer")
         axes.set_ylabel("score")
 
-    return _draw(paint, alt)
+    return draw(paint, alt)
 
 
 def mlp_scores(colour: str, layers: list[tuple[list[float], float]], alt: str) -> Html | None:
@@ -300,7 +300,7 @@ def mlp_scores(colour: str, layers: list[tuple[list[float], float]], alt: str) -
     floor, accent = min(positive), light(colour)
 
     def paint(axes: Axes) -> None:
-        _log_y(axes, positive)
+        log_y(axes, positive)
         for x, (quantiles, cut) in enumerate(finite):
             low, quarter, median, upper, high = (max(v, floor) for v in quantiles)
             cut = min(max(cut, low), high)
@@ -318,4 +318,4 @@ def mlp_scores(colour: str, layers: list[tuple[list[float], float]], alt: str) -
         axes.set_xlabel("layer")
         axes.set_ylabel("neuron score")
 
-    return _draw(paint, alt)
+    return draw(paint, alt)
