@@ -24,6 +24,7 @@ from ministral_jax.training.checksums import Files, checksums, damage, first_pro
 from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
 
 Tree = Any
+_LEAVE_SECONDS = 60
 
 
 def save_params(directory: Path, params: Tree) -> Files:
@@ -71,7 +72,9 @@ def load_params(directory: Path, abstract: Tree, files: Files | None = None) -> 
         raise UserError(problem)
     try:
         return ocp.load(str(directory.absolute()), _placed(abstract))
-    except (OSError, ValueError) as error:
+    except RuntimeError:  # the connection to other processes
+        raise
+    except Exception as error:  # Orbax has no type of its own for what it cannot read
         raise UserError(
             f"{directory} cannot be read: {reason(error)}; delete {directory.parent} to have the stage made again"
         ) from error
@@ -94,9 +97,14 @@ def _difference(stored: Tree, abstract: Tree, directory: Path) -> str | None:
     for path in sorted(found.keys() ^ wanted.keys()):
         return f"{directory}: {path} is {'missing' if path in wanted else 'not part of the model'}"
     for path, leaf in wanted.items():
-        if tuple(found[path].shape) != tuple(leaf.shape):
-            return f"{directory}: {path} has shape {tuple(found[path].shape)}, the spec needs {tuple(leaf.shape)}"
+        if tuple(found[path].shape) != _stored_shape(leaf):
+            return f"{directory}: {path} has shape {tuple(found[path].shape)}, the spec needs {_stored_shape(leaf)}"
     return None
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return tuple(jax.eval_shape(jax.random.key_data, leaf).shape if key else leaf.shape)
 
 
 def _placed(abstract: Tree) -> Tree:
@@ -187,11 +195,13 @@ class ResumeStore:
         if self._saving is None:
             return
         (step, writing), self._saving = self._saving, None
-        writing.join()
-        if writing.error is None:
-            self._latest = step
-        else:
+        writing.join(None if jax.process_count() == 1 else _LEAVE_SECONDS)
+        if writing.is_alive():
+            _say(f"the state of step {step} was not saved in {self.directory}: other processes did not finish theirs")
+        elif writing.error is not None:
             _say(f"the state of step {step} could not be saved in {self.directory}: {reason(writing.error)}")
+            if is_first():
+                self._forget(step)
 
     def delete(self) -> None:
         """A finished stage needs no state to resume from; multiples of `keep_every` stay."""

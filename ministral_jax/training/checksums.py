@@ -35,12 +35,21 @@ def checksums(directory: Path) -> Files:
 def damage(directory: Path, files: Files) -> str | None:
     """What differs from `files`, or None: "NAME is missing", "NAME has 3 bytes instead of 5", ..
 
-    Every process reads its share of the files and learns of everyone's findings.
+    All processes call it; each reads its share of the files and learns what the others found.
     """
+    if not _well_formed(files):
+        return "the list of its files is not readable"
     share = sorted(files, key=lambda name: (-files[name][0], name))[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(_THREADS) as pool:
         findings = pool.map(lambda name: _difference(directory, name, *files[name]), share)
         return first_problem(next((finding for finding in findings if finding), None))
+
+
+def _well_formed(files: Any) -> bool:
+    entries = files.values() if isinstance(files, dict) else ()
+    return bool(entries) and all(
+        isinstance(e, list) and len(e) == 2 and isinstance(e[0], int) and isinstance(e[1], str) for e in entries
+    )
 
 
 def _difference(directory: Path, name: str, size: int, digest: str) -> str | None:

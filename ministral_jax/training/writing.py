@@ -98,7 +98,7 @@ class _PeerFailed(Exception):
 def reason(error: BaseException) -> str:
     """One line; where the operating system is the cause, in its words."""
     text = str(error)
-    number = getattr(error, "errno", None) or (m := re.search(_OS_ERROR + r"='(\d+)'", text)) and int(m[1])
+    number = getattr(error, "errno", None) or ((m := re.search(_OS_ERROR + r"='(\d+)'", text)) and int(m[1]))
     if number:
         return os.strerror(number)
     return text.splitlines()[0] if text else type(error).__name__
