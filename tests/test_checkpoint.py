@@ -81,6 +81,7 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_consumed_while_it_was_writ
     consume = jax.jit(lambda s: {**s, "params": {"w": s["params"]["w"] * 0}}, donate_argnums=0)
     begun = state(3, size=20_000)
     expected = jax.tree.map(lambda x: x.copy(), begun)
+    consume(jax.tree.map(lambda x: x.copy(), begun))
     store.save(3, begun, {"seconds": 1.5})
     jax.block_until_ready(consume(begun))
     store.close()
@@ -90,6 +91,9 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_consumed_while_it_was_writ
     assert same(restored, expected) and note == {"seconds": 1.5}
     with pytest.raises(UserError, match=r"state/3: params/w has shape \(20000, 64\), the spec needs \(8, 64\); delete"):
         again.restore(abstract(state(3, size=8)))
+    other = {**expected, "step": jax.ShapeDtypeStruct((), jnp.float32)}
+    with pytest.raises(UserError, match="state/3: step has dtype int32, the spec needs float32; delete"):
+        again.restore(other)
 
 
 @pytest.mark.parametrize(

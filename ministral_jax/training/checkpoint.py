@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from ministral_jax.errors import UserError
@@ -88,8 +89,8 @@ def _misfit(directory: Path, abstract: Tree) -> str | None:
     return _difference(stored, abstract, directory)
 
 
-def _difference(stored: Tree, abstract: Tree, directory: Path) -> str | None:
-    """The first leaf that only one of two trees has, or that differs in shape."""
+def _difference(stored: Tree, abstract: Tree, directory: Path, exact: bool = False) -> str | None:
+    """The first leaf that only one of two trees has, or that differs in shape; `exact` forbids a cast too."""
     found, wanted = (
         {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (stored, abstract)
@@ -97,14 +98,13 @@ def _difference(stored: Tree, abstract: Tree, directory: Path) -> str | None:
     for path in sorted(found.keys() ^ wanted.keys()):
         return f"{directory}: {path} is {'missing' if path in wanted else 'not part of the model'}"
     for path, leaf in wanted.items():
-        if tuple(found[path].shape) != _stored_shape(leaf):
-            return f"{directory}: {path} has shape {tuple(found[path].shape)}, the spec needs {_stored_shape(leaf)}"
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        if (shape := tuple(found[path].shape)) != tuple(leaf.shape):
+            return f"{directory}: {path} has shape {shape}, the spec needs {tuple(leaf.shape)}"
+        if exact and (dtype := found[path].dtype) != leaf.dtype:
+            return f"{directory}: {path} has dtype {dtype}, the spec needs {leaf.dtype}"
     return None
-
-
-def _stored_shape(leaf: Any) -> tuple[int, ...]:
-    key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return tuple(jax.eval_shape(jax.random.key_data, leaf).shape if key else leaf.shape)
 
 
 def _placed(abstract: Tree) -> Tree:
@@ -164,7 +164,8 @@ class ResumeStore:
         assert step is not None
         path = self._path(step)
         stored = ocp.checkpointables_metadata(str(path.absolute()))
-        if (problem := first_problem(_difference(stored.metadata["state"], abstract, path))) is not None:
+        problem = _difference(stored.metadata["state"], abstract, path, exact=True)
+        if (problem := first_problem(problem)) is not None:
             raise UserError(f"{problem}; delete {self.directory} to start the stage again")
         loaded = ocp.load_checkpointables(str(path.absolute()), {"state": _placed(abstract)})
         note: Any = stored.custom_metadata
@@ -184,10 +185,11 @@ class ResumeStore:
             return
         if is_first():
             self._forget(step)
-        kept = "no state was saved before" if self._latest is None else f"the state of step {self._latest} is intact"
+        again = "no state was saved before, the same command starts again"
+        if self._latest is not None:
+            again = f"the state of step {self._latest} is intact, the same command goes on from there"
         raise UserError(
-            f"the state of step {step} could not be saved in {self.directory}: {problem}; {kept}, the same command "
-            "goes on from there"
+            f"the state of step {step} could not be saved in {self.directory}: {problem}; {again}"
         ) from writing.error
 
     def close(self) -> None:
@@ -260,8 +262,7 @@ class ResumeStore:
         if is_first():
             instead = "starting from the beginning" if good is None else f"going on from step {good}"
             for step, problem in bad.items():
-                place = self._set_aside(step)
-                _say(f"{self._path(step)} is damaged ({problem}); moved to {place}; {instead}")
+                _say(f"{self._path(step)} is damaged ({problem}); {self._set_aside(step)}; {instead}")
             for step in torn:
                 _say(f"{self._path(step)} was being written when the run ended; removed; {instead}")
         barrier(f"open {self.directory}")
@@ -282,13 +283,17 @@ class ResumeStore:
         files, problem = from_first(_read_record(self._record(step)) if is_first() else None)
         return problem or damage(self._path(step), files)
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> str:
         place = self.directory / "damaged" / str(step)
         shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(exist_ok=True)
-        os.replace(self._path(step), place)
+        try:
+            place.parent.mkdir(exist_ok=True)
+            os.replace(self._path(step), place)
+        except OSError:  # a full disk may have no room even for a directory
+            self._forget(step)
+            return "removed"
         self._record(step).unlink(missing_ok=True)
-        return place
+        return f"moved to {place}"
 
 
 def _read_record(path: Path) -> tuple[Files | None, str | None]:
