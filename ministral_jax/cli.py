@@ -78,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--run-dir", type=Path, help="where points are written (default: runs/<name>)")
     sweep.set_defaults(command=_sweep)
 
+    launch = commands.add_parser("launch", help="a scheduler's job that runs a recipe: printed, written or submitted")
+    launch.add_argument("scheduler", choices=("slurm", "gke", "tpu-vm", "local"), help="`local` runs it here, at once")
+    launch.add_argument("recipe", help="YAML file; its `launch:` block describes the job")
+    launch.add_argument(
+        "rest", nargs="*", metavar="STAGE | key=value", help="as of run; launch.slurm.nodes=4 and the like"
+    )
+    launch.add_argument("--run-dir", type=Path, help="where stages are written, as the job sees it")
+    launch.add_argument("--output", type=Path, metavar="FILE|DIR", help="write the job instead of printing it")
+    launch.add_argument("--submit", action="store_true", help="submit it with sbatch, kubectl or gcloud")
+    launch.set_defaults(command=_launch)
+
     report = commands.add_parser("report", help="write the report and the figures of a run or of a sweep")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(command=_report)
@@ -111,6 +122,12 @@ def _sweep(args: argparse.Namespace) -> int:
     join(Limits())  # one process: for its answer to SIGTERM
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     return run_sweep(sweep, args.run_dir or Path("runs") / sweep.name)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from ministral_jax.launching.launch import launch
+
+    return launch(args.scheduler, args.recipe, args.rest, args.run_dir, args.output, args.submit)
 
 
 def _report(args: argparse.Namespace) -> None:

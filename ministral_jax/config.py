@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distillation.kl import LossOptions
+from ministral_jax.launching.job import LaunchConfig
 from ministral_jax.models.spec import Frozen
 from ministral_jax.models.vlm import Compute
 from ministral_jax.parallel import MeshConfig, Rules
@@ -182,6 +183,7 @@ class Recipe(Frozen):
     stages: dict[str, AnyStage]
     family: Family | None = None
     limits: Limits = Limits()
+    launch: LaunchConfig = LaunchConfig()
 
     @field_validator("stages")
     @classmethod

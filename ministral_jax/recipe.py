@@ -153,6 +153,8 @@ def explain(problem: Any, root: type[BaseModel], prefix: str = "") -> str:
         return f"unknown key {key}{suggest(loc[-1], valid)}"
     if problem["type"] == "missing":
         return f"{key} is required"
+    if problem["type"] == "secret":
+        return f"{key}: {problem['msg']}"  # and not what was given
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r:.80}"
 

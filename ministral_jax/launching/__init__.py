@@ -1,0 +1,1 @@
+"""Jobs for schedulers: one typed description each, one renderer each, the templates in `launch/`."""

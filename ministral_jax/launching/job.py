@@ -1,0 +1,196 @@
+"""What a scheduler is told about a job: the `launch:` block of a recipe. Secrets are named here, never written."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from ministral_jax.models.spec import Frozen
+
+Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$")]
+"""Letters, digits and `_@%+=:,./-`: the same in a `#SBATCH` line, in a shell and in YAML."""
+Directory = Annotated[str, Field(pattern=r"^/[^\x00-\x1f]*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Count = Annotated[int, Field(ge=1)]
+
+_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+
+
+class Job(Frozen):
+    """What every kind of job has."""
+
+    secrets_go: ClassVar[str]
+    """How a secret is referred to, for the error that refuses its value."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    """The job's name; the recipe's when none is given."""
+    environment: dict[Variable, str] = Field(default_factory=dict)
+    """Variables and their values, which stand in the job for all to read."""
+    restarts: int = Field(default=20, ge=0)
+    """How often the job is started again after exit code 75 or the death of a process."""
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secret(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            if _SECRET.search(name):
+                raise PydanticCustomError(
+                    "secret", f"{name} looks like a secret, whose value a job must not hold; {cls.secrets_go}"
+                )
+            if "\0" in value:
+                raise PydanticCustomError("secret", f"{name} holds a NUL character, which no environment can")
+        return environment
+
+
+class SlurmJob(Job):
+    """One `sbatch` job, one task for each process."""
+
+    secrets_go = "write it into a file on the cluster and name that with launch.slurm.env_file"
+
+    nodes: Count = 1
+    gpus_per_node: int = Field(default=0, ge=0)
+    tasks_per_node: Count | None = None
+    """Processes of a node: one for each GPU when none is given, one where there are no GPUs."""
+    cpus_per_task: Count | None = None
+    memory: Plain | None = None
+    """Of a node, e.g. `200G`."""
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] | None = None
+    """Limit of one start, e.g. `24:00:00`; a job that is not done by then is queued again."""
+    partition: Plain | None = None
+    account: Plain | None = None
+    qos: Plain | None = None
+    workdir: Plain | None = None
+    """Where the job runs, on the shared file system; where it is submitted when none is given."""
+    activate: Directory | None = None
+    """A virtual environment."""
+    env_file: Directory | None = None
+    """A shell file of assignments, sourced by the job: the place of secrets."""
+    grace: Count = 120
+    """Seconds between SIGTERM and the time limit."""
+
+    @model_validator(mode="after")
+    def _one_device_for_a_task(self) -> Self:
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"tasks_per_node = {self.tasks_per_node} must equal gpus_per_node = {self.gpus_per_node}, because "
+                "under SLURM a JAX process takes one GPU"
+            )
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """Processes of a node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+class SecretKey(Frozen):
+    """One key of a Kubernetes secret."""
+
+    secret: Plain
+    key: Plain
+
+
+class Volume(Frozen):
+    """What holds the run directory for all pods: a claim that many nodes may write to, or a bucket (by gcsfuse)."""
+
+    claim: Plain | None = None
+    bucket: Plain | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.claim is None) == (self.bucket is None):
+            raise ValueError("exactly one of claim and bucket must be given")
+        return self
+
+
+class TpuSlices(Frozen):
+    """`slices` TPU slices of one topology; `hosts` is worked out unless a topology exists in two forms."""
+
+    type: Literal["v5e", "v5p", "v6e"]
+    topology: Annotated[str, Field(pattern=r"^\d+(x\d+){1,2}$")]
+    slices: Count = 1
+    hosts: Count | None = None
+
+
+class GpuNodes(Frozen):
+    """`nodes` nodes with `per_node` GPUs, one process for each node."""
+
+    type: Plain
+    """The node label `cloud.google.com/gke-accelerator`, e.g. `nvidia-h100-80gb`."""
+    nodes: Count = 1
+    per_node: Count = 8
+
+
+class GkeJob(Job):
+    """A JobSet on Google Kubernetes Engine."""
+
+    secrets_go = "put it into a Kubernetes secret and refer to it with launch.gke.secrets.NAME={secret: .., key: ..}"
+
+    image: Plain
+    volume: Volume
+    mount: Directory = "/work"
+    """Where the volume is mounted, and the command's working directory."""
+    tpu: TpuSlices | None = None
+    gpu: GpuNodes | None = None
+    spot: bool = False
+    namespace: Plain | None = None
+    service_account: Plain | None = None
+    queue: Plain | None = None
+    """A Kueue queue."""
+    secrets: dict[Variable, SecretKey] = Field(default_factory=dict)
+    grace: Count = 120
+    """Seconds between SIGTERM and SIGKILL; spot machines get 30 at the most whatever is asked for."""
+
+    @model_validator(mode="after")
+    def _has_accelerators(self) -> Self:
+        if (self.tpu is None) == (self.gpu is None):
+            raise ValueError("exactly one of tpu and gpu must be given")
+        return self
+
+
+class TpuVmJob(Job):
+    """Cloud TPU VMs by a queued resource, kept going by a script."""
+
+    secrets_go = "write it into a file on the VMs (`setup` may fetch it) and name that with launch.tpu_vm.env_file"
+
+    zone: Plain
+    project: Plain | None = None
+    accelerator_type: Annotated[str, Field(pattern=r"^(v4|v5litepod|v5p|v6e)-\d+$")]
+    """E.g. `v5litepod-16`, `v6e-32` (chips), `v5p-64` (cores, two for each chip)."""
+    runtime_version: Plain
+    slices: Count = 1
+    spot: bool = True
+    service_account: Plain | None = None
+    bucket: Plain | None = None
+    """Mounted with gcsfuse on every host: the shared file system."""
+    mount: Directory = "/mnt/work"
+    """Where the bucket is mounted, and the command's working directory."""
+    setup: str | None = None
+    """Shell, run on every host before each start; must bear being run twice."""
+    activate: Directory | None = None
+    env_file: Directory | None = None
+    grace: Count = 120
+    """Seconds that what an earlier start left behind gets between SIGTERM and SIGKILL."""
+
+
+class LocalJob(Job):
+    """Processes on this machine."""
+
+    secrets_go = "leave it in your shell's environment, which the processes inherit"
+
+    restarts: int = Field(default=0, ge=0)
+    processes: Count = 2
+    cpu_devices: Count | None = None
+    """Virtual CPU devices of each process."""
+
+
+class LaunchConfig(Frozen):
+    """How each scheduler is to run this recipe. It changes nothing about what a stage makes."""
+
+    slurm: SlurmJob = SlurmJob()
+    gke: GkeJob | None = None
+    tpu_vm: TpuVmJob | None = None
+    local: LocalJob = LocalJob()

@@ -1,0 +1,106 @@
+"""From a recipe and a scheduler's name to a job: printed, written, or submitted with the scheduler's own client."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ministral_jax.errors import UserError
+from ministral_jax.launching import gke, local, slurm, tpu_vm
+from ministral_jax.recipe import load_recipe, order
+
+
+class _Scheduler(NamedTuple):
+    key: str
+    """In the recipe's `launch:` block."""
+    suffix: str
+    submit: tuple[str, ...]
+    """The client's command, which reads the job from its standard input; a script that stays is run instead."""
+
+
+SCHEDULERS = {
+    "slurm": _Scheduler("slurm", ".sbatch", ("sbatch",)),
+    "gke": _Scheduler("gke", ".yaml", ("kubectl", "create", "-f", "-")),
+    "tpu-vm": _Scheduler("tpu_vm", ".sh", ()),
+    "local": _Scheduler("local", "", ()),
+}
+
+
+def launch(
+    scheduler: str,
+    recipe: str,
+    rest: Sequence[str] = (),
+    run_dir: Path | None = None,
+    output: Path | None = None,
+    submit: bool = False,
+) -> int:
+    """Render the job that runs `recipe` under `scheduler`, then print it, write it to `output` or submit it.
+
+    Args:
+        scheduler: a key of `SCHEDULERS`; `local` runs at once.
+        rest: stages and `key=value` overrides, as of `run`; those under `launch.` shape the job and go no further.
+
+    Returns:
+        the exit code of the client, or of the job under `local` and under `tpu-vm` with `submit`; else 0.
+
+    Raises:
+        UserError: the recipe, its `launch:` block or a word of `rest` is at fault; the client is not installed.
+    """
+    kind = SCHEDULERS[scheduler]
+    overrides = [word for word in rest if "=" in word]
+    settings = load_recipe(recipe, overrides)
+    order(settings, [word for word in rest if "=" not in word])
+    job = getattr(settings.launch, kind.key)
+    command = ("run", recipe, *(word for word in rest if not word.startswith("launch.")))
+    command += ("--run-dir", str(run_dir)) if run_dir is not None else ()
+    _check_text(command)
+    if scheduler == "local":
+        if output is not None or submit:
+            raise UserError(
+                "launch local runs at once: it has nothing to write or to submit, so leave out --output and --submit"
+            )
+        return local.run(job, command)
+    if job is None:
+        raise UserError(
+            f"recipe {recipe} has no launch.{kind.key}, which launch {scheduler} needs (see docs/launch.md)"
+        )
+    name = job.name or settings.name
+    renderers = {"slurm": slurm.render, "gke": gke.render, "tpu-vm": tpu_vm.render}
+    text = renderers[scheduler](job, name, command)
+    if output is not None:
+        _write(text, output / f"{name}{kind.suffix}" if output.is_dir() else output, executable=scheduler == "tpu-vm")
+    elif not submit:
+        sys.stdout.write(text)
+    return _submit(kind.submit, text) if submit else 0
+
+
+def _check_text(command: Sequence[str]) -> None:
+    for word in command:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r} is not UTF-8 text, which a job's command must be") from None
+
+
+def _write(text: str, path: Path, executable: bool) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+        if executable:
+            path.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from None
+    print(path, file=sys.stderr)
+
+
+def _submit(client: tuple[str, ...], text: str) -> int:
+    if not client:  # in place of this process, which would stand between the script and the signals it answers to
+        sys.stdout.flush()
+        os.execvp("bash", ["bash", "-c", text])
+    try:
+        return subprocess.run(client, input=text.encode(), check=False).returncode
+    except FileNotFoundError:
+        raise UserError(f"--submit needs {client[0]!r}, which is not installed here") from None
