@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from flax.linen.spmd import with_logical_constraint
 from jax import Array
 
-from ministral_jax.models.attention import KEEP, attend, keep
+from ministral_jax.models.attention import KEEP, keep
+from ministral_jax.models.mesh import constrain
 from ministral_jax.models.rope import rotate
+from ministral_jax.models.sharded_attention import attend_on_mesh
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Compute:
 
     `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `remat`: what the
     backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"), everything
-    ("full"). `unroll`: layers
-    unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see `attention.attend`.
+    ("full"). `unroll`: layers unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see
+    `attention.attend`. `context`: how the tokens of a row meet where a mesh cuts it, see `attend_on_mesh`.
     """
 
     dtype: str = "float32"
@@ -32,6 +33,7 @@ class Compute:
     unroll: int = 1
     attention: Literal["auto", "xla", "blockwise"] = "auto"
     attention_block: int = 128
+    context: Literal["all_gather", "ring"] = "all_gather"
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
@@ -74,13 +76,17 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
-def residual(x: Array) -> Array:
-    return with_logical_constraint(x, ("batch", "length", None))
+def residual(x: Array, grain: int) -> Array:
+    return constrain(x, ("batch", "length", None), grain)
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Sizes of one block and the names of its axes, in the order D, H, K, h, F."""
+    """Sizes of one block and the names of its axes, in the order D, H, K, h, F.
+
+    `grain`: where a mesh cuts T, a shard holds a multiple of this many tokens: two chunks in zig-zag order, or whole
+    blocks of patches.
+    """
 
     width: int
     heads: int
@@ -91,6 +97,7 @@ class BlockSpec:
     causal: bool
     axes: tuple[str, str, str, str, str]
     depth: int
+    grain: int
 
 
 def into_heads(x: Array, kernel: Array) -> Array:
@@ -121,7 +128,18 @@ class Attention(nn.Module):
             q = q * heat[:, :, None, None].astype(q.dtype)
         c = self.compute
         with jax.named_scope("attend"):
-            mixed = attend(q, k, v, segments, causal=s.causal, implementation=c.attention, block=c.attention_block)
+            mixed = attend_on_mesh(
+                q,
+                k,
+                v,
+                segments,
+                causal=s.causal,
+                implementation=c.attention,
+                block=c.attention_block,
+                context=c.context,
+                heads=H,
+                grain=s.grain,
+            )
         return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D"))
 
 
@@ -168,10 +186,10 @@ class Block(nn.Module):
             mixed = Attention(s, self.compute, name="attention")(
                 rms_norm(x, attention_gain, s.norm_eps), turn, heat, segments
             )
-            middle = residual(x + mixed)
+            middle = residual(x + mixed, s.grain)
         with jax.named_scope("mlp"):
             out, hidden = SwiGLU(s, self.compute, name="mlp")(rms_norm(middle, mlp_gain, s.norm_eps))
-            out = residual(middle + out)
+            out = residual(middle + out, s.grain)
         if tap is None:
             return out, None
         return out, tap({"attention_norm_in": x, "mlp_norm_in": middle, "mlp_hidden": hidden, "out": out}, weights)

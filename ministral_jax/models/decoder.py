@@ -12,9 +12,11 @@ from jax import Array
 
 from ministral_jax.models import rope
 from ministral_jax.models.block import BlockSpec, Compute, residual, rms_norm, stacked, weight
+from ministral_jax.models.mesh import constrain
 from ministral_jax.models.spec import ModelSpec
 
 AXES = ("embed", "heads", "kv_heads", "head", "mlp")
+ZIGZAG = 2  # chunks of a shard of T
 
 
 class Decoder(nn.Module):
@@ -27,7 +29,7 @@ class Decoder(nn.Module):
         s = self.spec
         self.embed = weight(self, "embed", (s.vocab, s.width), ("vocab", "embed"), s.width**-0.5)
         block = BlockSpec(
-            s.width, s.heads, s.kv_heads, s.head_width, s.mlp_width, s.norm_eps, True, AXES, depth=s.layers
+            s.width, s.heads, s.kv_heads, s.head_width, s.mlp_width, s.norm_eps, True, AXES, s.layers, ZIGZAG
         )
         self.layers = stacked(block, self.compute, "layers")
         self.norm = weight(self, "norm", (s.width,), ("embed",), None)
@@ -36,7 +38,8 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, tokens: Array) -> Array:
         """[B, T] int -> [B, T, D]."""
-        return residual(self.embed[tokens])
+        # Cut in V alone: from a table cut in D the compiler would make the rows of all devices on each of them.
+        return residual(constrain(self.embed, ("vocab", None))[tokens], ZIGZAG)
 
     def __call__(
         self,

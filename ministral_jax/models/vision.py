@@ -30,7 +30,9 @@ class VisionTower(nn.Module):
         x = rms_norm(linear(patches.astype(kernel.dtype), kernel), gain, s.norm_eps)
 
         turn = axial_rotation(row, column, s.rope_theta, s.head_width, jnp.promote_types(x.dtype, jnp.float32))
-        block = BlockSpec(s.width, s.heads, s.heads, s.head_width, s.mlp_width, s.norm_eps, False, AXES, depth=s.layers)
+        block = BlockSpec(
+            s.width, s.heads, s.heads, s.head_width, s.mlp_width, s.norm_eps, False, AXES, s.layers, s.merge**2
+        )
         layers = stacked(block, self.compute, "vision_layers", name="layers")
         return layers(x, turn, None, image, None, None)[0]
 

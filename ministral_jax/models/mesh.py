@@ -1,0 +1,36 @@
+"""Where activations lie: the mesh that is set and the logical rules that are active while a model is traced."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+from jax import Array
+from jax.sharding import PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+def layout(shape: tuple[int, ...], names: tuple[str | None, ...], grain: int = 1) -> tuple[Axes, ...]:
+    """Mesh axes of every dimension, () for whole: those the rules name while they divide it (`length` into multiples of
+    `grain`). All () without a mesh or rules."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    rules = dict(nn.get_logical_axis_rules())
+
+    def cut(size: int, name: str | None) -> Axes:
+        entry = (rules.get(name) if name else None) or ()
+        chosen, count = [], grain if name == "length" else 1
+        for axis in (entry,) if isinstance(entry, str) else entry:
+            if sizes.get(axis, 1) > 1 and size % (count * sizes[axis]) == 0:
+                chosen.append(axis)
+                count *= sizes[axis]
+        return tuple(chosen)
+
+    return tuple(cut(size, name) for size, name in zip(shape, names, strict=True))
+
+
+def constrain(x: Array, names: tuple[str | None, ...], grain: int = 1) -> Array:
+    """`x`, kept on the mesh as the rules say; the identity without a mesh."""
+    axes = layout(x.shape, names, grain)
+    if not any(jax.sharding.get_abstract_mesh().shape.values()) or not nn.get_logical_axis_rules():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in axes)))
