@@ -245,14 +245,8 @@ def expand(sweep: Sweep) -> list[Point]:
     Raises:
         UserError: a point's recipe is wrong (the point is named), two points would have the same name or be the same.
     """
-    short = short_keys(sweep.keys)
-    points: list[Point] = []
-    for places in itertools.product(*(axis.places for axis in sweep.axes)):
-        settings = dict(zip(sweep.keys, itertools.chain.from_iterable(places), strict=True))
-        name = point_name(settings, short)
-        for other in points:
-            if other.name.lower() == name.lower():
-                raise UserError(_same_name(other, name, settings))
+    points = []
+    for name, settings in _named(sweep):
         overrides = tuple(f"{key}={as_yaml(value)}" for key, value in (sweep.overrides | settings).items())
         try:
             recipe = load_recipe(sweep.recipe, overrides)
@@ -262,6 +256,18 @@ def expand(sweep: Sweep) -> list[Point]:
         points.append(Point(name, settings, overrides, recipe, shared))
     _check_distinct(points)
     return points
+
+
+def _named(sweep: Sweep) -> list[tuple[str, dict[str, Any]]]:
+    short, named = short_keys(sweep.keys), []
+    for places in itertools.product(*(axis.places for axis in sweep.axes)):
+        settings = dict(zip(sweep.keys, itertools.chain.from_iterable(places), strict=True))
+        name = point_name(settings, short)
+        for other_name, other in named:
+            if other_name.lower() == name.lower():  # some file systems take no notice of case
+                raise UserError(_same_name(name, other, settings))
+        named.append((name, settings))
+    return named
 
 
 def point_name(settings: dict[str, Any], short: dict[str, str]) -> str:
@@ -283,8 +289,8 @@ def as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _same_name(other: Point, name: str, settings: dict[str, Any]) -> str:
-    pairs = [(key, other.settings[key], settings[key]) for key in settings if other.settings[key] != settings[key]]
+def _same_name(name: str, other: dict[str, Any], settings: dict[str, Any]) -> str:
+    pairs = [(key, other[key], settings[key]) for key in settings if other[key] != settings[key]]
     if not pairs:
         return f"the point {name} occurs twice; give every combination of values once"
     differing = ", ".join(f"{key} = {old!r} and {new!r}" for key, old, new in pairs)
