@@ -26,7 +26,7 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of `jit(f).lower(..).compile().as_text()`; those of a loop's body are listed once."""
-    computations = {}
+    computations, text = {}, re.sub(r"/\*.*?\*/", "", text)
     for block in re.split(r"\n(?=%|ENTRY)", text):
         if (name := _NAME.match(block)) and "{" in block:
             computations[name.group(1)] = block

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import collectives
 from model_cases import CASES, inputs, pack, random_params, relative, targets
 
+from ministral_jax.models import sharded_attention
 from ministral_jax.models.attention import attend
 from ministral_jax.models.sharded_attention import attend_on_mesh
 from ministral_jax.models.vlm import VLM, Compute
@@ -86,6 +88,34 @@ def test_without_a_mesh_or_rules_or_on_one_device_it_is_attend():
         assert "shard_map" not in text(attend_on_mesh)
         with one.rules.active():
             assert "shard_map" in text(attend_on_mesh)
+
+
+def test_shards_of_a_causal_row_visit_the_same_number_of_tiles_and_together_those_of_one_device():
+    shards, block, length = 4, 3, 96
+    chunk = length // (2 * shards)
+    tiles = lambda starts: [int(s) + t for s in starts for t in range(0, chunk, block)]
+    visits = [
+        sum(start // block + 1 for start in tiles(sharded_attention._starts(jnp.int32(i), shards, 2 * chunk, True)))
+        for i in range(shards)
+    ]
+    assert len(set(visits)) == 1 and sum(visits) == sum(range(1, length // block + 1))
+
+
+@pytest.mark.parametrize("context", ["all_gather", "ring"])
+def test_keys_and_values_travel_and_nothing_else(context):
+    place = placement(context=8)
+    q, k, v, weight, segments = case()
+    total = lambda q, k, v: jnp.sum(attend_on_mesh(q, k, v, segments, block=2, context=context) * weight)
+    with jax.set_mesh(place.mesh), place.rules.active():
+        rows = jax.NamedSharding(place.mesh, jax.P(None, "context"))
+        arrays = [jax.device_put(np.float32(x), rows) for x in (q, k, v)]
+        text = jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile().as_text()
+    shard = B * T // 8 * K * WIDTH
+    found = sorted((c.op, c.size, c.in_loop) for c in collectives(text) if len(c.shapes[0]) > 3)  # all but segments
+    if context == "ring":  # k and v forward; k, v, d_k and d_v backward; every chunk of 3 tokens fills two tiles of 2
+        assert found == [("collective-permute", shard * 4 // 3, True)] * 6
+    else:
+        assert found == [("all-gather", 8 * shard, False)] * 2 + [("reduce-scatter", shard, False)] * 2
 
 
 @pytest.mark.parametrize("context", ["all_gather", "ring"])

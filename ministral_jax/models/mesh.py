@@ -29,8 +29,9 @@ def layout(shape: tuple[int, ...], names: tuple[str | None, ...], grain: int = 1
 
 
 def constrain(x: Array, names: tuple[str | None, ...], grain: int = 1) -> Array:
-    """`x`, kept on the mesh as the rules say; the identity without a mesh."""
-    axes = layout(x.shape, names, grain)
-    if not any(jax.sharding.get_abstract_mesh().shape.values()) or not nn.get_logical_axis_rules():
+    """`x`, kept on the mesh as the rules say; the identity without rules, and without a mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not nn.get_logical_axis_rules():
         return x
+    axes = layout(x.shape, names, grain)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in axes)))

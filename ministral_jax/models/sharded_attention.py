@@ -62,7 +62,7 @@ def attend_on_mesh(
             k, v = (_own_heads(x, q.shape[2], group, cut) for x in (k, v))
         if not length:
             return attend(q, k, v, segments, **options)
-        own = Part(segments, _starts(lax.axis_index(length), length, q.shape[1], causal))
+        own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], causal))
         if context == "ring":
             return _ring_attend(q, k, v, own, length, causal, block)
         k, v, all_segments = (_gather(x, length, causal) for x in (k, v, segments))
@@ -88,12 +88,11 @@ def _own_heads(x: Array, queries: int, group: int, cut: Axes) -> Array:
     return jnp.take(x, (first + jnp.arange(0, queries, same)) // group, axis=2)
 
 
-def _starts(shard: Array, length: Axes, tokens: int, causal: bool) -> Array:
+def _starts(shard: Array, shards: int, tokens: int, causal: bool) -> Array:
     """Where in the row the chunks of a shard of `tokens` begin."""
     if not causal:
         return shard[None] * tokens
-    chunks = jnp.stack([shard, 2 * lax.axis_size(length) - 1 - shard])
-    return chunks * (tokens // 2)
+    return jnp.stack([shard, 2 * shards - 1 - shard]) * (tokens // 2)
 
 
 def _gather(x: Array, length: Axes, causal: bool) -> Array:
@@ -110,8 +109,8 @@ def _gather(x: Array, length: Axes, causal: bool) -> Array:
 def _ring_attend(q: Array, k: Array, v: Array, own: Part, length: Axes, causal: bool, block: int) -> Array:
     block = min(block, q.shape[1] // len(own.starts))
     scaled = q * q.shape[-1] ** -0.5
-    *tiles, own_tiles, _ = attention.into_tiles(scaled, k, v, own, own, block)
-    out: Any = _ring(*tiles, own_tiles, length, causal)
+    tiles = attention.into_tiles(scaled, k, v, own, own, block)
+    out: Any = _ring(*tiles[:4], length, causal)
     return attention.from_tiles(out, q.shape[1], len(own.starts))
 
 
