@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--zip", action="store_true", help="keys vary together instead of in every combination")
     sweep.add_argument("--name", help="of the directory below runs/ (default: the file's name and what varies)")
     sweep.add_argument("--run-dir", type=Path, help="where points are written (default: runs/<name>)")
+    sweep.add_argument(
+        "--jobs", choices=("local", "slurm", "gke"), default="local", help="here, or print a scheduler's jobs"
+    )
     sweep.set_defaults(command=_sweep)
 
     launch = commands.add_parser("launch", help="a scheduler's job that runs a recipe: printed, written or submitted")
@@ -121,7 +124,13 @@ def _sweep(args: argparse.Namespace) -> int:
 
     join(Limits())  # one process: for its answer to SIGTERM
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
-    return run_sweep(sweep, args.run_dir or Path("runs") / sweep.name)
+    run_dir = args.run_dir or Path("runs") / sweep.name
+    if args.jobs == "local":
+        return run_sweep(sweep, run_dir)
+    from ministral_jax.sweep_jobs import prepare_jobs
+
+    sys.stdout.write(prepare_jobs(sweep, run_dir, args.jobs))
+    return 0
 
 
 def _launch(args: argparse.Namespace) -> int:

@@ -375,30 +375,3 @@ def _curve(recipe: Recipe, last: str) -> tuple[str, ...]:
         chain.insert(0, name)
         name = recipe.stages[name].source
     return tuple(chain)
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One job of a sweep on a cluster: `ministral-jax run <recipe> <stages> <overrides> --run-dir <directory>`."""
-
-    name: str
-    directory: Path
-    stages: tuple[str, ...]
-    overrides: tuple[str, ...]
-    after: tuple[str, ...]
-    """Jobs that must have ended well before it begins."""
-
-
-def plan(sweep: Sweep, points: Sequence[Point], sweep_dir: Path) -> list[PlannedRun]:
-    """Jobs such that no stage is run by two at once: first the stages that points share, one job after another, then
-    the points, side by side."""
-    used, covered = users(points), set()
-    runs: list[PlannedRun] = []
-    for point in points:
-        stages = [name for name, where in point.shared.items() if len(used[where]) > 1 and where not in covered]
-        covered.update(point.shared[name] for name in stages)
-        if stages:
-            name, after = f"shared-{len(runs) + 1}", tuple(run.name for run in runs[-1:])
-            runs.append(PlannedRun(name, sweep_dir / point.name, tuple(stages), point.overrides, after))
-    last = tuple(run.name for run in runs[-1:])
-    return runs + [PlannedRun(p.name, sweep_dir / p.name, sweep.stages, p.overrides, last) for p in points]

@@ -64,8 +64,8 @@ def run_sweep(sweep: Sweep, sweep_dir: Path) -> int:
     return 1 if failed else 0
 
 
-def prepare(sweep: Sweep, sweep_dir: Path) -> tuple[list[Point], Record]:
-    """Check everything that can be checked, then write `sweep.json`.
+def prepare(sweep: Sweep, sweep_dir: Path, write: bool = True) -> tuple[list[Point], Record]:
+    """Check everything that can be checked, then `write` `sweep.json`.
 
     Raises:
         UserError: see `expand` and `measured`; or `sweep_dir` holds something else.
@@ -78,8 +78,9 @@ def prepare(sweep: Sweep, sweep_dir: Path) -> tuple[list[Point], Record]:
         for place in (sweep_dir / point.name / name for name in (*point.shared, "data")):
             if place.exists() and not place.is_symlink():
                 raise UserError(f"{place} was not made by a sweep (it is no link); delete it or give another --run-dir")
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    refresh(record, sweep_dir)
+    if write:
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        refresh(record, sweep_dir)
     return points, record
 
 
