@@ -37,11 +37,10 @@ class Job(Frozen):
     def _holds_no_secret(cls, environment: dict[str, str]) -> dict[str, str]:
         for name, value in environment.items():
             if _SECRET.search(name):
-                raise PydanticCustomError(
-                    "secret", f"{name} looks like a secret, whose value a job must not hold; {cls.secrets_go}"
-                )
+                why = f"{name} looks like a secret, whose value a job must not hold; {cls.secrets_go}"
+                raise PydanticCustomError("secret", "{why}", {"why": why})
             if "\0" in value:
-                raise PydanticCustomError("secret", f"{name} holds a NUL character, which no environment can")
+                raise PydanticCustomError("secret", "{why}", {"why": f"{name} holds a NUL character, which none can"})
         return environment
 
 

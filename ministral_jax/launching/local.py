@@ -120,8 +120,8 @@ def _wait(running: list[subprocess.Popen[bytes]]) -> list[int]:
     """Exit codes of the processes that ended by themselves, after all have ended."""
     deadline: float | None = None
     killed: set[int] = set()
-    while any(process.poll() is None for process in running):
-        if deadline is None and any(process.returncode for process in running):
+    while None in (codes := [process.poll() for process in running]):
+        if deadline is None and any(codes):
             deadline = time.monotonic() + PATIENCE
         if deadline is not None and time.monotonic() > deadline and not killed:
             killed = {process.pid for process in running if process.returncode is None}
@@ -146,10 +146,10 @@ def _signal(running: list[subprocess.Popen[bytes]], signum: int) -> None:
 def outcome(codes: Sequence[int]) -> int:
     """A job's exit code: 0 when all are 0; 2 when any is 2; 75 when any is 75 or death by a signal; else the first that
     is not 0."""
-    bad = [code for code in codes if code != 0]
+    bad = [128 - code if code < 0 else code for code in codes if code != 0]
     if 2 in bad:
         return 2
-    if any(code == RETRY or code < 0 or (code > 128 and code != 130) for code in bad):
+    if any(code == RETRY or (code > 128 and code != 130) for code in bad):
         return RETRY
     return bad[0] if bad else 0
 
