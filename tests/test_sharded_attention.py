@@ -118,15 +118,15 @@ def test_keys_and_values_travel_and_nothing_else(context):
         assert found == [("all-gather", 8 * shard, False)] * 2 + [("reduce-scatter", shard, False)] * 2
 
 
-@pytest.mark.parametrize("context", ["all_gather", "ring"])
-def test_a_model_with_packed_text_and_images_equals_itself_on_one_device(context):
+@pytest.mark.parametrize(("context", "remat"), [("all_gather", "none"), ("ring", "full")])
+def test_a_model_with_packed_text_and_images_equals_itself_on_one_device(context, remat):
     place, spec = placement(fsdp=2, tensor=2, context=2), CASES["images"].spec
     batch = pack(CASES["images"])
     batch = {name: pad(name, array) for name, array in batch.items()}
     labels, weights = targets(batch, spec.vocab)
     # what the hidden states are weighted with must travel as the tokens do
     batch |= {"labels": labels.astype(np.int32), "loss_mask": weights}
-    model = VLM(spec, Compute(attention="blockwise", attention_block=8, context=context, remat="none"))
+    model = VLM(spec, Compute(attention="blockwise", attention_block=8, context=context, remat=remat))
 
     def total(params, batch):
         hidden = model.apply({"params": params}, **inputs(batch), method="hidden")

@@ -37,7 +37,7 @@ class LossHead:
         self, hidden: Array, head: Array, targets: Targets, labels: Array, mask: Array, options: LossOptions
     ) -> tuple[Array, Metrics]:
         """See `kl.distillation_loss`."""
-        local = lambda *arrays, axis: kl.distillation_loss(*arrays, options, axis)
+        local = lambda *arrays, axis: kl.distillation_loss(*arrays, options=options, vocab_axis=axis)
         return self._mapped(local, True, hidden, head, targets, labels, mask)
 
     def cross_entropy(
@@ -51,7 +51,7 @@ class LossHead:
         self, hidden: Array, head: Array, targets: Targets | None, labels: Array, chunk: int = DEFAULT_CHUNK
     ) -> dict[str, Array]:
         """See `kl.evaluate_positions`; the readings lie as the labels do."""
-        local = lambda *arrays, axis: kl.evaluate_positions(*arrays, chunk, axis)
+        local = lambda *arrays, axis: kl.evaluate_positions(*arrays, chunk=chunk, vocab_axis=axis)
         return self._mapped(local, False, hidden, head, targets, labels)
 
     def _mapped(self, local: Callable, summed: bool, hidden, head, targets, labels, *mask) -> Any:
@@ -65,23 +65,26 @@ class LossHead:
         # Where rules cut V over an axis of the tokens, or D over another, the head comes in without that cut.
         vocab = tuple(a for a in _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over)
 
-        def lies(head: Array, rules: Rules) -> P:
+        def lies(head: Array, rules: Rules) -> Any:
             cut = _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[0])
             return P(tuple(a for a in cut if a in over), vocab)
 
-        own, rows = lies(head, rules), P(*tokens, None)
+        own = lies(head, rules)
+        rows: Any = P(*tokens, None)
+        dense: Any = P(*tokens, vocab)
         match targets:
             case Hidden():
                 theirs: Any = Hidden(rows, lies(targets.head, self.teacher_rules or rules))
             case Dense():
-                theirs = Dense(P(*tokens, vocab))
+                theirs = Dense(dense)
             case None:
                 theirs = None
 
         def inside(hidden, head, targets, labels, *mask):
             head = _whole(head, own, over if summed else ())
             if isinstance(targets, Hidden):
-                targets = targets._replace(head=_whole(targets.head, theirs.head))
+                # Cast first, as it gets no gradient: half the bytes to gather.
+                targets = Hidden(targets.hidden, _whole(targets.head.astype(targets.hidden.dtype), theirs.head))
             result = local(hidden, head, targets, labels, *mask, axis=vocab or None)
             return jax.lax.psum(result, over) if summed and over else result
 

@@ -46,9 +46,9 @@ def attend_on_mesh(
     It goes tile by tile whatever `implementation` says.
     """
     batch, length, cut = layout(q.shape[:3], ("batch", "length", heads), grain)
-    options = dict(causal=causal, implementation=implementation, block=block)
+    whole = partial(attend, causal=causal, implementation=implementation, block=block)
     if not (batch or length or cut):
-        return attend(q, k, v, segments, **options)
+        return whole(q, k, v, segments)
     segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
     segments = jnp.broadcast_to(segments, q.shape[:2])
     chosen = ("blockwise" if block < q.shape[1] else "xla") if implementation == "auto" else implementation
@@ -61,7 +61,7 @@ def attend_on_mesh(
         if not with_keys:
             k, v = (_own_heads(x, q.shape[2], group, cut) for x in (k, v))
         if not length:
-            return attend(q, k, v, segments, **options)
+            return whole(q, k, v, segments)
         own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], causal))
         if context == "ring":
             return _ring_attend(q, k, v, own, length, causal, block)
@@ -110,7 +110,7 @@ def _ring_attend(q: Array, k: Array, v: Array, own: Part, length: Axes, causal: 
     block = min(block, q.shape[1] // len(own.starts))
     scaled = q * q.shape[-1] ** -0.5
     tiles = attention.into_tiles(scaled, k, v, own, own, block)
-    out: Any = _ring(*tiles[:4], length, causal)
+    out: Any = _ring(tiles[0], tiles[1], tiles[2], tiles[3], length, causal)
     return attention.from_tiles(out, q.shape[1], len(own.starts))
 
 
@@ -130,7 +130,7 @@ def _ring_forward(q, k, v, own, length, causal):
         running, keys = carry
         k, v, other = keys
         coming = _pass_on(keys, length)  # independent of what follows: it may travel meanwhile
-        row = lambda args: attention.row_forward(*args, k, v, other, causal)
+        row = lambda a: attention.row_forward(a[0], a[1], a[2], k, v, other, causal)
         return (lax.map(row, (running, q, own)), coming), None
 
     start = attention.empty(q), (k, v, own)
