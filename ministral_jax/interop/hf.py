@@ -264,10 +264,12 @@ def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None 
         parts = stacks["/".join(key.key for key in path)]
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            if parts[0][0].layer is None:
-                return parts[0][0].view(parts[0][1].read())[index].astype(jnp.dtype(dtype))
-            views = [slot.view(tensor.read())[index[1:]] for slot, tensor in parts[index[0]]]
-            return np.stack([view.astype(jnp.dtype(dtype)) for view in views])
+            shape = np.broadcast_to(np.empty(()), leaf.shape)[index].shape
+            out, layered = np.empty(shape, jnp.dtype(dtype)), parts[0][0].layer is not None
+            chosen, rest = (parts[index[0]], index[1:]) if layered else (parts, index)
+            for n, (slot, tensor) in enumerate(chosen):
+                out[n if layered else ...] = slot.view(tensor.read())[rest]
+            return out
 
         if sharding is None:
             return part((slice(None),) * leaf.ndim)

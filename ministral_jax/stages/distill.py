@@ -38,7 +38,7 @@ def distillation(
 ) -> LossFn:
     """The objective: `(trainable, frozen, batch)`, with the teacher's parameters under `frozen["teacher"]`."""
     student, teacher = VLM(student_spec, compute), VLM(teacher_spec, compute)
-    taught = heads.teacher_rules.scoped(hidden)
+    taught = (heads.teacher_rules or heads.placement.rules).scoped(hidden)
 
     def loss(params, frozen, batch):
         constants = dict(frozen)
