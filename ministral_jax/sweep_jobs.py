@@ -88,10 +88,8 @@ _SUBMIT = """\
 # the same `ministral-jax sweep` then renders what is left. When all are done: ministral-jax report SWEEP_DIRECTORY
 set -eu
 submit() {{
-  variable=$1
-  shift
   id=$(sbatch --parsable "$@")
-  eval "$variable=\\${{id%%;*}}"
+  id=${{id%%;*}}
 }}
 """
 
@@ -105,9 +103,8 @@ def _slurm(sweep: Sweep, sweep_dir: Path, runs: Sequence[PlannedRun]) -> str:
             end += "_"
         needed = ":".join(f"${_variable(name)}" for name in run.after)
         options = f' --kill-on-invalid-dep=yes --dependency="afterok:{needed}"' if needed else ""
-        parts.append(
-            f"# {run.name}: {run.point.name}\nsubmit {_variable(run.name)}{options} <<'{end}'\n{script}{end}\n"
-        )
+        keep = f"{_variable(run.name)}=$id\n" if run.name.startswith("shared") else ""
+        parts.append(f"# {run.name}: {run.point.name}\nsubmit{options} <<'{end}'\n{script}{end}\n{keep}")
     return "\n".join(parts)
 
 
@@ -117,8 +114,8 @@ def _variable(name: str) -> str:
 
 _APPLY = """\
 # The {count} jobs of sweep {name}. A JobSet does not wait for another: create the `shared` ones in this order, each
-# when the one before it is done, then all `point` ones. Their directories hold links that were made where this was printed:
-# print it where the volume is mounted, in the working directory of the jobs.
+# when the one before it is done, then all `point` ones. Their directories hold links, made when this was printed: print
+# it where the volume is mounted, in the working directory of the jobs.
 """
 
 

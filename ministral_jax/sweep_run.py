@@ -26,7 +26,7 @@ from rich.text import Text
 from ministral_jax.cascade import run_cascade
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import read_manifest, write_json
-from ministral_jax.report.sweep import build_sweep_report, figure_columns, setting
+from ministral_jax.report.sweep import build_sweep_report, chief_columns, figure_columns, setting
 from ministral_jax.summary import write_summary
 from ministral_jax.sweep import METRICS, Point, Sweep, expand, measured, short_keys, users
 
@@ -197,7 +197,7 @@ def sweep_table(record: Record) -> Table:
     table = Table(title=f"{record['name']}: {done} of {len(record['points'])} points, {record['seconds']:,.0f} s")
     for short in record["keys"].values():
         table.add_column(short)
-    columns, several = figure_columns(record), len(record["measure"]) > 1
+    columns, several = chief_columns(record, figure_columns(record)), len(record["measure"]) > 1
     for column in columns:
         table.add_column(f"{column.stage} {column.metric}" if several else column.metric, justify="right")
     unfinished = done < len(record["points"])

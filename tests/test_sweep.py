@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from conftest import cache
 
 from ministral_jax import sweep_run
 from ministral_jax.cli import main
@@ -39,7 +40,13 @@ FIXED = (
     "defaults.train.steps=2",
 )
 STAGES = ("parent", "14b-pruned", "14b-short")
-ONE_DEVICE = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+ONE_DEVICE = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONUNBUFFERED": "1",
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # else a program's key holds the place of the cache
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
 
 
 def words(*vary: str) -> tuple[str, ...]:
@@ -94,9 +101,17 @@ class Swept:
         return self.root / "swept"
 
 
+def share_compiled(sweep_dir: Path) -> None:
+    """Let a sweep's processes use the suite's compilation cache."""
+    cache.mkdir(exist_ok=True)
+    sweep_dir.mkdir()
+    (sweep_dir / "xla").symlink_to(cache)
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Swept:
     root = tmp_path_factory.mktemp("sweeps")
+    share_compiled(root / "swept")
     commands = (
         PURE,
         words(f"{SEED}=1,10", f"{SCORE}=activation,weight_norm,random"),
@@ -146,7 +161,8 @@ def test_a_point_is_what_its_own_run_would_be(swept):
 
 def test_killed_in_the_middle_it_goes_on(swept, tmp_path):
     sweep_dir = tmp_path / "s"
-    for path in (swept.dir / "xla", *swept.dir.glob("shared/parent-*"), *swept.dir.glob("shared/data")):
+    share_compiled(sweep_dir)
+    for path in (*swept.dir.glob("shared/parent-*"), *swept.dir.glob("shared/data")):
         shutil.copytree(path, sweep_dir / path.relative_to(swept.dir))
     saving = "defaults.distill.checkpoint.every=1"  # makes no other stage
     command = [sys.executable, "-m", "ministral_jax", "sweep", *words(f"{SEED}=1,10", f"{SCORE}=random"), saving]
@@ -256,7 +272,7 @@ def test_a_sweep_file_with_a_product_and_keys_that_vary_together(pretend, tmp_pa
         "recipe": MICRO,
         "product": {SCORE: ["random", "activation"]},
         "zip": {LR: [1e-3, 1e-4, 1e-5], "stages.14b-short.steps": [3, 6, 9]},
-        "overrides": dict(word.split("=", 1) for word in FIXED[1:]),
+        "overrides": {word.partition("=")[0]: word.partition("=")[2] for word in FIXED[1:]},
         "stages": ["14b-short"],
         "measure": {"stages": ["14b-pruned", "14b-short"], "metrics": ["kl"]},
     }

@@ -63,6 +63,13 @@ def figure_columns(record: Record) -> list[Column]:
     ]
 
 
+def chief_columns(record: Record, columns: list[Column]) -> list[Column]:
+    """Where room is scarce: of several stages, the first figure of each."""
+    if len(record["measure"]) == 1:
+        return columns
+    return [next(c for c in columns if c.stage == stage) for stage in dict.fromkeys(c.stage for c in columns)]
+
+
 def setting(value: Any) -> str:
     """A value as a person would write it."""
     if isinstance(value, str):
@@ -196,8 +203,7 @@ def _cells(record: Record, point: Record, columns: list[Column]) -> list[Child]:
 
 
 def _values(record: Record, layout: Layout, columns: list[Column]) -> Html | None:
-    if len(record["measure"]) > 1:  # of several stages, the figure that matters most
-        columns = [next(c for c in columns if c.stage == stage) for stage in dict.fromkeys(c.stage for c in columns)]
+    columns = chief_columns(record, columns)
     columns = [c for c in columns if any(c.is_best(record, point) for point in record["points"])]
     made = [
         figure(_title(c), picture, _caption(record, c)) for c in columns if (picture := _picture(record, layout, c))
