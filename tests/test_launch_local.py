@@ -83,7 +83,9 @@ sys.exit(supervise(words, 2, int(restarts), dict(os.environ)))
 
 
 def launcher(folder: Path, do: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", LAUNCHER, WORKER, str(folder), do, "3"])
+    words = [sys.executable, "-c", LAUNCHER, WORKER, str(folder), do, "3"]
+    with (folder / "said").open("wb") as said:
+        return subprocess.Popen(words, stderr=said)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -97,6 +99,7 @@ def test_a_signal_reaches_every_process_and_ends_the_restarts(tmp_path, signum):
     else:  # Python's KeyboardInterrupt ends the stand-ins by the signal itself
         assert code == 130
     assert gone_within(pids, 5)
+    assert "started again" not in (tmp_path / "said").read_text()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a dead launcher's processes on Linux only")
