@@ -23,6 +23,7 @@ from ministral_jax import sweep_run
 from ministral_jax.cli import main
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import read_manifest, write_json
+from ministral_jax.processes import Preempted
 from ministral_jax.recipe import load_recipe
 from ministral_jax.stages.job import load_stage
 from ministral_jax.sweep import Axis, as_yaml, expand, label, measured, read_sweep, short_keys, stage_directories
@@ -72,6 +73,7 @@ PROCESS = """
 import json, shutil, sys
 from pathlib import Path
 from ministral_jax.cli import main
+from ministral_jax.processes import Preempted
 from ministral_jax.recipe import load_recipe
 from ministral_jax.run import run_recipe
 small, large, bad, plain, root = json.loads(sys.argv[1])
@@ -254,7 +256,7 @@ def test_a_shared_stage_that_fails_is_tried_once(pretend, tmp_path, capsys):
     assert len(made) == 1 + 2 + 4 and all(p["error"] is None for p in read(tmp_path / "s")["points"])
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(75), RuntimeError("a fault")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Preempted("step 3"), SystemExit(75), RuntimeError("a fault")])
 def test_what_is_no_fault_of_a_point_ends_the_sweep(pretend, tmp_path, stop):
     made, refuse = pretend
     refuse["14b-short"] = stop
