@@ -14,7 +14,7 @@ from ministral_jax.distillation.kl import Hidden
 from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, head_matrix
-from ministral_jax.parallel import Placement, zigzag
+from ministral_jax.parallel import Placement
 from ministral_jax.processes import poll
 
 Params = dict[str, Any]
@@ -84,7 +84,7 @@ def make_evaluate(
             read = _reading(LossHead(placement, taught.rules))
             total, predicted = jax.device_get(read(states, head(params), targets, batch))
             outputs.append(total)
-            predictions.append(predicted[:, np.argsort(zigzag(predicted.shape[1], placement.mesh.shape["context"]))])
+            predictions.append(predicted[:, np.argsort(placement.order(predicted.shape[1]))])
         return figures(outputs), predictions
 
     return evaluate

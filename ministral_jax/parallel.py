@@ -91,6 +91,8 @@ class Rules(Frozen):
             for axis in getattr(self, name):
                 if axis not in AXES:
                     raise ValueError(f"{name} names mesh axis {axis!r}; there are {', '.join(AXES)}")
+        if self.length not in ((), ("context",)):
+            raise ValueError("length can lie on mesh axis 'context' alone, whose shards take its tokens in turns")
         return self
 
     @contextmanager
@@ -169,7 +171,8 @@ class Placement:
 
     @cached_property
     def _context(self) -> int:
-        return self.mesh.shape["context"]
+        """Parts into which the tokens of a row are cut."""
+        return self.mesh.shape["context"] if self.rules.length else 1
 
     def batch_sharding(self, name: str, ndim: int) -> NamedSharding:
         """Rows over `rules.batch`; the tokens of a row over `rules.length`."""
@@ -200,11 +203,15 @@ class Placement:
             held[rows] = True
         return np.flatnonzero(held)
 
+    def order(self, length: int) -> np.ndarray:
+        """In which the tokens of a row lie on the mesh."""
+        return zigzag(length, self._context)
+
     def place(self, batch: Mapping[str, np.ndarray], count: int) -> dict[str, jax.Array]:
         """A global batch of `count` rows from this process's `rows(count)` of it."""
         where = np.full(count, -1)
         where[self.rows(count)] = np.arange(len(self.rows(count)))
-        order = zigzag(batch["tokens"].shape[1], self._context)
+        order = self.order(batch["tokens"].shape[1])
 
         def put(name: str, local: np.ndarray) -> jax.Array:
             if self._context > 1 and name not in _PER_PATCH:

@@ -14,9 +14,11 @@ from ministral_jax.errors import UserError
 from ministral_jax.evaluation import figures, hidden, sums
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
+from ministral_jax.processes import Preempted
 from ministral_jax.summary import token_speedup
 from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
-from ministral_jax.training.loop import Diverged, Schedule, fit, restore
+from ministral_jax.training.goodput import goodput
+from ministral_jax.training.loop import Diverged, Schedule, _Reporter, fit, restore
 from ministral_jax.training.metrics import StageLog, read_jsonl
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import abstract_state, init_state, make_step, split_frozen
@@ -32,7 +34,13 @@ def batch(n: int, rows: int = 4) -> dict:
     mask = (rng.random((rows, 8)) < 0.6).astype(np.float32)
     mask[:, -1] = 0
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
-    return {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask, "labels": np.roll(tokens, -1, 1)}
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": np.ones_like(tokens),
+        "loss_mask": mask,
+        "labels": np.roll(tokens, -1, 1),
+    }
 
 
 def loss(params, frozen, batch):
@@ -229,3 +237,94 @@ def test_torn_lines_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_jsonl(path) == [{"step": 1}]
+
+
+def poisoned(first: int, last: int | None = None):
+    """Batches of which those from `first` to `last` (to the end when None) have no finite loss."""
+
+    def batches(start):
+        for n in range(start, 100):
+            bad = first <= n <= (99 if last is None else last)
+            yield {**batch(n), "loss_mask": batch(n)["loss_mask"] * np.float32(np.nan if bad else 1)}
+
+    return batches
+
+
+def test_rolling_back_leaves_out_the_batches_since_the_saved_state(tmp_path, params):
+    outcome = run(tmp_path, params, batches=poisoned(5, 5), guard=GuardConfig(action="rollback"))
+
+    def without(start):  # what is left: the state of step 4, then batches 6, 7, ..
+        return (batch(n if n < 4 else n + 2) for n in range(start, 100))
+
+    other = tmp_path / "other"
+    other.mkdir()
+    expected = run(other, params, batches=without)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), outcome.state, expected.state))
+    records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
+    assert [(r["step"], r["from"], r["skipped"]) for r in records if r["kind"] == "rollback"] == [(4, 6, 2)]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rolling_back_ends_when_there_is_nothing_to_go_back_to_or_it_was_done_often(tmp_path, params):
+    with pytest.raises(Diverged, match=r"after 2 rollbacks; the state of step 2 is kept"):
+        run(tmp_path, params, batches=poisoned(3), guard=GuardConfig(action="rollback", rollbacks=2))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(Diverged, match="no state was saved yet"):
+        run(tmp_path / "b", params, batches=poisoned(0, 0), guard=GuardConfig(action="rollback"))
+
+
+def test_a_spike_is_a_multiple_of_the_recent_median():
+    class Log:
+        write = staticmethod(lambda *args: None)
+
+    class Line:
+        update = staticmethod(lambda *args: None)
+
+    schedule = Schedule(steps=9, evaluate_every=9, save_every=9, tokens_per_step=1, flops_per_step=1.0)
+    report = _Reporter(Log(), Line(), schedule, GuardConfig(spike=3, window=3))
+    for step, loss in enumerate([9.0, 1.0, 1.1, 2.9], 1):  # the first ones have no median yet
+        report.train(step, {"loss": (loss, 1)})
+    with pytest.raises(Exception, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
+        report.train(5, {"loss": (9.0, 1)})
+
+
+def test_a_loop_asked_to_stop_saves_there_and_goes_on_to_the_same_end(tmp_path, params, monkeypatch):
+    import ministral_jax.training.loop as loop
+
+    for number, what in enumerate(("step 4", "step 6", "saving step 2", "evaluating")):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+
+        def evaluate(state, what=what):
+            ask(what if what == "evaluating" and int(state["step"]) == 4 else "")
+            return {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}
+
+        def ask(doing, slow=False, what=what):
+            if doing == what:
+                raise Preempted(doing)
+
+        monkeypatch.setattr(loop, "poll", ask)
+        with pytest.raises(Preempted):
+            run(directory, params, evaluate=evaluate)
+        monkeypatch.setattr(loop, "poll", lambda doing, slow=False: None)
+        again = run(directory, params)
+        records = read_jsonl(directory / "stage" / "metrics.jsonl")
+        assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 1, 2, 4, 6], what
+        assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6], what
+        unbroken = run(tmp_path, params) if number == 0 else unbroken
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.state, unbroken.state)), what
+
+
+def test_goodput_counts_what_was_done_again_as_lost():
+    def record(attempt, begun, done, at, **seconds):
+        return {"kind": "time", "attempt": attempt, "from": begun, "step": done, "at": at, "seconds": seconds}
+
+    records = [
+        record(1, 0, 0, 110.0, start=10.0),
+        record(1, 0, 4, 120.0, step=9.0, data=1.0),
+        record(1, 0, 7, 126.0, step=6.0),
+        record(2, 4, 4, 140.0, start=4.0),
+        record(2, 4, 8, 150.0, step=10.0),
+    ]
+    assert goodput(records) == {"start": 14.0, "data": 1.0, "step": 19.0, "lost": 6.0, "down": 10.0}
+    assert goodput([]) == {}

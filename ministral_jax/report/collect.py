@@ -15,6 +15,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.manifest import digest
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.report.style import accent
+from ministral_jax.training.goodput import goodput
 from ministral_jax.training.metrics import read_jsonl
 
 Row = dict[str, float]
@@ -50,6 +51,9 @@ class Stage:
     """SHA-256 of the finished manifest, what later stages name this one by."""
     train: list[Row] = field(default_factory=list)
     evals: list[Row] = field(default_factory=list)
+    time: dict[str, float] = field(default_factory=dict)
+    """Seconds by kind, see `training.goodput`."""
+    attempts: int = 0
 
     def surgery(self, step: str) -> dict[str, Any]:
         """What a prune stage recorded about one of its steps; empty when it did not take that step."""
@@ -277,6 +281,8 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
         digest=digest(directory) if finished else None,
         train=_of_kind(rows, "train"),
         evals=_of_kind(rows, "eval"),
+        time=goodput(timed := [row for row in rows if row.get("kind") == "time"]),
+        attempts=len({row.get("attempt") for row in timed}),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ministral_jax.report import details, results
+from ministral_jax.report import details, results, time
 from ministral_jax.report.collect import Run, read_run
 from ministral_jax.report.family import family_figure
 from ministral_jax.report.markup import Child, Html, el
@@ -21,6 +21,7 @@ _SECTIONS = (
     ("surgery", "Surgery", details.surgery),
     ("cost", "Size and cost", details.cost),
     ("stages", "Stages", details.stages),
+    ("time", "Time", time.goodput),
     ("curves", "Curves", details.curves),
 )
 

@@ -6,6 +6,7 @@ record before it. `from` is the step at which the attempt began, `at` the time o
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -58,7 +59,7 @@ def goodput(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         if record.get("kind") == "time":
             attempts.setdefault(record["attempt"], []).append(record)
     order = sorted(attempts)
-    for number, following in zip(order, [*order[1:], None], strict=True):
+    for number, following in itertools.zip_longest(order, order[1:]):
         kept_until = attempts[following][0]["from"] if following is not None else None
         for record in attempts[number]:
             lost = kept_until is not None and record["step"] > kept_until
