@@ -1,0 +1,168 @@
+"""Jobs of several processes on this machine: started, watched, harmed, and gone when the test is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ministral_jax.stages.job import load_stage
+
+RECIPE = Path(__file__).parent.parent / "chaos" / "chaos.yaml"
+WORKER = Path(__file__).with_name("worker.py")
+TRAINED = ("parent", "pruned", "short")
+RETRY = 75
+PATIENCE = 600
+
+
+class Job:
+    """Processes `0 .. count - 1` of one job. Logs and journals lie beside the run directory and outlive it."""
+
+    def __init__(self, run_dir: Path, count: int = 2, devices: int = 1, *words: str, faults: Sequence[str] = ()):
+        self.run_dir, self.begun = run_dir, time.time()
+        port = _free_port()
+        attempt = len(list(run_dir.parent.glob(f"{run_dir.name}.*.0.log")))
+        self.logs = [run_dir.with_name(f"{run_dir.name}.{attempt}.{i}.log") for i in range(count)]
+        self.journals = [log.with_suffix(".journal") for log in self.logs]
+        shared = [str(RECIPE), *words, "--run-dir", str(run_dir), "--cpu-devices", str(devices)]
+        if count > 1:
+            shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            fault = faults[i] if i < len(faults) else ""
+            command = [sys.executable, str(WORKER), str(self.journals[i]), fault, "run", *shared]
+            command += ["--process-index", str(i)] if count > 1 else []
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+                )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing that was started stays."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert not (left := [pid for p in self.processes for pid in members(p.pid)]), f"orphans: {left}"
+
+    def send(self, number: signal.Signals, *indices: int) -> None:
+        for i in indices:
+            self.processes[i].send_signal(number)
+
+    def codes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
+    def wait(self, seconds: float = PATIENCE, *indices: int) -> list[int | None]:
+        """Exit codes, once these processes (all when none is named) have ended."""
+        which = indices or range(len(self.processes))
+        deadline = time.monotonic() + seconds
+        while any(self.processes[i].poll() is None for i in which):
+            assert time.monotonic() < deadline, f"still there after {seconds} s: {self.codes()}\n{self.tails()}"
+            time.sleep(0.02)
+        return self.codes()
+
+    def finish(self) -> None:
+        codes = self.wait()
+        assert set(codes) == {0}, f"{codes}\n{self.tails()}"
+
+    def until(self, ready: Callable[[], Any], seconds: float = PATIENCE) -> bool:
+        """Wait for `ready`; False when a process ended before that."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if any(code is not None for code in self.codes()):
+                return False
+            assert time.monotonic() < deadline, f"it never came to that\n{self.tails()}"
+            time.sleep(0.002)
+        return True
+
+    def doing(self, index: int = 0) -> str:
+        """What a process has last begun to do: stage, step, what."""
+        moments = self.moments(index)
+        return moments[-1][1] if moments else "starting"
+
+    def moments(self, index: int = 0) -> list[tuple[float, str]]:
+        """(seconds since the start, stage/step/what) of all that a process has begun to do."""
+        stage, step, found = "", "", []
+        text = self.journals[index].read_text() if self.journals[index].is_file() else ""
+        for line in text.splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            at, _, what = line.rstrip("\n").partition(" ")
+            if what.startswith("beginning "):
+                stage, step = what.removeprefix("beginning "), ""
+            elif match := re.fullmatch(r"step (\d+)", what):
+                step = match[1]
+            found.append((float(at) - self.begun, f"{stage}/{step}/{what}"))
+        return found
+
+    def log(self, index: int = 0) -> str:
+        return self.logs[index].read_text(errors="replace")
+
+    def tails(self) -> str:
+        return "\n".join(
+            f"---- {log.name}, doing {self.doing(i)}\n{self.log(i)[-3000:]}" for i, log in enumerate(self.logs)
+        )
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# ---- what a run left -------------------------------------------------------------------------------------------------
+
+
+def records(run_dir: Path, stage: str, kind: str) -> list[dict[str, float]]:
+    """Figures of a kind, without those that measure time."""
+    path = run_dir / stage / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [{k: v for k, v in r.items() if "per_second" not in k} for r in found if r["kind"] == kind]
+
+
+def export(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "hf" / "hf").iterdir())}
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    """Parameters of every stage, every figure of every step, and the export."""
+    for stage in TRAINED:
+        a, b = load_stage(ours / stage)[1], load_stage(theirs / stage)[1]
+        differ = [
+            jax.tree_util.keystr(path)
+            for path, equal in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.array_equal, a, b))
+            if not equal
+        ]
+        assert not differ, f"{stage}: {differ}"
+        for kind in ("train", "eval"):
+            assert records(ours, stage, kind) == records(theirs, stage, kind), (stage, kind)
+    a, b = export(ours), export(theirs)
+    assert a.keys() == b.keys() and not (differ := [name for name in a if a[name] != b[name]]), differ

@@ -1,0 +1,25 @@
+"""The command line as it is, noting in a file what it is doing: `worker.py JOURNAL FAULT run ...`.
+
+FAULT, a pattern, makes this process alone fail with an exception when it begins to do what matches; "" for none.
+"""
+
+import re
+import sys
+import time
+
+from ministral_jax import cli, processes
+
+journal, fault = sys.argv[1:3]
+arm = processes._arm
+
+
+def noted(doing: str, seconds: float) -> None:
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write(f"{time.time():.3f} {doing}\n")
+    arm(doing, seconds)
+    if fault and re.match(fault, doing):
+        raise ValueError("a fault of this host alone")
+
+
+processes._arm = noted
+sys.exit(cli.main(sys.argv[3:]))
