@@ -22,11 +22,18 @@ from ministral_jax.summary import write_summary
 
 def run_recipe(recipe: Recipe, run_dir: Path, stages: Iterable[str] = ()) -> None:
     """Run the stages of a recipe in `run_dir`, then write its report and print the family's table."""
-    jax.config.update("jax_compilation_cache_dir", str((run_dir / "xla").absolute()))
+    cache_compilations(run_dir / "xla")
     run_cascade(recipe, run_dir, stages)
     if is_first():
         _finish(recipe, run_dir)
     barrier("reported")
+
+
+def cache_compilations(directory: Path) -> None:
+    """Keep compiled programs in `directory`, so that going on does not compile again."""
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+    if jax.default_backend() == "cpu":  # else the key names the directory, and a copy of it serves nobody
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def report_run(run_dir: Path) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +26,7 @@ from ministral_jax.cascade import run_cascade
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import read_manifest, write_json
 from ministral_jax.report.sweep import build_sweep_report, chief_columns, figure_columns, setting
+from ministral_jax.run import cache_compilations
 from ministral_jax.summary import write_summary
 from ministral_jax.sweep import METRICS, Point, Sweep, expand, measured, short_keys, users
 
@@ -47,7 +47,7 @@ def run_sweep(sweep: Sweep, sweep_dir: Path) -> int:
         UserError: the sweep or a point's recipe is wrong, before anything is written.
     """
     points, record = prepare(sweep, sweep_dir)
-    jax.config.update("jax_compilation_cache_dir", str((sweep_dir / "xla").absolute()))
+    cache_compilations(sweep_dir / "xla")
     broken: dict[str, str] = {}
     for position, entry in enumerate(record["points"]):
         point = points[position]

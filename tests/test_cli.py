@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -12,6 +13,13 @@ from ministral_jax.cli import main
 from ministral_jax.manifest import digest, write_json
 
 MICRO = Path(__file__).with_name("micro.yaml")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As on a laptop; the suite's eight are for meshes."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: devices)
 
 
 def snapshot(directory: Path) -> dict:
