@@ -198,7 +198,7 @@ class Placement:
     def rows(self, count: int) -> np.ndarray:
         """Which rows of a global batch of `count` the devices of this process hold, ascending."""
         held = np.zeros(count, bool)
-        index = self.batch_sharding("tokens", 2).addressable_devices_indices_map((count, 2 * self._context))
+        index: Any = self.batch_sharding("tokens", 2).addressable_devices_indices_map((count, 2 * self._context))
         for rows, _ in index.values():
             held[rows] = True
         return np.flatnonzero(held)
@@ -218,7 +218,11 @@ class Placement:
                 local = local[:, order]
             shape = (count, *local.shape[1:])
             sharding = self.batch_sharding(name, local.ndim)
-            return jax.make_array_from_callback(shape, sharding, lambda at: local[(where[at[0]], *at[1:])])
+
+            def part(index: Any) -> np.ndarray:
+                return local[(where[index[0]], *index[1:])]
+
+            return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: put(name, array) for name, array in batch.items()}
 

@@ -263,7 +263,7 @@ def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None 
     def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any = None) -> Any:
         parts = stacks["/".join(key.key for key in path)]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             shape = np.broadcast_to(np.empty(()), leaf.shape)[index].shape
             out, layered = np.empty(shape, jnp.dtype(dtype)), parts[0][0].layer is not None
             chosen, rest = (parts[index[0]], index[1:]) if layered else (parts, index)

@@ -28,8 +28,8 @@ def goodput(run: Run) -> Html | None:
     restarts = sum(stage.attempts - 1 for stage in timed)
     finding = f"{percent(total['step'] / everything)} of the loops\u2019 time went into training steps"
     lead = (
-        "Steps include what the host waits for the device. Work that was done again after a restart counts as lost, the "
-        "time from an attempt\u2019s last sign of life to the next attempt as not running. "
+        "Steps include what the host waits for the device. Work that was done again after a restart counts as lost, "
+        "the time from an attempt\u2019s last sign of life to the next attempt as not running. "
         + (f"In all {plural(restarts, 'restart')}." if restarts else "Nothing was restarted.")
     )
     shown = [kind for kind in KINDS if total[kind] > 0]

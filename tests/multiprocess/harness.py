@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ class Job:
             shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         self.processes = []
         for i, log in enumerate(self.logs):
             fault = faults[i] if i < len(faults) else ""
@@ -136,6 +138,12 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def warmed(run_dir: Path, other: Path) -> Path:
+    """A new run directory with the programs that another run has compiled."""
+    shutil.copytree(other / "xla", run_dir / "xla")
+    return run_dir
 
 
 # ---- what a run left -------------------------------------------------------------------------------------------------
