@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test parity wheel lint format clean
+.PHONY: help cascade test multiprocess chaos parity wheel lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
 	@echo "make test      the tests"
+	@echo "make multiprocess   jobs of one, two and four processes against each other"
+	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 15 minutes on 2 cores)"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make wheel     a wheel, checked far from the checkout"
 	@echo "make lint      formatting, lint and types"
@@ -29,6 +31,12 @@ cascade: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
+
+multiprocess: $(VENV)/installed
+	$(BIN)/python -m pytest -s -m multiprocess tests/multiprocess
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m pytest -s -m chaos tests/chaos
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity tests/parity
