@@ -101,7 +101,8 @@ def check_images(images: dict, spec: ModelSpec) -> None:
 
 
 def _trace(spec: ModelSpec) -> Params:
-    return jax.eval_shape(_init(spec), jax.random.key(0))
+    # The key is traced too: on the mesh of a topology that is only described, none can be made.
+    return jax.eval_shape(lambda: _init(spec)(jax.random.key(0)))
 
 
 # Shapes and logical axes of every parameter, as Flax boxes; a spec is traced once.
