@@ -65,21 +65,21 @@ class MeshConfig(Frozen):
 class Rules(Frozen):
     """Logical axis -> mesh axes, one line each; a parameter's or activation's other axes are whole everywhere.
 
-    FSDP cuts the width D of every matrix and gathers it again when its layer runs; tensor parallelism cuts what a
-    matrix product reads or writes next to it (heads, feed-forward, vocabulary). The vision tower and the projector are
+    FSDP cuts the width D of every matrix and gathers it again when its layer runs; devices that share a row's tokens
+    take part in that, since each would hold the same copy. Tensor parallelism cuts what a matrix product reads or writes next to it (heads, feed-forward, vocabulary). The vision tower and the projector are
     cut alike. Where an axis does not divide the dimension (8 key-value heads over 16 devices), that axis is left out.
     The same rules serve every backend; what differs there is how large the mesh's axes should be.
     """
 
     batch: tuple[str, ...] = ("slice", "data", "fsdp")
     length: tuple[str, ...] = ("context",)
-    embed: tuple[str, ...] = ("fsdp",)
+    embed: tuple[str, ...] = ("fsdp", "context")
     vocab: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
-    vision_embed: tuple[str, ...] = ("fsdp",)
+    vision_embed: tuple[str, ...] = ("fsdp", "context")
     vision_heads: tuple[str, ...] = ("tensor",)
     vision_mlp: tuple[str, ...] = ("tensor",)
     projector: tuple[str, ...] = ("tensor",)

@@ -144,14 +144,14 @@ def _signal(running: list[subprocess.Popen[bytes]], signum: int) -> None:
 
 
 def outcome(codes: Sequence[int]) -> int:
-    """A job's exit code: 0 when all are 0; 2 when any is 2; 75 when any is 75 or death by a signal; else the first that
-    is not 0."""
+    """A job's exit code: 0 when all are 0; 2 when any is 2; 75 when a signal killed any; else the first fault, which its
+    peers' 75 follows from; else 75."""
     bad = [128 - code if code < 0 else code for code in codes if code != 0]
     if 2 in bad:
         return 2
-    if any(code == RETRY or (code > 128 and code != 130) for code in bad):
+    if any(code > 128 and code != 130 for code in bad):
         return RETRY
-    return bad[0] if bad else 0
+    return next((code for code in bad if code != RETRY), RETRY if bad else 0)
 
 
 def _free_port() -> int:

@@ -11,9 +11,9 @@ from safetensors.numpy import load
 
 pytestmark = pytest.mark.multiprocess
 
-# The mesh and so the program are the same; what differs is in which order a collective adds four float32 numbers, inside
-# a process or between them: 3 * 2**-24 = 1.8e-7 of the sum of magnitudes, per collective. Six steps of Adam, whose first
-# divide a gradient by its own size, carry it to the loss about tenfold.
+# The mesh and so the program are the same; what differs is in which order a collective adds four float32 numbers,
+# inside a process or between them: 3 * 2**-24 = 1.8e-7 of the sum of magnitudes, per collective. Six steps of Adam,
+# whose first divide a gradient by its own size, carry it to the loss about tenfold.
 RELATIVE = 2e-6
 
 
