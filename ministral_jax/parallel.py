@@ -280,6 +280,13 @@ def fetch(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def agreed(value: np.ndarray | float) -> Any:
+    """The first process's value, for what every host computes by itself: an eigenvector's sign may depend on it."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value, np.float32)))
+
+
 def first_then_all(work: Callable[[], None]) -> None:
     """`work` by the first process, which writes files that the others then find.
 

@@ -145,7 +145,7 @@ def poll_alone(doing: str) -> None:
 
 
 def saving() -> None:
-    """What comes next is the last save before stopping."""
+    """What comes next takes as long as a save and does not stop on the way."""
     _arm("saving", _job.limits.slow)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, check_params, init_params
-from ministral_jax.parallel import Placement
+from ministral_jax.parallel import Placement, agreed
 from ministral_jax.pruning.score import Basis, PruneOptions, layer_scores, mlp_scores, top, width_basis
 from ministral_jax.pruning.statistics import DOMAINS, Statistics, collect
 from ministral_jax.pruning.transforms import (
@@ -176,7 +176,7 @@ def _cut_width(
     operate: Operate,
 ) -> Cut:
     basis = width_basis(statistics, options.width_basis, options.image_weight, rng)
-    energy = basis.retained(target.width)
+    energy = float(agreed(basis.retained(target.width)))
     gain = slice_gain(spec.width, target.width, energy if options.norm_gain == "energy" else 1.0)
     narrow: Callable[[Params], Params] = lambda params: params
     details = {"basis": options.width_basis, "retained_energy": energy, "gain": gain, "spectrum": _spectrum(basis)}
@@ -192,7 +192,7 @@ def _cut_width(
     def cut(params: Params, vectors: jax.Array) -> Params:
         return narrow(_project(params, vectors, gain))
 
-    return operate(cut, spec, params, jnp.asarray(basis.vectors[:, : target.width])), spec, details
+    return operate(cut, spec, params, jnp.asarray(agreed(basis.vectors[:, : target.width]))), spec, details
 
 
 def _cut_mlp(

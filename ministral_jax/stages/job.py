@@ -15,6 +15,7 @@ from ministral_jax.manifest import read_manifest, spec_of
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import abstract_params, init_params
 from ministral_jax.parallel import Placement, make_mesh
+from ministral_jax.processes import saving
 from ministral_jax.training.checkpoint import load_params, save_params
 
 Params = dict[str, Any]
@@ -53,6 +54,7 @@ class Job:
 
     def save(self, params: Params) -> dict[str, Any]:
         """Write the stage's parameters; returns the checksums for its manifest."""
+        saving()
         return save_params(self.directory / "params", params)
 
 
