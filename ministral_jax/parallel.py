@@ -66,9 +66,10 @@ class Rules(Frozen):
     """Logical axis -> mesh axes, one line each; a parameter's or activation's other axes are whole everywhere.
 
     FSDP cuts the width D of every matrix and gathers it again when its layer runs; devices that share a row's tokens
-    take part in that, since each would hold the same copy. Tensor parallelism cuts what a matrix product reads or writes next to it (heads, feed-forward, vocabulary). The vision tower and the projector are
-    cut alike. Where an axis does not divide the dimension (8 key-value heads over 16 devices), that axis is left out.
-    The same rules serve every backend; what differs there is how large the mesh's axes should be.
+    take part in that, since each would hold the same copy. Tensor parallelism cuts what a matrix product reads or
+    writes next to it (heads, feed-forward, vocabulary). The vision tower and the projector are cut alike. Where an axis
+    does not divide the dimension (8 key-value heads over 16 devices), that axis is left out. The same rules serve every
+    backend; what differs there is how large the mesh's axes should be.
     """
 
     batch: tuple[str, ...] = ("slice", "data", "fsdp")
