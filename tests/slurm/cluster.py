@@ -41,7 +41,7 @@ def wait_for(ready: Callable[[], object], what: str, seconds: float, details: Ca
 
 @contextmanager
 def slurm() -> Iterator[dict[str, str]]:
-    """Bring SLURM up; yields the environment in which its commands find it. Raises AssertionError when it stays down."""
+    """Bring SLURM up; yields the environment in which its commands find it. AssertionError when it stays down."""
     _install()
     with ExitStack() as stack:
         # not below pytest's directory: a socket's path must be short, and munge wants parents that others cannot write
