@@ -144,7 +144,7 @@ def _signal(running: list[subprocess.Popen[bytes]], signum: int) -> None:
 
 
 def outcome(codes: Sequence[int]) -> int:
-    """A job's exit code: 0 when all are 0; 2 when any is 2; 75 when a signal killed any; else the first fault (its peers'
+    """A job's exit code: 0 when all are 0; 2 when any is 2; 75 when a signal killed any; else the first fault (peers'
     75 follow from it); else 75."""
     bad = [128 - code if code < 0 else code for code in codes if code != 0]
     if 2 in bad:
