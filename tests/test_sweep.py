@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import cache
 
 from ministral_jax import sweep_run
 from ministral_jax.cli import main
@@ -29,6 +28,7 @@ from ministral_jax.stages.job import load_stage
 from ministral_jax.sweep import Axis, as_yaml, expand, label, measured, read_sweep, short_keys, stage_directories
 from ministral_jax.sweep_jobs import plan
 
+CACHE = Path(jax.config.jax_compilation_cache_dir)
 MICRO = str(Path(__file__).with_name("micro.yaml"))
 SEED, SCORE = "stages.14b-short.seed", "stages.14b-pruned.options.mlp_score"
 LR = "stages.14b-short.optimizer.lr"
@@ -105,9 +105,9 @@ class Swept:
 
 def share_compiled(sweep_dir: Path) -> None:
     """Let a sweep's processes use the suite's compilation cache."""
-    cache.mkdir(exist_ok=True)
+    CACHE.mkdir(exist_ok=True)
     sweep_dir.mkdir()
-    (sweep_dir / "xla").symlink_to(cache)
+    (sweep_dir / "xla").symlink_to(CACHE)
 
 
 @pytest.fixture(scope="module")
