@@ -32,8 +32,10 @@ def ours():
 
     from ministral_jax.config import OptimizerConfig
     from ministral_jax.distillation.kl import LossOptions
+    from ministral_jax.distillation.sharded import LossHead
     from ministral_jax.models.spec import ModelSpec
     from ministral_jax.models.vlm import Compute
+    from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.stages.distill import distillation
     from ministral_jax.stages.job import fresh_params
     from ministral_jax.training.optimizer import learning_rate, make_optimizer
@@ -44,7 +46,8 @@ def ours():
     teacher = ModelSpec(mlp_width=MLP_TEACHER, context=LENGTH, vision=None, **sizes)
     config = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
     optimizer = make_optimizer(config, 1000)
-    loss = distillation(student, teacher, Compute(), LossOptions())
+    place = Placement(make_mesh(MeshConfig()), Rules())
+    loss = distillation(student, teacher, Compute(), LossOptions(), LossHead(place))
     step = make_step(loss, optimizer, learning_rate(config, 1000))
     state = init_state(fresh_params(student, 0), optimizer)
     frozen = {"teacher": fresh_params(teacher, 1)}
@@ -56,6 +59,7 @@ def ours():
         positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
         mask = np.ones(tokens.shape, np.float32)
         batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask}
+        batch["labels"] = np.roll(tokens, -1, axis=1)
         state, metrics = step(state, frozen, batch)
         return float(metrics["loss"][0])
 

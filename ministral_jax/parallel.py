@@ -31,7 +31,8 @@ class MeshConfig(Frozen):
     """Devices along each mesh axis; one of them may be -1, "the rest".
 
     `slice`: slices (or nodes) joined by a slow network; only gradients cross it. `data`: copies of the parameters.
-    `fsdp`: parameters and moments are cut, gathered layer by layer. `tensor`: heads, feed-forward and vocabulary are
+    `fsdp`: parameters and moments are cut, gathered layer by layer; on a TPU torus keep it within two of the three
+    dimensions (see docs/scaling.md). `tensor`: heads, feed-forward and vocabulary are
     cut, activations are reduced twice a layer: keep it inside a fast network. `context`: the tokens of a row are cut.
     """
 
