@@ -19,6 +19,7 @@ from ministral_jax.manifest import read_manifest
 from ministral_jax.stages.job import load_stage
 
 MICRO = Path(__file__).with_name("micro.yaml")
+TOKEN = "hf_" + 3 * "nobody-may-read"
 STAGES = ("parent", "14b-pruned", "14b-short", "14b-hf")
 
 
@@ -27,7 +28,8 @@ CASCADE = (str(MICRO), "14b-hf", "stages.14b-hf.from=14b-short")
 
 def start(run_dir: Path, recipe: tuple[str, ...]) -> subprocess.Popen:
     command = [sys.executable, "-m", "ministral_jax", "run", *recipe, "--run-dir", str(run_dir)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **secrets}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -56,8 +58,14 @@ def same(ours, theirs) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("unbroken")
-    finish(run_dir)
+    (run_dir / "log").write_text(finish(run_dir))
     return run_dir
+
+
+def test_a_token_of_the_environment_is_nowhere_in_the_run(unbroken):
+    files = [path for path in unbroken.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 def lines(run_dir: Path, stage: str) -> int:
