@@ -143,14 +143,14 @@ def _cgroups() -> str:
 
 @contextmanager
 def _named_here(names: tuple[str, ...]) -> Iterator[None]:
-    """JAX calls the first node by its name, so names must lead here."""
+    """JAX calls the first node by its name, so names must lead here; one line for each cluster that is up."""
     line = f"127.0.0.1 {' '.join(names)} # a test of SLURM\n"
     before = _HOSTS.read_text()
     _HOSTS.write_text(before + ("" if before.endswith("\n") else "\n") + line)
     try:
         yield
     finally:
-        _HOSTS.write_text(_HOSTS.read_text().replace(line, ""))
+        _HOSTS.write_text(_HOSTS.read_text().replace(line, "", 1))
 
 
 def _free_ports(count: int) -> list[int]:
