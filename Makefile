@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos parity wheel lint format clean
+.PHONY: help cascade test multiprocess chaos slurm parity wheel lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
@@ -37,6 +37,9 @@ multiprocess: $(VENV)/installed
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m chaos tests/chaos
+
+slurm: $(VENV)/installed
+	$(BIN)/python -m pytest -s -m slurm tests/slurm
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity tests/parity

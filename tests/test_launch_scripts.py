@@ -64,6 +64,42 @@ def test_slurm_acts_on_the_exit_code(bench, code, count, again):
     assert bench.lines("scontrol") == (["requeue 77"] if again else [])
 
 
+# As the real one: every task is started, a bad end sends SIGTERM to the rest, and the largest code is given back.
+TASKS = r"""
+shift 2
+for code in $CODES; do CODE=$code setsid "$@" & done
+sleep 0.3
+largest=0
+for _ in $CODES; do
+  wait -n; code=$?
+  [ "$code" -gt 0 ] && for task in $(jobs -p); do kill -- "-$task"; done 2> /dev/null
+  [ "$code" -gt "$largest" ] && largest=$code
+done
+exit "$largest"
+"""
+# Saves for a moment when it is asked to stop, as a task that waits does.
+TASK = r"""
+[ "$CODE" = wait ] && { trap 'sleep 0.1; exit 75' TERM; for _ in {1..100}; do sleep 0.1; done; }
+exit "$CODE"
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "again"),
+    [
+        *[("0 0", 0, False), ("75 75", 75, True), ("137 75", 137, True), ("137 wait", 137, True)],
+        *[("2 2 2", 2, False), ("2 wait 143", 2, False), ("1 wait", 1, False), ("3 75 137", 1, False)],
+    ],
+)
+def test_slurm_tells_a_fault_from_what_it_does_to_the_others(bench, codes, code, again):
+    bench.command("srun", TASKS)
+    bench.command("ministral-jax", TASK)
+    bench.command("scontrol", 'echo "$@" >> "$BENCH/scontrol"')
+    script = render("slurm", "launch.slurm={nodes: 2, restarts: 3}")
+    assert bench.run(script, CODES=codes, SLURM_JOB_ID="77").returncode == code
+    assert bench.lines("scontrol") == (["requeue 77"] if again else [])
+
+
 def test_slurm_passes_words_verbatim_and_secrets_by_their_file(bench):
     bench.command("srun", SRUN)
     secrets = bench.folder / "my secrets.env"
@@ -73,7 +109,8 @@ def test_slurm_passes_words_verbatim_and_secrets_by_their_file(bench):
     assert "hf_hush" not in script
     assert bench.run(script, CODE="0").returncode == 0
     argv = (bench.folder / "argv").read_bytes().decode().split("\0")[:-1]
-    assert argv[2:] == ["ministral-jax", "run", "configs/tiny.yaml", NASTY, "--distributed"]
+    assert argv[2:4] == ["bash", "-c"]
+    assert argv[6:] == ["ministral-jax", "run", "configs/tiny.yaml", NASTY, "--distributed"]
     assert not (bench.folder / "pwned").exists()
     assert {"HF_TOKEN=hf_hush", "A=it's $(touch pwned)", "b"} <= set(bench.lines("env"))
     secrets.unlink()

@@ -22,8 +22,11 @@ def stopped_at(job: Job) -> list[str]:
 
 
 def stop(run_dir: Path, moment: str, *victims: int) -> list[str]:
-    """SIGTERM at a moment: all processes end with 75, having agreed on where."""
-    with Job(run_dir, 2, 1, "limits.join=40") as job:
+    """SIGTERM at a moment: all processes end with 75, having agreed on where.
+
+    They hear of it within a second or two, in which a job this small would do a lot: it does it slowly.
+    """
+    with Job(run_dir, 2, 1, "limits.join=40", pace=0.7) as job:
         assert job.until(lambda: re.fullmatch(moment, job.doing())), job.tails()
         job.send(signal.SIGTERM, *victims)
         codes = job.wait(180)

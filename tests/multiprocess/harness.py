@@ -31,7 +31,9 @@ PATIENCE = 600
 class Job:
     """Processes `0 .. count - 1` of one job. Logs and journals lie beside the run directory and outlive it."""
 
-    def __init__(self, run_dir: Path, count: int = 2, devices: int = 1, *words: str, faults: Sequence[str] = ()):
+    def __init__(
+        self, run_dir: Path, count: int = 2, devices: int = 1, *words: str, faults: Sequence[str] = (), pace: float = 0
+    ):
         self.run_dir, self.begun = run_dir, time.time()
         port = _free_port()
         attempt = len(list(run_dir.parent.glob(f"{run_dir.name}.*.0.log")))
@@ -46,7 +48,7 @@ class Job:
         self.processes = []
         for i, log in enumerate(self.logs):
             fault = faults[i] if i < len(faults) else ""
-            command = [sys.executable, str(WORKER), str(self.journals[i]), fault, "run", *shared]
+            command = [sys.executable, str(WORKER), str(self.journals[i]), fault, str(pace), "run", *shared]
             command += ["--process-index", str(i)] if count > 1 else []
             with log.open("w") as file:
                 self.processes.append(

@@ -1,6 +1,7 @@
-"""The command line as it is, noting in a file what it is doing: `worker.py JOURNAL FAULT run ...`.
+"""The command line as it is, noting in a file what it is doing: `worker.py JOURNAL FAULT PACE run ...`.
 
-FAULT, a pattern, makes this process alone fail with an exception when it begins to do what matches; "" for none.
+FAULT, a pattern, makes this process alone fail with an exception when it begins to do what matches; "" for none. It
+rests PACE seconds before each thing it does.
 """
 
 import re
@@ -9,7 +10,7 @@ import time
 
 from ministral_jax import cli, processes
 
-journal, fault = sys.argv[1:3]
+journal, fault, pace = sys.argv[1:4]
 arm = processes._arm
 
 
@@ -17,9 +18,10 @@ def noted(doing: str, seconds: float) -> None:
     with open(journal, "a", encoding="utf-8") as file:
         file.write(f"{time.time():.3f} {doing}\n")
     arm(doing, seconds)
+    time.sleep(float(pace))
     if fault and re.match(fault, doing):
         raise ValueError("a fault of this host alone")
 
 
 processes._arm = noted
-sys.exit(cli.main(sys.argv[3:]))
+sys.exit(cli.main(sys.argv[4:]))

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reaso
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = str(REPOSITORY / "tests" / "micro.yaml")
 STAGE = "14b-short"
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 80, 10
 LAUNCH = ("launch.slurm.nodes=4", "launch.slurm.environment={JAX_PLATFORMS: cpu}", "launch.slurm.restarts=2")
 SETTINGS = (
     *("defaults.distill.baseline=false", f"stages.{STAGE}.steps={STEPS}", f"stages.{STAGE}.checkpoint.every={EVERY}"),
