@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.spmd import with_logical_constraint
 
 from ministral_jax.errors import UserError
+from ministral_jax.models.mesh import constrain
 from ministral_jax.models.vision import Projector, VisionTower
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM
 
@@ -150,7 +150,7 @@ def _layer_sums(width: bool, activations: dict[str, jax.Array], masks: jax.Array
     }
     if width:
         moments = [_einsum("nbti,btj->nij", keep[..., None] * x, x) for x in (before, middle)]
-        sums["second_moment"] = with_logical_constraint(sum(moments) / 2, (None, "embed", None))
+        sums["second_moment"] = constrain(sum(moments) / 2, (None, "embed", None))
     return sums
 
 
