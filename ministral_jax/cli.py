@@ -14,9 +14,9 @@ from ministral_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
-    from ministral_jax.processes import RETRY, Preempted, leave, lost_peer
-
     args = _parse(argv)
+    from ministral_jax.processes import RETRY, Preempted, leave, lost_peer  # loads JAX, which --help need not
+
     try:
         code = args.command(args) or 0
     except UserError as error:

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import Field, model_validator
 
 from ministral_jax.errors import UserError
+from ministral_jax.models.mesh import cuts
 from ministral_jax.models.spec import Frozen, ModelSpec
 from ministral_jax.models.vlm import abstract_params, logical_axes
 
@@ -99,7 +100,7 @@ class Rules(Frozen):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it, `nn.with_logical_constraint` in a model that is traced means these axes."""
+        """Within it, the logical axes of a model that is traced mean these (`models.mesh`)."""
         with nn.logical_axis_rules([(name, getattr(self, name) or None) for name in type(self).model_fields]):
             yield
 
@@ -136,13 +137,10 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules
     taken: set[str] = set()
     entries = []
     for size, name in zip(shape, axes, strict=True):
-        chosen: list[str] = []
-        for axis in getattr(rules, name or "", ()):
-            count = int(np.prod([mesh.shape[a] for a in (*chosen, axis)]))
-            if axis not in taken and mesh.shape[axis] > 1 and size % count == 0:
-                chosen.append(axis)
+        free = [axis for axis in getattr(rules, name or "", ()) if axis not in taken]
+        chosen = cuts(size, free, mesh.shape)
         taken.update(chosen)
-        entries.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+        entries.append(chosen if len(chosen) > 1 else chosen[0] if chosen else None)
     return PartitionSpec(*entries)
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import jax
 from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec
 
 Axes = tuple[str, ...]
+
+
+def cuts(size: int, axes: Iterable[str], mesh: Mapping[str, int], grain: int = 1) -> Axes:
+    """Those of the axes, in order, that cut a dimension into equal multiples of `grain`; `mesh` has their sizes."""
+    chosen, count = [], grain
+    for axis in axes:
+        if mesh.get(axis, 1) > 1 and size % (count * mesh[axis]) == 0:
+            chosen.append(axis)
+            count *= mesh[axis]
+    return tuple(chosen)
 
 
 def layout(shape: tuple[int, ...], names: tuple[str | None, ...], grain: int = 1) -> tuple[Axes, ...]:
@@ -18,12 +30,8 @@ def layout(shape: tuple[int, ...], names: tuple[str | None, ...], grain: int = 1
 
     def cut(size: int, name: str | None) -> Axes:
         entry = (rules.get(name) if name else None) or ()
-        chosen, count = [], grain if name == "length" else 1
-        for axis in (entry,) if isinstance(entry, str) else entry:
-            if sizes.get(axis, 1) > 1 and size % (count * sizes[axis]) == 0:
-                chosen.append(axis)
-                count *= sizes[axis]
-        return tuple(chosen)
+        axes = (entry,) if isinstance(entry, str) else entry
+        return cuts(size, axes, sizes, grain if name == "length" else 1)
 
     return tuple(cut(size, name) for size, name in zip(shape, names, strict=True))
 

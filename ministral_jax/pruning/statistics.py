@@ -150,7 +150,7 @@ def _layer_sums(width: bool, activations: dict[str, jax.Array], masks: jax.Array
     }
     if width:
         moments = [_einsum("nbti,btj->nij", keep[..., None] * x, x) for x in (before, middle)]
-        sums["second_moment"] = constrain(sum(moments) / 2, (None, "embed", None))
+        sums["second_moment"] = constrain((moments[0] + moments[1]) / 2, (None, "embed", None))
     return sums
 
 
