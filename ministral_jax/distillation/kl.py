@@ -19,57 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
-from pydantic import Field
 
-from ministral_jax.errors import UserError
-from ministral_jax.models.spec import Frozen
+from ministral_jax.distillation.targets import DEFAULT_CHUNK, Dense, Hidden, LossOptions, Targets, check_shapes
 
-DEFAULT_CHUNK = 512
+__all__ = ["Dense", "Hidden", "LossOptions", "Targets", "cross_entropy", "distillation_loss", "evaluate_positions"]
+
 Metrics = dict[str, tuple[Array, Array]]
 Axis = str | tuple[str, ...] | None
-
-
-class LossOptions(Frozen):
-    """What to minimise, per counted token:
-
-    `(1 - ce_weight) * temperature² * divergence + ce_weight * cross_entropy`.
-
-    With teacher p and student q at `temperature` (the square keeps the gradient's size, Hinton et al. 2015, §2), the
-    divergence is `forward_kl`, KL(p‖q); `reverse_kl`, KL(q‖p) (MiniLLM, Gu et al. 2023); or `jsd`, the generalised
-    Jensen-Shannon divergence β KL(p‖m) + (1 - β) KL(q‖m), m = β p + (1 - β) q, β = `jsd_beta` (GKD, Agarwal et al.
-    2023, eq. 1). Cross-entropy is taken at temperature 1.
-
-    `chunk` is how many tokens, over all local rows, have their logits in memory at once. `d_head` is read and written
-    once per chunk, so it should not be below the device's FLOPs per byte of memory traffic (a few hundred).
-    """
-
-    objective: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    temperature: float = Field(default=1.0, gt=0)
-    ce_weight: float = Field(default=0.0, ge=0, le=1)
-    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
-    chunk: int = Field(default=DEFAULT_CHUNK, ge=1)
-
-
-class Hidden(NamedTuple):
-    """Teacher targets as final hidden states `[B, T, D']` and the teacher's head `[D', V]`."""
-
-    hidden: Array
-    head: Array
-
-
-class Dense(NamedTuple):
-    """Teacher targets as logits `[B, T, V]`: for tests and toy vocabularies."""
-
-    logits: Array
-
-
-Targets = Hidden | Dense
 
 
 def distillation_loss(
@@ -362,7 +324,7 @@ def _unpack(targets: Targets | None) -> tuple[Array | None, Array | None]:
     """What of the teacher is cut along T, and the matrix that turns it into logits (None when it is logits)."""
     if isinstance(targets, Hidden):
         return targets.hidden, targets.head.astype(targets.hidden.dtype)
-    return (targets.logits if targets is not None else None), None
+    return (targets.logits if isinstance(targets, Dense) else None), None
 
 
 def _cut(arrays, chunk: int):
@@ -380,27 +342,3 @@ def _cut(arrays, chunk: int):
 
 def _join(x: Array, tokens: int) -> Array:
     return rearrange(x, "n b c ... -> b (n c) ...")[:, :tokens]
-
-
-def check_shapes(hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array | None = None) -> None:
-    """Raise `UserError` when the arguments of a loss do not fit together."""
-    positions = hidden.shape[:2]
-    if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[0]:
-        raise UserError(f"loss head: hidden {hidden.shape} and head {head.shape} must be [B, T, D] and [D, V]")
-    for name, x in (("labels", labels), ("mask", mask)):
-        if x is not None and x.shape != positions:
-            raise UserError(f"loss head: {name} of shape {x.shape} must be [B, T] = {positions}")
-    match targets:
-        case Hidden(rows, teacher_head):
-            if rows.ndim != 3 or teacher_head.ndim != 2 or rows.shape[2] != teacher_head.shape[0]:
-                found = f"teacher hidden {rows.shape} and head {teacher_head.shape}"
-                raise UserError(f"loss head: {found} must be [B, T, D'] and [D', V]")
-            vocab = teacher_head.shape[1]
-        case Dense(rows):
-            vocab = rows.shape[-1]
-        case None:
-            return
-    if rows.shape[:2] != positions:
-        raise UserError(f"loss head: teacher targets cover [B, T] = {rows.shape[:2]}, the student {positions}")
-    if vocab != head.shape[1]:
-        raise UserError(f"loss head: the teacher's vocabulary of {vocab} must equal the student's of {head.shape[1]}")

@@ -17,7 +17,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ministral_jax.distillation import kl
-from ministral_jax.distillation.kl import DEFAULT_CHUNK, Dense, Hidden, LossOptions, Metrics, Targets
+from ministral_jax.distillation.kl import Metrics
+from ministral_jax.distillation.targets import DEFAULT_CHUNK, Dense, Hidden, LossOptions, Targets, check_shapes
 from ministral_jax.parallel import Placement, Rules, partition
 
 
@@ -59,7 +60,7 @@ class LossHead:
         mesh, rules = self.placement.mesh, self.placement.rules
         if mesh.size == 1:
             return local(hidden, head, targets, labels, *mask, axis=None)
-        kl.check_shapes(hidden, head, targets, labels, *mask)
+        check_shapes(hidden, head, targets, labels, *mask)
         tokens = partition(labels.shape, ("batch", "length"), rules, mesh)
         over = _axes(*tokens)
         # Where rules cut V over an axis of the tokens, or D over another, the head comes in without that cut.
