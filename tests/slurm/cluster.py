@@ -181,6 +181,16 @@ def processes(**variables: str) -> list[int]:
     return sorted(found)
 
 
+def managers(job: str) -> list[int]:
+    """Living `slurmstepd`s of a job; each tells the controller how its step has ended before it goes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                found.append(int(path.parent.name))
+    return found
+
+
 def _end_all(work: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
     """Daemons, the managers of steps and what jobs left: all know of this cluster by their environment."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cluster import missing, processes, say, slurm, wait_for
+from cluster import managers, missing, processes, say, slurm, wait_for
 
 from ministral_jax.cli import main
 from ministral_jax.stages.job import load_stage
@@ -113,8 +113,10 @@ class Job:
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def go_on(self) -> None:
-        """Skip the delay after which SLURM starts a job again."""
+        """Skip the delay after which SLURM starts a job again, once its first life is over: the end of that, told late,
+        would be taken for the end of the second."""
         self.until(lambda: self.state() == "PENDING", "the job queued again")
+        self.until(lambda: not managers(self.id), "the job's first life over")
         self.tell("scontrol", "update", f"JobId={self.id}", "StartTime=now")
         self.until(lambda: self.state() == "RUNNING", "the job started again")
 
