@@ -31,6 +31,7 @@ from ministral_jax.distillation.quantise import (
     encode_log_probs,
     encode_tail,
 )
+from ministral_jax.distillation.targets import Dense, Hidden, Sampled, Targets, TopK
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import Frozen
 
@@ -160,23 +161,25 @@ def pack(codec: Codec, arrays: Arrays) -> Arrays:
     """What `encode.encoder` computed of n rows, as it lies on disk (`layout`).
 
     Args:
-        arrays: `[n, T, ..]` or `[n, ..]`, tokens in the row's order: topk `ids` (ascending), `logprobs`, `tail`,
-            `tail_entropy`, `counted`, `curve`; sampled `draws` (ascending), `entropy`, `counted`; of the others all.
+        arrays: `[n, T, ..]` or `[n, ..]`, tokens in the row's order, zeros where not counted.
     """
+    counted = arrays["counted"]
     match codec:
         case TopKCodec(bits=bits):
-            return arrays | {
+            return {
+                "counted": counted,
                 "ids": _differences(arrays["ids"]),
-                "logprobs": _counted_only(arrays, encode_log_probs(arrays["logprobs"], bits)),
-                "tail": _counted_only(arrays, encode_tail(arrays["tail"])),
+                "logprobs": encode_log_probs(arrays["logprobs"], bits),
+                "tail": encode_tail(arrays["tail"]),
                 "tail_entropy": encode_entropy(arrays["tail_entropy"]),
+                "curve": arrays["curve"].astype(np.float32),
             }
         case SampledCodec():
             ids, counts = _run_lengths(arrays["draws"])
             return {
-                "counted": arrays["counted"],
+                "counted": counted,
                 "ids": _differences(ids),
-                "counts": _counted_only(arrays, counts),
+                "counts": counts * counted[..., None],
                 "entropy": encode_entropy(arrays["entropy"]),
             }
     return arrays
@@ -198,7 +201,7 @@ def unpack(codec: Codec, arrays: Arrays) -> Arrays:
     return {f"teacher_{name}": array for name, array in kept.items()}
 
 
-def targets(codec: Codec, batch: dict[str, Any], head: Array | None, forced: tuple[int, ...]) -> Any:
+def targets(codec: Codec, batch: dict[str, Any], head: Array | None, forced: tuple[int, ...]) -> Targets:
     """The teacher of a batch that `unpack`'s arrays are part of, on the device, for `distillation.targets`.
 
     Quantised distributions do not sum to one exactly (the loss normalises them).
@@ -207,8 +210,6 @@ def targets(codec: Codec, batch: dict[str, Any], head: Array | None, forced: tup
         head: the teacher's output matrix `[D', V]` for `hidden`, whose states are cast to its dtype; else unused.
         forced: as when it was encoded.
     """
-    from ministral_jax.distillation.targets import Dense, Hidden, Sampled, TopK
-
     kept = {name: batch[f"teacher_{name}"] for name in _NEEDED[codec.kind] if f"teacher_{name}" in batch}
     dtype = jnp.result_type(float)
     match codec:
@@ -262,8 +263,3 @@ def _run_lengths(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ids[row, slot] = flat[first]
     counts[row, slot] = stop - start
     return ids.reshape(draws.shape), counts.reshape(draws.shape)
-
-
-def _counted_only(arrays: Arrays, codes: np.ndarray) -> np.ndarray:
-    counted = arrays["counted"] > 0
-    return np.where(counted.reshape(counted.shape + (1,) * (codes.ndim - 2)), codes, 0).astype(codes.dtype)
