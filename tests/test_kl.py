@@ -75,6 +75,7 @@ def oracle(hidden, head, targets, labels, mask, options):
         ce=-np.log((q * one_hot).sum(-1)),
         agreement=s.argmax(-1) == t.argmax(-1),
         prediction=s.argmax(-1),
+        confidence=q.max(-1),
         correct=s.argmax(-1) == labels,
     )
     loss = (1 - a) * tau**2 * value + a * readings["ce"]
@@ -179,12 +180,12 @@ def test_evaluate_positions_agrees_with_the_oracle_and_with_the_metrics():
     arguments = [jax.tree.map(jnp.float32, inputs[name]) for name in ("hidden", "head", "targets")]
     evaluate = jax.jit(functools.partial(evaluate_positions, chunk=9))
     got = evaluate(*arguments, inputs["labels"])
-    assert set(got) == {"kl", "ce", "correct", "prediction"}
+    assert set(got) == {"kl", "ce", "correct", "prediction", "confidence"}
     # logits of size 10 have an fp32 error of about (D + log2 V) * 2^-24 * 10; a reading holds a few of them
     for name, values in got.items():
         assert values.shape == (B, T) and values.dtype == (jnp.int32 if name == "prediction" else jnp.float32)
         close(values, readings[name], tolerance=1e-5)
-    assert set(evaluate(*arguments[:2], None, inputs["labels"])) == {"ce", "correct", "prediction"}
+    assert set(evaluate(*arguments[:2], None, inputs["labels"])) == {"ce", "correct", "prediction", "confidence"}
     _, metrics = distillation_loss(*arguments, inputs["labels"], jnp.float32(inputs["mask"]), LossOptions())
     for name in ("kl", "ce"):
         close(metrics[name][0], (inputs["mask"] * np.asarray(got[name], np.float64)).sum(), tolerance=1e-6)

@@ -9,8 +9,8 @@ import pytest
 from hlo import collectives
 
 from ministral_jax.distillation import kl
-from ministral_jax.distillation.kl import Dense, Hidden, LossOptions
 from ministral_jax.distillation.sharded import LossHead
+from ministral_jax.distillation.targets import Dense, Hidden, LossOptions, Sampled, TopK
 from ministral_jax.errors import UserError
 from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
 
@@ -114,6 +114,60 @@ def test_a_vocabulary_that_is_not_divisible_other_rules_of_a_teacher_and_dense_t
             (dense, None),
         ):
             jax.tree.map(functools.partial(close, tolerance=1e-12), *losses(inputs, rules))
+
+
+def sparse_case(kind, vocab=V, width=6):
+    """`case` with sparse targets: NaN, and ids that are not distinct or do not exist, where the mask is zero."""
+    hidden, head, theirs, labels, mask = case(vocab)
+    logits = np.where((mask != 0)[..., None], theirs.hidden @ theirs.head, np.nan)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = np.argsort(-logprobs, axis=-1)[..., :width].astype(np.int32)
+    ids[mask == 0] = np.random.default_rng(1).choice([0, -1, 3, vocab], size=ids[mask == 0].shape)
+    if kind is TopK:
+        values = np.take_along_axis(logprobs, ids.clip(0, vocab - 1), axis=-1)
+        return hidden, head, TopK(ids, values, np.log1p(-np.exp(values).sum(-1))), labels, mask
+    counts = np.random.default_rng(2).integers(4, size=ids.shape)
+    counts[..., 0] += 1
+    return hidden, head, Sampled(ids, counts.astype(np.uint8), -(np.exp(logprobs) * logprobs).sum(-1)), labels, mask
+
+
+def sparse_results(functions):
+    options = LossOptions(ce_weight=0.3, chunk=16)
+
+    def run(hidden, head, targets, labels, mask):
+        loss = lambda h, w: functions.distillation_loss(h, w, targets, labels, mask, options)
+        there = [
+            jax.tree.map(lambda x: jnp.where((mask != 0).reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0), x)
+            for x in (hidden, targets, labels)
+        ]
+        positions = functions.evaluate_positions(there[0], head, *there[1:], 16)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head), positions
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("kind", [TopK, Sampled])
+def test_sparse_targets_give_on_meshes_what_they_give_on_one_device(kind):
+    """Tolerance as above; where 63 columns do not divide, no axis cuts them."""
+    reduced = set()
+    with jax.enable_x64(True):
+        for vocab, sizes in (
+            (V, dict(tensor=8)),
+            (V, dict(data=2, fsdp=2, context=2)),
+            (V, dict(slice=2, fsdp=2, tensor=2)),
+            (63, dict(fsdp=4, tensor=2)),
+        ):
+            head, inputs = LossHead(placement(**sizes)), sparse_case(kind, vocab)
+            want = jax.device_get(sparse_results(kl)(*inputs))
+            with jax.set_mesh(head.placement.mesh):
+                compiled = sparse_results(head).lower(*inputs).compile()
+                got = jax.device_get(compiled(*inputs))
+            jax.tree.map(functools.partial(close, tolerance=1e-12), got, want)
+            (_, metrics), (d_hidden, d_head) = got[0]
+            assert metrics["ce"][1] == inputs[-1].sum() and set(metrics) >= {"kl", "ce"}
+            assert np.isfinite(d_head).all() and (d_hidden[inputs[-1] == 0] == 0).all()
+            reduced |= {np.prod(s) for c in collectives(compiled.as_text()) if c.in_loop for s in c.shapes}
+    assert reduced and max(reduced) <= 16  # numbers of one chunk's tokens, not of its entries
 
 
 def test_heads_are_gathered_once_and_the_gradient_is_scattered_once_outside_the_loop():

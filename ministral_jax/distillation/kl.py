@@ -3,7 +3,7 @@
 The head is applied to one chunk of the sequence at a time. When the loss is differentiated, the gradient of a chunk is
 taken while its logits are still there (in the forward pass, as Liger Kernel does): what is kept for the backward pass
 is `d_hidden [B, T, D]` and `d_head [D, V]`, which it only scales. So there are four matrix products per chunk, none of
-them twice: student logits, teacher logits, `d_hidden`, `d_head`.
+them twice: student logits, teacher logits (not with sparse targets), `d_hidden`, `d_head`.
 
 Sums, metrics and `d_head` are carried in float32 (float64 for float64 hidden states), whatever the inputs are; products
 run in the dtype of the hidden states. Only the student's hidden states and head are differentiated, once.
@@ -17,21 +17,37 @@ over it, and the gradient of a head has the device's own columns.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from ministral_jax.distillation.targets import DEFAULT_CHUNK, Dense, Hidden, LossOptions, Targets, check_shapes
-
-__all__ = ["Dense", "Hidden", "LossOptions", "Targets", "cross_entropy", "distillation_loss", "evaluate_positions"]
+from ministral_jax.distillation.divergences import (
+    Axis,
+    Categorical,
+    Comparison,
+    at,
+    categorical,
+    compare,
+    first_of,
+    top,
+)
+from ministral_jax.distillation.sparse import compare_sampled, compare_topk
+from ministral_jax.distillation.targets import (
+    DEFAULT_CHUNK,
+    Dense,
+    Hidden,
+    LossOptions,
+    Sampled,
+    Targets,
+    TopK,
+    check_options,
+    check_shapes,
+)
 
 Metrics = dict[str, tuple[Array, Array]]
-Axis = str | tuple[str, ...] | None
 
 
 def distillation_loss(
@@ -59,12 +75,19 @@ def distillation_loss(
         at temperature 1, so that objectives compare), `ce`, and `agreement` (the teacher's top token is the student's,
         an exact tie included). Metrics carry no gradient.
 
+        With `TopK` targets `kl` is the KL of W + 1 buckets, a lower bound that is never negative; `agreement` takes the
+        teacher's most probable entry for its top; and `tail` is the teacher's mass outside the entries, which bounds
+        the gradient's error (`sparse.gradient_error_bound`). With `Sampled` targets `kl` is an unbiased estimate, which
+        may be negative, and there is no `agreement`.
+
     Raises:
-        UserError: shapes do not fit together.
+        UserError: shapes do not fit together, or sparse targets meet another objective than `forward_kl` at
+            temperature 1.
     """
     check_shapes(hidden, head, targets, labels, mask)
+    check_options(options, type(targets).__name__.lower())
     loss, sums, count = _loss(*_vary_alike(hidden, head, targets, labels, mask, vocab_axis), options, vocab_axis)
-    return loss, {name: (sums[name], count) for name in ("kl", "ce", "agreement")}
+    return loss, {name: (sums[name], count) for name in ("ce", *_compared(targets))}
 
 
 def cross_entropy(
@@ -96,17 +119,19 @@ def evaluate_positions(
 ) -> dict[str, Array]:
     """Readings at every position, each `[B, T]`. Nothing is masked. Shapes and errors as in `distillation_loss`.
 
-    `ce` is -log q(label) and, when targets are given, `kl` is KL(teacher‖student), both in nats at temperature 1;
-    `prediction` (int32) is the student's argmax, and `correct` is 1 where it is the label, else 0. All but `prediction`
-    are float32 (float64 for float64 hidden states).
+    `ce` is -log q(label) and, when targets are given, `kl` is KL(teacher‖student), both in nats at temperature 1, of
+    sparse targets what the loss says; `prediction` (int32) is the student's argmax, `confidence` the probability it
+    gives to it, and `correct` is 1 where it is the label, else 0. All but `prediction` are float32 (float64 for float64
+    hidden states).
     """
     check_shapes(hidden, head, targets, labels)
     rows, teacher_kernel = _unpack(targets)
     kernel, options = head.astype(hidden.dtype), LossOptions(ce_weight=1, chunk=chunk)
+    names = ("ce", "prediction", "confidence", *(() if targets is None else ("kl",)))
 
     def read(_, arrays):
         readings, _ = _chunk_losses(arrays, kernel, teacher_kernel, options, vocab_axis)
-        return None, {name: readings[name] for name in ("ce", "prediction", "kl") if name in readings}
+        return None, {name: readings[name] for name in names}
 
     with jax.named_scope("loss_head"):
         _, readings = jax.lax.scan(read, None, _cut((hidden, rows, labels), chunk))
@@ -114,75 +139,7 @@ def evaluate_positions(
     return readings | {"correct": (readings["prediction"] == labels).astype(readings["ce"].dtype)}
 
 
-# ---- logits of one chunk: values and explicit gradients -------------------------------------------------------------
-
-
-class _Categorical(NamedTuple):
-    """A distribution over V as unnormalised log-probabilities [..., V], cut over `axis`, and their logsumexp [...]."""
-
-    logits: Array
-    lse: Array
-    axis: Axis
-
-    @property
-    def log(self) -> Array:
-        return self.logits - self.lse[..., None]
-
-    @property
-    def probabilities(self) -> Array:
-        return jnp.exp(self.log)
-
-
-def _categorical(logits: Array, axis: Axis) -> _Categorical:
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    if axis is not None:
-        top = jax.lax.pmax(lse, axis)
-        lse = top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
-    return _Categorical(logits, lse, axis)
-
-
-def _mean(weights: Array, x: Array, axis: Axis) -> Array:
-    """Mean over V; dividing by the sum of the weights takes out the rounding of `lse` that all of them share."""
-    total = _across(jax.lax.psum, jnp.sum(weights * x, axis=-1), axis)
-    return total / _across(jax.lax.psum, jnp.sum(weights, axis=-1), axis)
-
-
-def _across(collective: Callable, x: Array, axis: Axis) -> Array:
-    """What the devices have of a reduction over V, reduced over them."""
-    return x if axis is None else collective(x, axis)
-
-
-def _top(logits: Array, axis: Axis) -> Array:
-    return _across(jax.lax.pmax, jnp.max(logits, axis=-1), axis)
-
-
-def _forward_kl(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
-    """KL(p‖q) = Σ p (log p - log q) [...] and its gradient q - p with respect to the logits of q [..., V]."""
-    weights = p.probabilities
-    value = _mean(weights, p.logits - q.logits, q.axis) - p.lse + q.lse
-    return value, q.probabilities - weights
-
-
-def _reverse_kl(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
-    """KL(q‖p) [...] and its gradient q (log q - log p - KL) with respect to the logits of q [..., V]."""
-    weights, ratio = q.probabilities, q.logits - p.logits
-    mean = _mean(weights, ratio, q.axis)
-    return mean - q.lse + p.lse, weights * (ratio - mean[..., None])
-
-
-def _jsd(p: _Categorical, q: _Categorical, options: LossOptions) -> tuple[Array, Array]:
-    """β KL(p‖m) + (1 - β) KL(q‖m) [...] and its gradient with respect to the logits of q [..., V].
-
-    dJSD/dq = (1 - β) log(q/m), since what comes through m cancels: the gradient of (1 - β) KL(q‖m) with m held fixed.
-    """
-    beta = options.jsd_beta
-    mixture = jnp.logaddexp(p.log + math.log(beta), q.log + math.log1p(-beta))
-    m = _Categorical(mixture, jnp.zeros_like(q.lse), q.axis)
-    student, d_logits = _reverse_kl(m, q, options)
-    return beta * _forward_kl(p, m, options)[0] + (1 - beta) * student, (1 - beta) * d_logits
-
-
-_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+# ---- one chunk ------------------------------------------------------------------------------------------------------
 
 
 def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions, axis: Axis) -> tuple[dict[str, Any], Any]:
@@ -193,49 +150,38 @@ def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions, axis: Ax
     hidden, rows, labels = arrays
     student = _logits(hidden, kernel)
     first = 0 if axis is None else jax.lax.axis_index(axis) * student.shape[-1]
-    q, top = _categorical(student, axis), _top(student, axis)
-    at_label = _at(labels - first, student, axis)
+    q, best = categorical(student, axis), top(student, axis)
+    at_label = at(labels - first, student, axis)
     ce = q.lse - at_label
-    prediction = _first_of(top, student, first, axis)
-    readings = {"ce": ce, "accuracy": (at_label == top).astype(ce.dtype), "prediction": prediction}
+    readings = {
+        "ce": ce,
+        "accuracy": (at_label == best).astype(ce.dtype),
+        "prediction": first_of(best, student, first, axis),
+        "confidence": jnp.exp(best - q.lse),
+    }
     losses, gradients = [], []
     if options.ce_weight > 0:
         is_label = jnp.arange(student.shape[-1]) == (labels - first)[..., None]
         losses.append(options.ce_weight * ce)
         gradients.append(options.ce_weight * (q.probabilities - is_label))
     if rows is not None:
-        teacher = rows if teacher_kernel is None else _logits(rows, teacher_kernel)
-        p = _categorical(teacher.astype(student.dtype), axis)
-        readings["kl"] = _forward_kl(p, q, options)[0]
-        # one fused pass, where two argmaxes would cost as much as a matrix product on CPU
-        is_teacher_top = p.logits == _top(p.logits, axis)[..., None]
-        at_teacher_top = _top(jnp.where(is_teacher_top, student, -jnp.inf), axis)
-        readings["agreement"] = (at_teacher_top == top).astype(ce.dtype)
+        compared, value, d_logits = _compare(rows, teacher_kernel, q, best, options)
+        readings |= compared
         if options.ce_weight < 1:
             tau, weight = options.temperature, 1 - options.ce_weight
-            if tau != 1:
-                p, q = _categorical(p.logits / tau, axis), _categorical(student / tau, axis)
-            value, d_logits = _DIVERGENCES[options.objective](p, q, options)
             losses.append(weight * tau**2 * value)
             gradients.append(weight * tau * d_logits)
     return readings | {"loss": sum(losses)}, sum(gradients)
 
 
-def _at(index: Array, logits: Array, axis: Axis) -> Array:
-    """Value [...] of logits [..., V] at an index that counts from the first column of this device."""
-    if axis is None:
-        return jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-    here = (index >= 0) & (index < logits.shape[-1])
-    value = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)[..., 0]
-    return jax.lax.psum(jnp.where(here, value, 0), axis)
-
-
-def _first_of(top: Array, logits: Array, first: Array | int, axis: Axis) -> Array:
-    """Index of the maximum [...] in logits [..., V]: jnp.argmax as a plain reduction, four times as fast on CPU."""
-    own = logits.shape[-1]
-    last = (own if axis is None else own * jax.lax.axis_size(axis)) - 1
-    candidates = jnp.where(logits == top[..., None], first + jnp.arange(own, dtype=jnp.int32), last)
-    return _across(jax.lax.pmin, jnp.min(candidates, axis=-1), axis)
+def _compare(rows, teacher_kernel, q: Categorical, best: Array, options: LossOptions) -> Comparison:
+    match rows:
+        case TopK():
+            return compare_topk(rows, q, best)
+        case Sampled():
+            return compare_sampled(rows, q)
+    teacher = rows if teacher_kernel is None else _logits(rows, teacher_kernel)
+    return compare(teacher.astype(q.logits.dtype), q, best, options)
 
 
 def _logits(hidden: Array, kernel: Array) -> Array:
@@ -286,7 +232,7 @@ def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, axis: 
     with jax.named_scope("loss_head"):
         # zeros made from the data vary over the same shard_map axes as the data
         zero = jnp.zeros_like(weights, shape=())
-        names = ("loss", "ce", "accuracy") + (("kl", "agreement") if targets is not None else ())
+        names = ("loss", "ce", "accuracy", *_compared(targets))
         start = (dict.fromkeys(names, zero), jnp.zeros_like(head, dtype=dtype) if with_gradient else None)
         (sums, d_head), d_hidden = jax.lax.scan(accumulate, start, _cut((hidden, rows, labels, weights), options.chunk))
     gradients = (_join(d_hidden, hidden.shape[1]), d_head.astype(head.dtype)) if with_gradient else None
@@ -297,18 +243,25 @@ def _vary_alike(hidden, head, targets, labels, mask, vocab_axis: Axis):
     """Inside `shard_map`, let all arrays vary over the axes any of them varies over; the identity outside.
 
     Its transpose sums the gradient of a replicated head over the devices that share it, and that of the hidden states
-    over the devices that share V. Labels and mask stay what all of these have in common, and so do the sums.
+    over the devices that share V. Labels, mask and sparse targets stay what all of these have in common, and so do the
+    sums.
     """
-    arrays = (hidden, head, targets, labels, mask)
-    axes = {axis for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).manual_axis_type.varying}
+    arrays = jax.tree.leaves((hidden, head, targets, labels, mask))
+    axes = {axis for x in arrays for axis in jax.typeof(x).manual_axis_type.varying}
     cut = {vocab_axis} if isinstance(vocab_axis, str) else set(vocab_axis or ())
 
     def vary(x, axes):
         missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    wide = jax.tree.map(lambda x: vary(x, axes), arrays[:3])
-    return *wide, *(vary(x, axes - cut) for x in arrays[3:])
+    of_teacher = axes - cut if isinstance(targets, TopK | Sampled) else axes
+    return (
+        vary(hidden, axes),
+        vary(head, axes),
+        jax.tree.map(lambda x: vary(x, of_teacher), targets),
+        vary(labels, axes - cut),
+        vary(mask, axes - cut),
+    )
 
 
 def _where_counted(weights: Array, x: Array) -> Array:
@@ -320,11 +273,27 @@ def _accumulator(hidden: Array) -> Any:
     return jnp.promote_types(hidden.dtype, jnp.float32)
 
 
-def _unpack(targets: Targets | None) -> tuple[Array | None, Array | None]:
-    """What of the teacher is cut along T, and the matrix that turns it into logits (None when it is logits)."""
-    if isinstance(targets, Hidden):
-        return targets.hidden, targets.head.astype(targets.hidden.dtype)
-    return (targets.logits if isinstance(targets, Dense) else None), None
+def _unpack(targets: Targets | None) -> tuple[Any, Array | None]:
+    """What of the teacher is cut along T, and the matrix that turns it into logits (None when that is not needed)."""
+    match targets:
+        case Hidden(hidden, head):
+            return hidden, head.astype(hidden.dtype)
+        case Dense(logits):
+            return logits, None
+    return targets, None
+
+
+def _compared(targets: Targets | None) -> tuple[str, ...]:
+    """Names of the readings that tell student from teacher."""
+    match targets:
+        case Hidden() | Dense():
+            return ("kl", "agreement")
+        case TopK():
+            return ("kl", "agreement", "tail")
+        case Sampled():
+            return ("kl",)
+        case None:
+            return ()
 
 
 def _cut(arrays, chunk: int):

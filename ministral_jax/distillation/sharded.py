@@ -18,7 +18,16 @@ from jax.sharding import PartitionSpec as P
 
 from ministral_jax.distillation import kl
 from ministral_jax.distillation.kl import Metrics
-from ministral_jax.distillation.targets import DEFAULT_CHUNK, Dense, Hidden, LossOptions, Targets, check_shapes
+from ministral_jax.distillation.targets import (
+    DEFAULT_CHUNK,
+    Dense,
+    Hidden,
+    LossOptions,
+    Sampled,
+    Targets,
+    TopK,
+    check_shapes,
+)
 from ministral_jax.parallel import Placement, Rules, partition
 
 
@@ -61,7 +70,7 @@ class LossHead:
         if mesh.size == 1:
             return local(hidden, head, targets, labels, *mask, axis=None)
         check_shapes(hidden, head, targets, labels, *mask)
-        tokens = partition(labels.shape, ("batch", "length"), rules, mesh)
+        tokens: Any = partition(labels.shape, ("batch", "length"), rules, mesh)
         over = _axes(*tokens)
         # Where rules cut V over an axis of the tokens, or D over another, the head comes in without that cut.
         vocab = tuple(a for a in _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over)
@@ -78,6 +87,8 @@ class LossHead:
                 theirs: Any = Hidden(rows, lies(targets.head, self.teacher_rules or rules))
             case Dense():
                 theirs = Dense(dense)
+            case TopK() | Sampled():
+                theirs = type(targets)(rows, rows, tokens)
             case None:
                 theirs = None
 
