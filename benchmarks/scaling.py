@@ -43,6 +43,7 @@ from hardware import processor
 from ministral_jax.config import OptimizerConfig
 from ministral_jax.distillation.kl import LossOptions
 from ministral_jax.distillation.sharded import LossHead
+from ministral_jax.distillation.teacher import online_targets
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import Compute
 from ministral_jax.parallel import AXES, MeshConfig, Placement, Rules, make_mesh
@@ -96,7 +97,8 @@ def compile_step(setting: Setting, place: Placement, rows: int, **options: Any) 
     place.check_batch(rows, setting.length, "benchmark")
     heads = LossHead(place, place.rules)
     objective = LossOptions(chunk=setting.chunk)
-    loss = distillation(setting.student, setting.teacher, setting.compute, objective, heads)
+    teaching = online_targets(setting.teacher, setting.compute, place.rules)
+    loss = distillation(setting.student, setting.compute, objective, heads, teaching)
     params = place.abstract(setting.student, jnp.float32)
     frozen = {"teacher": place.abstract(setting.teacher, setting.compute.dtype)}
     rate, optimizer = learning_rate(OPTIMIZER, 1000), make_optimizer(OPTIMIZER, 1000)

@@ -33,6 +33,7 @@ def ours():
     from ministral_jax.config import OptimizerConfig
     from ministral_jax.distillation.kl import LossOptions
     from ministral_jax.distillation.sharded import LossHead
+    from ministral_jax.distillation.teacher import online_targets
     from ministral_jax.models.spec import ModelSpec
     from ministral_jax.models.vlm import Compute
     from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
@@ -47,7 +48,8 @@ def ours():
     config = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
     optimizer = make_optimizer(config, 1000)
     place = Placement(make_mesh(MeshConfig()), Rules())
-    loss = distillation(student, teacher, Compute(), LossOptions(), LossHead(place))
+    teaching = online_targets(teacher, Compute(), place.rules)
+    loss = distillation(student, Compute(), LossOptions(), LossHead(place), teaching)
     step = make_step(loss, optimizer, learning_rate(config, 1000))
     state = init_state(fresh_params(student, 0), optimizer)
     frozen = {"teacher": fresh_params(teacher, 1)}

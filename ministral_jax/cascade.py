@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from ministral_jax.config import Looped, PruneStage, Recipe
+from ministral_jax.config import DataStage, DistillStage, PruneStage, Recipe, RecordStage
 from ministral_jax.data.pipeline import PackedData, check_vocab, prepare
+from ministral_jax.distillation.codecs import check as check_codec
 from ministral_jax.errors import UserError
 from ministral_jax.manifest import digest, environment, read_manifest, spec_of, write_json
 from ministral_jax.models.spec import ModelSpec
@@ -57,7 +58,7 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
 def _check_mesh(recipe: Recipe, name: str) -> None:
     stage = recipe.stages[name]
     placement = Placement(make_mesh(stage.mesh), stage.sharding)
-    if isinstance(stage, (Looped, PruneStage)):
+    if isinstance(stage, DataStage):
         batch = stage.batch
         placement.check_batch(batch.sequences, batch.length, f"stages.{name}", batch.microbatches)
 
@@ -65,6 +66,7 @@ def _check_mesh(recipe: Recipe, name: str) -> None:
 def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str, ModelSpec]) -> None:
     """Tokenise and pack what the stages will read, unless that was done already; once for those that read the same."""
     packed: dict[Any, PackedData] = {}
+    of_stage: dict[str, PackedData] = {}
     begun, line = time.monotonic(), ProgressLine("data", 0)
 
     def progress(what: str, so_far: int) -> None:
@@ -74,17 +76,35 @@ def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str,
     try:
         for name in names:
             stage, spec = recipe.stages[name], specs[name]
-            if not isinstance(stage, (Looped, PruneStage)):
+            if not isinstance(stage, DataStage):
                 continue
             wanted = (stage.data.model_dump_json(), stage.batch.length, spec.vision)
             if wanted not in packed:
                 packed[wanted] = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", progress)
+            of_stage[name] = packed[wanted]
             check_vocab(packed[wanted].tokenizer, spec)
+            _check_store(recipe, name, spec, of_stage)
     finally:
         line.close()
     if packed and is_first():
         spent = round(time.monotonic() - begun, 3)
         append_jsonl(run_dir / "ledger.jsonl", {"what": "data", "seconds": spent})
+
+
+def _check_store(recipe: Recipe, name: str, spec: ModelSpec, data: dict[str, PackedData]) -> None:
+    """A store must have room for its entries, and a student must read the rows that will be in it."""
+    stage, where = recipe.stages[name], f"stages.{name}"
+    if isinstance(stage, RecordStage):
+        try:
+            check_codec(stage.codec, spec.vocab, data[name].tokenizer.control_ids)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    if isinstance(stage, DistillStage) and (store := data.get(stage.teacher_stage)) is not None:
+        if isinstance(recipe.stages[stage.teacher_stage], RecordStage) and store.digest != data[name].digest:
+            raise UserError(
+                f"{where}.data differs from that of {stage.teacher_stage!r}, whose rows are recorded; "
+                "both must have the same sources, tokenizer, held_out and patches"
+            )
 
 
 def _say(text: str) -> None:

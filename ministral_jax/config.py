@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from ministral_jax.data.config import DataConfig
+from ministral_jax.distillation.codecs import Codec, TopKCodec
 from ministral_jax.distillation.kl import LossOptions
 from ministral_jax.launching.job import LaunchConfig
 from ministral_jax.models.spec import Frozen
@@ -100,18 +101,23 @@ class Stage(Frozen):
     sharding: Rules = Rules()
 
 
-class Looped(Stage):
-    """A stage that runs the training loop."""
+class DataStage(Stage):
+    """A stage that reads packed rows."""
 
-    steps: int = Field(ge=1)
     seed: int = 0
     data: DataConfig
     batch: BatchConfig = BatchConfig()
+    compute: Compute = Compute()
+
+
+class Looped(DataStage):
+    """A stage that runs the training loop."""
+
+    steps: int = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
-    compute: Compute = Compute()
 
 
 class TrainStage(Looped):
@@ -129,20 +135,48 @@ class ImportStage(Stage):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class PruneStage(Stage):
+class PruneStage(DataStage):
     """Calibrate, score and cut `from` to the sizes of `model`."""
 
     do: Literal["prune"]
     source: str = Field(alias="from")
     model: ModelRef
-    seed: int = 0
-    data: DataConfig
-    batch: BatchConfig = BatchConfig()
     calibration: int = Field(default=16, ge=1)
     """Batches of calibration data."""
     options: PruneOptions = PruneOptions()
     evaluate: EvaluateConfig = EvaluateConfig()
-    compute: Compute = Compute()
+
+
+class RecordStage(DataStage):
+    """Run `from`, a teacher, over the training rows once and write what students need of its distribution."""
+
+    do: Literal["record"]
+    source: str = Field(alias="from")
+    rows: int | None = Field(default=None, ge=1)
+    """Training rows, the first ones in the order of `seed`, as a student with that seed reads them; None is all."""
+    held_out_rows: int = Field(default=64, ge=1)
+    """Held-out rows, in file order, whose hidden states are kept for exact evaluations."""
+    codec: Codec = TopKCodec()
+    shard: int = Field(default=32, ge=1)
+    """Rows in one file."""
+    store: str | None = None
+    """Where the store is written: a path, or a URL such as gs://bucket/name; None is in the stage's directory."""
+
+
+class StoredTeacher(Frozen):
+    """A teacher whose distribution a record stage has written."""
+
+    store: str
+    """The record stage."""
+
+
+def _kind_of_teacher(value: Any) -> str:
+    return "str" if isinstance(value, str) else "StoredTeacher"
+
+
+AnyTeacher = Annotated[
+    Annotated[str, Tag("str")] | Annotated[StoredTeacher, Tag("StoredTeacher")], Discriminator(_kind_of_teacher)
+]
 
 
 class DistillStage(Looped):
@@ -150,12 +184,18 @@ class DistillStage(Looped):
 
     do: Literal["distill"]
     model: ModelRef | None = None
-    teacher: str
+    teacher: AnyTeacher
+    """The stage whose model teaches, or `{store: the record stage}`."""
     teacher_sharding: Rules | None = None
     """Where the teacher lies; None is like the student."""
     loss: LossOptions = LossOptions()
     baseline: bool = False
     """Also run `<stage>-scratch`: same shape, data, tokens and teacher, but decoder and projector drawn at random."""
+
+    @property
+    def teacher_stage(self) -> str:
+        """The stage that the targets come from: the teacher itself, or the one that recorded it."""
+        return self.teacher if isinstance(self.teacher, str) else self.teacher.store
 
 
 class ExportStage(Stage):
@@ -166,7 +206,9 @@ class ExportStage(Stage):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-AnyStage = Annotated[TrainStage | ImportStage | PruneStage | DistillStage | ExportStage, Field(discriminator="do")]
+AnyStage = Annotated[
+    TrainStage | ImportStage | PruneStage | RecordStage | DistillStage | ExportStage, Field(discriminator="do")
+]
 
 
 class Family(Frozen):

@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ministral_jax.distillation.kl import Hidden
 from ministral_jax.distillation.sharded import LossHead
+from ministral_jax.distillation.targets import Hidden
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, head_matrix
-from ministral_jax.parallel import Placement
+from ministral_jax.parallel import Placement, Rules
 from ministral_jax.processes import poll
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
+Taught = Callable[[Params, Batch], tuple[jax.Array, Params]]
+"""`(constants, batch)` to a teacher's final states `[B, T, D']` and parameters of which it has at least the head."""
 Evaluate = Callable[[Params, Params | None, Iterable[Batch]], tuple[dict[str, float], list[np.ndarray]]]
+CALIBRATION_BINS = 15
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -54,34 +57,40 @@ _forward: Any = cache(_compile)
 _reading: Any = cache(_compile_reading)
 
 
+def taught_by(spec: ModelSpec, compute: Compute, placement: Placement) -> Taught:
+    """A model as a teacher: its parameters are the constants."""
+    return lambda params, batch: (_forward(spec, compute, placement)(params, batch), params)
+
+
 def make_evaluate(
     spec: ModelSpec,
     compute: Compute,
     placement: Placement,
-    teacher_spec: ModelSpec | None = None,
-    teacher_placement: Placement | None = None,
+    taught: Taught | None = None,
+    teacher_rules: Rules | None = None,
 ) -> Evaluate:
-    """An evaluator of models of one size, against a teacher when its size is given.
+    """An evaluator of models of one size, against a teacher when what it says is given.
 
     Returns:
-        `(params, teacher_params, batches) -> (figures, predictions)`: means over the counted positions of all batches
+        `(params, constants, batches) -> (figures, predictions)`: means over the counted positions of all batches
         (as `Placement.place` gives them), and per batch the most probable next token `[B, T]` in the row's order.
+        `constants` are the teacher's.
     """
-    taught = teacher_placement or placement
 
     def head(params: Params) -> Params:
         decoder = params["decoder"]
         return {"decoder": {key: decoder[key] for key in ("embed", "head") if key in decoder}}
 
-    def evaluate(params: Params, teacher_params: Params | None, batches: Iterable[Batch]):
+    def evaluate(params: Params, constants: Params | None, batches: Iterable[Batch]):
         outputs, predictions = [], []
         for number, batch in enumerate(batches, 1):
             poll(f"evaluating batch {number}", slow=number == 1)
             targets = None
-            if teacher_spec is not None and teacher_params is not None:
-                targets = (_forward(teacher_spec, compute, taught)(teacher_params, batch), head(teacher_params))
+            if taught is not None and constants is not None:
+                their_states, theirs = taught(constants, batch)
+                targets = (their_states, head(theirs))
             states = _forward(spec, compute, placement)(params, batch)
-            read = _reading(LossHead(placement, taught.rules))
+            read = _reading(LossHead(placement, teacher_rules or placement.rules))
             total, predicted = jax.device_get(read(states, head(params), targets, batch))
             outputs.append(total)
             predictions.append(predicted[:, np.argsort(placement.order(predicted.shape[1]))])
@@ -100,20 +109,37 @@ def sums(batch: Batch, readings: dict[str, jax.Array]) -> dict[str, jax.Array]:
         "bytes": batch["text_bytes"].sum(),
         "right": (answers * (readings["prediction"] == batch["labels"])).sum(),
         "answers": answers.sum(),
+        "calibration": _calibration(counted, readings["confidence"], readings["prediction"] == batch["labels"]),
     }
     return total | ({"kl": (counted * readings["kl"]).sum()} if "kl" in readings else {})
+
+
+def _calibration(counted: jax.Array, confidence: jax.Array, right: jax.Array) -> jax.Array:
+    """Of the positions whose prediction has a probability within each bin: how many, their probabilities, how many are
+    right; `[3, bins]` sums."""
+    bins = jnp.minimum((confidence * CALIBRATION_BINS).astype(jnp.int32), CALIBRATION_BINS - 1)
+    in_bin = counted[..., None] * (bins[..., None] == jnp.arange(CALIBRATION_BINS))
+    values = jnp.stack([jnp.ones_like(confidence), confidence, right.astype(confidence.dtype)])
+    return jnp.einsum("vbt,btn->vn", values, in_bin, precision=jax.lax.Precision.HIGHEST)
 
 
 def figures(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over held-out positions, added up in float64 from the sums of the batches.
 
-    `kl` and `ce` in nats per counted token; `bits_per_byte` over text; `digit_accuracy` over answers about images.
+    `kl` and `ce` in nats per counted token; `bits_per_byte` over text; `digit_accuracy` over answers about images;
+    `ece` the expected calibration error of the most probable token (Guo et al. 2017, eq. 3; 15 bins).
     """
-    total = {key: float(np.sum([out[key] for out in outputs], dtype=np.float64)) for key in (outputs or [{}])[0]}
+    added: dict[str, Any] = {
+        key: np.sum([out[key] for out in outputs], axis=0, dtype=np.float64) for key in (outputs or [{}])[0]
+    }
+    calibration = added.pop("calibration", None)
+    total = {key: float(value) for key, value in added.items()}
     counted = max(total.get("counted", 0.0), 1.0)
     result = {key: total[key] / counted for key in ("ce", "kl") if key in total}
     if total.get("bytes"):
         result["bits_per_byte"] = total["nats"] / float(np.log(2)) / total["bytes"]
     if total.get("answers"):
         result["digit_accuracy"] = total["right"] / total["answers"]
+    if calibration is not None:
+        result["ece"] = float(np.abs(calibration[1] - calibration[2]).sum() / counted)
     return result

@@ -203,6 +203,23 @@ class Placement:
             held[rows] = True
         return np.flatnonzero(held)
 
+    def row_owners(self, count: int) -> list[tuple[np.ndarray, int]]:
+        """The blocks of rows into which a global batch of `count` falls over processes, and the first process that
+        holds each."""
+        held: dict[int, np.ndarray] = {}
+        index: Any = self.batch_sharding("tokens", 2).devices_indices_map((count, 2 * self._context))
+        for device, (rows, _) in index.items():
+            held.setdefault(device.process_index, np.zeros(count, bool))[rows] = True
+        owners: dict[bytes, tuple[np.ndarray, int]] = {}
+        for process in sorted(held):
+            owners.setdefault(held[process].tobytes(), (np.flatnonzero(held[process]), process))
+        return sorted(owners.values(), key=lambda owner: int(owner[0][0]))
+
+    def local_rows(self, array: jax.Array) -> np.ndarray:
+        """This process's `rows` of an array whose rows alone are cut, as a batch's are, on this host."""
+        parts = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
+
     def order(self, length: int) -> np.ndarray:
         """In which the tokens of a row lie on the mesh."""
         return zigzag(length, self._context)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import graphlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ministral_jax.config import DistillStage, ImportStage, ModelRef, PruneStage, Recipe, Stage, TrainStage
+from ministral_jax.config import (
+    DataStage,
+    DistillStage,
+    ExportStage,
+    ImportStage,
+    ModelRef,
+    PruneStage,
+    Recipe,
+    RecordStage,
+    Stage,
+    TrainStage,
+)
 from ministral_jax.data.config import DataConfig
+from ministral_jax.distillation.targets import check_options
 from ministral_jax.errors import UserError
+from ministral_jax.explain import explain, suggest
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.parallel import MeshConfig, Rules
 
@@ -106,7 +118,7 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
         raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
     shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
-    kinds = ("train", "import", "prune", "distill", "export")
+    kinds = ("train", "import", "prune", "record", "distill", "export")
     for kind in defaults:
         if kind not in kinds:
             raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, kinds)}")
@@ -116,7 +128,7 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
             got = stage.get("do") if isinstance(stage, dict) else stage
             raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(kinds)}{suggest(str(got), kinds)}")
         stage = merge(defaults.get(stage["do"], {}), stage)
-        if data is not None and stage["do"] in ("train", "prune", "distill"):
+        if data is not None and stage["do"] not in ("import", "export"):
             stage["data"] = merge(data, stage.get("data", {}))
         for key, value in shared.items():
             stage[key] = merge(value, stage.get(key, {}))
@@ -140,56 +152,6 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(explain(problem, Recipe) for problem in error.errors())) from None
-
-
-def explain(problem: Any, root: type[BaseModel], prefix: str = "") -> str:
-    """One clause for one error of pydantic's: the key, what is wrong with it, and the nearest valid one."""
-    loc = [str(part) for part in problem["loc"]]
-    valid = _keys_beside(loc, root)
-    if len(loc) > 3 and loc[0] == "stages":
-        del loc[2]  # pydantic names the kind of stage here, the file does not
-    key = prefix + ".".join(loc)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{suggest(loc[-1], valid)}"
-    if problem["type"] == "missing":
-        return f"{key} is required"
-    if problem["type"] == "secret":
-        return f"{key}: {problem['msg']}"  # and not what was given
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r:.80}"
-
-
-def _keys_beside(loc: list[str], root: type[BaseModel]) -> list[str]:
-    """The keys that are valid where the last part of a pydantic location stands."""
-    node: Any = root
-    for part in loc[:-1]:
-        models = [t for t in _alternatives(node) if isinstance(t, type) and issubclass(t, BaseModel)]
-        tagged = [m for m in models if "do" in m.model_fields and part in get_args(m.model_fields["do"].annotation)]
-        if tagged:
-            node = tagged[0]
-            continue
-        fields = {f.alias or name: f for m in models for name, f in m.model_fields.items()}
-        if part in fields:
-            node = fields[part].annotation
-        else:
-            node = next((get_args(t)[1] for t in _alternatives(node) if get_origin(t) is dict), None)
-    models = [t for t in _alternatives(node) if isinstance(t, type) and issubclass(t, BaseModel)]
-    known = [f.alias or name for m in models for name, f in m.model_fields.items()]
-    return [*known, "defaults", "data", "mesh", "sharding"] if node is Recipe else known
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (None, dict, list, tuple):
-        return [annotation]
-    return [alternative for t in get_args(annotation) for alternative in _alternatives(t)]
-
-
-def suggest(word: str, valid: Iterable[str]) -> str:
-    """` (did you mean X?)` for the nearest valid word, else the list of valid ones when it is short."""
-    valid = [str(v) for v in valid]
-    if near := difflib.get_close_matches(word, valid, 1, 0.6):
-        return f" (did you mean {near[0]}?)"
-    return f" (one of: {', '.join(valid)})" if 0 < len(valid) <= 24 else ""
 
 
 def scratch_name(stage: str) -> str:
@@ -216,8 +178,8 @@ def expand_baselines(recipe: Recipe) -> Recipe:
 def inputs(stage: Stage) -> list[str]:
     """Stages that must be finished first: the source, and the teacher of a distil stage."""
     needed = [stage.source] if stage.source is not None else []
-    if isinstance(stage, DistillStage) and stage.teacher not in needed:
-        needed.append(stage.teacher)
+    if isinstance(stage, DistillStage) and stage.teacher_stage not in needed:
+        needed.append(stage.teacher_stage)
     return needed
 
 
@@ -298,13 +260,16 @@ def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
     """Sizes of every stage's result, by walking the graph; an imported model's are read from its `config.json`.
 
     Raises:
-        UserError: see `resolve_model`; also a prune target larger than its source, a teacher with another vocabulary.
+        UserError: see `resolve_model`; also a prune target larger than its source, a teacher with another vocabulary,
+            one that was not or not so recorded, a source that is no model.
     """
     specs: dict[str, ModelSpec] = {}
     for name in order(recipe):
         stage = recipe.stages[name]
         source = specs[stage.source] if stage.source is not None else None
         where = f"stages.{name}"
+        if stage.source is not None and isinstance(recipe.stages[stage.source], (RecordStage, ExportStage)):
+            raise UserError(f"{where}.from = {stage.source!r} must be a stage that makes a model")
         if isinstance(stage, ImportStage):
             from ministral_jax.interop.hf import read_spec
 
@@ -315,12 +280,51 @@ def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
         else:
             assert source is not None
             specs[name] = source
-        if isinstance(stage, DistillStage) and specs[stage.teacher].vocab != specs[name].vocab:
-            raise UserError(
-                f"{where}: the student's vocabulary of {specs[name].vocab} differs from the "
-                f"{specs[stage.teacher].vocab} of teacher {stage.teacher!r}; distillation needs the same one"
-            )
+            _check_sizes(stage, source, source, where)
+        if isinstance(stage, DistillStage):
+            _check_teacher(stage, recipe.stages[stage.teacher_stage], where)
+            theirs = specs[stage.teacher_stage].vocab
+            if theirs != specs[name].vocab:
+                raise UserError(
+                    f"{where}: the student's vocabulary of {specs[name].vocab} differs from the {theirs} of teacher "
+                    f"{stage.teacher_stage!r}; distillation needs the same one"
+                )
     return specs
+
+
+def _check_teacher(stage: DistillStage, teacher: Stage, where: str) -> None:
+    """A model teaches directly, a record stage as a store that holds what the student will read."""
+    name = stage.teacher_stage
+    if isinstance(stage.teacher, str):
+        if isinstance(teacher, RecordStage):
+            raise UserError(f"{where}.teacher = {name!r} is a record stage; write it as {{store: {name}}}")
+        if isinstance(teacher, ExportStage):
+            raise UserError(f"{where}.teacher = {name!r} must be a stage that makes a model")
+        return
+    if not isinstance(teacher, RecordStage):
+        raise UserError(
+            f"{where}.teacher.store = {name!r} must be a record stage; a model is named as `teacher: {name}`"
+        )
+    try:
+        check_options(stage.loss, teacher.codec.kind)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+    if stage.batch.length != teacher.batch.length:
+        raise UserError(
+            f"{where}.batch.length = {stage.batch.length} differs from the {teacher.batch.length} of the rows that "
+            f"{name!r} records"
+        )
+    if stage.evaluate.rows > teacher.held_out_rows:
+        raise UserError(
+            f"{where}.evaluate.rows = {stage.evaluate.rows} is more than stages.{name}.held_out_rows = "
+            f"{teacher.held_out_rows}"
+        )
+    needed = stage.steps * stage.batch.sequences
+    if teacher.rows is not None and (stage.seed != teacher.seed or needed > teacher.rows):
+        raise UserError(
+            f"{where} reads {needed} rows in the order of seed {stage.seed}, {name!r} records the first {teacher.rows} "
+            f"in the order of seed {teacher.seed}; raise stages.{name}.rows, leave it out to record all, or use one seed"
+        )
 
 
 _SHAPE_KEYS = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width", "vocab", "tied", "vision")
@@ -338,6 +342,6 @@ def _check_sizes(stage: Stage, spec: ModelSpec, source: ModelSpec | None, where:
                     f"{where}.model.{key} = {getattr(spec, key)} differs from the {getattr(source, key)} of its source "
                     f"{stage.source!r}; only a prune stage changes sizes"
                 )
-    length = stage.batch.length if isinstance(stage, (TrainStage, DistillStage, PruneStage)) else 0
+    length = stage.batch.length if isinstance(stage, DataStage) else 0
     if length > spec.context:
         raise UserError(f"{where}.batch.length = {length} exceeds the model's context of {spec.context}")

@@ -26,7 +26,8 @@ from ministral_jax.cascade import identity
 from ministral_jax.config import DistillStage, ExportStage, Recipe
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import Frozen
-from ministral_jax.recipe import explain, find_recipe, inputs, load_recipe, order, resolve_specs, suggest
+from ministral_jax.explain import explain, suggest
+from ministral_jax.recipe import find_recipe, inputs, load_recipe, order, resolve_specs
 
 METRICS = ("kl", "ce", "bits_per_byte", "digit_accuracy", "kl_to_source")
 """Held-out figures of a manifest: of the loop `kl` (distil stages), `ce`, `bits_per_byte`, `digit_accuracy`; of a prune

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.numpy import save
 
 from ministral_jax.data.chat import ANSWER, TEXT, TRAINABLE
 from ministral_jax.data.config import DataConfig, SourceConfig
 from ministral_jax.data.documents import tokenise
 from ministral_jax.data.images import normalise, patch_positions
 from ministral_jax.data.packing import pack
-from ministral_jax.data.pipeline import batches, held_out, prepare
+from ministral_jax.data.pipeline import batches, chosen_rows, held_out, prepare, training_order
+from ministral_jax.data.rows import content_hash
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.data.tokenizer import load_tokenizer
 from ministral_jax.errors import UserError
@@ -478,3 +480,49 @@ def test_interrupted_writing_leaves_the_place_free(inputs, tmp_path, monkeypatch
             prepare(config(inputs), LENGTH, VISION, tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert prepare(config(inputs), LENGTH, VISION, tmp_path).counts["train"]["rows"] > 0
+
+
+def test_what_is_joined_goes_by_content(data):
+    """By the rows' content hashes, whatever the batch size, the host's share or the split's end."""
+    known = {}
+    for row, (batch, hashes) in enumerate(
+        chosen_rows(data, "train", [[i] for i in range(data.counts["train"]["rows"])])
+    ):
+        known.setdefault(hashes[0], batch["tokens"][0])
+    assert len(known) > 0.9 * data.counts["train"]["rows"] and all(len(found) == 16 for found in known)
+
+    def join(hashes):
+        return {"again": np.array([known[found] for found in hashes]).reshape(-1, data.length)}
+
+    for size, rows in ((8, None), (6, [1, 3])):
+        for batch in batches(data, "train", size, seed=3, stop_step=4, rows=rows, join=join):
+            np.testing.assert_array_equal(batch["again"], batch["tokens"])
+    order = training_order(data, 3)
+    assert sorted(order) == list(range(data.counts["train"]["rows"]))
+    stream = chosen_rows(data, "train", [order[:4], [order[4], -1]])
+    for batch, (again, hashes) in zip(batches(data, "train", 4, seed=3, stop_step=2), stream, strict=True):
+        full = [i for i, found in enumerate(hashes) if found is not None]
+        np.testing.assert_array_equal(again["tokens"][full], batch["tokens"][full])
+    assert hashes[1] is None and not again["segments"][1].any()
+
+
+def test_joined_rows_of_a_split_that_ends_within_a_batch(data):
+    rows = data.counts["held_out"]["rows"]
+    ones = lambda hashes: {"one": np.ones((len(hashes), 3), np.float32)}
+    whole = np.concatenate([b["one"] for b in held_out(data, 4, join=ones)])
+    assert len(whole) == -(-rows // 4) * 4 and whole.sum() == 3 * rows and whole[rows:].sum() == 0
+    last = list(held_out(data, 4, limit_rows=5, rows=[2, 3], join=ones))[-1]
+    assert last["one"].shape == (2, 3) and not last["one"].any()
+
+
+@pytest.mark.parametrize("key", ["tokens", "flags", "sizes", "grids", "patches"])
+def test_a_content_hash_sees_every_part(key):
+    record = {
+        "tokens": np.arange(5, dtype=np.uint32), "flags": np.ones(5, np.uint8), "sizes": np.array([5], np.int32),
+        "grids": np.ones((1, 2), np.int32), "patches": np.zeros((1, 12), np.uint8),
+    }  # fmt: skip
+    before = content_hash(save(record))
+    assert content_hash(save(dict(reversed(record.items())))) == before
+    record[key] = record[key].copy()
+    record[key].flat[0] += 1
+    assert content_hash(save(record)) != before

@@ -11,8 +11,9 @@ import ministral_jax.pruning.prune as pruning
 from ministral_jax.config import OptimizerConfig
 from ministral_jax.distillation.kl import LossOptions
 from ministral_jax.distillation.sharded import LossHead
+from ministral_jax.distillation.teacher import online_targets
 from ministral_jax.errors import UserError
-from ministral_jax.evaluation import hidden, make_evaluate
+from ministral_jax.evaluation import hidden, make_evaluate, taught_by
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
@@ -81,7 +82,9 @@ def step_parts(do: str, place: Placement):
     """(make a step, state, constants, global batch) of a stage on a mesh."""
     heads = LossHead(place, place.rules)
     if do == "distill":
-        objective = distillation(STUDENT, TEACHER, COMPUTE, LossOptions(chunk=64), heads)
+        objective = distillation(
+            STUDENT, COMPUTE, LossOptions(chunk=64), heads, online_targets(TEACHER, COMPUTE, place.rules)
+        )
         params, frozen = split_frozen(fresh_params(STUDENT, 0, place), ("vision",))
         constants = {**frozen, "teacher": fresh_params(TEACHER, 1, place)}
     else:
@@ -156,7 +159,7 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
             cut = pruning.prune(
                 params, TEACHER, target, lambda: [data], pruning.PruneOptions(), jax.random.key(0), placement=place
             )
-            evaluate = make_evaluate(cut[1], COMPUTE, place, TEACHER)
+            evaluate = make_evaluate(cut[1], COMPUTE, place, taught_by(TEACHER, COMPUTE, place))
             figures, predictions = evaluate(cut[0], params, [data])
             return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], figures, predictions
 

@@ -131,6 +131,42 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.logits.codec.entris=3", "unknown key stages.logits.codec.entris (did you mean entries?)"),
+        ("stages.logits.codec={kind: topp}", "stages.logits.codec: input tag 'topp' found using 'kind' does not match"),
+        ("stages.14b-short.teacher={stor: logits}", "unknown key stages.14b-short.teacher.stor (did you mean store?)"),
+        ("stages.14b-short.teacher=logits", "'logits' is a record stage; write it as {store: logits}"),
+        ("stages.14b-short.teacher={store: parent}", "teacher.store = 'parent' must be a record stage"),
+        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records the first 3200 in the order of seed 0"),
+        ("stages.14b-short.steps=300", "stages.14b-short reads 4800 rows"),
+        ("stages.14b-short.loss.objective=jsd", "stages.14b-short.loss: objective 'jsd' does not go with"),
+        (
+            "stages.14b-short.batch.length=64",
+            "batch.length = 64 differs from the 128 of the rows that 'logits' records",
+        ),
+        ("stages.14b-short.evaluate.rows=100", "is more than stages.logits.held_out_rows = 64"),
+        ("stages.14b-pruned.from=logits", "stages.14b-pruned.from = 'logits' must be a stage that makes a model"),
+        ("stages.logits.batch.length=4096", "stages.logits.batch.length = 4096 exceeds the model's context of"),
+    ],
+)
+def test_a_stored_teacher_must_fit(override, message):
+    with pytest.raises(UserError) as error:
+        resolve_specs(load_recipe(CONFIGS / "tiny_stored.yaml", [override]))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_online_and_stored_differ_by_one_line():
+    """Beside the record stage: whatever else a distil stage says holds for both."""
+    online, stored = load_recipe(TINY), load_recipe(CONFIGS / "tiny_stored.yaml")
+    ours, theirs = online.stages["14b-short"], stored.stages["14b-short"]
+    assert (ours.teacher, theirs.teacher_stage) == ("parent", "logits")
+    assert ours == theirs.model_copy(update={"teacher": "parent"})
+    assert order(stored, ["14b-short"]) == ["parent", "logits", "14b-pruned", "14b-short"]
+
+
 def test_a_target_larger_than_its_source(tmp_path):
     with pytest.raises(UserError, match=r"stages.8b-pruned: layers = 9 is larger than the source's 8"):
         resolve_specs(load_recipe(TINY, ["stages.8b-pruned.model={preset: tiny-8b, layers: 9}"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +16,16 @@ from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Documents, Progress, tokenise
 from ministral_jax.data.files import digest_of, new_directory
 from ministral_jax.data.packing import Tally, pack
-from ministral_jax.data.rows import Row, decode_row, encode_row
+from ministral_jax.data.rows import Row, content_hash, decode_row, encode_row
 from ministral_jax.data.sources import open_source
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 SPLITS = ("train", "held_out")
+Indices = Sequence[int] | np.ndarray
+Join = Callable[[list[bytes]], Row]
+"""Arrays `[n, ..]` that belong to n rows of these content hashes; called from several threads."""
 _FORMAT = 1
 _ENDLESS = 2**40
 
@@ -92,13 +95,15 @@ def batches(
     seed: int,
     start_step: int = 0,
     stop_step: int | None = None,
-    rows: Sequence[int] | np.ndarray | None = None,
+    rows: Indices | None = None,
+    join: Join | None = None,
 ) -> Iterator[Row]:
     """The global batches `start_step, start_step + 1, ..`, shuffled anew each epoch, without end; or of each only
     `rows`, those that the devices of this host hold.
 
     Batch n holds rows `n B .. (n + 1) B` of an endless sequence that depends on the seed alone: any number of hosts
-    reads the same global batch, and resuming is starting at a step. Closing the iterator ends its reading threads.
+    reads the same global batch, and resuming is starting at a step. What `join` gives for the rows stands beside them.
+    Closing the iterator ends its reading threads.
 
     Yields:
         Arrays of the batch, `[len(rows), T]` unless said otherwise:
@@ -119,12 +124,12 @@ def batches(
         UserError: the split is empty.
     """
     records = _open(data, split)
-    order = grain.MapDataset.range(data.counts[split]["rows"]).seed(seed).shuffle().repeat()
+    order = _order(data, split, seed)
     wanted = range(batch_size) if rows is None else rows
 
     def batch(step: int) -> Row:
         first = step * batch_size
-        return _stack([_decode(records[cast(int, order[first + int(i)])], data) for i in wanted])
+        return _batch([records[cast(int, order[first + int(i)])] for i in wanted], data, join)
 
     return _prefetched(grain.MapDataset.range(start_step, _ENDLESS if stop_step is None else stop_step).map(batch))
 
@@ -133,7 +138,8 @@ def held_out(
     data: PackedData,
     batch_size: int,
     limit_rows: int | None = None,
-    rows: Sequence[int] | np.ndarray | None = None,
+    rows: Indices | None = None,
+    join: Join | None = None,
 ) -> Iterator[Row]:
     """The held-out rows (or the first `limit_rows`) in file order, once, in batches like those of `batches`.
 
@@ -149,7 +155,24 @@ def held_out(
     wanted = range(batch_size) if rows is None else rows
     for first in range(0, count, batch_size):
         indices = [first + int(i) for i in wanted]
-        yield _stack([_decode(records[i] if i < count else None, data) for i in indices])
+        yield _batch([records[i] if i < count else None for i in indices], data, join)
+
+
+def training_order(data: PackedData, seed: int) -> np.ndarray:
+    """In which `batches` with that seed goes through the training rows the first time."""
+    order = _order(data, "train", seed)
+    return np.array([order[i] for i in range(data.counts["train"]["rows"])])
+
+
+def chosen_rows(data: PackedData, split: str, steps: Sequence[Indices]) -> Iterator[tuple[Row, list[bytes | None]]]:
+    """A batch of the rows that each step names by number, -1 for an empty one, with their content hashes."""
+    records = _open(data, split)
+
+    def batch(step: int) -> tuple[Row, list[bytes | None]]:
+        chosen = [records[int(i)] if i >= 0 else None for i in steps[step]]
+        return _batch(chosen, data, None), [None if record is None else content_hash(record) for record in chosen]
+
+    return _prefetched(grain.MapDataset.range(len(steps)).map(batch))
 
 
 def check_vocab(tokenizer: Tokenizer, spec: ModelSpec) -> None:
@@ -235,15 +258,22 @@ def _open(data: PackedData, split: str) -> grain.sources.ArrayRecordDataSource:
     return grain.sources.ArrayRecordDataSource([str(path)])
 
 
-def _decode(record: bytes | None, data: PackedData) -> Row:
-    return decode_row(record, data.length, data.patches, data.tokenizer, data.vision)
+def _order(data: PackedData, split: str, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(data.counts[split]["rows"]).seed(seed).shuffle().repeat()
 
 
-def _stack(rows: list[Row]) -> Row:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+def _batch(records: list[bytes | None], data: PackedData, join: Join | None) -> Row:
+    """The rows' arrays, stacked; empty rows are the last ones, and zero in what is joined."""
+    rows = [decode_row(record, data.length, data.patches, data.tokenizer, data.vision) for record in records]
+    batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    if join is None:
+        return batch
+    joined = join([content_hash(record) for record in records if record is not None])
+    missing = {key: [(0, len(rows) - len(array)), *[(0, 0)] * (array.ndim - 1)] for key, array in joined.items()}
+    return batch | {key: np.pad(array, missing[key]) for key, array in joined.items()}
 
 
-def _prefetched(steps: grain.MapDataset) -> Iterator[Row]:
+def _prefetched(steps: grain.MapDataset) -> Iterator[Any]:
     iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
     try:
         yield from iterator

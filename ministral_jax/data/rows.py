@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,6 +41,18 @@ def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) 
     if patches:
         record |= dict(grids=np.concatenate(grids), patches=np.concatenate(patches))
     return save(record)
+
+
+def content_hash(record: bytes) -> bytes:
+    """16 bytes of SHA-256 over all that a row holds: tokens, which of them count, documents, images. Rows are equal,
+    on whatever machine and in whatever order they were packed, when these are."""
+    stored = load(record)
+    sha = hashlib.sha256()
+    for key in ("tokens", "flags", "sizes", "grids", "patches"):
+        if key in stored:
+            sha.update(f"{key}{stored[key].dtype.str}{stored[key].shape}".encode())
+            sha.update(np.ascontiguousarray(stored[key]).data)
+    return sha.digest()[:16]
 
 
 def decode_row(record: bytes | None, length: int, patches: int, tokenizer: Tokenizer, vision: VisionSpec | None) -> Row:

@@ -67,6 +67,12 @@ class Tokenizer:
         return self.special("[IMG]"), self.special("[IMG_BREAK]"), self.special("[IMG_END]")
 
     @cached_property
+    def control_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens that have a meaning, ascending: all but the fillers between them."""
+        pieces = ((i, self.tekken.id_to_piece(i)) for i in range(self.tekken.num_special_tokens))
+        return tuple(i for i, piece in pieces if piece != Tekkenizer.SPECIAL_TOKEN_TEMPLATE.format(id=i))
+
+    @cached_property
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of each token, `[V]` int32; 0 for special tokens."""
         return np.array([len(self.tekken.id_to_byte_piece(i)) for i in range(self.vocab)], np.int32)

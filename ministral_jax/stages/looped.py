@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from ministral_jax.config import Looped, PruneStage
-from ministral_jax.data.pipeline import PackedData, batches, held_out, prepare
+from ministral_jax.config import DataStage, Looped, PruneStage
+from ministral_jax.data.pipeline import Join, PackedData, batches, held_out, prepare
+from ministral_jax.distillation.teacher import Teacher
 from ministral_jax.evaluation import make_evaluate
-from ministral_jax.models.spec import ModelSpec
 from ministral_jax.parallel import Placement
 from ministral_jax.samples import write_samples
 from ministral_jax.stages.job import Job, Params, Result
@@ -41,19 +41,22 @@ def data_details(data: PackedData) -> dict[str, str]:
     return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest}
 
 
-def train_batches(job: Job, data: PackedData, start: int = 0, stop: int | None = None) -> Batches:
-    """Global batches of the stage; this host reads its own rows of them."""
-    stage: Looped | PruneStage = job.stage
+def train_batches(
+    job: Job, data: PackedData, start: int = 0, stop: int | None = None, join: Join | None = None
+) -> Batches:
+    """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
+    stage: DataStage = job.stage
     count = stage.batch.sequences
-    rows = batches(data, "train", count, stage.seed, start, stop, job.placement.rows(count))
+    rows = batches(data, "train", count, stage.seed, start, stop, job.placement.rows(count), join)
     return _placed(job.placement, rows, count)
 
 
-def held_out_batches(job: Job, data: PackedData) -> Batches:
+def held_out_batches(job: Job, data: PackedData, join: Join | None = None) -> Batches:
     """A pass over the held-out rows."""
     stage: Looped | PruneStage = job.stage
     count = stage.batch.sequences
-    return _placed(job.placement, held_out(data, count, stage.evaluate.rows, job.placement.rows(count)), count)
+    rows = held_out(data, count, stage.evaluate.rows, job.placement.rows(count), join)
+    return _placed(job.placement, rows, count)
 
 
 def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
@@ -66,23 +69,24 @@ def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
 
 def run_loop(
     job: Job,
+    data: PackedData,
     params: Params,
     loss: LossFn,
     flops_per_token: float,
     frozen: tuple[str, ...] = (),
-    teacher: tuple[ModelSpec, Params] | None = None,
+    teacher: Teacher | None = None,
     clock: Clock | None = None,
 ) -> Result:
     """Train `params` by `loss` for the stage's steps, then save them.
 
-    `loss` is called with the frozen part of the parameters and, under `"teacher"`, the teacher's.
+    `loss` is called with the frozen part of the parameters and, under `"teacher"`, the teacher's constants.
     """
     stage: Looped = job.stage
-    data = open_data(job)
     trainable, fixed = split_frozen(params, frozen)
     del params
-    teacher_spec, teacher_params = teacher or (None, None)
-    constants = {**fixed, "teacher": teacher_params}
+    taught = teacher.constants if teacher else None
+    join, held_out_join = (teacher.join, teacher.held_out_join) if teacher else (None, None)
+    constants = {**fixed, "teacher": taught}
     rate, optimizer = learning_rate(stage.optimizer, stage.steps), make_optimizer(stage.optimizer, stage.steps)
     update = make_step(
         job.placement.rules.scoped(loss),
@@ -91,12 +95,13 @@ def run_loop(
         stage.batch.microbatches,
         state_shardings(trainable, optimizer),
     )
-    evaluator = make_evaluate(job.spec, stage.compute, job.placement, teacher_spec, job.teacher_placement)
+    held_out_teacher = teacher.held_out if teacher else None
+    evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out_teacher, job.teacher_placement.rules)
     predictions: list[Any] = []
 
     def evaluate(state: Any) -> dict[str, float]:
         params = {**state["params"], **fixed}
-        figures, predictions[:] = evaluator(params, teacher_params, held_out_batches(job, data))
+        figures, predictions[:] = evaluator(params, taught, held_out_batches(job, data, held_out_join))
         return figures
 
     store = ResumeStore(job.directory / "state", stage.checkpoint.keep, stage.checkpoint.keep_every)
@@ -109,7 +114,7 @@ def run_loop(
             state,
             start,
             lambda state, batch: update(state, constants, batch),
-            lambda first: train_batches(job, data, first),
+            lambda first: train_batches(job, data, first, join=join),
             evaluate,
             _schedule(stage, flops_per_token),
             stage.guard,

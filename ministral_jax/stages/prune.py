@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from ministral_jax.config import PruneStage
-from ministral_jax.evaluation import make_evaluate
+from ministral_jax.evaluation import make_evaluate, taught_by
 from ministral_jax.processes import poll
 from ministral_jax.pruning.prune import prune
 from ministral_jax.stages.job import Job, Result, load_stage
@@ -25,7 +25,9 @@ def run(job: Job) -> Result:
             yield batch
 
     def kl_to_source(pruned, pruned_spec) -> float:
-        evaluate = make_evaluate(pruned_spec, stage.compute, job.placement, spec)
+        evaluate = make_evaluate(
+            pruned_spec, stage.compute, job.placement, taught_by(spec, stage.compute, job.placement)
+        )
         return evaluate(pruned, params, held_out_batches(job, data))[0]["kl"]
 
     with job.placement.rules.active():

@@ -6,7 +6,7 @@ from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.evaluation import hidden
 from ministral_jax.models.vlm import VLM, head_matrix
 from ministral_jax.stages.job import Job, Result, fresh_params
-from ministral_jax.stages.looped import run_loop
+from ministral_jax.stages.looped import open_data, run_loop
 from ministral_jax.training.goodput import Clock
 
 
@@ -20,4 +20,5 @@ def run(job: Job) -> Result:
         return total, {**metrics, "loss": metrics["ce"]}
 
     params = fresh_params(job.spec, stage.seed, job.placement)
-    return run_loop(job, params, loss, 3 * job.spec.flops_per_token(stage.batch.length), clock=clock)
+    flops = 3 * job.spec.flops_per_token(stage.batch.length)
+    return run_loop(job, open_data(job), params, loss, flops, clock=clock)

@@ -1,0 +1,247 @@
+"""Run a teacher over the training rows once and write what students need of it: a logit store.
+
+Every row is there or not: a row counts as recorded once its hash is written, after its arrays. So a stage that was
+killed goes on with what is missing, on any mesh and number of hosts. A file of the store is written by one process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ministral_jax.config import RecordStage
+from ministral_jax.data.pipeline import PackedData, chosen_rows, training_order
+from ministral_jax.distillation.codecs import Codec, HiddenCodec, Layout, layout, pack, uniforms
+from ministral_jax.distillation.encode import encoder
+from ministral_jax.distillation.statistics import merge, statistics, summarise
+from ministral_jax.distillation.store_format import StoreInfo, Teacher
+from ministral_jax.distillation.store_writing import Writer, open_for_writing
+from ministral_jax.distillation.targets import DEFAULT_CHUNK
+from ministral_jax.evaluation import hidden
+from ministral_jax.manifest import digest, write_json
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, head_matrix
+from ministral_jax.parallel import barrier, is_first
+from ministral_jax.processes import poll, saving
+from ministral_jax.stages.job import Job, Params, Result, load_stage
+from ministral_jax.stages.looped import data_details, open_data
+from ministral_jax.training.metrics import ProgressLine
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of the store: which packed rows it holds, in which order, and how."""
+
+    name: str
+    order: np.ndarray
+    """Numbers of packed rows; row i of the store is row `order[i]` of the data."""
+    codec: Codec
+    forced: tuple[int, ...]
+    layout: dict[str, Layout]
+
+
+def run(job: Job) -> Result:
+    stage: RecordStage = job.stage
+    assert job.source is not None
+    spec, params = load_stage(job.source, jnp.dtype(stage.compute.dtype), job.placement)
+    data = open_data(job)
+    splits = _splits(stage, spec, data)
+    writer = _open(job, spec, data, splits)
+    _write_head(writer, params)
+    for split in splits:
+        _record(job, spec, params, data, split, writer)
+    merged = _seal(job, splits, writer)
+    tokens = sum(len(split.order) for split in splits) * data.length
+    details = {"data": data_details(data), "store": {split: found for split, found in merged.items()}}
+    return Result(_figures(merged["train"]), tokens, details=details)
+
+
+def _splits(stage: RecordStage, spec: ModelSpec, data: PackedData) -> list[Split]:
+    """Training rows by the stage's codec; held-out rows exactly, as hidden states in the dtype of the computation."""
+    train = training_order(data, stage.seed)[: stage.rows]
+    held_out = np.arange(data.counts["held_out"]["rows"])[: stage.held_out_rows]
+    exact = HiddenCodec.model_validate({"dtype": stage.compute.dtype})
+    forced = data.tokenizer.control_ids
+    arrays = partial(layout, length=data.length, width=spec.width, vocab=spec.vocab)
+    return [
+        Split("train", train, stage.codec, forced, arrays(stage.codec, forced=forced)),
+        Split("held_out", held_out, exact, (), arrays(exact, forced=())),
+    ]
+
+
+def _open(job: Job, spec: ModelSpec, data: PackedData, splits: list[Split]) -> Writer:
+    stage: RecordStage = job.stage
+    assert job.source is not None
+    info = StoreInfo(
+        codec=stage.codec.model_dump(mode="json"),
+        teacher=Teacher(stage=job.source.name, digest=digest(job.source)),
+        tokenizer_digest=data.tokenizer.digest,
+        data_digest=data.digest,
+        length=data.length,
+        vocab=spec.vocab,
+        width=spec.width,
+        forced=data.tokenizer.control_ids,
+        seed=stage.seed,
+        dtype=stage.compute.dtype,
+    )
+    root = stage.store or str(job.directory / "store")
+    sizes = {split.name: (len(split.order), split.layout) for split in splits}
+    head = Layout((spec.width, spec.vocab), stage.compute.dtype)
+    # one creates, the others then find it
+    if not is_first():
+        barrier("store created")
+    writer = open_for_writing(root, info, sizes, stage.shard, head=head, create=is_first())
+    if is_first():
+        barrier("store created")
+    return writer
+
+
+def _write_head(writer: Writer, params: Params) -> None:
+    """The teacher's output matrix: with it, hidden states are the whole distribution. A part by whoever holds it first."""
+    for shard in jax.jit(head_matrix)(params).addressable_shards:
+        if shard.replica_id == 0:
+            writer.put_head(np.asarray(shard.data), shard.index)
+
+
+def _record(job: Job, spec: ModelSpec, params: Params, data: PackedData, split: Split, writer: Writer) -> None:
+    """Bring all rows of a split into the store, a global batch at a time."""
+    stage, placement = job.stage, job.placement
+    count = stage.batch.sequences
+    owners = placement.row_owners(count)
+    mine = next(i for i, (rows, _) in enumerate(owners) if np.array_equal(rows, placement.rows(count)))
+    writes = owners[mine][1] == jax.process_index()
+    done = writer.done(split.name)
+    barrier(f"what of {split.name} is there")  # every process plans by the same, before one of them writes
+    plan = plan_batches(len(split.order), stage.shard, len(owners), count // len(owners))
+    steps = [step for step in plan if not done[step[step >= 0]].all()]
+    encode = _compile(job, spec, split)
+    line = ProgressLine(f"{job.name} {split.name}", len(plan), len(plan) - len(steps))
+    written = 0
+
+    def write(rows: np.ndarray, hashes: list[bytes], encoded: dict[str, jax.Array]) -> int:
+        if not writes:
+            return 0
+        own = np.flatnonzero((rows >= 0) & ~done[rows])
+        order = np.argsort(placement.order(data.length))
+        local = {name: placement.local_rows(array)[own] for name, array in encoded.items()}
+        arrays = {name: a[:, order] if a.shape[1:2] == (data.length,) else a for name, a in local.items()}
+        packed = pack(split.codec, arrays)
+        if len(own):
+            writer.write(split.name, rows[own], [hashes[i] for i in own], packed)
+        return sum(array.nbytes for array in packed.values())
+
+    try:
+        pending: tuple[np.ndarray, list[bytes], dict[str, jax.Array]] | None = None
+        for number, (rows, hashes, batch) in enumerate(_read(job, data, split, [s[mine] for s in steps])):
+            poll(f"{split.name} batch {number + 1}", slow=number == 0)
+            encoded = encode(params, batch)
+            if pending is not None:  # the device already works on this batch while the last one is written
+                written += write(*pending)
+            pending = (rows, hashes, encoded)
+            line.update(
+                len(plan) - len(steps) + number + 1, f"{written * len(owners) / 1e6:,.0f} MB before compression"
+            )
+        if pending is not None:
+            write(*pending)
+    finally:
+        line.close()
+    barrier(f"{split.name} recorded")
+
+
+def plan_batches(rows: int, shard: int, groups: int, local: int) -> list[np.ndarray]:
+    """Which rows each batch holds, `[groups, local]`, -1 for none.
+
+    A group is the processes that hold the same `local` rows of a batch. Shards go round them, so that a file is written
+    by one of them alone. The plan does not depend on what is done: a row is always computed among the same others.
+    """
+    queues: list[list[int]] = [[] for _ in range(groups)]
+    for number, first in enumerate(range(0, rows, shard)):
+        queues[number % groups].extend(range(first, min(first + shard, rows)))
+    steps = -(-max(map(len, queues)) // local) if rows else 0
+    plan = np.full((groups, steps * local), -1)
+    for group, queue in enumerate(queues):
+        plan[group, : len(queue)] = queue
+    return list(plan.reshape(groups, steps, local).swapaxes(0, 1))
+
+
+def _read(job: Job, data: PackedData, split: Split, steps: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Any, Any]]:
+    """(rows of the store, their hashes, the global batch) of each step."""
+    numbers = [np.where(step >= 0, split.order[step], -1) for step in steps]
+    stream = chosen_rows(data, split.name, numbers)
+    try:
+        for rows, (batch, hashes) in zip(steps, stream, strict=True):
+            draws = [uniforms(split.codec, job.stage.seed, found or bytes(16), data.length) for found in hashes]
+            if draws[0] is not None:
+                batch = batch | {"uniforms": np.stack([u for u in draws if u is not None])}
+            yield rows, hashes, job.placement.place(batch, job.stage.batch.sequences)
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+
+
+def _compile(job: Job, spec: ModelSpec, split: Split) -> Any:
+    """`(parameters, batch)` to what `pack` takes, each row whole on the devices that hold it."""
+    placement, rules = job.placement, job.placement.rules
+    model = VLM(spec, job.stage.compute)
+    encode = encoder(split.codec, placement, rules, split.forced, DEFAULT_CHUNK)
+
+    def record(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        states = hidden(model, params, batch)
+        return encode(states, head_matrix(params), batch["loss_mask"], batch.get("uniforms"))
+
+    by_row = NamedSharding(placement.mesh, PartitionSpec(rules.batch))
+    return jax.jit(rules.scoped(record), out_shardings=by_row)
+
+
+def _seal(job: Job, splits: list[Split], writer: Writer) -> dict[str, Any]:
+    """Check, hash and summarise every file, shared out over the processes; then the store is finished."""
+    notes = job.directory / "sealed"
+    if is_first():
+        notes.mkdir(exist_ok=True)
+    barrier("sealing")
+    for split in splits:
+        count = partial(statistics, split.codec, forced=split.forced)
+        shards = range(writer.shards(split.name))
+        for shard in shards[jax.process_index() :: jax.process_count()]:
+            saving()
+            write_json(notes / f"{split.name}-{shard}.json", writer.seal_shard(split.name, shard, count))
+    barrier("sealed")
+    records = {
+        split.name: [
+            json.loads((notes / f"{split.name}-{shard}.json").read_text()) for shard in range(writer.shards(split.name))
+        ]
+        for split in splits
+    }
+    if is_first():
+        writer.finish(records)
+    barrier("store finished")
+    return {split.name: _summary(split, records[split.name]) for split in splits}
+
+
+def _summary(split: Split, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest and the report say of a split."""
+    found = summarise(merge([record["statistics"] for record in records]))
+    size: dict[str, int] = {}
+    for record in records:
+        for name, count in record["bytes"].items():
+            size[name] = size.get(name, 0) + count
+    tokens = max(found["tokens"], 1)
+    return {
+        "codec": split.codec.model_dump(mode="json"),
+        "rows": len(split.order),
+        "shards": len(records),
+        "bytes": size,
+        "bytes_per_token": sum(size.values()) / tokens,
+        **found,
+    }
+
+
+def _figures(train: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in train.items() if isinstance(value, float)}
