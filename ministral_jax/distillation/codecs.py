@@ -117,7 +117,8 @@ def layout(codec: Codec, length: int, width: int, vocab: int, forced: tuple[int,
         case TopKCodec(entries=entries, bits=bits):
             return counted | {
                 "ids": Layout((length, entries), "uint32"),
-                "logprobs": Layout((length, entries + len(forced)), f"uint{bits}"),
+                "logprobs": Layout((length, entries), f"uint{bits}"),
+                **({"forced": Layout((length, len(forced)), f"uint{bits}")} if forced else {}),
                 "tail": Layout((length,), "uint16"),
                 "tail_entropy": Layout((length,), "uint16"),
                 "curve": Layout((len(curve_sizes(codec, vocab)),), "float32"),
@@ -165,11 +166,15 @@ def pack(codec: Codec, arrays: Arrays) -> Arrays:
     """
     counted = arrays["counted"]
     match codec:
-        case TopKCodec(bits=bits):
+        case TopKCodec(entries=entries, bits=bits):
+            codes = encode_log_probs(arrays["logprobs"], bits)
+            # By themselves those of the forced ids, which are alike, compress to half the size.
+            forced = {"forced": codes[..., entries:]} if codes.shape[-1] > entries else {}
             return {
                 "counted": counted,
                 "ids": _differences(arrays["ids"]),
-                "logprobs": encode_log_probs(arrays["logprobs"], bits),
+                "logprobs": codes[..., :entries],
+                **forced,
                 "tail": encode_tail(arrays["tail"]),
                 "tail_entropy": encode_entropy(arrays["tail_entropy"]),
                 "curve": arrays["curve"].astype(np.float32),
@@ -190,14 +195,11 @@ def unpack(codec: Codec, arrays: Arrays) -> Arrays:
 
     Ids are whole again (int32); log-probabilities and entropies are still codes, so that little goes to the device.
     """
-    match codec:
-        case TopKCodec():
-            kept = {"ids": _sums(arrays["ids"]), "logprobs": arrays["logprobs"], "tail": arrays["tail"]}
-        case SampledCodec():
-            ids = np.where(arrays["counts"] > 0, _sums(arrays["ids"]), np.int32(0))
-            kept = {"ids": ids, "counts": arrays["counts"], "entropy": arrays["entropy"]}
-        case _:
-            kept = {name: array for name, array in arrays.items() if name != "counted"}
+    kept = {name: arrays[name] for name in _NEEDED[codec.kind] if name in arrays}
+    if "ids" in kept:
+        kept["ids"] = np.cumsum(kept["ids"], axis=-1, dtype=np.int32)
+    if "counts" in kept:
+        kept["ids"] = np.where(kept["counts"] > 0, kept["ids"], np.int32(0))
     return {f"teacher_{name}": array for name, array in kept.items()}
 
 
@@ -216,8 +218,9 @@ def targets(codec: Codec, batch: dict[str, Any], head: Array | None, forced: tup
         case TopKCodec(bits=bits):
             own = kept["ids"]
             always = jnp.broadcast_to(jnp.asarray(forced, own.dtype), (*own.shape[:-1], len(forced)))
-            log_probs = decode_log_probs(kept["logprobs"], bits, dtype)
-            return TopK(jnp.concatenate([own, always], axis=-1), log_probs, decode_tail(kept["tail"], dtype))
+            codes = jnp.concatenate([kept[name] for name in ("logprobs", "forced") if name in kept], axis=-1)
+            log_probs, tail = decode_log_probs(codes, bits, dtype), decode_tail(kept["tail"], dtype)
+            return TopK(jnp.concatenate([own, always], axis=-1), log_probs, tail)
         case SampledCodec():
             return Sampled(kept["ids"], kept["counts"], decode_entropy(kept["entropy"], dtype))
         case HiddenCodec():
@@ -231,7 +234,7 @@ def targets(codec: Codec, batch: dict[str, Any], head: Array | None, forced: tup
 
 
 _NEEDED = {
-    "topk": ("ids", "logprobs", "tail"),
+    "topk": ("ids", "logprobs", "forced", "tail"),
     "sampled": ("ids", "counts", "entropy"),
     "hidden": ("states", "scale"),
     "dense": ("logits",),
@@ -243,10 +246,6 @@ def _differences(ids: np.ndarray) -> np.ndarray:
     steps = ids.astype(np.uint32)
     steps[..., 1:] -= ids[..., :-1].astype(np.uint32)
     return np.where(ids == 0, np.uint32(0), steps)
-
-
-def _sums(steps: np.ndarray) -> np.ndarray:
-    return np.cumsum(steps, axis=-1, dtype=np.int32)
 
 
 def _run_lengths(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,11 +33,12 @@ def statistics(codec: Codec, arrays: Arrays, forced: tuple[int, ...]) -> dict[st
         case TopKCodec(bits=bits):
             tail = np.exp(decode_tail(arrays["tail"][counted], np.float64))
             tail_entropy = decode_entropy(arrays["tail_entropy"][counted], np.float64)
+            codes = [arrays[name][counted] for name in ("logprobs", "forced") if name in arrays]
             bins = np.minimum(np.searchsorted(EDGES, tail), len(EDGES) - 1)
             sums |= {
                 "tail_mass": float(tail.sum()),
                 "tail_histogram": np.bincount(bins, minlength=len(EDGES)).tolist(),
-                "entropy": _entropy(arrays["logprobs"][counted], bits, tail, tail_entropy),
+                "entropy": _entropy(np.concatenate(codes, axis=-1), bits, tail, tail_entropy),
                 "tail_entropy": float(tail_entropy.sum()),
                 "curve": arrays["curve"].sum(axis=0, dtype=np.float64).tolist(),
             }
