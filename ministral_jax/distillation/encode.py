@@ -22,9 +22,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ministral_jax.distillation.codecs import Codec, HiddenCodec, SampledCodec, TopKCodec, curve_sizes
-from ministral_jax.distillation.kl import Axis, _cut, _join
+from ministral_jax.distillation.kl import Axis, cut_tokens, join_tokens
 from ministral_jax.distillation.quantise import encode_float8
-from ministral_jax.distillation.sharded import _axes, _whole
+from ministral_jax.distillation.sharded import mesh_axes, whole_head
 from ministral_jax.parallel import Placement, Rules, partition
 
 Encoder = Callable[[Array, Array, Array, Array | None], dict[str, Array]]
@@ -64,12 +64,14 @@ def encoder(codec: Codec, placement: Placement, teacher_rules: Rules, forced: tu
             return _in_chunks(read, states, head, mask, uniforms, chunk, None)
         tokens = partition(mask.shape, ("batch", "length"), rules, mesh)
         cut = partition(head.shape, ("embed", "vocab"), teacher_rules, mesh)
-        over, length = _axes(*tokens), _axes(tokens[1])
-        vocab = tuple(axis for axis in _axes(cut[1]) if axis not in over)
-        own = P(tuple(axis for axis in _axes(cut[0]) if axis in over), vocab)
+        over, length = mesh_axes(*tokens), mesh_axes(tokens[1])
+        vocab = tuple(axis for axis in mesh_axes(cut[1]) if axis not in over)
+        own = P(tuple(axis for axis in mesh_axes(cut[0]) if axis in over), vocab)
 
         def local(states, head, mask, uniforms):
-            arrays = _in_chunks(read, states, _whole(head, own), mask, uniforms, chunk, vocab or None)
+            arrays = _in_chunks(
+                read, states, whole_head(head.astype(states.dtype), own), mask, uniforms, chunk, vocab or None
+            )
             return {name: jax.lax.psum(x, length) if name == "curve" and length else x for name, x in arrays.items()}
 
         rows: Any = P(*tokens, None)
@@ -132,8 +134,8 @@ def _in_chunks(read: Reader, states, head, mask, uniforms, chunk: int, axis: Axi
         return None, {name: only(x) for name, x in read(logits, uniforms, axis).items()}
 
     with jax.named_scope("encode"):
-        _, arrays = jax.lax.scan(step, None, _cut((states, mask != 0, uniforms), chunk))
-    arrays = {name: _join(x, mask.shape[1]) for name, x in arrays.items()}
+        _, arrays = jax.lax.scan(step, None, cut_tokens((states, mask != 0, uniforms), chunk))
+    arrays = {name: join_tokens(x, mask.shape[1]) for name, x in arrays.items()}
     if "curve" in arrays:
         arrays["curve"] = arrays["curve"].sum(axis=1)
     return arrays | {"counted": (mask != 0).astype(jnp.uint8)}

@@ -134,8 +134,8 @@ def evaluate_positions(
         return None, {name: readings[name] for name in names}
 
     with jax.named_scope("loss_head"):
-        _, readings = jax.lax.scan(read, None, _cut((hidden, rows, labels), chunk))
-    readings = {name: _join(x, labels.shape[1]) for name, x in readings.items()}
+        _, readings = jax.lax.scan(read, None, cut_tokens((hidden, rows, labels), chunk))
+    readings = {name: join_tokens(x, labels.shape[1]) for name, x in readings.items()}
     return readings | {"correct": (readings["prediction"] == labels).astype(readings["ce"].dtype)}
 
 
@@ -234,8 +234,10 @@ def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, axis: 
         zero = jnp.zeros_like(weights, shape=())
         names = ("loss", "ce", "accuracy", *_compared(targets))
         start = (dict.fromkeys(names, zero), jnp.zeros_like(head, dtype=dtype) if with_gradient else None)
-        (sums, d_head), d_hidden = jax.lax.scan(accumulate, start, _cut((hidden, rows, labels, weights), options.chunk))
-    gradients = (_join(d_hidden, hidden.shape[1]), d_head.astype(head.dtype)) if with_gradient else None
+        (sums, d_head), d_hidden = jax.lax.scan(
+            accumulate, start, cut_tokens((hidden, rows, labels, weights), options.chunk)
+        )
+    gradients = (join_tokens(d_hidden, hidden.shape[1]), d_head.astype(head.dtype)) if with_gradient else None
     return (sums.pop("loss"), sums, jnp.sum(weights)), gradients
 
 
@@ -296,7 +298,7 @@ def _compared(targets: Targets | None) -> tuple[str, ...]:
             return ()
 
 
-def _cut(arrays, chunk: int):
+def cut_tokens(arrays, chunk: int):
     """Arrays [B, T, ...] -> [n, B, c, ...], zero-padded; cutting T leaves a sharded batch axis as it is."""
     rows, tokens = arrays[0].shape[:2]
     count = -(-tokens // max(1, min(tokens, chunk // rows)))
@@ -309,5 +311,5 @@ def _cut(arrays, chunk: int):
     return jax.tree.map(cut, arrays)
 
 
-def _join(x: Array, tokens: int) -> Array:
+def join_tokens(x: Array, tokens: int) -> Array:
     return rearrange(x, "n b c ... -> b (n c) ...")[:, :tokens]

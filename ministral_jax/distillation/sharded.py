@@ -71,12 +71,12 @@ class LossHead:
             return local(hidden, head, targets, labels, *mask, axis=None)
         check_shapes(hidden, head, targets, labels, *mask)
         tokens: Any = partition(labels.shape, ("batch", "length"), rules, mesh)
-        over = _axes(*tokens)
+        over = mesh_axes(*tokens)
         # Where rules cut V over an axis of the tokens, or D over another, the head comes in without that cut.
-        vocab = tuple(a for a in _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over)
+        vocab = tuple(a for a in mesh_axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over)
 
         def lies(head: Array, rules: Rules) -> Any:
-            cut = _axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[0])
+            cut = mesh_axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[0])
             return P(tuple(a for a in cut if a in over), vocab)
 
         own = lies(head, rules)
@@ -93,10 +93,10 @@ class LossHead:
                 theirs = None
 
         def inside(hidden, head, targets, labels, *mask):
-            head = _whole(head, own, over if summed else ())
+            head = whole_head(head, own, over if summed else ())
             if isinstance(targets, Hidden):
                 # Cast first, as it gets no gradient: half the bytes to gather.
-                targets = Hidden(targets.hidden, _whole(targets.head.astype(targets.hidden.dtype), theirs.head))
+                targets = Hidden(targets.hidden, whole_head(targets.head.astype(targets.hidden.dtype), theirs.head))
             result = local(hidden, head, targets, labels, *mask, axis=vocab or None)
             return jax.lax.psum(result, over) if summed and over else result
 
@@ -105,15 +105,15 @@ class LossHead:
         return mapped(hidden, head, targets, labels, *mask)
 
 
-def _axes(*entries: Any) -> tuple[str, ...]:
+def mesh_axes(*entries: Any) -> tuple[str, ...]:
     """The mesh axes that entries of a `PartitionSpec` name."""
     return tuple(axis for e in entries for axis in ((e,) if isinstance(e, str) else e or ()))
 
 
-def _whole(head: Array, spec: P, over: tuple[str, ...] = ()) -> Array:
+def whole_head(head: Array, spec: P, over: tuple[str, ...] = ()) -> Array:
     """A head's shard with all of D. It varies over `over` before it is gathered, so that its gradient is scattered
     before it is summed over the axes that hold copies."""
-    cut = _axes(spec[0])
+    cut = mesh_axes(spec[0])
     copies = tuple(axis for axis in over if axis not in cut)
     head = jax.lax.pcast(head, copies, to="varying") if copies else head
     return jax.lax.all_gather(head, cut, axis=0, tiled=True) if cut else head
