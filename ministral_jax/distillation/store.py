@@ -197,26 +197,37 @@ def open_store(root: str) -> Reader:
             the metadata of an array is damaged.
     """
     place = Place(root)
-    content = place.read(FINISHED)
-    if content is None and place.read(RECORDING) is not None:
-        raise UserError(f"store {root} is not finished: run the stage that records it again, it goes on")
-    if content is None:
-        raise UserError(f"{root} is not a logit store: it has no {FINISHED}")
-    record = decode(content, f"store {root}: {FINISHED}")
+    record = _finished(place)
     for file, digest in record["metadata"].items():
         if place.sha256(file)[0] != digest:
             raise UserError(f"store {root}: {file} is damaged: its sha256 is not what {FINISHED} says")
     return Reader(place, record)
 
 
+def _finished(place: Place) -> Record:
+    """Content of `store.json`."""
+    content = place.read(FINISHED)
+    if content is None and place.read(RECORDING) is not None:
+        raise UserError(f"store {place.root} is not finished: run the stage that records it again, it goes on")
+    if content is None:
+        raise UserError(f"{place.root} is not a logit store: it has no {FINISHED}")
+    return decode(content, f"store {place.root}: {FINISHED}")
+
+
 def verify(root: str) -> list[str]:
-    """How the files of a finished store differ from what `store.json` says of them, one sentence each. Reads all."""
-    reader, place = open_store(root), Place(root)
-    expected = reader._record["metadata"] | reader._record["head"]
-    for split in reader.description.splits:
-        for shard, record in enumerate(reader.shards(split)):
-            files = reader.description.shard_files(split, shard)
-            expected |= {file: record["sha256"][name] for name, file in files.items()}
+    """How the files of a finished store differ from what `store.json` says of them, one sentence each. Reads all.
+
+    Raises:
+        UserError: there is no finished store, or `store.json` is damaged.
+    """
+    place = Place(root)
+    record = _finished(place)
+    description = Description.model_validate(record["description"])
+    expected = record["metadata"] | record["head"]
+    for split, sealed in record["shards"].items():
+        for shard, one in enumerate(sealed):
+            files = description.shard_files(split, shard)
+            expected |= {file: one["sha256"][name] for name, file in files.items()}
     there = set(place.list())
     problems = [f"{file} is missing" for file in sorted(expected.keys() - there)]
     problems += [f"{file} is not of this store" for file in sorted(there - expected.keys() - {FINISHED})]
