@@ -83,7 +83,7 @@ def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str,
                 packed[wanted] = prepare(stage.data, stage.batch.length, spec.vision, run_dir / "data", progress)
             of_stage[name] = packed[wanted]
             check_vocab(packed[wanted].tokenizer, spec)
-            _check_store(recipe, name, spec, of_stage)
+            _check_store(recipe, run_dir, name, spec, of_stage)
     finally:
         line.close()
     if packed and is_first():
@@ -91,7 +91,7 @@ def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str,
         append_jsonl(run_dir / "ledger.jsonl", {"what": "data", "seconds": spent})
 
 
-def _check_store(recipe: Recipe, name: str, spec: ModelSpec, data: dict[str, PackedData]) -> None:
+def _check_store(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec, data: dict[str, PackedData]) -> None:
     """A store must have room for its entries, and a student must read the rows that will be in it."""
     stage, where = recipe.stages[name], f"stages.{name}"
     if isinstance(stage, RecordStage):
@@ -99,11 +99,14 @@ def _check_store(recipe: Recipe, name: str, spec: ModelSpec, data: dict[str, Pac
             check_codec(stage.codec, spec.vocab, data[name].tokenizer.control_ids)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    if isinstance(stage, DistillStage) and (store := data.get(stage.teacher_stage)) is not None:
-        if isinstance(recipe.stages[stage.teacher_stage], RecordStage) and store.digest != data[name].digest:
+    if isinstance(stage, DistillStage) and not isinstance(stage.teacher, str):
+        recorder = stage.teacher_stage
+        finished = (read_manifest(run_dir / recorder) or {}).get("data", {})
+        recorded = data[recorder].digest if recorder in data else finished.get("digest")
+        if recorded != data[name].digest:
             raise UserError(
-                f"{where}.data differs from that of {stage.teacher_stage!r}, whose rows are recorded; "
-                "both must have the same sources, tokenizer, held_out and patches"
+                f"{where}.data differs from that of {recorder!r}, whose rows are recorded; both must have the same "
+                "sources, tokenizer, held_out and patches"
             )
 
 

@@ -193,18 +193,20 @@ def test_other_data_is_refused_before_anything_is_written(unbroken, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
-    [("teacher", "teacher"), ("tokenizer_digest", "tokenizer"), ("data_digest", "data")],
+    ("key", "value", "message"),
+    [
+        ("teacher", {"stage": "parent", "digest": "0" * 64}, "teacher"),
+        ("tokenizer_digest", "0" * 64, "tokenizer"),
+        ("data_digest", "0" * 64, "data"),
+    ],
 )
-def test_another_teacher_tokenizer_or_packing_is_refused(unbroken, tmp_path, capsys, key, message):
-    run_dir = without_student(unbroken, tmp_path / "run")
-    path = run_dir / "logits" / "store" / "store.json"
-    raw = json.loads(path.read_text())
-    other = "0" * 64
-    raw["info"][key] = {**raw["info"][key], "digest": other} if key == "teacher" else other
-    path.write_text(json.dumps(raw))
+def test_another_teacher_tokenizer_or_packing_is_refused(parent, tmp_path, capsys, monkeypatch, key, value, message):
+    run_dir, real = copy_of(parent, tmp_path / "run"), record.StoreInfo
+    monkeypatch.setattr(record, "StoreInfo", lambda **known: real.model_validate({**known, key: value}))
+    run(run_dir, "logits")
     error = refused(capsys, run_dir, "short")
-    assert message in error and "000000" in error and str(path.parent) in error, error
+    assert message in error and "000000" in error and str(run_dir / "logits" / "store") in error, error
+    print(error)
 
 
 def test_a_flipped_byte_is_refused(unbroken, tmp_path, capsys):

@@ -244,4 +244,6 @@ def _summary(split: Split, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _figures(train: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in train.items() if isinstance(value, float)}
+    """The summary's means: what a sweep and a table compare."""
+    means = {key: value.get("mean") if isinstance(value, dict) else value for key, value in train.items()}
+    return {key: value for key, value in means.items() if isinstance(value, float)}
