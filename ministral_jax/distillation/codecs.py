@@ -52,7 +52,7 @@ class SampledCodec(Frozen):
     variance: a token of probability p is drawn S p times, rounded down or up), or `independent`."""
 
     kind: Literal["sampled"] = "sampled"
-    entries: int = Field(default=50, ge=1, le=255)
+    entries: int = Field(default=50, ge=1, le=2**16 - 1)
     draws: Literal["systematic", "independent"] = "systematic"
 
 
@@ -126,7 +126,7 @@ def layout(codec: Codec, length: int, width: int, vocab: int, forced: tuple[int,
         case SampledCodec(entries=entries):
             return counted | {
                 "ids": Layout((length, entries), "uint32"),
-                "counts": Layout((length, entries), "uint8"),
+                "counts": Layout((length, entries), _count_dtype(entries)),
                 "entropy": Layout((length,), "uint16"),
             }
         case HiddenCodec(dtype="float8"):
@@ -241,6 +241,11 @@ _NEEDED = {
 }
 
 
+def _count_dtype(draws: int) -> str:
+    """All draws of a token may be of one id."""
+    return "uint8" if draws < 2**8 else "uint16"
+
+
 def _differences(ids: np.ndarray) -> np.ndarray:
     """Ascending ids as the first and the steps to the next, uint32: small numbers compress. Padding stays zero."""
     steps = ids.astype(np.uint32)
@@ -258,7 +263,7 @@ def _run_lengths(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     slot = (np.cumsum(first, axis=1) - 1)[first]
     stop = np.append(start[1:], 0)
     stop[np.append(row[1:] != row[:-1], True)] = size
-    ids, counts = np.zeros_like(flat), np.zeros(flat.shape, np.uint8)
+    ids, counts = np.zeros_like(flat), np.zeros(flat.shape, _count_dtype(size))
     ids[row, slot] = flat[first]
     counts[row, slot] = stop - start
     return ids.reshape(draws.shape), counts.reshape(draws.shape)
