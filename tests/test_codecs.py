@@ -12,7 +12,7 @@ from scipy.stats import chi2, ncx2
 
 from ministral_jax.distillation import codecs, quantise
 from ministral_jax.distillation.codecs import DenseCodec, HiddenCodec, SampledCodec, TopKCodec
-from ministral_jax.distillation.encode import encoder
+from ministral_jax.distillation.encode import encoder, inverse_cdf
 from ministral_jax.distillation.statistics import EDGES, merge, statistics, summarise
 from ministral_jax.errors import UserError
 from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
@@ -187,6 +187,14 @@ def test_draws_are_where_the_cumulative_distribution_says_on_any_mesh(draws):
         np.testing.assert_array_equal(ids[counted][distance > BOUNDARY], first[counted][distance > BOUNDARY])
 
 
+def test_a_draw_never_lands_on_an_id_without_probability():
+    """Nor past the end, which a place within a block may reach by rounding."""
+    weights = jnp.asarray([0, 3, 0, 1, 0], jnp.float32)[None]
+    index, within = inverse_cdf(weights, jnp.asarray([0, 0.375, 0.75, 0.875, 1]))
+    np.testing.assert_array_equal(index, [1, 1, 3, 3, 3])
+    np.testing.assert_array_equal(within, [0, 0.5, 0, 0.5, 1])
+
+
 def test_systematic_counts_are_the_expected_ones_rounded_down_or_up():
     """Floor or ceiling of S p, with p off by the rounding of two ends (where S p is next to an integer, one more)."""
     rng = np.random.default_rng(4)
@@ -242,7 +250,7 @@ def test_uniforms_depend_on_seed_and_row_alone():
 # ---- on disk and back -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data(), st.sampled_from([8, 300, 131072]), st.integers(2, 6), st.integers(0, 2))
 def test_ids_survive_the_disk(data, vocab, entries, count):
     forced = tuple(range(count))

@@ -69,9 +69,8 @@ def encoder(codec: Codec, placement: Placement, teacher_rules: Rules, forced: tu
         own = P(tuple(axis for axis in mesh_axes(cut[0]) if axis in over), vocab)
 
         def local(states, head, mask, uniforms):
-            arrays = _in_chunks(
-                read, states, whole_head(head.astype(states.dtype), own), mask, uniforms, chunk, vocab or None
-            )
+            head = whole_head(head.astype(states.dtype), own)
+            arrays = _in_chunks(read, states, head, mask, uniforms, chunk, vocab or None)
             return {name: jax.lax.psum(x, length) if name == "curve" and length else x for name, x in arrays.items()}
 
         rows: Any = P(*tokens, None)
@@ -182,14 +181,29 @@ def _top_k(
 
 def _largest(values: Array, ids: Array, size: int, axis: Axis) -> tuple[Array, Array]:
     """The `size` largest of values [..., v] over all devices, descending, and their ids; of equal ones the lower id."""
-    found, index = jax.lax.top_k(values, min(size, values.shape[-1]))
-    top = ids[index]
+    found, index = _largest_here(values, min(size, values.shape[-1]))
+    top = ids[0] + index
     if axis is not None:
         # Devices come in the order of their ids, and top_k takes the first of equal ones.
         found, top = (jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True) for x in (found, top))
         found, index = jax.lax.top_k(found, size)
         top = jnp.take_along_axis(top, index, axis=-1)
     return found, top
+
+
+def _largest_here(values: Array, size: int) -> tuple[Array, Array]:
+    """`jax.lax.top_k`, without its sort of all values: the k largest lie in the k blocks whose maxima are the largest.
+
+    Of equal values the lower index still comes first: every block that precedes a value's own, by its maximum and then
+    by its place, has a value that precedes it.
+    """
+    block = 2 ** max(0, round(math.log2(values.shape[-1] / size) / 2))
+    padded = jnp.pad(values, [(0, 0), (0, 0), (0, -values.shape[-1] % block)], constant_values=-jnp.inf)
+    blocks = rearrange(padded, "b c (n k) -> b c n k", k=block)
+    which = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), size)[1], axis=-1)
+    within = jnp.take_along_axis(blocks, which[..., None], axis=2)
+    found, index = jax.lax.top_k(rearrange(within, "b c n k -> b c (n k)"), size)
+    return found, jnp.take_along_axis(which, index // block, axis=-1) * block + index % block
 
 
 def _at(index: Array, logits: Array, axis: Axis) -> Array:
@@ -211,9 +225,9 @@ def _logsumexp(logits: Array, axis: Axis) -> Array:
 
 def _entropy(logits: Array, lse: Array, axis: Axis) -> Array:
     """-Σ p log p, with p = exp(logits - lse); of nothing it is 0. Dividing by Σ p takes out the rounding of `lse`."""
-    gap = jnp.where(logits > -jnp.inf, lse[..., None] - logits, 0)
-    p = jnp.where(logits > -jnp.inf, jnp.exp(-gap), 0)
-    sums = jnp.stack([jnp.sum(p * gap, axis=-1), jnp.sum(p, axis=-1)])
+    lse = jnp.where(lse > -jnp.inf, lse, 0)[..., None]
+    p = jnp.exp(logits - lse)
+    sums = jnp.sum(jnp.where(p > 0, p * (lse - logits), 0), axis=-1), jnp.sum(p, axis=-1)
     total, mass = sums if axis is None else jax.lax.psum(sums, axis)
     return total / jnp.where(mass > 0, mass, 1)
 
@@ -236,15 +250,15 @@ def _draw(logits: Array, uniforms: Array, block: int, axis: Axis) -> Array:
     masses, count = weights.sum(axis=-1), weights.shape[2]
     if axis is not None:
         masses = jax.lax.all_gather(masses, axis, axis=2, tiled=True)
-    which, within = _invert(masses[:, :, None], uniforms)
+    which, within = inverse_cdf(masses[:, :, None], uniforms)
     here = which // count == (0 if axis is None else jax.lax.axis_index(axis))
     of_block = jnp.take_along_axis(weights, (which % count)[..., None], axis=2)
-    inside, _ = _invert(of_block, within)
+    inside, _ = inverse_cdf(of_block, within)
     ids = (which // count) * own + (which % count) * block + inside
     return ids if axis is None else jax.lax.psum(jnp.where(here, ids, 0), axis)
 
 
-def _invert(weights: Array, u: Array) -> tuple[Array, Array]:
+def inverse_cdf(weights: Array, u: Array) -> tuple[Array, Array]:
     """Where u [..., S] in [0, 1) falls among the cumulative weights [..., 1 or S, n] as shares of their sum: the index
     [..., S], always of a positive weight, and the place in [0, 1] between its ends."""
     ends = jnp.cumsum(weights, axis=-1)
