@@ -116,7 +116,7 @@ def test_a_vocabulary_that_is_not_divisible_other_rules_of_a_teacher_and_dense_t
             jax.tree.map(functools.partial(close, tolerance=1e-12), *losses(inputs, rules))
 
 
-def sparse_case(kind, vocab=V, width=6):
+def sparse_case(kind, vocab, width):
     """`case` with sparse targets: NaN, and ids that are not distinct or do not exist, where the mask is zero."""
     hidden, head, theirs, labels, mask = case(vocab)
     logits = np.where((mask != 0)[..., None], theirs.hidden @ theirs.head, np.nan)
@@ -125,7 +125,8 @@ def sparse_case(kind, vocab=V, width=6):
     ids[mask == 0] = np.random.default_rng(1).choice([0, -1, 3, vocab], size=ids[mask == 0].shape)
     if kind is TopK:
         values = np.take_along_axis(logprobs, ids.clip(0, vocab - 1), axis=-1)
-        return hidden, head, TopK(ids, values, np.log1p(-np.exp(values).sum(-1))), labels, mask
+        rest = np.maximum(1 - np.exp(values).sum(-1), 1e-9)
+        return hidden, head, TopK(ids, values, np.log(rest)), labels, mask
     counts = np.random.default_rng(2).integers(4, size=ids.shape)
     counts[..., 0] += 1
     return hidden, head, Sampled(ids, counts.astype(np.uint8), -(np.exp(logprobs) * logprobs).sum(-1)), labels, mask
@@ -151,13 +152,13 @@ def test_sparse_targets_give_on_meshes_what_they_give_on_one_device(kind):
     """Tolerance as above; where 63 columns do not divide, no axis cuts them."""
     reduced = set()
     with jax.enable_x64(True):
-        for vocab, sizes in (
-            (V, dict(tensor=8)),
-            (V, dict(data=2, fsdp=2, context=2)),
-            (V, dict(slice=2, fsdp=2, tensor=2)),
-            (63, dict(fsdp=4, tensor=2)),
+        for vocab, width, sizes in (
+            (V, V, dict(tensor=8)),
+            (V, 6, dict(data=2, fsdp=2, context=2)),
+            (V, 6, dict(slice=2, fsdp=2, tensor=2)),
+            (63, 6, dict(fsdp=4, tensor=2)),
         ):
-            head, inputs = LossHead(placement(**sizes)), sparse_case(kind, vocab)
+            head, inputs = LossHead(placement(**sizes)), sparse_case(kind, vocab, width)
             want = jax.device_get(sparse_results(kl)(*inputs))
             with jax.set_mesh(head.placement.mesh):
                 compiled = sparse_results(head).lower(*inputs).compile()

@@ -49,6 +49,11 @@ def logsumexp(logits: Array, axis: Axis) -> Array:
     return top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
 
 
+def shards(axis: Axis) -> int:
+    """How many devices V is cut over."""
+    return 1 if axis is None else jax.lax.axis_size(axis)
+
+
 def across(collective: Callable, x: Array, axis: Axis) -> Array:
     """What the devices have of a reduction over V, reduced over them."""
     return x if axis is None else collective(x, axis)
@@ -71,7 +76,7 @@ def at(index: Array, logits: Array, axis: Axis) -> Array:
 def first_of(top: Array, logits: Array, first: Array | int, axis: Axis) -> Array:
     """Index of the maximum [...] in logits [..., V]: jnp.argmax as a plain reduction, four times as fast on CPU."""
     own = logits.shape[-1]
-    last = (own if axis is None else own * jax.lax.axis_size(axis)) - 1
+    last = own * shards(axis) - 1
     candidates = jnp.where(logits == top[..., None], first + jnp.arange(own, dtype=jnp.int32), last)
     return across(jax.lax.pmin, jnp.min(candidates, axis=-1), axis)
 

@@ -32,6 +32,7 @@ from ministral_jax.distillation.divergences import (
     categorical,
     compare,
     first_of,
+    shards,
     top,
 )
 from ministral_jax.distillation.sparse import compare_sampled, compare_topk
@@ -84,7 +85,7 @@ def distillation_loss(
         UserError: shapes do not fit together, or sparse targets meet another objective than `forward_kl` at
             temperature 1.
     """
-    check_shapes(hidden, head, targets, labels, mask)
+    check_shapes(hidden, head, targets, labels, mask, shards(vocab_axis))
     check_options(options, type(targets).__name__.lower())
     loss, sums, count = _loss(*_vary_alike(hidden, head, targets, labels, mask, vocab_axis), options, vocab_axis)
     return loss, {name: (sums[name], count) for name in ("ce", *_compared(targets))}
@@ -124,7 +125,7 @@ def evaluate_positions(
     gives to it, and `correct` is 1 where it is the label, else 0. All but `prediction` are float32 (float64 for float64
     hidden states).
     """
-    check_shapes(hidden, head, targets, labels)
+    check_shapes(hidden, head, targets, labels, shards=shards(vocab_axis))
     rows, teacher_kernel = _unpack(targets)
     kernel, options = head.astype(hidden.dtype), LossOptions(ce_weight=1, chunk=chunk)
     names = ("ce", "prediction", "confidence", *(() if targets is None else ("kl",)))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ministral_jax.distillation.divergences import Categorical, Comparison, across, logsumexp, top
+from ministral_jax.distillation.divergences import Categorical, Comparison, across, logsumexp, shards, top
 from ministral_jax.distillation.targets import Sampled, TopK
 
 
@@ -62,8 +62,8 @@ def compare_sampled(targets: Sampled, q: Categorical) -> Comparison:
     total = jnp.sum(counts, axis=-1, keepdims=True)
     share = counts / jnp.where(total > 0, total, 1)
     here, logits = _kept(targets.ids, q)
-    surprise = jnp.where(here & (counts > 0), share * (q.lse[..., None] - logits), 0)
-    value = across(jax.lax.psum, jnp.sum(surprise, axis=-1), q.axis) - targets.entropy.astype(q.lse.dtype)
+    surprise = jnp.sum(jnp.where(here, share * (q.lse[..., None] - logits), 0), axis=-1)
+    value = across(jax.lax.psum, surprise, q.axis) - targets.entropy.astype(q.lse.dtype)
     return {"kl": value}, value, _scatter(targets.ids, -share, q, q.probabilities, add=True)
 
 
@@ -97,7 +97,7 @@ def _excess(log_p: Array, log_q: Array) -> Array:
 def _normalised(targets: TopK, q: Categorical) -> tuple[Array, Array]:
     """Log-probabilities of the kept ids [..., W] and of the tail [...] that sum to one."""
     log_p, tail = targets.logprobs.astype(q.lse.dtype), targets.tail.astype(q.lse.dtype)
-    if targets.ids.shape[-1] == q.logits.shape[-1] * (1 if q.axis is None else jax.lax.axis_size(q.axis)):
+    if targets.ids.shape[-1] == q.logits.shape[-1] * shards(q.axis):
         tail = jnp.full_like(tail, -jnp.inf)
     total = jnp.logaddexp(jax.nn.logsumexp(log_p, axis=-1), tail)
     return log_p - total[..., None], tail - total

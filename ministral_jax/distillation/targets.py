@@ -94,8 +94,10 @@ def check_options(options: LossOptions, kind: str) -> None:
             )
 
 
-def check_shapes(hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array | None = None) -> None:
-    """Raise `UserError` when the arguments of a loss do not fit together."""
+def check_shapes(
+    hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array | None = None, shards: int = 1
+) -> None:
+    """Raise `UserError` when the arguments of a loss do not fit together; V of the heads is cut over `shards`."""
     positions = hidden.shape[:2]
     if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[0]:
         raise UserError(f"loss head: hidden {hidden.shape} and head {head.shape} must be [B, T, D] and [D, V]")
@@ -111,7 +113,7 @@ def check_shapes(hidden: Array, head: Array, targets: Targets | None, labels: Ar
         case Dense(rows):
             vocab = rows.shape[-1]
         case TopK() | Sampled():
-            _check_sparse(targets, head.shape[1])
+            _check_sparse(targets, head.shape[1] * shards)
             rows, vocab = targets.ids, head.shape[1]
         case None:
             return
