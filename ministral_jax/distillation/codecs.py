@@ -168,7 +168,7 @@ def pack(codec: Codec, arrays: Arrays) -> Arrays:
     match codec:
         case TopKCodec(entries=entries, bits=bits):
             codes = encode_log_probs(arrays["logprobs"], bits)
-            # By themselves those of the forced ids, which are alike, compress to half the size.
+            # Those of the forced ids are alike and compress better by themselves.
             forced = {"forced": codes[..., entries:]} if codes.shape[-1] > entries else {}
             return {
                 "counted": counted,
