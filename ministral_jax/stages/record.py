@@ -7,6 +7,7 @@ killed goes on with what is missing, on any mesh and number of hosts. A file of 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from ministral_jax.config import RecordStage
 from ministral_jax.data.pipeline import PackedData, chosen_rows, training_order
 from ministral_jax.distillation.codecs import Codec, HiddenCodec, Layout, layout, pack, uniforms
 from ministral_jax.distillation.encode import encoder
-from ministral_jax.distillation.statistics import merge, statistics, summarise
+from ministral_jax.distillation.statistics import EDGES, merge, statistics, summarise
 from ministral_jax.distillation.store_format import StoreInfo, Teacher
 from ministral_jax.distillation.store_writing import Writer, open_for_writing
 from ministral_jax.distillation.targets import DEFAULT_CHUNK
@@ -124,7 +125,7 @@ def _record(job: Job, spec: ModelSpec, params: Params, data: PackedData, split: 
     steps = [step for step in plan if not done[step[step >= 0]].all()]
     encode = _compile(job, spec, split)
     line = ProgressLine(f"{job.name} {split.name}", len(plan), len(plan) - len(steps))
-    written = 0
+    written, began = 0, 0.0
 
     def write(rows: np.ndarray, hashes: list[bytes], encoded: dict[str, jax.Array]) -> int:
         if not writes:
@@ -146,9 +147,10 @@ def _record(job: Job, spec: ModelSpec, params: Params, data: PackedData, split: 
             if pending is not None:  # the device already works on this batch while the last one is written
                 written += write(*pending)
             pending = (rows, hashes, encoded)
-            line.update(
-                len(plan) - len(steps) + number + 1, f"{written * len(owners) / 1e6:,.0f} MB before compression"
-            )
+            began = began or time.monotonic()  # what came before it was compiling
+            speed = number * count * data.length / max(time.monotonic() - began, 1e-9)
+            note = f"{speed:,.0f} tokens/s  {written * len(owners) / 1e6:,.0f} MB before compression"
+            line.update(len(plan) - len(steps) + number + 1, note)
         if pending is not None:
             write(*pending)
     finally:
@@ -227,7 +229,12 @@ def _seal(job: Job, splits: list[Split], writer: Writer) -> dict[str, Any]:
 
 def _summary(split: Split, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest and the report say of a split."""
-    found = summarise(merge([record["statistics"] for record in records]))
+    merged = merge([record["statistics"] for record in records])
+    found = summarise(merged)
+    if "tail_mass" in found:
+        by_shard = [summarise(record["statistics"])["tail_mass"] for record in records]
+        found["tail_histogram"] = {"at_most": EDGES.tolist(), "tokens": merged["tail_histogram"]}
+        found["tail_by_shard"] = {name: [tail[name] for tail in by_shard] for name in ("mean", "p99")}
     size: dict[str, int] = {}
     for record in records:
         for name, count in record["bytes"].items():

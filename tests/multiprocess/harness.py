@@ -32,14 +32,21 @@ class Job:
     """Processes `0 .. count - 1` of one job. Logs and journals lie beside the run directory and outlive it."""
 
     def __init__(
-        self, run_dir: Path, count: int = 2, devices: int = 1, *words: str, faults: Sequence[str] = (), pace: float = 0
+        self,
+        run_dir: Path,
+        count: int = 2,
+        devices: int = 1,
+        *words: str,
+        recipe: Path = RECIPE,
+        faults: Sequence[str] = (),
+        pace: float = 0,
     ):
         self.run_dir, self.begun = run_dir, time.time()
         port = _free_port()
         attempt = len(list(run_dir.parent.glob(f"{run_dir.name}.*.0.log")))
         self.logs = [run_dir.with_name(f"{run_dir.name}.{attempt}.{i}.log") for i in range(count)]
         self.journals = [log.with_suffix(".journal") for log in self.logs]
-        shared = [str(RECIPE), *words, "--run-dir", str(run_dir), "--cpu-devices", str(devices)]
+        shared = [str(recipe), *words, "--run-dir", str(run_dir), "--cpu-devices", str(devices)]
         if count > 1:
             shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}

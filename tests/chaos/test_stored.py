@@ -1,0 +1,58 @@
+"""A record stage of two processes, one or both of them killed ten times: the store is the unbroken one's, byte by byte."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import RETRY, Job
+
+from ministral_jax.distillation.store import verify
+
+pytestmark = pytest.mark.chaos
+RECIPE = Path(__file__).parent.parent / "micro_stored.yaml"
+SEED = int(os.environ.get("CHAOS_SEED", "7"))
+# 30 batches of training rows; where each kill strikes, counted from the start of its attempt
+WORDS = ("stages.logits.rows=120", "limits.heartbeat=10", "limits.join=30")
+MOMENTS = ("train batch 1", "train batch 2", "train batch 4", "train batch 3", "train batch 2", "train batch 5",
+           "train batch 6", "held_out batch 1", "saving", "saving")  # fmt: skip
+GONE = 15
+
+
+def files(run_dir: Path) -> dict[str, str]:
+    store = run_dir / "logits" / "store"
+    return {
+        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_killed_ten_times_it_is_the_same_store(tmp_path):
+    rng, unbroken = random.Random(SEED), tmp_path / "unbroken"
+    print(f"\nseed {SEED}")
+    with Job(unbroken, 1, 2, "parent", recipe=RECIPE) as job:
+        job.finish()
+    run_dir = Path(shutil.copytree(unbroken, tmp_path / "killed"))
+    with Job(unbroken, 2, 1, "logits", *WORDS, recipe=RECIPE) as job:
+        job.finish()
+    for moment in MOMENTS:
+        victims = rng.choice(([0], [1], [0, 1]))
+        with Job(run_dir, 2, 1, "logits", *WORDS, recipe=RECIPE, pace=0.1) as job:
+            assert job.until(lambda job=job, moment=moment: job.doing().endswith(moment)), job.tails()
+            time.sleep(rng.uniform(0, 0.2))
+            assert set(job.codes()) == {None}, job.tails()
+            begun = time.monotonic()
+            job.send(signal.SIGKILL, *victims)
+            others = {0, 1} - {*victims}
+            codes = job.wait(GONE, *others)
+            print(f"{moment}: killed {victims}: {codes}, {time.monotonic() - begun:.1f} s")
+            assert all(codes[i] == RETRY or codes[i] < 0 for i in others), job.tails()
+    with Job(run_dir, 2, 1, "logits", *WORDS, recipe=RECIPE) as job:
+        job.finish()
+    assert not verify(str(run_dir / "logits" / "store"))
+    assert files(run_dir) == files(unbroken)

@@ -1,0 +1,87 @@
+"""A logit store recorded by four processes: students of one, two and four read the same rows from it, and a job that
+records goes on with another number of processes."""
+
+import hashlib
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import RETRY, Job, records, warmed
+
+from ministral_jax.distillation.store import open_store, verify
+
+pytestmark = pytest.mark.multiprocess
+RECIPE = Path(__file__).parent.parent / "micro_stored.yaml"
+# As in `test_counts.py`.
+RELATIVE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """A run directory whose store four processes have written, one device each."""
+    run_dir = tmp_path_factory.mktemp("stored") / "four"
+    with Job(run_dir, 4, 1, "logits", "pruned", recipe=RECIPE) as job:
+        job.finish()
+    assert not verify(str(run_dir / "logits" / "store"))
+    return run_dir
+
+
+def read(run_dir: Path) -> dict[str, np.ndarray]:
+    """All rows of the training split, in the store's order."""
+    split = open_store(str(run_dir / "logits" / "store")).split("train")
+    return {name: array.read().result() for name, array in split._arrays.items()}
+
+
+def test_students_of_any_number_of_processes_learn_the_same(recorded, tmp_path):
+    curves = {}
+    for count in (1, 2, 4):
+        run_dir = tmp_path / f"{count}"
+        shutil.copytree(recorded, run_dir)
+        with Job(run_dir, count, 4 // count, "short", recipe=RECIPE) as job:
+            job.finish()
+        curves[count] = [records(run_dir, "short", kind) for kind in ("train", "eval")]
+    for count in (2, 4):
+        for ours, theirs in zip(curves[count], curves[1], strict=True):
+            assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.keys() == b.keys()
+                for key in a.keys() - {"kind", "step"}:
+                    np.testing.assert_allclose(a[key], b[key], rtol=RELATIVE, err_msg=f"{count} {a['step']} {key}")
+
+
+def test_a_store_goes_on_with_another_number_of_processes(recorded, tmp_path):
+    """What is stored is the same to a code of the quantiser: on another mesh float32 sums are added in another order."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(recorded, run_dir, ignore=shutil.ignore_patterns("logits"))
+    with Job(run_dir, 4, 1, "logits", recipe=RECIPE, pace=0.5) as job:
+        assert job.until(lambda: job.doing().endswith("train batch 4")), job.tails()
+        job.send(signal.SIGTERM, 0)
+        assert job.wait() == [RETRY] * 4, job.tails()
+    with Job(run_dir, 2, 2, "logits", recipe=RECIPE) as job:
+        job.finish()
+    ours, theirs = read(run_dir), read(recorded)
+    assert not verify(str(run_dir / "logits" / "store"))
+    same = np.mean([np.array_equal(a, b) for a, b in zip(ours["ids"], theirs["ids"], strict=True)])
+    assert same > 0.9
+    for name in ("logprobs", "forced", "tail", "tail_entropy"):
+        rows = [i for i in range(36) if np.array_equal(ours["ids"][i], theirs["ids"][i])]
+        difference = np.abs(ours[name][rows].astype(int) - theirs[name][rows].astype(int))
+        assert difference.max() <= 1 + (name.startswith("tail")) * 8, (name, difference.max())
+    manifests = [json.loads((run / "logits" / "manifest.json").read_text()) for run in (run_dir, recorded)]
+    np.testing.assert_allclose(*[m["metrics"]["tail_mass"] for m in manifests], rtol=1e-4)
+
+
+def test_four_processes_write_each_file_alone(recorded, tmp_path):
+    """Recorded once more, its files are the same bytes."""
+    run_dir = tmp_path / "again"
+    shutil.copytree(recorded, run_dir, ignore=shutil.ignore_patterns("logits"))
+    with Job(run_dir, 4, 1, "logits", recipe=RECIPE) as job:
+        job.finish()
+    digests = [
+        {p.relative_to(run): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob("*")) if p.is_file()}
+        for run in (run_dir / "logits" / "store", recorded / "logits" / "store")
+    ]
+    assert digests[0] == digests[1]
