@@ -323,7 +323,7 @@ def _check_teacher(stage: DistillStage, teacher: Stage, where: str) -> None:
     if teacher.rows is not None and (stage.seed != teacher.seed or needed > teacher.rows):
         raise UserError(
             f"{where} reads {needed} rows in the order of seed {stage.seed}, {name!r} records the first {teacher.rows} "
-            f"in the order of seed {teacher.seed}; raise stages.{name}.rows, leave it out to record all, or use one seed"
+            f"in the order of seed {teacher.seed}; raise stages.{name}.rows, leave it out (all rows), or use one seed"
         )
 
 

@@ -25,13 +25,13 @@ from pydantic import Field, ValidationError
 from ministral_jax.cascade import identity
 from ministral_jax.config import DistillStage, ExportStage, Recipe
 from ministral_jax.errors import UserError
-from ministral_jax.models.spec import Frozen
 from ministral_jax.explain import explain, suggest
+from ministral_jax.models.spec import Frozen
 from ministral_jax.recipe import find_recipe, inputs, load_recipe, order, resolve_specs
 
-METRICS = ("kl", "ce", "bits_per_byte", "digit_accuracy", "kl_to_source")
-"""Held-out figures of a manifest: of the loop `kl` (distil stages), `ce`, `bits_per_byte`, `digit_accuracy`; of a prune
-stage `kl_to_source`."""
+METRICS = ("kl", "ce", "ece", "bits_per_byte", "digit_accuracy", "kl_to_source", "bytes_per_token", "tail_mass")
+"""Figures of a manifest. Held-out: of the loop `kl` (distil stages), `ce`, `ece`, `bits_per_byte`, `digit_accuracy`; of
+a prune stage `kl_to_source`. Of a record stage `bytes_per_token` and, for topk, `tail_mass`."""
 
 LONGEST_NAME = 120
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -364,8 +364,8 @@ def _last_stages(recipe: Recipe, names: list[str]) -> list[str]:
     if found := [name for name in children if name in names]:
         return found
     models = [name for name in names if not isinstance(recipe.stages[name], ExportStage)]
-    sources = {recipe.stages[name].source for name in models}
-    last = [name for name in models if name not in sources]
+    used = {other for name in models for other in inputs(recipe.stages[name])}
+    last = [name for name in models if name not in used]
     return [name for name in last if not name.endswith("-scratch")] or last
 
 

@@ -6,11 +6,15 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from ministral_jax.distillation.codecs import Codec, HiddenCodec, SampledCodec, TopKCodec, curve_sizes
+from ministral_jax.distillation.statistics import EDGES
 from ministral_jax.models.spec import PRESETS, ModelSpec
+from ministral_jax.stages import record
 
 CHILDREN = {"14b": ("parent", 0.9, 0.011), "8b": ("14b-short", 2.1, 0.034), "3b": ("8b-short", 3.4, 0.093)}
 """Source, KL right after surgery and KL after the short stage."""
@@ -230,3 +234,40 @@ def digit(label: int, rng: np.random.Generator) -> list[Any]:
             image[row : row + 2, 1 + 2 * column : 3 + 2 * column] = 220 * (int(bits) >> (2 - column) & 1)
     image = (image + rng.normal(12, 14, image.shape)).clip(0, 255).astype(int)
     return np.repeat(image[..., None], 3, axis=-1).tolist()
+
+
+def write_record(run: Path, name: str, codec: Codec, shards: int = 5) -> Path:
+    """Add a finished record stage of the parent to a run."""
+    raw = json.loads((run / "recipe.json").read_text())
+    raw["stages"][name] = {"do": "record", "from": "parent", "codec": codec.model_dump(mode="json")}
+    write_json(run / "recipe.json", raw)
+    splits = {}
+    for split, kept, many in (("train", codec, shards), ("held_out", HiddenCodec(), 1)):
+        told: Any = SimpleNamespace(codec=kept, order=range(32 * many))
+        splits[split] = record._summary(told, [shard(kept, i) for i in range(many)])
+    manifest = {"do": "record", "status": "finished", "tokens": 4096 * (shards + 1), "seconds": 83.0, "store": splits}
+    write_json(run / name / "manifest.json", manifest)
+    return run / name / "manifest.json"
+
+
+def shard(codec: Codec, index: int, tokens: int = 4000) -> dict[str, Any]:
+    """A file's record in a store: what is left out grows from one shard to the next."""
+    found: dict[str, Any] = {"tokens": tokens}
+    size = {"counted": 3_000, "hash": 512}
+    match codec:
+        case TopKCodec(entries=entries):
+            tail = np.exp(np.random.default_rng(index).normal(math.log(0.01 * (1 + index)), 0.7, tokens)).clip(max=0.9)
+            bins = np.minimum(np.searchsorted(EDGES, tail), len(EDGES) - 1)
+            curve = [float(tail.sum()) * (entries / s) ** 0.5 for s in curve_sizes(codec, 2048)]
+            found |= {
+                "tail_mass": float(tail.sum()),
+                "tail_histogram": np.bincount(bins, minlength=len(EDGES)).tolist(),
+            }
+            found |= {"entropy": 1.5 * tokens, "tail_entropy": 4.0 * tokens, "curve": curve}
+            size |= {"ids": entries * tokens, "logprobs": entries * tokens // 2, "forced": 40_000, "tail": 8_000}
+        case SampledCodec():
+            found |= {"entropy": 1.5 * tokens, "unique_ids": 12 * tokens}
+            size |= {"ids": 20 * tokens, "counts": 9 * tokens}
+        case _:
+            size |= {"states": 128 * tokens}
+    return {"rows": 32, "bytes": size, "sha256": {}, "statistics": found}

@@ -58,7 +58,7 @@ def statistics(parts):
 
 def writer(root, create=True, info=INFO, rows=ROWS, shard_rows=SHARD_ROWS, layout=LAYOUT):
     splits = {split: (count, layout) for split, count in rows.items()}
-    return open_for_writing(str(root), info, splits, shard_rows, create=create, head=HEAD)
+    return open_for_writing(str(root), info, splits, dict.fromkeys(splits, shard_rows), create=create, head=HEAD)
 
 
 def finish(store):

@@ -485,9 +485,7 @@ def test_interrupted_writing_leaves_the_place_free(inputs, tmp_path, monkeypatch
 def test_what_is_joined_goes_by_content(data):
     """By the rows' content hashes, whatever the batch size, the host's share or the split's end."""
     known = {}
-    for row, (batch, hashes) in enumerate(
-        chosen_rows(data, "train", [[i] for i in range(data.counts["train"]["rows"])])
-    ):
+    for batch, hashes in chosen_rows(data, "train", [[i] for i in range(data.counts["train"]["rows"])]):
         known.setdefault(hashes[0], batch["tokens"][0])
     assert len(known) > 0.9 * data.counts["train"]["rows"] and all(len(found) == 16 for found in known)
 

@@ -223,7 +223,8 @@ def test_kl_of_buckets_is_never_negative_and_vanishes_between_equals(s, t, codes
     """In fp32, of log-probs as a code of 8 bits leaves them, and of exact ones, those of the student's own included.
 
     A bucket's term p log(p/q) - p + q has slope 1 - q/p in log p and log(p/q) in log q; where they agree to within the
-    rounding of logits and their sums, delta = 8 * 2^-24 * (50 + log 8), it is below p delta² plus 2^-24 p delta.
+    rounding of logits and their sums, delta = 8 * 2^-24 * (50 + log 8), it is below p delta² plus, for expm1, some
+    2^-24 p delta.
     """
     ids = np.int32([[[first, first + 1, first + 2]] * 2])
     quantised = TopK(ids, -32 * (codes / np.float32(255)) ** 2, np.full((1, 2), tail, np.float32))
@@ -236,7 +237,7 @@ def test_kl_of_buckets_is_never_negative_and_vanishes_between_equals(s, t, codes
         assert np.abs(gradient).sum(-1).max() <= 2 * (1 + 1e-5)
     if t is None:
         delta = 8 * EPS32 * (50 + np.log(8))
-        assert kl.max() <= delta**2 + 2 * EPS32 * delta
+        assert kl.max() <= delta**2 + 8 * EPS32 * delta
 
 
 def test_a_tail_that_the_student_has_left_still_has_a_gradient():
@@ -401,7 +402,7 @@ def test_no_array_of_tokens_by_vocabulary_and_one_matrix_product_less_than_with_
         (lambda t, _: t._replace(tail=t.tail[..., None]), r"must be \[B, T, W\], \[B, T, W\] and \[B, T\]"),
         (lambda _, s: s._replace(counts=s.counts[:, 1:]), r"ids \(3, 7, 4\), counts \(3, 6, 4\) and entropy \(3, 7\)"),
         (lambda t, _: TopK(*(x[:, 1:] for x in t)), r"targets cover \[B, T\] = \(3, 6\), the student \(3, 7\)"),
-        (lambda t, _: t._replace(ids=t.ids * 1.0), "ids of dtype float32 must be integers"),
+        (lambda t, _: t._replace(ids=t.ids * 1.0), "ids of dtype float32 must be int32"),
         (
             lambda t, _: TopK(*(jnp.repeat(x, 3, -1) for x in t[:2]), t.tail),
             "15 distinct teacher ids must be at most .* 11",

@@ -343,7 +343,7 @@ def test_a_store_of_something_else_is_refused_by_what_differs(copy):
             "another teacher (stage parent): it has teacher (stage parent) a1a1a1a1a1a1…, not d4d4d4d4d4d4…",
         ),
         ("tokenizer_digest", "another tokenizer: it has tokenizer b2b2b2b2b2b2…, not d4d4d4d4d4d4…"),
-        ("data_digest", "another data or packing"),
+        ("data_digest", "another set or packing of data"),
         ("length", "another length of a row: it has length of a row 6, not 7"),
         ("vocab", "another vocabulary: it has vocabulary 5000, not 7"),
     ):
@@ -392,7 +392,7 @@ def test_threads_and_copies_in_other_processes_read_the_same(reference):
 def test_a_store_without_a_head_says_so(tmp_path):
     from ministral_jax.distillation.store import open_for_writing
 
-    store = open_for_writing(str(tmp_path / "store"), INFO, {"train": (0, LAYOUT)}, 8, create=True)
+    store = open_for_writing(str(tmp_path / "store"), INFO, {"train": (0, LAYOUT)}, {"train": 8}, create=True)
     store.finish({"train": []})
     assert "has no head" in sentence(lambda: open_store(str(tmp_path / "store")).head())
     assert HEAD.shape == (INFO.width, INFO.vocab)

@@ -89,8 +89,9 @@ def _excess(log_p: Array, log_q: Array) -> Array:
     """p log(p/q) - p + q >= 0, q where p is zero."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     ratio = jnp.where(p > 0, log_p - log_q, 0)
-    # Neither form cancels where it is used, and the first would overflow where q is far above p.
-    near = p * (ratio + jnp.expm1(jnp.minimum(-ratio, 1)))
+    # Neither form cancels where it is used; the first would overflow where q is far above p. That no term is negative
+    # should not hang on how a backend rounds expm1.
+    near = p * (ratio + jnp.expm1(-ratio))
     return jnp.maximum(jnp.where((p > 0) & (ratio > -1), near, q + p * (ratio - 1)), 0)
 
 
@@ -106,7 +107,7 @@ def _normalised(targets: TopK, q: Categorical) -> tuple[Array, Array]:
 def _own(ids: Array, q: Categorical) -> Array:
     """Ids as columns of this device; V, which is none of them, for those of others."""
     own = q.logits.shape[-1]
-    columns = ids.astype(jnp.int32) - (0 if q.axis is None else jax.lax.axis_index(q.axis) * own)
+    columns = ids - (0 if q.axis is None else jax.lax.axis_index(q.axis) * own)
     return jnp.where((columns >= 0) & (columns < own), columns, own)
 
 

@@ -109,7 +109,7 @@ class SplitReader:
     def _blame(self, rows: np.ndarray, error: Exception) -> NoReturn:
         """A read of many rows failed: which one is it?"""
         for row in rows.tolist():
-            shard = row // self._description.shard_rows
+            shard = row // self._description.splits[self._split].shard_rows
             for name, file in self._description.shard_files(self._split, shard).items():
                 if name != "hash":
                     where = f"row {row} of {self._split} (shard {shard}, array {name}, file {file})"
@@ -169,7 +169,7 @@ class Reader:
         pairs = {
             f"teacher (stage {info.teacher.stage})": (info.teacher.digest, teacher_digest),
             "tokenizer": (info.tokenizer_digest, tokenizer_digest),
-            "data or packing": (info.data_digest, data_digest),
+            "set or packing of data": (info.data_digest, data_digest),
             "length of a row": (info.length, length),
             "vocabulary": (info.vocab, vocab),
         }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -80,9 +81,10 @@ class Layout(Frozen):
 
 
 class Split(Frozen):
-    """N rows, and what one row of each array is."""
+    """N rows, how many of them a file holds, and what one row of each array is."""
 
     rows: int
+    shard_rows: int
     arrays: dict[str, Layout]
 
 
@@ -92,22 +94,22 @@ class Description(Frozen):
     format: str = FORMAT
     info: StoreInfo
     splits: dict[str, Split]
-    shard_rows: int
     head: Layout | None = None
 
     def shards(self, split: str) -> int:
-        return -(-self.splits[split].rows // self.shard_rows)
+        return -(-self.splits[split].rows // self.splits[split].shard_rows)
 
     def rows_of(self, split: str, shard: int) -> range:
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.splits[split].rows))
+        rows, of_shard = self.splits[split].rows, self.splits[split].shard_rows
+        return range(shard * of_shard, min((shard + 1) * of_shard, rows))
 
     def arrays(self) -> dict[str, dict[str, Any]]:
         """zarr3 metadata of every array, by its directory."""
         found = {}
         for name, split in self.splits.items():
             for array, (shape, dtype) in ((array, (one.shape, one.dtype)) for array, one in split.arrays.items()):
-                found[f"{name}/{array}"] = _sharded(split.rows, shape, dtype, self.shard_rows)
-            hashes = (self.shard_rows, HASH_BYTES)
+                found[f"{name}/{array}"] = _sharded(split.rows, shape, dtype, split.shard_rows)
+            hashes = (split.shard_rows, HASH_BYTES)
             found[f"{name}/hash"] = _zarr((split.rows, HASH_BYTES), "uint8", hashes, [_endian("uint8"), _CRC])
         if self.head is not None:
             chunk = tuple(min(size, most) for size, most in zip(self.head.shape, _HEAD_CHUNK, strict=True))
@@ -130,6 +132,11 @@ class Description(Frozen):
 
 def itemsize(dtype: str) -> int:
     return ts.dtype(dtype).numpy_dtype.itemsize
+
+
+def row_bytes(layout: ArrayLayout) -> int:
+    """Of one row, before compression."""
+    return math.prod(layout.shape) * itemsize(layout.dtype)
 
 
 def _zarr(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], codecs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Writer:
         if not len(rows):
             return
         rows = np.asarray(rows, np.int64)
-        for shard in np.unique(rows // self.description.shard_rows):
+        for shard in np.unique(rows // self.description.splits[split].shard_rows):
             if (record := _record_file(split, shard)) in self._sealed:
                 self._place.delete(record)
                 self._sealed.remove(record)
@@ -208,13 +208,14 @@ def open_for_writing(
     root: str,
     info: StoreInfo,
     splits: Mapping[str, tuple[int, Mapping[str, ArrayLayout]]],
-    shard_rows: int,
+    shard_rows: Mapping[str, int],
     *,
     create: bool,
     head: ArrayLayout | None = None,
 ) -> Writer:
     """Create a store at `root`, a path or a URL, or go on with the one that is there; `splits` are {name: (rows, layout
-    of one row)}, `head` the layout of the teacher's output matrix where one is stored.
+    of one row)}, `shard_rows` how many of them a file holds, `head` the layout of the teacher's output matrix where one
+    is stored.
 
     One process of a job calls it with `create`, the others without it, after that one. A finished store gives a Writer
     with nothing left to write.
@@ -226,10 +227,11 @@ def open_for_writing(
     description = Description(
         info=info,
         splits={
-            name: Split(rows=rows, arrays={array: _plain(one) for array, one in layout.items()})
+            name: Split(
+                rows=rows, shard_rows=shard_rows[name], arrays={array: _plain(one) for array, one in layout.items()}
+            )
             for name, (rows, layout) in splits.items()
         },
-        shard_rows=shard_rows,
         head=None if head is None else _plain(head),
     )
     place = Place(root)

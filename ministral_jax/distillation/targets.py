@@ -131,7 +131,7 @@ def _check_sparse(targets: TopK | Sampled, vocab: int) -> None:
             f"loss head: teacher ids {ids.shape}, {of_values} {values.shape} and {of_token} {per_token.shape} must be "
             f"[B, T, {letter}], [B, T, {letter}] and [B, T]"
         )
-    if ids.dtype.kind not in "iu":
-        raise UserError(f"loss head: teacher ids of dtype {ids.dtype} must be integers")
+    if ids.dtype != "int32":
+        raise UserError(f"loss head: teacher ids of dtype {ids.dtype} must be int32")
     if isinstance(targets, TopK) and ids.shape[2] > vocab:
         raise UserError(f"loss head: {ids.shape[2]} distinct teacher ids must be at most the vocabulary of {vocab}")

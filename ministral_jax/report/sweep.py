@@ -24,9 +24,12 @@ Record = dict[str, Any]
 TITLES = {
     "kl": "KL",
     "ce": "cross-entropy",
+    "ece": "calibration error",
     "bits_per_byte": "bits per byte",
     "digit_accuracy": "images read right",
     "kl_to_source": "KL to the source",
+    "bytes_per_token": "bytes per token",
+    "tail_mass": "tail mass",
 }
 _UNITS = {"kl": "nats", "ce": "nats", "kl_to_source": "nats"}
 _HIGHER_IS_BETTER = ("digit_accuracy",)

@@ -115,6 +115,6 @@ def check_same_tokenizer(job: Job, data: PackedData) -> None:
     ours = data.tokenizer.digest
     if taught is not None and taught != ours:
         raise UserError(
-            f"stages.{job.name}.data.tokenizer has digest {ours[:12]}, teacher {name!r} was trained with {taught[:12]}; "
-            "both must use the same vocabulary"
+            f"stages.{job.name}.data.tokenizer has digest {ours[:12]}, teacher {name!r} was trained with "
+            f"{taught[:12]}; both must use the same vocabulary"
         )

@@ -6,9 +6,8 @@ killed goes on with what is missing, on any mesh and number of hosts. A file of 
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +22,11 @@ from ministral_jax.data.pipeline import PackedData, chosen_rows, training_order
 from ministral_jax.distillation.codecs import Codec, HiddenCodec, Layout, layout, pack, uniforms
 from ministral_jax.distillation.encode import encoder
 from ministral_jax.distillation.statistics import EDGES, merge, statistics, summarise
-from ministral_jax.distillation.store_format import StoreInfo, Teacher
-from ministral_jax.distillation.store_writing import Writer, open_for_writing
+from ministral_jax.distillation.store import StoreInfo, Teacher, Writer, open_for_writing
+from ministral_jax.distillation.store_format import row_bytes
 from ministral_jax.distillation.targets import DEFAULT_CHUNK
 from ministral_jax.evaluation import hidden
-from ministral_jax.manifest import digest, write_json
+from ministral_jax.manifest import digest
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, head_matrix
 from ministral_jax.parallel import barrier, is_first
@@ -35,6 +34,9 @@ from ministral_jax.processes import poll, saving
 from ministral_jax.stages.job import Job, Params, Result, load_stage
 from ministral_jax.stages.looped import data_details, open_data
 from ministral_jax.training.metrics import ProgressLine
+
+_LARGEST_FILE = 2**29
+"""Bytes before compression: each batch that adds to a file writes it anew."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Split:
     codec: Codec
     forced: tuple[int, ...]
     layout: dict[str, Layout]
+    shard: int
+    """Rows in one file."""
 
 
 def run(job: Job) -> Result:
@@ -61,7 +65,7 @@ def run(job: Job) -> Result:
         _record(job, spec, params, data, split, writer)
     merged = _seal(job, splits, writer)
     tokens = sum(len(split.order) for split in splits) * data.length
-    details = {"data": data_details(data), "store": {split: found for split, found in merged.items()}}
+    details = {"data": data_details(data), "store": merged}
     return Result(_figures(merged["train"]), tokens, details=details)
 
 
@@ -70,12 +74,13 @@ def _splits(stage: RecordStage, spec: ModelSpec, data: PackedData) -> list[Split
     train = training_order(data, stage.seed)[: stage.rows]
     held_out = np.arange(data.counts["held_out"]["rows"])[: stage.held_out_rows]
     exact = HiddenCodec.model_validate({"dtype": stage.compute.dtype})
-    forced = data.tokenizer.control_ids
-    arrays = partial(layout, length=data.length, width=spec.width, vocab=spec.vocab)
-    return [
-        Split("train", train, stage.codec, forced, arrays(stage.codec, forced=forced)),
-        Split("held_out", held_out, exact, (), arrays(exact, forced=())),
-    ]
+
+    def split(name: str, order: np.ndarray, codec: Codec, forced: tuple[int, ...]) -> Split:
+        arrays = layout(codec, data.length, spec.width, spec.vocab, forced)
+        fit = max(_LARGEST_FILE // max(row_bytes(one) for one in arrays.values()), 1)
+        return Split(name, order, codec, forced, arrays, min(stage.shard, fit))
+
+    return [split("train", train, stage.codec, data.tokenizer.control_ids), split("held_out", held_out, exact, ())]
 
 
 def _open(job: Job, spec: ModelSpec, data: PackedData, splits: list[Split]) -> Writer:
@@ -99,14 +104,15 @@ def _open(job: Job, spec: ModelSpec, data: PackedData, splits: list[Split]) -> W
     # one creates, the others then find it
     if not is_first():
         barrier("store created")
-    writer = open_for_writing(root, info, sizes, stage.shard, head=head, create=is_first())
+    shards = {split.name: split.shard for split in splits}
+    writer = open_for_writing(root, info, sizes, shards, head=head, create=is_first())
     if is_first():
         barrier("store created")
     return writer
 
 
 def _write_head(writer: Writer, params: Params) -> None:
-    """The teacher's output matrix: with it, hidden states are the whole distribution. A part by whoever holds it first."""
+    """The teacher's output matrix, with which hidden states are the whole distribution; each part by one holder."""
     for shard in jax.jit(head_matrix)(params).addressable_shards:
         if shard.replica_id == 0:
             writer.put_head(np.asarray(shard.data), shard.index)
@@ -121,7 +127,7 @@ def _record(job: Job, spec: ModelSpec, params: Params, data: PackedData, split: 
     writes = owners[mine][1] == jax.process_index()
     done = writer.done(split.name)
     barrier(f"what of {split.name} is there")  # every process plans by the same, before one of them writes
-    plan = plan_batches(len(split.order), stage.shard, len(owners), count // len(owners))
+    plan = plan_batches(len(split.order), split.shard, len(owners), count // len(owners))
     steps = [step for step in plan if not done[step[step >= 0]].all()]
     encode = _compile(job, spec, split)
     line = ProgressLine(f"{job.name} {split.name}", len(plan), len(plan) - len(steps))
@@ -203,24 +209,21 @@ def _compile(job: Job, spec: ModelSpec, split: Split) -> Any:
 
 
 def _seal(job: Job, splits: list[Split], writer: Writer) -> dict[str, Any]:
-    """Check, hash and summarise every file, shared out over the processes; then the store is finished."""
-    notes = job.directory / "sealed"
-    if is_first():
-        notes.mkdir(exist_ok=True)
-    barrier("sealing")
-    for split in splits:
+    """Hash and summarise every file, shared out over the processes; then the store is finished."""
+
+    def seal(split: Split, shards: Iterable[int]) -> list[dict[str, Any]]:
         count = partial(statistics, split.codec, forced=split.forced)
-        shards = range(writer.shards(split.name))
-        for shard in shards[jax.process_index() :: jax.process_count()]:
+        records = []
+        for shard in shards:
             saving()
-            write_json(notes / f"{split.name}-{shard}.json", writer.seal_shard(split.name, shard, count))
+            records.append(writer.seal_shard(split.name, shard, count))
+        return records
+
+    for split in splits:
+        seal(split, range(writer.shards(split.name))[jax.process_index() :: jax.process_count()])
     barrier("sealed")
-    records = {
-        split.name: [
-            json.loads((notes / f"{split.name}-{shard}.json").read_text()) for shard in range(writer.shards(split.name))
-        ]
-        for split in splits
-    }
+    records = {split.name: seal(split, range(writer.shards(split.name))) for split in splits}  # all are there by now
+    barrier("records read")
     if is_first():
         writer.finish(records)
     barrier("store finished")

@@ -1,4 +1,4 @@
-"""A record stage of two processes, one or both of them killed ten times: the store is the unbroken one's, byte by byte."""
+"""A record stage of two processes, one or both of them killed ten times: the store has the unbroken one's bytes."""
 
 import hashlib
 import os

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import RETRY, Job, records, warmed
+from harness import RETRY, Job, records
 
 from ministral_jax.distillation.store import open_store, verify
 
@@ -53,7 +53,7 @@ def test_students_of_any_number_of_processes_learn_the_same(recorded, tmp_path):
 
 
 def test_a_store_goes_on_with_another_number_of_processes(recorded, tmp_path):
-    """What is stored is the same to a code of the quantiser: on another mesh float32 sums are added in another order."""
+    """What is stored is the same to a code of the quantiser: another mesh adds float32 numbers in another order."""
     run_dir = tmp_path / "run"
     shutil.copytree(recorded, run_dir, ignore=shutil.ignore_patterns("logits"))
     with Job(run_dir, 4, 1, "logits", recipe=RECIPE, pace=0.5) as job:
