@@ -296,7 +296,7 @@ def stages(run: Run) -> Html:
 
 def _stage_cells(stage: Stage, digests: dict[str, str | None]) -> list[Child]:
     recorded = el("small", stage.parent_digest[:10], class_="mono") if stage.parent_digest else None
-    tokens = stage.tokens if stage.do in ("train", "distill") else None
+    tokens = stage.tokens if stage.do in ("train", "distill", "record") else None
     return [
         el("td", stage.do, class_="text"),
         el(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ministral_jax.report import details, results, time
+from ministral_jax.report import details, results, stored, time
 from ministral_jax.report.collect import Run, read_run
 from ministral_jax.report.family import family_figure
 from ministral_jax.report.markup import Child, Html, el
@@ -18,6 +18,7 @@ _SECTIONS = (
     ("images", "Images", results.images),
     ("text", "Text", results.texts),
     ("parent", "Parent", details.parent),
+    ("stored", "Stored teacher", stored.stored),
     ("surgery", "Surgery", details.surgery),
     ("cost", "Size and cost", details.cost),
     ("stages", "Stages", details.stages),
