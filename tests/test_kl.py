@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
+from loss_cases import abstract, close, equations, loss_and_gradients, softmax
 
 from ministral_jax.distillation.kl import (
     Dense,
@@ -44,11 +45,6 @@ def case(seed=0, shape=(B, T, D, DT, V)):
 # ---- the oracle: textbook sums, and the softmax Jacobian applied to the plain derivative in q -----------------------
 
 
-def softmax(x):
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
 def divergence_and_slope(objective, p, q, beta):
     """Divergence [...] and its derivative in q [..., V], q taken as free variables."""
     if objective == "forward_kl":
@@ -81,17 +77,6 @@ def oracle(hidden, head, targets, labels, mask, options):
     loss = (1 - a) * tau**2 * value + a * readings["ce"]
     d_logits = mask[..., None] * ((1 - a) * tau**2 * d_value + a * (q - one_hot))
     return (mask * loss).sum(), readings, d_logits @ head.T, np.einsum("btd,btv->dv", hidden, d_logits), d_logits
-
-
-def loss_and_gradients(hidden, head, targets, labels, mask, options):
-    """((loss, metrics), (d_hidden, d_head)), compiled and fetched."""
-    objective = lambda h, w, *rest: distillation_loss(h, w, *rest, options)
-    step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
-    return jax.device_get(step(hidden, head, targets, labels, mask))
-
-
-def close(got, want, tolerance=1e-12):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max()))
 
 
 # ---- algebra --------------------------------------------------------------------------------------------------------
@@ -326,22 +311,6 @@ def divergences(s, t):
 
 
 # ---- memory and work ------------------------------------------------------------------------------------------------
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-def abstract(tokens, vocab, width, rows=2):
-    f32, s32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.ShapeDtypeStruct
-    position = (rows, tokens // rows)
-    hidden, head = f32((*position, width)), f32((width, vocab))
-    return hidden, head, Hidden(hidden, head), s32(position, jnp.int32), f32(position)
 
 
 def test_no_array_of_tokens_by_vocabulary_and_no_gradient_work_without_a_gradient():

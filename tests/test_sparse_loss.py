@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kl import abstract, close, equations, loss_and_gradients, softmax
+from loss_cases import abstract, close, equations, loss_and_gradients, softmax
 
 from ministral_jax.distillation.kl import cross_entropy, distillation_loss, evaluate_positions
 from ministral_jax.distillation.sparse import gradient_error, gradient_error_bound
@@ -54,7 +54,7 @@ def draw(logits, draws, rng, systematic=True) -> Sampled:
 
 
 def case(kind, seed=0):
-    """As in test_kl, with targets that are not normalised; NaN and ids out of range where the mask is zero."""
+    """As in test_kl.py, with targets that are not normalised; NaN and ids out of range where the mask is zero."""
     rng = np.random.default_rng(seed)
     mask = rng.choice([0.0, 1.0, 0.5], size=(B, T), p=[0.3, 0.5, 0.2])
     mask[1] = 0

@@ -1,0 +1,42 @@
+"""What the tests of the loss head share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ministral_jax.distillation.kl import distillation_loss
+from ministral_jax.distillation.targets import Hidden
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def loss_and_gradients(hidden, head, targets, labels, mask, options):
+    """((loss, metrics), (d_hidden, d_head)), compiled and fetched."""
+    objective = lambda h, w, *rest: distillation_loss(h, w, *rest, options)
+    step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
+    return jax.device_get(step(hidden, head, targets, labels, mask))
+
+
+def close(got, want, tolerance=1e-12):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max()))
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def abstract(tokens, vocab, width, rows=2):
+    f32, s32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.ShapeDtypeStruct
+    position = (rows, tokens // rows)
+    hidden, head = f32((*position, width)), f32((width, vocab))
+    return hidden, head, Hidden(hidden, head), s32(position, jnp.int32), f32(position)
