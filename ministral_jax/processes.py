@@ -188,7 +188,9 @@ def lost_peer(error: BaseException) -> bool:
         return False
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (RuntimeError, TimeoutError, OSError)) and _LOST.search(str(seen)):
+        # a collective that fails while it is dispatched comes as a ValueError, later as a RuntimeError
+        known = (RuntimeError, TimeoutError, OSError, ValueError)
+        if isinstance(seen, known) and not isinstance(seen, UserError) and _LOST.search(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -214,10 +214,12 @@ def test_figures_are_means_over_all_batches_not_means_of_means():
         "answer_mask": np.array([[0, 1, 0, 0]], np.float32),
     }
     other = {**part, "loss_mask": ones, "answer_mask": np.array([[1, 1, 0, 0]], np.float32)}
-    right = {"ce": 2 * ones, "kl": ones, "prediction": np.array([[2, 3, 4, 0]])}
-    wrong = {"ce": 4 * ones, "kl": 4 * ones, "prediction": np.zeros((1, 4), int)}
+    right = {"ce": 2 * ones, "kl": ones, "prediction": np.array([[2, 3, 4, 0]]), "confidence": 0.5 * ones}
+    wrong = {"ce": 4 * ones, "kl": 4 * ones, "prediction": np.zeros((1, 4), int), "confidence": 0.9 * ones}
     result = figures([sums(part, right), sums(other, wrong)])
     assert result["kl"] == pytest.approx((2 * 1 + 4 * 4) / 6)
+    # two right at 0.5 and, of four at 0.9, the last one
+    assert result["ece"] == pytest.approx((abs(2 * 0.5 - 2) + abs(4 * 0.9 - 1)) / 6)
     assert result["ce"] == pytest.approx((2 * 2 + 4 * 4) / 6)
     assert result["bits_per_byte"] == pytest.approx((2 + 4) / math.log(2) / 6)
     assert result["digit_accuracy"] == pytest.approx(1 / 3)
