@@ -101,6 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", type=Path, metavar="DIR")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.set_defaults(command=_export)
+
+    generate = commands.add_parser("generate", help="let a checkpoint go on from a text, a chat or images")
+    generate.add_argument("checkpoint", type=Path, help="directory of a finished stage, or a Hugging Face directory")
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    generate.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="before every prompt")
+    generate.add_argument("--chat", action="store_true", help="prompts are a user's messages, not texts to go on with")
+    generate.add_argument("--think", action="store_true", help="the answer begins with reasoning")
+    generate.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: always the most probable")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--seed", type=int, default=0, metavar="S")
+    generate.add_argument("--jsonl", type=Path, metavar="IN", help='rows of {"prompt", "images"} or {"messages"}')
+    generate.add_argument("--output", type=Path, metavar="OUT", help="the rows with their completions")
+    generate.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
+    generate.set_defaults(command=_generate)
     return parser
 
 
@@ -153,6 +169,17 @@ def _export(args: argparse.Namespace) -> None:
     from ministral_jax.stages.export import export_stage
 
     export_stage(args.checkpoint, args.destination, args.dtype)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from ministral_jax.processes import Limits, join, use_cpu
+
+    if args.cpu_devices is not None:
+        use_cpu(args.cpu_devices)
+    join(Limits())
+    from ministral_jax.generate import run_generate
+
+    run_generate(args)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,26 @@ def attend(
     return attend_parts(q, k, v, whole, whole, causal=causal, implementation=implementation, block=block)
 
 
+def attend_cached(q: Array, k: Array, v: Array, past: tuple[Array, Array], segments: tuple[Array, Array]) -> Array:
+    """`attend` for the few tokens that follow others, whose keys and values are `past`, each [B, K, S, h].
+
+    `q` [B, t, H, h], `k` and `v` [B, t, K, h]; `segments` of the past [B, S] and of the tokens [B, t]. A token sees
+    its segment's past and, of the tokens, what stands before it. Returns [B, t, H, h].
+    """
+    before, own = segments
+    S, index, K = before.shape[1], jnp.arange(q.shape[1]), k.shape[2]
+    q = rearrange(q * q.shape[-1] ** -0.5, "B t (K G) h -> B K G t h", K=K)
+    k, v = (rearrange(x, "B t K h -> B K t h") for x in (k, v))
+    scores = [
+        _scores(q, past[0], own[:, :, None] == before[:, None, :]),
+        _scores(q, k, _visible(own, own, index, index, True)),
+    ]
+    p = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(v.dtype)
+    mix = partial(jnp.einsum, "BKGts,BKsh->BKGth", preferred_element_type=scores[0].dtype)
+    out = mix(p[..., :S], past[1]) + mix(p[..., S:], v)
+    return rearrange(out.astype(v.dtype), "B K G t h -> B t (K G) h")
+
+
 class Part(NamedTuple):
     """What tokens [B, T] are: their segments [B, T], and where the equal chunks [c] that they form begin."""
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 from jax import Array
 
-from ministral_jax.models.attention import KEEP, keep
+from ministral_jax.models.attention import KEEP, attend_cached, keep
 from ministral_jax.models.mesh import constrain
 from ministral_jax.models.rope import rotate
 from ministral_jax.models.sharded_attention import attend_on_mesh
@@ -107,13 +107,18 @@ def into_heads(x: Array, kernel: Array) -> Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without biases: [B, T, D] -> [B, T, D]."""
+    """Grouped-query attention without biases: [B, T, D] -> ([B, T, D], its keys and values [B, T, K, h]).
+
+    With `past`, keys and values that came before, `segments` are a pair: theirs and the tokens' own.
+    """
 
     spec: BlockSpec
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, turn: tuple[Array, Array], heat: Array | None, segments: Array | None) -> Array:
+    def __call__(
+        self, x: Array, turn: tuple[Array, Array], heat: Array | None, segments: Any, past: tuple[Array, Array] | None
+    ) -> tuple[Array, tuple[Array, Array]]:
         s = self.spec
         D, H, K, h, _ = s.axes
         std, out_std = s.width**-0.5, (2 * s.depth * s.heads * s.head_width) ** -0.5
@@ -126,21 +131,24 @@ class Attention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if heat is not None:
             q = q * heat[:, :, None, None].astype(q.dtype)
-        c = self.compute
         with jax.named_scope("attend"):
-            mixed = attend_on_mesh(
-                q,
-                k,
-                v,
-                segments,
-                causal=s.causal,
-                implementation=c.attention,
-                block=c.attention_block,
-                context=c.context,
-                heads=H,
-                grain=s.grain,
-            )
-        return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D"))
+            mixed = attend_cached(q, k, v, past, segments) if past else self._attend(q, k, v, segments)
+        return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D")), (k, v)
+
+    def _attend(self, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+        s, c = self.spec, self.compute
+        return attend_on_mesh(
+            q,
+            k,
+            v,
+            segments,
+            causal=s.causal,
+            implementation=c.attention,
+            block=c.attention_block,
+            context=c.context,
+            heads=s.axes[1],
+            grain=s.grain,
+        )
 
 
 class SwiGLU(nn.Module):
@@ -173,9 +181,10 @@ class Block(nn.Module):
         x: Array,
         turn: tuple[Array, Array],
         heat: Array | None,
-        segments: Array | None,
+        segments: Any,
         tap: Callable | None,
         weights: Any,
+        past: tuple[Array, Array] | None,
     ) -> tuple[Array, Any]:
         s = self.spec
         D = s.axes[0]
@@ -183,8 +192,8 @@ class Block(nn.Module):
         mlp_gain = weight(self, "mlp_norm", (s.width,), (D,), None)
 
         with jax.named_scope("attention"):
-            mixed = Attention(s, self.compute, name="attention")(
-                rms_norm(x, attention_gain, s.norm_eps), turn, heat, segments
+            mixed, (key, value) = Attention(s, self.compute, name="attention")(
+                rms_norm(x, attention_gain, s.norm_eps), turn, heat, segments, past
             )
             middle = residual(x + mixed, s.grain)
         with jax.named_scope("mlp"):
@@ -192,7 +201,8 @@ class Block(nn.Module):
             out = residual(middle + out, s.grain)
         if tap is None:
             return out, None
-        return out, tap({"attention_norm_in": x, "mlp_norm_in": middle, "mlp_hidden": hidden, "out": out}, weights)
+        seen = {"attention_norm_in": x, "key": key, "value": value, "mlp_norm_in": middle, "mlp_hidden": hidden}
+        return out, tap({**seen, "out": out}, weights)
 
 
 _REMAT = {
@@ -203,15 +213,16 @@ _REMAT = {
 
 
 def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = None) -> nn.Module:
-    """`spec.depth` blocks in one scan over parameters stacked on a leading axis called `axis`."""
+    """`spec.depth` blocks in one scan over parameters, and `past`, stacked on a leading axis called `axis`."""
     # Only a loop keeps XLA from merging the recomputation with the original.
     block = nn.remat(Block, policy=_REMAT[compute.remat], prevent_cse=compute.unroll != 1)
     everywhere: Any = nn.broadcast
+    in_axes: Any = (everywhere,) * 5 + (0,)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=everywhere,
+        in_axes=in_axes,
         length=spec.depth,
         unroll=compute.unroll or spec.depth,
         metadata_params={nn.PARTITION_NAME: axis},

@@ -45,17 +45,21 @@ class Decoder(nn.Module):
         self,
         x: Array,
         positions: Array | None,
-        segments: Array | None,
+        segments: Any,
         tap: Callable | None = None,
         weights: Any = None,
+        past: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Any]:
-        """Embedded tokens [B, T, D] -> (hidden states after the final norm [B, T, D], taps stacked over layers)."""
+        """Embedded tokens [B, T, D] -> (hidden states after the final norm [B, T, D], taps stacked over layers).
+
+        `past` and `segments`: see `Attention`, stacked over layers.
+        """
         s, wide = self.spec, jnp.promote_types(x.dtype, jnp.float32)
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         turn = rope.rotation(positions, s.rope, s.head_width, wide)
         heat = rope.temperature(positions, s.rope, wide)
-        x, taps = self.layers(x, turn, heat, segments, tap and jax.tree_util.Partial(tap), weights)
+        x, taps = self.layers(x, turn, heat, segments, tap and jax.tree_util.Partial(tap), weights, past)
         return rms_norm(x, self.norm, s.norm_eps), taps
 
     def logits(self, hidden: Array) -> Array:

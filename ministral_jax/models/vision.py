@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
             s.width, s.heads, s.heads, s.head_width, s.mlp_width, s.norm_eps, False, AXES, s.layers, s.merge**2
         )
         layers = stacked(block, self.compute, "vision_layers", name="layers")
-        return layers(x, turn, None, image, None, None)[0]
+        return layers(x, turn, None, image, None, None, None)[0]
 
 
 class Projector(nn.Module):

@@ -13,6 +13,7 @@ from jax import Array
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.block import Compute
+from ministral_jax.models.cache import Cache, append, keys_and_values, new_cache
 from ministral_jax.models.decoder import Decoder
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vision import Projector, VisionTower
@@ -67,9 +68,29 @@ class VLM(nn.Module):
     ) -> tuple[Array, Any]:
         """Hidden states and `tap(activations, weights)` of every decoder layer, stacked on a leading axis.
 
-        `activations` holds "attention_norm_in", "mlp_norm_in", "out" [B, T, D] and "mlp_hidden" [B, T, F].
+        `activations` holds "attention_norm_in", "mlp_norm_in", "out" [B, T, D], "key" and "value" [B, T, K, h], and
+        "mlp_hidden" [B, T, F].
         """
         return self.decoder(self._embed(tokens, images), positions, segments, tap, weights)
+
+    def prefill(self, tokens: Array, segments: Array, images: dict | None = None) -> tuple[Array, Cache]:
+        """Hidden states [B, T, D] of prompts that begin at position 0, and the cache that `extend` goes on from."""
+        states, (k, v) = self.observe(tokens, keys_and_values, None, None, segments, images)
+        return states, new_cache(k, v, segments)
+
+    def extend(
+        self, tokens: Array, positions: Array, segments: Array, cache: Cache, slot: Array
+    ) -> tuple[Array, Cache]:
+        """Hidden states [B, t, D] of text that follows what the cache holds, all [B, t], and the cache with it at the
+        slots from `slot` on."""
+        x, past = self.decoder.embed_tokens(tokens), (cache["k"], cache["v"])
+        pair = (cache["segments"], segments)
+        states, (k, v) = self.decoder(x, positions, pair, keys_and_values, None, past)
+        return states, append(cache, k, v, segments, slot)
+
+    def next_logits(self, hidden: Array) -> Array:
+        """Logits [B, V] from hidden states [B, D]."""
+        return self.decoder.logits(hidden[:, None])[:, 0]
 
     def _embed(self, tokens: Array, images: dict | None) -> Array:
         x = self.decoder.embed_tokens(tokens)

@@ -1,0 +1,64 @@
+"""What attention remembers of the tokens before: a plain dict of arrays.
+
+`k` (turned by its position) and `v` [L, B, K, S, h], and `segments` [B, S] int32, 0 where a slot is empty. Rows lie
+over the batch's mesh axes, key-value heads over theirs. The slot of a token says nothing of its position, so that rows
+of prompts of several lengths go on in the same slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array, lax
+
+from ministral_jax.models.mesh import constrain
+
+Cache = dict[str, Array]
+
+
+def keys_and_values(activations: dict[str, Array], _: Any) -> tuple[Array, Array]:
+    """A tap: each layer's keys and values [B, K, T, h]."""
+    k, v = (rearrange(activations[name], "B T K h -> B K T h") for name in ("key", "value"))
+    return k, v
+
+
+def new_cache(k: Array, v: Array, segments: Array) -> Cache:
+    return _placed({"k": k, "v": v, "segments": segments})
+
+
+def append(cache: Cache, k: Array, v: Array, segments: Array, slot: Array) -> Cache:
+    """Tokens [L, B, K, t, h], [B, t] written to the slots from `slot` on, which must be there."""
+    zero = jnp.zeros_like(slot)
+    at = (zero, zero, zero, slot, zero)
+    return _placed(
+        {
+            "k": lax.dynamic_update_slice(cache["k"], k, at),
+            "v": lax.dynamic_update_slice(cache["v"], v, at),
+            "segments": lax.dynamic_update_slice(cache["segments"], segments, (zero, slot)),
+        }
+    )
+
+
+def fork(cache: Cache, parents: Array) -> Cache:
+    """Row i of the result is row `parents[i]`."""
+    rows = {"k": cache["k"][:, parents], "v": cache["v"][:, parents], "segments": cache["segments"][parents]}
+    return _placed(rows)
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """With that many more empty slots at the end."""
+    wide = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
+    return _placed(
+        {
+            "k": jnp.pad(cache["k"], wide),
+            "v": jnp.pad(cache["v"], wide),
+            "segments": jnp.pad(cache["segments"], ((0, 0), (0, slots))),
+        }
+    )
+
+
+def _placed(cache: Cache) -> Cache:
+    by_head = ("layers", "batch", "kv_heads", None, None)
+    return {name: constrain(x, by_head if x.ndim == 5 else ("batch", None)) for name, x in cache.items()}
