@@ -11,8 +11,9 @@
 - `wait`: the share of the training loop's time that it waits in `next` for a batch, rows and targets, on the real
   pipeline: students tiny-14b and tiny-8b of configs/tiny_stored.yaml. Beside it the same with the teacher online, which
   waits for rows alone, and steps on stored batches that are in memory already, which show what reading takes from the
-  cores that it shares with the step. `wait_share` is the larger one of the two students with a store. With `--run-dir`
-  a run of configs/tiny_stored.yaml is used, and made as far as needed; else a shortened one, thrown away.
+  cores that it shares with the step. `wait_share` is the larger one of the two students with a store. It
+  includes bringing arrays to the device, and bounds what is lost: the device is then at the step before. With
+  `--run-dir` a run of configs/tiny_stored.yaml is used, and made as far as needed; else a shortened one, thrown away.
 - `throughput`: tokens per second of a 3B-shaped student with a 24B-shaped teacher online and with its 64 most probable
   ids stored, in turns, on the same batches. Both are the real sizes with half of the layers, a sixteenth of all widths
   and of the row of 4,096, and 1/32 of the vocabulary, which keeps every matrix's share of the FLOPs and with it their
