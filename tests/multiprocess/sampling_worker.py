@@ -1,0 +1,27 @@
+"""One process of a job that samples: `sampling_worker.py COORDINATOR COUNT INDEX DEVICES OUTPUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sampling_cases import OPTIONS, PROMPTS, SPEC, parameters, placed
+
+from ministral_jax.processes import Limits, join, leave, use_cpu
+from ministral_jax.sampling import generate
+
+coordinator, count, index, devices, output = sys.argv[1:]
+use_cpu(int(devices))
+join(Limits(), coordinator=coordinator if int(count) > 1 else None, count=int(count), index=int(index))
+found = {}
+for name, mesh in {"data": dict(data=2, fsdp=1, tensor=2), "fsdp": dict(fsdp=2, tensor=2)}.items():
+    place = placed(mesh, jax.device_count())
+    options = OPTIONS.model_copy(update={"stop_strings": ("zz",)})
+    decode = lambda tokens: "".join(chr(97 + t % 26) for t in tokens)
+    completions = generate(SPEC, parameters(place), PROMPTS, options, place, completions_per_prompt=2, decode=decode)
+    found[name] = [c._asdict() for c in completions]
+Path(output).write_text(json.dumps(found))
+sys.exit(leave(0, together=True))

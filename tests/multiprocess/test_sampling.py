@@ -1,0 +1,45 @@
+"""Four devices in two processes draw the same as in one, and every process has all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import _free_port
+
+pytestmark = pytest.mark.multiprocess
+WORKER = Path(__file__).with_name("sampling_worker.py")
+
+
+def sampled(folder: Path, count: int) -> list[dict]:
+    """What each process has drawn."""
+    outputs = [folder / f"{count}.{index}.json" for index in range(count)]
+    coordinator = f"127.0.0.1:{_free_port()}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), coordinator, str(count), str(index), str(4 // count), str(output)],
+            env=environment,
+        )
+        for index, output in enumerate(outputs)
+    ]
+    try:
+        assert [process.wait(300) for process in started] == [0] * count
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads(output.read_text()) for output in outputs]
+
+
+def test_two_processes_draw_the_same_as_one(tmp_path):
+    (one,), (first, second) = sampled(tmp_path, 1), sampled(tmp_path, 2)
+    assert first == second
+    for mesh in one:
+        assert len(one[mesh]) == 8
+        for ours, theirs in zip(first[mesh], one[mesh], strict=True):
+            assert (ours["tokens"], ours["stopped"]) == (theirs["tokens"], theirs["stopped"])
+            for name in ("logprobs", "processed_logprobs"):
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
