@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 STUDENT = "student"
 COLOURS = {"topk": "#2f5d8a", "sampled": "#b3552e", "independent": "#b3552e", "hidden": "#3f7d4e"}
@@ -110,12 +111,21 @@ def picture(arms: list[Arm], path: Path) -> None:
                     offset = (4, 6) if kind == "topk" else (4, -12)
                     axes.annotate(str(arm.entries), (a, b), offset, textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
+        _ticks(axes.xaxis, (20, 50, 100, 200, 400), "{:g}")
         axes.set_xlabel("bytes per token")
         axes.set_title(title, fontsize=11, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yscale("log")
+    _ticks(panels[0].yaxis, (0.05, 0.07, 0.1, 0.15), "{:g}")
+    panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _ticks(axis: Any, places: tuple[float, ...], text: str) -> None:
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: text.format(value))
 
 
 def main() -> None:
