@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from ministral_jax.data.config import DataConfig
-from ministral_jax.distillation.codecs import Codec, TopKCodec
+from ministral_jax.distillation.codecs import Codec, SampledCodec
 from ministral_jax.distillation.kl import LossOptions
 from ministral_jax.launching.job import LaunchConfig
 from ministral_jax.models.spec import Frozen
@@ -156,7 +156,7 @@ class RecordStage(DataStage):
     """Training rows, the first ones in the order of `seed`, as a student with that seed reads them; None is all."""
     held_out_rows: int = Field(default=64, ge=1)
     """Held-out rows, in file order, whose hidden states are kept for exact evaluations."""
-    codec: Codec = TopKCodec()
+    codec: Codec = SampledCodec()
     shard: int = Field(default=32, ge=1)
     """Rows in one file."""
     store: str | None = None
