@@ -148,8 +148,9 @@ def stream(
     texts = [
         Completion(n, sample, [], [], [], None) for n in range(len(prompts)) for sample in range(completions_per_prompt)
     ]
-    done = 0
-    while not rows.done.all():
+    for done in range(0, options.max_completion_length, options.chunk):
+        if rows.done.all():
+            return
         poll(f"sampling token {done}", slow=True)
         count = min(options.chunk, options.max_completion_length - done)
         with jax.set_mesh(place.mesh):
@@ -157,7 +158,7 @@ def stream(
                 cache, room = run.grow(cache, room), 2 * room
             at = np.int32(width + done), np.int32(done), np.int32(count)
             out, hidden, cache = run.chunk(params, hidden, cache, rows, *at)
-        out, done = {name: np.asarray(x) for name, x in out.items()}, done + count
+        out = {name: np.asarray(x) for name, x in out.items()}
         for row, text in enumerate(texts):
             if text.stopped is None:
                 texts[row] = _longer(text, {name: x[row] for name, x in out.items()}, rows, row, options, decode)
