@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -60,9 +61,18 @@ def held_out_batches(job: Job, data: PackedData, join: Join | None = None) -> Ba
 
 
 def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
+    """The next batch goes to the devices, in a thread, while they work on this one."""
+
+    def fetch() -> dict[str, Any] | None:
+        batch = next(rows, None)
+        return None if batch is None else placement.place(batch, count)
+
     try:
-        for batch in rows:
-            yield placement.place(batch, count)
+        with ThreadPoolExecutor(1, "placing") as ahead:
+            coming = ahead.submit(fetch)
+            while (batch := coming.result()) is not None:
+                coming = ahead.submit(fetch)
+                yield batch
     finally:
         getattr(rows, "close", lambda: None)()
 
