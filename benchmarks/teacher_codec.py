@@ -64,7 +64,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def table(arms: list[Arm]) -> str:
-    """Markdown. The difference to the online teacher is taken seed by seed: both read the same rows in the same order."""
+    """Markdown. Differences to the online teacher are taken seed by seed: both read the same rows in the same order."""
     online = next(arm for arm in arms if arm.name == "parent")
     lines = [
         "| teacher | bytes per token | tail mass | gradient error at most | held-out KL | more than online | ECE |",
