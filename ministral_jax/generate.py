@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from ministral_jax.data.chat import Message, Part, Rendered, image_path, parse_messages, render
 from ministral_jax.data.config import PIXEL_BOUND, TokenizerConfig
+from ministral_jax.data.sources import json_row
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf import import_hf, read_spec
@@ -163,12 +164,7 @@ def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
         where = f"{path} row {number}"
         if not line.strip():
             continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
+        row = json_row(line, where)
         if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
             raise UserError(f"{where}: needs 'prompt' or 'messages', got {str(row)[:60]}")
         found.append((row, where))

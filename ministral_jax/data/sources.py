@@ -170,13 +170,22 @@ def _digest_jsonl(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _parse_row(line: bytes, path: Path, name: str, where: str) -> Document:
+def json_row(line: bytes, where: str) -> Any:
+    """The value of a row of JSONL.
+
+    Raises:
+        UserError: it is not UTF-8 or not JSON.
+    """
     try:
-        row = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def _parse_row(line: bytes, path: Path, name: str, where: str) -> Document:
+    row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
     if "messages" in row:
