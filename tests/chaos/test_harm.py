@@ -27,7 +27,7 @@ def stop(run_dir: Path, moment: str, *victims: int) -> list[str]:
     They hear of it within a second or two, in which a job this small would do a lot: it does it slowly.
     """
     with Job(run_dir, 2, 1, "limits.join=40", pace=0.7) as job:
-        assert job.until(lambda: re.fullmatch(moment, job.doing())), job.tails()
+        assert job.until(lambda: job.has(f"(?:{moment})$")), job.tails()
         job.send(signal.SIGTERM, *victims)
         codes = job.wait(180)
         assert codes == [RETRY, RETRY], f"{moment}: {codes}\n{job.tails()}"
@@ -83,8 +83,8 @@ def test_sigterm_in_every_phase(reference, tmp_path):
 def test_a_hung_peer_ends_the_wait_for_it(reference, tmp_path):
     unbroken, _ = reference
     run_dir = warmed(tmp_path / "run", unbroken)
-    with Job(run_dir, 2, 1, "limits.step=6", "limits.slow=60") as job:
-        assert job.until(lambda: job.doing(1) == "parent/3/step 3"), job.tails()
+    with Job(run_dir, 2, 1, "limits.step=6", "limits.slow=60", pace=0.3) as job:
+        assert job.until(lambda: job.has("parent/3/step 3$", 1)), job.tails()
         job.send(signal.SIGSTOP, 1)
         codes = job.wait(100, 0)
         assert codes[0] == RETRY, f"{codes}\n{job.tails()}"
@@ -134,8 +134,8 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(reference, tmp_path
         victim = rng.choice([p for p in files if p.stat().st_size])
         harm(victim)
         if stage == "parent":
-            with Job(run_dir) as job:
-                assert job.until(lambda job=job: job.doing().startswith("pruned/")), job.tails()
+            with Job(run_dir, pace=0.3) as job:
+                assert job.until(lambda job=job: job.has("pruned/")), job.tails()
                 job.send(signal.SIGTERM, 0)
                 assert job.wait(180) == [RETRY, RETRY], job.tails()
                 log = job.log()

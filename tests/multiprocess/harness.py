@@ -108,6 +108,10 @@ class Job:
         moments = self.moments(index)
         return moments[-1][1] if moments else "starting"
 
+    def has(self, pattern: str, index: int = 0) -> bool:
+        """Whether a process has begun to do what matches: what it did since may have hidden it from `doing`."""
+        return any(re.match(pattern, what) for _, what in self.moments(index))
+
     def moments(self, index: int = 0) -> list[tuple[float, str]]:
         """(seconds since the start, stage/step/what) of all that a process has begun to do."""
         stage, step, found = "", "", []

@@ -68,8 +68,8 @@ def test_the_number_of_processes_changes_nothing(runs, count):
 def test_a_job_goes_on_with_another_number_of_processes(runs, tmp_path):
     run_dir = warmed(tmp_path / "run", runs[4])
     for count, moment in ((4, "parent/3/"), (2, "short/3/")):
-        with Job(run_dir, count, 4 // count) as job:
-            assert job.until(lambda job=job, moment=moment: job.doing().startswith(moment)), job.tails()
+        with Job(run_dir, count, 4 // count, pace=0.3) as job:
+            assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()
             job.send(signal.SIGTERM, 0)
             assert job.wait() == [RETRY] * count, job.tails()
     with Job(run_dir, 1, 4) as job:

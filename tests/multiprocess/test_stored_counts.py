@@ -57,7 +57,7 @@ def test_a_store_goes_on_with_another_number_of_processes(recorded, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(recorded, run_dir, ignore=shutil.ignore_patterns("logits"))
     with Job(run_dir, 4, 1, "logits", recipe=RECIPE, pace=0.5) as job:
-        assert job.until(lambda: job.doing().endswith("train batch 4")), job.tails()
+        assert job.until(lambda: job.has(".*train batch 4$")), job.tails()
         job.send(signal.SIGTERM, 0)
         assert job.wait() == [RETRY] * 4, job.tails()
     with Job(run_dir, 2, 2, "logits", recipe=RECIPE) as job:
