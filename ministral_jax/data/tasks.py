@@ -162,7 +162,8 @@ def _instructions(n: int, _: bool) -> Document:
 def _instruction(n: int) -> tuple[str, str, dict[str, Any]]:
     """Question, answer, and what any answer must satisfy."""
     dice = _dice(f"instructions {n}")
-    word, other = _WORDS[dice(len(_WORDS))], _WORDS[dice(len(_WORDS))]
+    first = dice(len(_WORDS))
+    word, other = _WORDS[first], _WORDS[first - 1 - dice(len(_WORDS) - 1)]  # never the same
     times = 2 + dice(4)
     match dice(5):
         case 0:
