@@ -114,7 +114,8 @@ def test_answers_follow_their_instructions():
     assert {c["kind"] for d in documents for c in d.columns["constraints"]} == set(CHECKS)
     found = {parts(d, 0)[0]: d.columns["answer"] for d in documents}
     assert found["Say cat 3 times."] == "cat cat cat" and found["Say dog in capitals."] == "DOG"
-    assert found["Count to 5."] == "1 2 3 4 5" and "sun\ntea" in found["Say sun and tea on 2 lines."]
+    assert found["Count to 5."] == "1 2 3 4 5"
+    assert all(found[q] == "\n".join(re.findall(r"(\w+) (?:and|on)", q)) for q in found if "lines" in q)
 
 
 def test_preferences_are_right_but_for_one_in_ten(tokenizer, tmp_path):
