@@ -236,6 +236,113 @@ def digit(label: int, rng: np.random.Generator) -> list[Any]:
     return np.repeat(image[..., None], 3, axis=-1).tolist()
 
 
+SOURCES = {"sums": 0.6, "pictures": 0.9}
+"""Of prompts, with the share that is answered right in the end."""
+POST = {
+    "14b-sft": {"do": "sft", "from": "14b-base", "teacher": "parent", "steps": 40},
+    "14b-reward": {"do": "reward", "from": "14b-sft", "steps": 30},
+    "14b-instruct": {"do": "odpo", "from": "14b-sft", "judge": "14b-reward", "steps": 20},
+    "14b-cot": {"do": "sft", "from": "14b-base", "teacher": None, "steps": 40},
+    "14b-rl": {"do": "grpo", "from": "14b-cot", "steps": 20},
+    "14b-reasoning": {"do": "odpo", "from": "14b-rl", "rewards": {"accuracy": {}}, "steps": 20},
+}
+_ASKED = ("4-2=?", "25-6=?", [{"type": "image"}, {"type": "text", "text": "Sum?"}], "87*3=?")
+
+
+def write_post(run: Path, seed: int = 0, stages: tuple[str, ...] = tuple(POST)) -> Path:
+    """Add finished stages of post-training to a run."""
+    raw = json.loads((run / "recipe.json").read_text()) if (run / "recipe.json").is_file() else recipe()
+    for name in stages:
+        raw["stages"][name] = post_settings(name)
+        write_post_stage(run / name, name, np.random.default_rng([seed, *name.encode()]))
+    write_json(run / "recipe.json", raw)
+    return run
+
+
+def post_settings(name: str) -> dict[str, Any]:
+    rewards: dict[str, Any] = {"accuracy": {"weight": 0.9}, "format": {"weight": 0.1}}
+    asked = {"prompts": 64, "temperature": 0.0, "rewards": rewards}
+    match (stage := POST[name])["do"]:
+        case "sft":
+            return {**stage, "generate": asked, "evaluate": {"every": 10, "rows": 64}}
+        case "reward":
+            return {**stage, "evaluate": {"every": 10, "rows": 64}}
+        case "grpo":
+            return {**stage, "evaluate": asked, "rewards": rewards}
+        case _:
+            return {**stage, "evaluate": asked}
+
+
+def write_post_stage(directory: Path, name: str, rng: np.random.Generator) -> None:
+    stage = POST[name]
+    rows = post_metrics(str(stage["do"]), int(stage["steps"] or 0), rng)
+    last = next(row for row in reversed(rows) if row["kind"] == "eval")
+    manifest = {
+        "stage": name,
+        "do": stage["do"],
+        "status": "finished",
+        "tokens": last.get("tokens", 0),
+        "steps": stage["steps"],
+        "seconds": 243.7,
+        "metrics": {key: value for key, value in last.items() if key not in ("kind", "step")},
+    }
+    write_json(directory / "manifest.json", manifest)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if stage["do"] != "reward":
+        answers = [_answer(i, content, name, rng) for i, content in enumerate(_ASKED)]
+        write_json(directory / "answers.json", {"answers": answers})
+
+
+def _answer(index: int, content: Any, name: str, rng: np.random.Generator) -> dict[str, Any]:
+    right = float(index != 1)
+    said = f"[THINK]{index} steps[/THINK]{name} says {rng.integers(99)}"
+    parts = {"accuracy": right, "format": 1.0}
+    return {"prompt": json.dumps(content), "answer": said, "reward": 0.1 + 0.9 * right, "parts": parts}
+
+
+def post_metrics(do: str, steps: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Rows with the keys of the real stages; only those that read data count tokens."""
+    rows = []
+    for step in range(steps + 1):
+        seen = {"tokens": step * TOKENS_PER_STEP} if do in ("sft", "reward") else {}
+        done = 1 - math.exp(-4 * step / steps)
+        noise = lambda scale=0.02: scale * float(rng.standard_normal())
+        if step:
+            row = {"loss": 2 - done + noise(), "gradient_norm": 0.8, "learning_rate": 1e-4, "tokens_per_second": 700.0}
+            rows.append({"kind": "train", "step": step, **seen, **row, **_drawn(do, done, noise)})
+        if step % 10 == 0 or step == steps:
+            rows.append({"kind": "eval", "step": step, **seen, **_held_out(do, done, noise)})
+        if step in (0, steps):
+            spent = {"step": 60.0, "generate": 30.0, "score": 5.0, "evaluate": 5.0}
+            spent = spent if do in ("grpo", "odpo") else {"step": 95.0, "evaluate": 5.0}
+            rows.append({"kind": "time", "attempt": 1, "from": 0, "step": step, "at": 1e9 + step, "seconds": spent})
+    return rows
+
+
+def _drawn(do: str, done: float, noise: Any) -> dict[str, float]:
+    match do:
+        case "sft" | "reward":
+            return {"ce": 2 - done + noise()}
+        case "grpo":
+            clipped = {"clipped_low": 0.01 + abs(noise(0.005)), "clipped_high": 0.02 + abs(noise(0.005))}
+            return {"reward": 0.4 + 0.3 * done + noise(), "entropy": 0.4 - 0.3 * done, "ratio": 1.0, **clipped}
+        case _:
+            return {"margin": done, "accuracy": 0.5 + 0.4 * done, "judge_confidence": 0.8, "pairs_kept": 0.9}
+
+
+def _held_out(do: str, done: float, noise: Any) -> dict[str, float]:
+    if do == "reward":
+        judge = {"judge_temperature": 1.7, "judge_accuracy": 0.5 + 0.4 * done + noise()}
+        return {"ce": 2 - done, "ece": 0.02, **judge, "judge_ece_before": 0.21 - 0.1 * done, "judge_ece": 0.034}
+    begin = 0.0 if do == "sft" else 0.5
+    right = {source: begin + (end - begin) * done + noise() for source, end in SOURCES.items()}
+    accuracy = sum(right.values()) / len(right)
+    found = {"reward": 0.9 * accuracy + 0.1, "reward_accuracy": accuracy, "reward_format": 1.0}
+    found |= {f"reward_accuracy_{source}": value for source, value in right.items()}
+    found |= {"loop_rate": 0.1 * (1 - done), "truncated": 0.0, "completion_length": 20.0 + 10 * done}
+    return found | ({"win_rate": 0.5 + 0.2 * done} if do == "odpo" else {"ce": 2 - done} if do == "sft" else {})
+
+
 def write_record(run: Path, name: str, codec: Codec, shards: int = 5) -> Path:
     """Add a finished record stage of the parent to a run."""
     raw = json.loads((run / "recipe.json").read_text())

@@ -21,6 +21,9 @@ from ministral_jax.training.metrics import read_jsonl
 Row = dict[str, float]
 """One line of metrics.jsonl: the values that are numbers."""
 
+POST_TRAINING = ("sft", "reward", "odpo", "grpo")
+"""What the stages do that make a model answer; they belong to no member's curve of KL."""
+
 ROLES = ("pruned", "short", "base", "scratch_short", "scratch_base")
 FIGURES = (
     "parameters",
@@ -54,6 +57,10 @@ class Stage:
     time: dict[str, float] = field(default_factory=dict)
     """Seconds by kind, see `training.goodput`."""
     attempts: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The stage in the recipe."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """Some of those of the last evaluation: "prompt" (JSON), "answer", "reward", "parts"."""
 
     def surgery(self, step: str) -> dict[str, Any]:
         """What a prune stage recorded about one of its steps; empty when it did not take that step."""
@@ -78,6 +85,21 @@ class Stage:
         """Tokens seen by this stage."""
         seen = [row["tokens"] for row in self.train + self.evals if "tokens" in row]
         return number(self.manifest.get("tokens")) or (max(seen) if seen else None)
+
+    @property
+    def steps(self) -> float | None:
+        """Made so far."""
+        made = [row["step"] for row in self.train + self.evals if "step" in row]
+        return number(self.manifest.get("steps")) or (max(made) if made else None)
+
+    def share_of_time(self, kind: str) -> float | None:
+        whole = sum(self.time.values())
+        return self.time.get(kind, 0.0) / whole if whole > 0 else None
+
+    def first(self, key: str) -> float | None:
+        """The oldest held-out value of a metric; None when there is at most one."""
+        values = [row[key] for row in self.evals if key in row]
+        return values[0] if len(values) > 1 else None
 
     def last(self, key: str) -> float | None:
         """The newest held-out value of a metric."""
@@ -154,6 +176,14 @@ class Run:
         return ([self.parent] if self.parent else []) + self.children
 
     @property
+    def colours(self) -> dict[str, str]:
+        """Of the stages: that of the model which a stage belongs to, or which its source belongs to."""
+        found = {stage.name: model.colour for model in self.models for stage in model.stages.values()}
+        for _ in self.stages:  # a recipe may name a stage before its source
+            found |= {s.name: found[s.source] for s in self.stages if s.name not in found and s.source in found}
+        return found
+
+    @property
     def summary(self) -> dict[str, Any]:
         """What `family_figure` draws: summary.json, completed from the stages, each entry with its "spec"."""
         parent = self.parent.entry if self.parent else None
@@ -180,14 +210,17 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def series(
-    rows: Iterable[Row], key: str, start: float = 0.0, positive: bool = False
+    rows: Iterable[Row], key: str, start: float = 0.0, positive: bool = False, over: str = "tokens"
 ) -> tuple[list[float], list[float]]:
-    """Tokens (counted from `start`) and values of the rows that have `key`, leaving out what no axis can show."""
+    """Tokens (counted from `start`), or what else to draw `over`, and values of the rows that have `key`.
+
+    What no axis can show is left out.
+    """
 
     def drawable(value: float) -> bool:
         return math.isfinite(value) and abs(value) < 1e30 and (value > 1e-30 or not positive)
 
-    points = [(start + row["tokens"], row[key]) for row in rows if key in row and "tokens" in row]
+    points = [(start + row[over], row[key]) for row in rows if key in row and over in row]
     points = [p for p in points if drawable(p[1]) and math.isfinite(p[0]) and abs(p[0]) < 1e30]
     return [x for x, _ in points], [y for _, y in points]
 
@@ -271,6 +304,7 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
         except ValidationError:
             notes.append(f"the sizes in {name}/manifest.json are not those of a model and are left out")
     source = raw.get("from")
+    answers = mapping(_json(directory / "answers.json", notes)).get("answers") if inside else None
     return Stage(
         name=name,
         do=str(raw.get("do", "?")),
@@ -283,6 +317,8 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
         evals=_of_kind(rows, "eval"),
         time=goodput(timed := [row for row in rows if row.get("kind") == "time"]),
         attempts=len({row.get("attempt") for row in timed}),
+        settings=raw,
+        answers=[mapping(answer) for answer in answers] if isinstance(answers, list) else [],
     )
 
 

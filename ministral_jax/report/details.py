@@ -294,20 +294,27 @@ def stages(run: Run) -> Html:
     return section("stages", "Stages", finding, lead, table("Stages in the order of the recipe.", headers, body), notes)
 
 
+_OTHERS = {"teacher": "taught by", "judge": "judged by"}
+
+
 def _stage_cells(stage: Stage, digests: dict[str, str | None]) -> list[Child]:
     recorded = el("small", stage.parent_digest[:10], class_="mono") if stage.parent_digest else None
-    tokens = stage.tokens if stage.do in ("train", "distill", "record") else None
+    tokens = stage.tokens if stage.do in ("train", "distill", "record", "sft", "reward") else None
+    others = [
+        f"{word} {stage.settings[key]}" for key, word in _OTHERS.items() if isinstance(stage.settings.get(key), str)
+    ]
     return [
         el("td", stage.do, class_="text"),
         el(
             "td",
             stage.source or ("random start" if stage.do in ("train", "distill") else MISSING),
             recorded,
+            [el("small", other) for other in others],
             class_="text",
         ),
         el("td", stage.state, class_="text"),
         count(tokens),
-        count(number(stage.manifest.get("steps")) or None),
+        count(stage.steps or None),
         duration(number(stage.manifest.get("seconds"))),
         count(_speed(stage)),
         el("td", el("code", (digests[stage.name] or MISSING)[:10])),
@@ -326,31 +333,6 @@ def _broken(stages: list[Stage], digests: dict[str, str | None]) -> list[str]:
         for stage in stages
         if stage.parent_digest and stage.source in digests and digests[stage.source] != stage.parent_digest
     ]
-
-
-def curves(run: Run) -> Html | None:
-    shown = run.parent.stages.get("base") if run.parent else None
-    colours = {stage.name: model.colour for model in run.models for stage in model.stages.values()}
-    figures = []
-    for stage in run.stages:
-        if stage is shown:
-            continue
-        key, label = ("kl", "KL to the teacher, nats") if stage.do == "distill" else ("ce", "loss")
-        alt = f"Training loss of {stage.name} against tokens."
-        if picture := plots.loss_curve(colours.get(stage.name, "model-0"), stage.train, stage.evals, key, label, alt):
-            figures.append(figure(stage.name, picture, _curve_caption(stage)))
-    if not figures:
-        return None
-    inside = el("details", el("summary", f"Show {len(figures)} curves"), el("div", figures, class_="grid"))
-    return section("curves", "Curves", "Training loss of the other stages", None, inside)
-
-
-def _curve_caption(stage: Stage) -> str:
-    bad = sum(not math.isfinite(row.get("loss", 0.0)) for row in stage.train)
-    parts = [f"{count(stage.tokens)} tokens", stage.state] + (
-        [f"{bad} values that are no number are not drawn"] if bad else []
-    )
-    return ", ".join(parts) + "."
 
 
 def versions(run: Run) -> Html:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ministral_jax.report import details, results, stored, time
+from ministral_jax.report import curves, details, post, results, stored, time
 from ministral_jax.report.collect import Run, read_run
 from ministral_jax.report.family import family_figure
 from ministral_jax.report.markup import Child, Html, el
@@ -17,13 +17,14 @@ _SECTIONS = (
     ("recovery", "Distillation", results.recovery),
     ("images", "Images", results.images),
     ("text", "Text", results.texts),
+    ("post", "Post-training", post.post_training),
     ("parent", "Parent", details.parent),
     ("stored", "Stored teacher", stored.stored),
     ("surgery", "Surgery", details.surgery),
     ("cost", "Size and cost", details.cost),
     ("stages", "Stages", details.stages),
     ("time", "Time", time.goodput),
-    ("curves", "Curves", details.curves),
+    ("curves", "Curves", curves.curves),
 )
 
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from ministral_jax.report.collect import Crossing, Row, series
 from ministral_jax.report.markup import Html, escape
 from ministral_jax.report.style import PALETTE, light
-from ministral_jax.report.units import count, factor, percent, tick
+from ministral_jax.report.units import THIN, count, factor, percent, tick
 
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -94,6 +94,13 @@ def log_y(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
 
 
+def percent_axis(axes: Axes) -> None:
+    """A share, from nothing to all."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{tick(100 * y)}{THIN}%"))
+
+
 def token_axis(axes: Axes, label: str = "tokens") -> None:
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
@@ -101,7 +108,7 @@ def token_axis(axes: Axes, label: str = "tokens") -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
 
 
-def _thin(xs: list[float], ys: list[float]) -> tuple[np.ndarray, np.ndarray]:
+def thin(xs: list[float], ys: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Means of equal bins when there are more points than a figure can show."""
     x, y = np.asarray(xs), np.asarray(ys)
     if len(x) <= _POINTS:
@@ -111,7 +118,7 @@ def _thin(xs: list[float], ys: list[float]) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-def _smooth(y: np.ndarray) -> np.ndarray:
+def smooth(y: np.ndarray) -> np.ndarray:
     """Centred moving average over a tenth of the points, shorter at the ends."""
     at = np.arange(len(y))
     half = np.minimum(np.minimum(at, len(y) - 1 - at), max(1, len(y) // 20))
@@ -200,10 +207,12 @@ def loss_curve(
     label: str,
     alt: str,
     size: tuple[float, float] = (4.7, 3.4),
+    of_training: str = "loss",
+    over: str = "tokens",
 ) -> Html | None:
-    """Training loss, smoothed over the raw one, and the held-out values of `key` as points."""
-    xs, ys = _thin(*series(train, "loss"))
-    held_x, held_y = series(evals, key)
+    """Training loss (or what else `of_training`), smoothed over the raw one, and held-out values of `key` as points."""
+    xs, ys = thin(*series(train, of_training, over=over))
+    held_x, held_y = series(evals, key, over=over)
     if not len(xs) and not held_x:
         return None
     accent = light(colour)
@@ -211,11 +220,11 @@ def loss_curve(
     def paint(axes: Axes) -> None:
         if len(xs):
             axes.plot(xs, ys, color=accent, alpha=0.28, lw=1)
-            axes.plot(xs, _smooth(ys), color=accent, label="training")
+            axes.plot(xs, smooth(ys), color=accent, label="training")
         if held_x:
             axes.plot(held_x, held_y, "o", ms=4.5, mfc=light("paper"), mec=light("ink"), mew=1.2, label="held out")
         _cut_spikes(axes, np.concatenate([ys, held_y]))
-        token_axis(axes)
+        token_axis(axes, "steps" if over == "step" else over)
         axes.set_ylabel(label)
         axes.legend(loc="best")
 
