@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 KINDS = ("start", "compile", "data", "generate", "score", "step", "checkpoint", "evaluate", "lost", "down")
-"""`start`: loading until the first step. `generate`, `score`: sampling answers and judging them. `lost`: done again after
+"""`start`: loading until the first step. `generate`, `score`: sampling answers, judging them. `lost`: done again after
 a restart. `down`: between the attempts."""
 WRITE_SECONDS = 10.0
 
