@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from ministral_jax.data.chat import Message, Rendered, render
+from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
+from ministral_jax.data.conversation import Document, Message, spell
 from ministral_jax.data.documents import drawn
 from ministral_jax.data.files import stable_key
-from ministral_jax.data.sources import Document, open_source, read_documents
+from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import VisionSpec
@@ -26,14 +27,14 @@ _PROGRESS_EVERY = 1000
 class PromptRow(NamedTuple):
     """A conversation that ends where the model is to go on.
 
-    `columns` are the other keys of its row, `reference` the answer that the row has, if any.
+    `columns` are the other keys of its row, `reference` the answer that was cut off where prompts were opened as
+    `answered` ones, else "".
     """
 
     messages: tuple[Message, ...]
-    tools: Any
     rendered: Rendered
     columns: dict[str, Any]
-    reference: str | None
+    reference: str
     source: str
     where: str
 
@@ -98,6 +99,7 @@ def open_prompts(
     max_length: int,
     where: str,
     progress: Progress | None = None,
+    answered: bool = False,
 ) -> PromptData:
     """Read the conversations of all sources and check each of them.
 
@@ -105,6 +107,7 @@ def open_prompts(
         root: where the tokenizer's file is kept.
         max_length: tokens that a prompt may have.
         where: the stage, for error messages.
+        answered: whether every row must end with the assistant's answer, which becomes `PromptRow.reference`.
 
     Raises:
         UserError: a row that is malformed or is no conversation, an image that cannot be used, a prompt that is too
@@ -114,7 +117,7 @@ def open_prompts(
     train, held_out = {}, {}
     for name, source in config.sources.items():
         documents = []
-        for document in read_documents(open_source(name, source), prompts=True):
+        for document in read_documents(open_source(name, source), prompts=not answered):
             tokens = len(_row(document, name, tokenizer, vision, config.max_pixels).rendered.tokens)
             if tokens > max_length:
                 raise UserError(
@@ -123,7 +126,7 @@ def open_prompts(
             documents.append(document)
             if progress is not None and len(documents) % _PROGRESS_EVERY == 0:
                 progress(f"read prompts of {name}", len(documents))
-        out = drawn(np.array([stable_key(d.key) for d in documents], np.uint64), config.held_out)
+        out = drawn(np.array([stable_key(d.key or d.name) for d in documents], np.uint64), config.held_out)
         train[name] = [d for d, is_out in zip(documents, out, strict=True) if not is_out]
         held_out[name] = [d for d, is_out in zip(documents, out, strict=True) if is_out]
         if not train[name]:
@@ -140,7 +143,8 @@ def _row(
 ) -> PromptRow:
     if not document.messages:
         raise UserError(f"{document.where}: is a text, not a conversation; stages that sample need 'messages'")
-    rendered = render(document.messages, tokenizer, vision, document.where, max_pixels, document.tools)
-    return PromptRow(
-        document.messages, document.tools, rendered, document.columns, document.reference, source, document.where
-    )
+    messages, reference = document.messages, ""
+    if messages[-1].role == "assistant":
+        messages, reference = messages[:-1], spell(messages[-1])
+    rendered = render(messages, tokenizer, vision, document.where, max_pixels, document.tools)
+    return PromptRow(messages, rendered, document.columns, reference, source, document.where)

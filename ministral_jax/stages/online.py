@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from ministral_jax.alignment.examine import Examiner, conduct, score_together
 from ministral_jax.alignment.rewards import RewardsConfig, Scorer, Scores
 from ministral_jax.alignment.rollout import Episode, Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
-from ministral_jax.config import OnlineStage, SFTStage
+from ministral_jax.config import OnlineStage, RewardStage, SFTStage
 from ministral_jax.data.pipeline import check_vocab
 from ministral_jax.data.prompts import Progress, PromptData, PromptRow, open_prompts
 from ministral_jax.errors import UserError
@@ -44,18 +45,18 @@ class Answers(NamedTuple):
     samples: list[Sample]
 
 
-def open_stage_prompts(job: Job, progress: Progress | None = None) -> PromptData:
-    """The prompts of a stage; an SFT stage is examined by those of its own sources."""
-    return _open(job.stage, job.spec, job.data_root, f"stages.{job.name}", progress)
+def open_stage_prompts(job: Job) -> PromptData:
+    """The prompts of a stage; SFT is examined by those of its own sources, and a reward model asked about its pairs."""
+    return _open(job.stage, job.spec, job.data_root, f"stages.{job.name}")
 
 
-def _open(stage: Any, spec: ModelSpec, root: Any, where: str, progress: Progress | None) -> PromptData:
+def _open(stage: Any, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None) -> PromptData:
     longest = stage.max_prompt_length if isinstance(stage, OnlineStage) else spec.context - 1
-    return open_prompts(stage.data, spec.vision, root, longest, where, progress)
+    return open_prompts(stage.data, spec.vision, root, longest, where, progress, isinstance(stage, RewardStage))
 
 
 def check_prompts(
-    stage: OnlineStage | SFTStage, spec: ModelSpec, root: Any, where: str, progress: Progress | None = None
+    stage: OnlineStage | SFTStage, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None
 ) -> None:
     """Every fault of the prompts, and of rewards that could not judge them, before anything is computed.
 
