@@ -133,11 +133,18 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(KINDS)}{suggest(str(got), KINDS)}")
         stage = merge(defaults.get(stage["do"], {}), stage)
         if data is not None and stage["do"] not in ("import", "export"):
-            stage["data"] = merge(data, stage.get("data", {}))
+            stage["data"] = _without_nulls(merge(data, stage.get("data", {})))
         for key, value in shared.items():
             stage[key] = merge(value, stage.get(key, {}))
         stages[name] = stage
     return {**raw, "stages": stages}
+
+
+def _without_nulls(data: Any) -> Any:
+    """A source that a stage sets to null is not among its sources."""
+    if not isinstance(data, dict) or not isinstance(data.get("sources"), dict):
+        return data
+    return {**data, "sources": {name: source for name, source in data["sources"].items() if source is not None}}
 
 
 def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, Any]:

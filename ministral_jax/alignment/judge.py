@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.alignment.pairwise import judge_messages
-from ministral_jax.data.chat import Message, render
+from ministral_jax.data.chat import render
+from ministral_jax.data.conversation import Message
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.evaluation import hidden
 from ministral_jax.models.block import Compute

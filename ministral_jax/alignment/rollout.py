@@ -10,7 +10,7 @@ import numpy as np
 
 from ministral_jax.alignment.sample import Sample, split_thinking
 from ministral_jax.alignment.tools import ToolBox
-from ministral_jax.data.chat import as_openai
+from ministral_jax.data.conversation import as_openai
 from ministral_jax.data.prompts import PromptRow
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.generate import text_of

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ministral_jax.data.chat import parse_tool_calls
+from ministral_jax.data.conversation import parse_tool_calls
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.parallel import is_first
