@@ -33,20 +33,27 @@ class SourceConfig(Frozen):
     python-library: the running interpreter's own standard library, one document per module, tests left out.
     digits: scikit-learn's 1797 handwritten 8x8 digits, each as a question about an image.
     text: UTF-8 files, one document each. jsonl: one document per row, see `sources.py`.
+    arithmetic, digit-sum, instructions: questions made here whose answers can be verified; preferences: pairs of
+    answers to such questions, for a judge. See `tasks.py`.
     """
 
-    kind: Literal["python-library", "digits", "text", "jsonl"]
+    kind: Literal["python-library", "digits", "text", "jsonl", "arithmetic", "digit-sum", "instructions", "preferences"]
     path: str | None = None
     """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the tokens of the mix, relative to the other sources' weights."""
     limit: int | None = Field(default=None, ge=1)
-    """Documents to read at most: a fixed sample of the files or digits, the first rows of a JSONL file."""
+    """Documents to read at most: a fixed sample of the files or digits, the first rows of a JSONL file; of questions
+    made here the number, 4000 if unset."""
+    thinking: bool = True
+    """For arithmetic and digit-sum: whether the answer's working stands before it as reasoning."""
 
     @model_validator(mode="after")
     def _path_belongs_to_files(self) -> Self:
         if (self.path is not None) != (self.kind in ("text", "jsonl")):
             raise ValueError(f"kind {self.kind!r} {'takes no' if self.path is not None else 'needs a'} path")
+        if not self.thinking and self.kind not in ("arithmetic", "digit-sum"):
+            raise ValueError(f"kind {self.kind!r} has no thinking that could be left out")
         return self
 
 

@@ -19,9 +19,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.chat import Rendered, render, render_text
+from ministral_jax.data.conversation import Document
 from ministral_jax.data.files import digest_of, mix, new_directory, stable_key
 from ministral_jax.data.images import patchify
-from ministral_jax.data.sources import Document, Source, read_documents
+from ministral_jax.data.sources import Source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import VisionSpec
@@ -40,7 +41,7 @@ class Documents:
     """The D documents of a source; document d is `tokens[starts[d]:starts[d + 1]]`, with its flags beside it.
 
     Its pictures are rows `picture_starts[d]:picture_starts[d + 1]` of `grids` (rows and columns of decoder tokens), and
-    their patches rows `patch_starts[d]:patch_starts[d + 1]` of `patches`. `keys` are 64 bits of a hash of its name.
+    their patches rows `patch_starts[d]:patch_starts[d + 1]` of `patches`. `keys` are 64 bits of a hash of its key.
     """
 
     directory: Path
@@ -122,7 +123,7 @@ def _write(
                     count += len(flat)
                     grids.append((picture.shape[0] // vision.stride, picture.shape[1] // vision.stride))
                 sizes.append((len(rendered.tokens), len(rendered.pictures), count))
-                keys.append(stable_key(document.name))
+                keys.append(stable_key(document.key or document.name))
                 plain.append(document.text is not None)
                 where.write(document.where.replace("\n", " ") + "\n")
             if progress is not None:
@@ -144,7 +145,7 @@ def _write(
 def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None, max_pixels: int) -> Rendered:
     if document.text is not None:
         return render_text(document.text, tokenizer)
-    return render(document.messages, tokenizer, vision, document.where, max_pixels)
+    return render(document.messages, tokenizer, vision, document.where, max_pixels, document.tools)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

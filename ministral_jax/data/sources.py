@@ -1,8 +1,10 @@
 """Where documents come from. Everything is read in an order that depends on names alone.
 
 A JSONL row is one of `{"text": ..}`, `{"question": .., "answer": .., "image": path or "images": [path, ..]}` (images
-optional) and `{"messages": [..]}` (see `chat.parse_messages`); other keys are ignored, blank lines skipped. Image paths
-are relative to the JSONL file.
+optional), `{"messages": [..], "tools": [..]}` (tools optional; see `conversation.parse_messages`) and `{"prompt" or
+"messages": .., "chosen": .., "rejected": ..}`, two answers of which one is better, which gives a judge's two documents;
+other keys are the document's columns, blank lines skipped. Read as prompts, a row ends before its answer, may have
+none, and may be `{"prompt": text or messages}`. Image paths are relative to the JSONL file.
 """
 
 from __future__ import annotations
@@ -14,35 +16,20 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from ministral_jax.data.chat import Message, image_path, parse_messages
+from ministral_jax.alignment.pairwise import judge_documents
 from ministral_jax.data.config import SourceConfig
+from ministral_jax.data.conversation import Document, Message, image_path, parse_messages, parse_tools, spell
 from ministral_jax.data.files import digest_of, stable_key
+from ministral_jax.data.tasks import KINDS, exchange, read_task, task_digest
 from ministral_jax.errors import UserError
-
-DIGIT_QUESTION = "Digit?"
-"""Short, because every token of the tiny recipe is paid for on a CPU: the whole exchange is 15 tokens."""
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}
 _SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",)}
-
-
-@dataclass(frozen=True)
-class Document:
-    """Plain `text`, or a conversation of `messages`. `name` is unique and stable; `where` is for error messages."""
-
-    name: str
-    where: str
-    text: str | None = None
-    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,8 +50,8 @@ def open_source(name: str, config: SourceConfig) -> Source:
         UserError: no file matches, or a JSONL row that names an image is malformed or its image missing.
     """
     files = _list_files(name, config)
-    if config.kind == "digits":
-        content: Any = hashlib.sha256(_digits()[0].tobytes()).hexdigest()
+    if config.kind in KINDS:
+        content: Any = task_digest(config)
     elif config.kind == "jsonl":
         content = [(relative, _digest_jsonl(path)) for relative, path in files]
     else:
@@ -72,26 +59,31 @@ def open_source(name: str, config: SourceConfig) -> Source:
     return Source(name, config, files, digest_of([config.kind, config.limit, content]))
 
 
-def read_documents(source: Source) -> Iterator[Document]:
-    """The documents of a source, one at a time; images are still paths.
+def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
+    """The documents of a source, one at a time; images of files are still paths.
+
+    As `prompts`, conversations end with what is to be answered; the last answer, where there is one, is left out.
 
     Raises:
-        UserError: naming the file and the row: text that is empty or not UTF-8, or a row that is malformed.
+        UserError: naming the file and the row: text that is empty or not UTF-8, or a row that is malformed; plain text
+            where prompts are wanted.
     """
     kind, limit = source.config.kind, source.config.limit
-    if kind == "digits":
-        yield from _read_digits(limit)
+    if prompts and kind in ("text", "python-library"):
+        raise UserError(f"data.sources.{source.name} is plain text, of kind {kind!r}: it has no prompts to be answered")
+    if kind in KINDS:
+        yield from read_task(source.config, prompts)
     elif kind == "jsonl":
         rows = ((relative, path, n, line) for relative, path in source.files for n, line in _lines(path))
         for relative, path, n, line in islice(rows, limit):
-            yield _parse_row(line, path, f"{relative}:{n}", f"{path} row {n}")
+            yield from _parse_row(line, path, f"{relative}:{n}", f"{path} row {n}", prompts)
     else:
         for relative, path in source.files:
             yield Document(relative, str(path), text=_read_text(path))
 
 
 def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]:
-    if config.kind == "digits":
+    if config.kind in KINDS:
         return ()
     if config.kind == "python-library":
         root = Path(sysconfig.get_path("stdlib"))
@@ -161,13 +153,22 @@ def _digest_jsonl(path: Path) -> str:
         digest.update(line)
         if b'"image' in line:  # parsing every row of a large text file for this would double the time to start
             where = f"{path} row {n}"
-            for message in _parse_row(line, path, "", where).messages:
-                for part in message.parts:
-                    if isinstance(part, Path):
-                        if not part.is_file():
-                            raise UserError(f"{where}: image {part} does not exist")
-                        digest.update(str(part.stat().st_size).encode())
+            for image in _named_images(line, path, where):
+                if not image.is_file():
+                    raise UserError(f"{where}: image {image} does not exist")
+                digest.update(str(image.stat().st_size).encode())
     return digest.hexdigest()
+
+
+def _named_images(line: bytes, path: Path, where: str) -> Iterator[Path]:
+    row = json_row(line, where)
+    if isinstance(row, dict) and "text" in row and "messages" not in row:
+        return
+    for document in _parse_row(
+        line, path, "", where, prompts=True
+    ):  # with or without an answer: its images are the user's
+        for message in document.messages:
+            yield from (part for part in message.parts if isinstance(part, Path))
 
 
 def json_row(line: bytes, where: str) -> Any:
@@ -184,21 +185,60 @@ def json_row(line: bytes, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({error})") from None
 
 
-def _parse_row(line: bytes, path: Path, name: str, where: str) -> Document:
+def _parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
-    if "messages" in row:
-        return Document(name, where, messages=parse_messages(row["messages"], path.parent, where))
-    if "text" in row:
-        return Document(name, where, text=_string(row, "text", where))
-    if "question" in row and "answer" in row:
-        images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-        if not isinstance(images, list):
-            raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
-        parts = (*(image_path(image, path.parent, where) for image in images), _string(row, "question", where))
-        return Document(name, where, messages=_exchange(parts, _string(row, "answer", where)))
-    raise UserError(f"{where}: has {sorted(row)} but needs 'text', 'messages', or 'question' and 'answer'")
+    columns = {
+        key: value for key, value in row.items() if key not in ("messages", "tools", "prompt", "question", "text")
+    }
+    tools: tuple[dict[str, Any], ...] = ()
+    compared = "chosen" in row and "rejected" in row and ("messages" in row or "prompt" in row)
+    if "messages" in row or ((prompts or compared) and "prompt" in row):
+        messages = _conversation(row, path.parent, prompts or compared, where)
+        tools = parse_tools(row.get("tools") or [], where)
+    elif "text" in row and not prompts:
+        return (Document(name, where, text=_string(row, "text", where), columns=columns),)
+    elif "question" in row and "answer" in row:
+        messages = _question(row, path.parent, prompts, where)
+    else:
+        needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
+        raise UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
+    document = Document(name, where, messages=messages, tools=tools, columns=columns)
+    return judge_documents(document, *_compared(row, where)) if compared and not prompts else (document,)
+
+
+def _conversation(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:
+    raw = row["messages"] if "messages" in row else row["prompt"]
+    if "messages" in row or isinstance(raw, list):
+        return parse_messages(raw, base, where, prompt)
+    return (Message("user", (*_images(row, base, where), _string(row, "prompt", where))),)
+
+
+def _question(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:
+    messages = exchange((*_images(row, base, where), _string(row, "question", where)), _string(row, "answer", where))
+    return messages[:-1] if prompt else messages
+
+
+def _images(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
+    images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
+    if not isinstance(images, list):
+        raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
+    return tuple(image_path(image, base, where) for image in images)
+
+
+def _compared(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
+    texts = []
+    for key in ("chosen", "rejected"):
+        value = row[key]
+        if isinstance(value, list):
+            opening = {"role": "user", "content": "?"}
+            value = spell(parse_messages([opening, *value], Path(), f"{where}: {key}")[-1], thinking=False)
+        texts.append(_string({key: value}, key, where))
+    if texts[0] == texts[1]:
+        raise UserError(f"{where}: chosen and rejected are the same, {texts[0][:40]!r}; leave the row out")
+    return texts[0], texts[1]
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:
@@ -206,24 +246,3 @@ def _string(row: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {key!r} must be text that is not empty, got {value!r}")
     return value
-
-
-def _exchange(question: tuple[Any, ...], answer: str) -> tuple[Message, ...]:
-    return Message("user", question), Message("assistant", (answer,))
-
-
-@cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images `[N, 8, 8]` scaled from 0..16 to 0..255, and labels `[N]`."""
-    from sklearn.datasets import load_digits  # a second to import, and only this source needs it
-
-    pixels, labels = load_digits(return_X_y=True)
-    return (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8), labels
-
-
-def _read_digits(limit: int | None) -> Iterator[Document]:
-    images, labels = _digits()
-    names = [f"digit-{n:04d}" for n in range(len(labels))]
-    for n in sorted(range(len(names)), key=lambda n: stable_key(names[n]))[:limit]:
-        picture = Image.fromarray(np.repeat(images[n][:, :, None], 3, axis=2))
-        yield Document(names[n], names[n], messages=_exchange((picture, DIGIT_QUESTION), str(labels[n])))

@@ -1,0 +1,315 @@
+"""Conversations: what a document holds, read from messages in the OpenAI style and written back to them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from PIL import Image
+
+from ministral_jax.errors import UserError
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what mistral-common accepts as the name of a function
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Reasoning before an answer."""
+
+    text: str
+
+
+class ToolCall(NamedTuple):
+    """A function called with `arguments`, a JSON object; where it is malformed they are None and `problem` says why."""
+
+    name: str
+    arguments: dict[str, Any] | None
+    problem: str | None = None
+    id: str = ""
+    """Ties a result to its call in a file; the template does not show it."""
+
+
+Part = str | Thought | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: text, reasoning and images (as paths, or decoded in RGB); the tools that the assistant calls."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    parts: tuple[Part, ...]
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+    """Of a tool's result: the call it answers."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain `text`, or a conversation of `messages` with the `tools` it may use.
+
+    name: unique and stable. key: what is hashed to hold a document out, its name where empty; those with equal keys
+    stay together. columns: the other keys of its row. where: for error messages.
+    """
+
+    name: str
+    where: str
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    columns: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+
+
+def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tuple[Message, ...]:
+    """Check and convert messages in the OpenAI style; image paths are relative to `base`.
+
+    Accepted content is a string or a list of `{"type": "text", "text": ..}`, `{"type": "image_url", "image_url": path
+    or {"url": path}}`, `{"type": "image", "image": path}` from the user and `{"type": "thinking", "thinking": ..}` from
+    the assistant or the system. The assistant may also, or only, have `tool_calls`. An optional system message comes
+    first, then user and assistant alternate; every call is answered by a message from the role tool with its
+    `tool_call_id`, and the assistant goes on. Results come back in the order of their calls, as mistral-common has it.
+
+    The assistant is last; as a `prompt` the conversation ends before the assistant's last message, which may be absent.
+
+    Raises:
+        UserError: anything else; begins with `where`.
+    """
+    if not isinstance(raw, list) or not all(isinstance(m, dict) for m in raw):
+        raise UserError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+    messages: list[Message] = []
+    expected: tuple[str, ...] = ("system", "user")
+    waiting: list[str] = []
+    for number, item in enumerate(raw, 1):
+        role = item.get("role")
+        if role not in expected:
+            unasked = ", since no tool call waits for a result" if role == "tool" else ""
+            raise _disorder(
+                raw, f"message {number} is from {role!r} where {_either(expected)} was expected{unasked}", where
+            )
+        message = _parse_message(role, item, base, where)
+        if role != "tool":
+            waiting = [call.id for call in message.calls]
+        elif message.call_id in waiting:
+            waiting.remove(message.call_id)
+        else:
+            raise UserError(
+                f"{where}: message {number} answers tool call {message.call_id!r}, which nobody made or which has its "
+                f"result; {waiting} wait for theirs"
+            )
+        messages.append(message)
+        expected = ("tool",) if waiting else {"system": ("user",), "assistant": ("user",)}.get(role, ("assistant",))
+    last = messages[-1].role if messages else None
+    if prompt and last == "assistant":
+        messages.pop()
+    elif prompt and (last not in ("user", "tool") or waiting):
+        raise _disorder(raw, f"{_either(expected)} must follow before there is anything to answer", where)
+    elif not prompt and last != "assistant":
+        raise _disorder(raw, "the assistant's turn is missing at the end", where)
+    return _in_order_of_calls(messages)
+
+
+def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Check functions offered in the OpenAI style and give them the keys, in the order, that the template shows.
+
+    Raises:
+        UserError: not a list of `{"type": "function", "function": {"name": .., ..}}`; begins with `where`.
+    """
+    if not isinstance(raw, list):
+        raise UserError(f"{where}: 'tools' must be a list of functions, got {str(raw)[:80]}")
+    tools = []
+    for tool in raw:
+        function = (
+            tool.get("function") if isinstance(tool, dict) and tool.get("type", "function") == "function" else None
+        )
+        if not isinstance(function, dict) or not _is_name(function.get("name")):
+            raise UserError(
+                f"{where}: a tool must be {{'type': 'function', 'function': {{'name': ..}}}} with a name of 1 to 64 "
+                f"letters, digits, _ and -, got {str(tool)[:80]}"
+            )
+        description, parameters = function.get("description") or "", function.get("parameters") or {}
+        if not isinstance(description, str) or not isinstance(parameters, dict):
+            raise UserError(
+                f"{where}: tool {function['name']} must have a text as description and a JSON schema as parameters"
+            )
+        shown = {"name": function["name"], "description": description, "parameters": parameters}
+        tools.append({"type": "function", "function": shown})
+    return tuple(tools)
+
+
+def parse_tool_calls(text: str) -> list[ToolCall] | None:
+    """The calls `[TOOL_CALLS]name[ARGS]{..}` of a completion whose control tokens are spelled out; None: it has none.
+
+    What stands in its reasoning is no call. A call that cannot be carried out has a `problem`, to be answered by.
+    """
+    _, *calls = text.rpartition("[/THINK]")[2].split("[TOOL_CALLS]")
+    return [_parse_completed(call) for call in calls] or None
+
+
+def as_openai(messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
+    """JSON-able messages: content is a string where it is one text, else chunks; an image is `{"type": "image"}`."""
+    return tuple(_as_openai(message) for message in messages)
+
+
+def spell(message: Message, thinking: bool = True) -> str:
+    """A message as one text: images as `[image]`, reasoning, if wanted, and calls as in the template."""
+    parts = ["[image]" if isinstance(part, (Path, Image.Image)) else part for part in message.parts]
+    texts = [
+        f"[THINK]{p.text}[/THINK]" if isinstance(p, Thought) else p for p in parts if thinking or isinstance(p, str)
+    ]
+    calls = (f"[TOOL_CALLS]{call.name}[ARGS]{dump(call.arguments)}" for call in message.calls)
+    return "".join([*texts, *calls])
+
+
+def dump(value: Any) -> str:
+    """JSON as the template has it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def image_path(value: Any, base: Path, where: str) -> Path:
+    """Path of an image named in a row, relative to `base`.
+
+    Raises:
+        UserError: not a non-empty string, or a URL that is not a local file.
+    """
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: an image must be the path of a file, got {value!r}")
+    scheme, separator, rest = value.partition("://")
+    if value.startswith("data:") or (separator and scheme != "file"):
+        raise UserError(f"{where}: image {value[:60]!r} is not a local file; save it and give its path")
+    return base / (rest if separator else value)
+
+
+def _disorder(raw: list[Any], why: str, where: str) -> UserError:
+    roles = str([m.get("role") for m in raw])
+    roles = roles if len(roles) <= 200 else roles[:200] + ".."
+    return UserError(
+        f"{where}: roles {roles} are not an optional system message followed by user and assistant in turn: {why}"
+    )
+
+
+def _either(roles: tuple[str, ...]) -> str:
+    return " or ".join(map(repr, roles))
+
+
+def _parse_message(role: str, raw: dict[str, Any], base: Path, where: str) -> Message:
+    content = raw.get("content")
+    if role == "assistant":
+        calls = _parse_calls(raw.get("tool_calls") or [], where)
+        parts = _parse_content(role, content or "", base, where)
+        if not calls and not any((part.text if isinstance(part, Thought) else str(part)).strip() for part in parts):
+            raise UserError(
+                f"{where}: message from assistant is an empty completion: it has neither text nor tool_calls"
+            )
+        return Message("assistant", parts, calls)
+    parts = _parse_content(role, content, base, where)
+    if role == "tool":
+        call_id = raw.get("tool_call_id")
+        if not isinstance(call_id, str):
+            raise UserError(
+                f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}"
+            )
+        return Message("tool", parts, call_id=call_id)
+    if not any(part for part in parts):
+        raise UserError(f"{where}: message from {role} is empty")
+    return Message("system" if role == "system" else "user", parts)
+
+
+def _parse_content(role: str, content: Any, base: Path, where: str) -> tuple[Part, ...]:
+    chunks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(chunks, list):
+        raise UserError(
+            f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r}"
+        )
+    return tuple(_parse_chunk(role, chunk, base, where) for chunk in chunks)
+
+
+def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
+    kind = chunk.get("type") if isinstance(chunk, dict) else None
+    value = chunk.get(kind) if kind is not None else None
+    if kind == "image_url" and isinstance(value, dict):
+        value = value.get("url")
+    if isinstance(value, str):
+        if kind == "text":
+            return value
+        if kind == "thinking" and role in ("assistant", "system"):
+            return Thought(value)
+        if kind in ("image", "image_url") and role == "user":
+            return image_path(value, base, where)
+    raise UserError(
+        f"{where}: message from {role} cannot hold {str(chunk)[:80]}; accepted are text, the user's image or "
+        "image_url, and thinking of the assistant or the system"
+    )
+
+
+def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
+    calls: list[ToolCall] = []
+    for call in raw if isinstance(raw, list) else [raw]:
+        function = (
+            call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
+        )
+        if not isinstance(function, dict) or not _is_name(function.get("name")):
+            raise UserError(
+                f"{where}: a tool call must be {{'id': .., 'type': 'function', 'function': {{'name': .., 'arguments': "
+                f"..}}}} with a name of 1 to 64 letters, digits, _ and -, got {str(call)[:80]}"
+            )
+        name, given = function["name"], function.get("arguments")
+        arguments = {} if given in (None, "") else _json_object(given) if isinstance(given, str) else given
+        if not isinstance(arguments, dict):
+            raise UserError(f"{where}: tool call {name} has arguments that are not a JSON object: {str(given)[:80]!r}")
+        call_id = call.get("id")
+        if not isinstance(call_id, str) or call_id in ("", "null", *(c.id for c in calls)):
+            raise UserError(f"{where}: tool call {name} needs an 'id' of its own, got {call_id!r}")
+        calls.append(ToolCall(name, arguments, None, call_id))
+    return tuple(calls)
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parse_completed(call: str) -> ToolCall:
+    name, separator, arguments = call.partition("[ARGS]")
+    if not separator:
+        return ToolCall(name[:64], None, "no [ARGS] after the name of the tool")
+    if not _is_name(name):
+        return ToolCall(name[:64], None, f"{name[:64]!r} is not the name of a tool")
+    parsed = _json_object(arguments)
+    return ToolCall(name, parsed, None if parsed is not None else f"arguments of {name} are not a JSON object")
+
+
+def _in_order_of_calls(messages: list[Message]) -> tuple[Message, ...]:
+    for n, message in enumerate(messages):
+        if message.calls:
+            order = {call.id: k for k, call in enumerate(message.calls)}
+            results = slice(n + 1, n + 1 + len(order))
+            messages[results] = sorted(messages[results], key=lambda result: order[result.call_id])
+    return tuple(messages)
+
+
+def _as_openai(message: Message) -> dict[str, Any]:
+    chunks = [_chunk(part) for part in message.parts]
+    one_text = len(message.parts) == 1 and isinstance(message.parts[0], str)
+    found: dict[str, Any] = {"role": message.role, "content": message.parts[0] if one_text else chunks}
+    if message.calls:
+        functions = ((call.id, {"name": call.name, "arguments": dump(call.arguments)}) for call in message.calls)
+        found["tool_calls"] = [{"id": name, "type": "function", "function": function} for name, function in functions]
+    if message.role == "tool":
+        found["tool_call_id"] = message.call_id
+    return found
+
+
+def _chunk(part: Part) -> dict[str, str]:
+    if isinstance(part, Thought):
+        return {"type": "thinking", "thinking": part.text}
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
