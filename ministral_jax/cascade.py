@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter, ValidationError
 
 from ministral_jax.config import (
+    AnyStage,
     DataStage,
     DistillStage,
     OnlineStage,
@@ -19,6 +21,7 @@ from ministral_jax.config import (
     Recipe,
     RecordStage,
     SFTStage,
+    Stage,
     StoredTeacher,
 )
 from ministral_jax.data.pipeline import PackedData, check_vocab, prepare
@@ -136,7 +139,11 @@ _ON_THE_WAY = {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "o
 
 def identity(recipe: Recipe, name: str, spec: ModelSpec) -> dict[str, Any]:
     """The settings that make a stage's result what it is; where it is computed and how it survives do not."""
-    config = recipe.stages[name].model_dump(mode="json", by_alias=True, exclude=_ON_THE_WAY)
+    return _identity(recipe.stages[name], spec)
+
+
+def _identity(stage: Stage, spec: ModelSpec) -> dict[str, Any]:
+    config = stage.model_dump(mode="json", by_alias=True, exclude=_ON_THE_WAY)
     return {"config": config, "spec": spec.model_dump(mode="json")}
 
 
@@ -161,8 +168,16 @@ def _check_unchanged(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) 
 
 
 def _read_begun(directory: Path) -> dict[str, Any] | None:
+    """The identity of the stage that a directory was begun with; settings that it did not know have their defaults."""
     path = directory / "stage.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stage: Any = TypeAdapter(AnyStage).validate_python(begun["config"])
+        return _identity(stage, ModelSpec.model_validate(begun["spec"]))
+    except (ValidationError, KeyError):
+        return begun
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
