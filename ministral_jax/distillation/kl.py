@@ -87,7 +87,7 @@ def distillation_loss(
     """
     check_shapes(hidden, head, targets, labels, mask, shards(vocab_axis))
     check_options(options, type(targets).__name__.lower())
-    loss, sums, count = _loss(*_vary_alike(hidden, head, targets, labels, mask, vocab_axis), options, vocab_axis)
+    loss, sums, count = _loss(*vary_alike(hidden, head, targets, labels, mask, vocab_axis), options, vocab_axis)
     return loss, {name: (sums[name], count) for name in ("ce", *_compared(targets))}
 
 
@@ -106,7 +106,7 @@ def cross_entropy(
     """
     check_shapes(hidden, head, None, labels, mask)
     options = LossOptions(ce_weight=1, chunk=chunk)
-    loss, sums, count = _loss(*_vary_alike(hidden, head, None, labels, mask, vocab_axis), options, vocab_axis)
+    loss, sums, count = _loss(*vary_alike(hidden, head, None, labels, mask, vocab_axis), options, vocab_axis)
     return loss, {name: (sums[name], count) for name in ("ce", "accuracy")}
 
 
@@ -149,7 +149,7 @@ def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions, axis: Ax
     What a caller leaves unused (the gradient, a reading) is not computed under `jit` and inside `scan`.
     """
     hidden, rows, labels = arrays
-    student = _logits(hidden, kernel)
+    student = chunk_logits(hidden, kernel)
     first = 0 if axis is None else jax.lax.axis_index(axis) * student.shape[-1]
     q, best = categorical(student, axis), top(student, axis)
     at_label = at(labels - first, student, axis)
@@ -181,13 +181,13 @@ def _compare(rows, teacher_kernel, q: Categorical, best: Array, options: LossOpt
             return compare_topk(rows, q, best)
         case Sampled():
             return compare_sampled(rows, q)
-    teacher = rows if teacher_kernel is None else _logits(rows, teacher_kernel)
+    teacher = rows if teacher_kernel is None else chunk_logits(rows, teacher_kernel)
     return compare(teacher.astype(q.logits.dtype), q, best, options)
 
 
-def _logits(hidden: Array, kernel: Array) -> Array:
+def chunk_logits(hidden: Array, kernel: Array) -> Array:
     """[B, c, D] x [D, V] -> [B, c, V] in the accumulator's dtype."""
-    return jnp.einsum("bcd,dv->bcv", hidden, kernel, preferred_element_type=_accumulator(hidden))
+    return jnp.einsum("bcd,dv->bcv", hidden, kernel, preferred_element_type=accumulator(hidden))
 
 
 # ---- sums over all chunks, with the gradient taken on the way -------------------------------------------------------
@@ -213,13 +213,13 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, axis: Axis, with_gradient: bool):
     """((loss sum, reading sums, count), (d_hidden, d_head)); the gradients are None unless asked for."""
-    dtype = _accumulator(hidden)
+    dtype = accumulator(hidden)
     kernel, weights = head.astype(hidden.dtype), mask.astype(dtype)
     rows, teacher_kernel = _unpack(targets)
 
     def accumulate(carry, arrays) -> tuple[Any, Any]:
         (sums, d_head), w = carry, arrays[-1]
-        counted = jax.tree.map(lambda a: _where_counted(w, a), arrays[:-1])
+        counted = jax.tree.map(lambda a: where_counted(w, a), arrays[:-1])
         readings, d_logits = _chunk_losses(counted, kernel, teacher_kernel, options, axis)
         sums = {name: sums[name] + jnp.sum(w * readings[name]) for name in sums}
         if not with_gradient:
@@ -242,7 +242,7 @@ def _scan_loss(hidden, head, targets, labels, mask, options: LossOptions, axis: 
     return (sums.pop("loss"), sums, jnp.sum(weights)), gradients
 
 
-def _vary_alike(hidden, head, targets, labels, mask, vocab_axis: Axis):
+def vary_alike(hidden, head, targets, labels, mask, vocab_axis: Axis):
     """Inside `shard_map`, let all arrays vary over the axes any of them varies over; the identity outside.
 
     Its transpose sums the gradient of a replicated head over the devices that share it, and that of the hidden states
@@ -262,17 +262,16 @@ def _vary_alike(hidden, head, targets, labels, mask, vocab_axis: Axis):
         vary(hidden, axes),
         vary(head, axes),
         jax.tree.map(lambda x: vary(x, of_teacher), targets),
-        vary(labels, axes - cut),
-        vary(mask, axes - cut),
+        *jax.tree.map(lambda x: vary(x, axes - cut), (labels, mask)),
     )
 
 
-def _where_counted(weights: Array, x: Array) -> Array:
+def where_counted(weights: Array, x: Array) -> Array:
     """`x` with zeros where the weight is zero: not even a NaN may leak out of a masked position."""
     return jnp.where((weights != 0).reshape(weights.shape + (1,) * (x.ndim - weights.ndim)), x, 0)
 
 
-def _accumulator(hidden: Array) -> Any:
+def accumulator(hidden: Array) -> Any:
     return jnp.promote_types(hidden.dtype, jnp.float32)
 
 

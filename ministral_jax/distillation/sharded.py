@@ -1,4 +1,4 @@
-"""The loss head on a mesh: the local functions of `kl.py` in one `jax.shard_map`.
+"""The loss head on a mesh: the local functions of `kl.py` and `logprobs.py` in one `jax.shard_map`.
 
 Tokens lie over the batch and length axes, V of the heads over the others that cut it. Before the loop over chunks each
 head is gathered over the axes that cut D; the transpose of that is one reduce-scatter of `d_head` after the loop. In
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ministral_jax.distillation import kl
 from ministral_jax.distillation.kl import Metrics
+from ministral_jax.distillation.logprobs import label_logprobs
 from ministral_jax.distillation.targets import (
     DEFAULT_CHUNK,
     Dense,
@@ -33,11 +34,11 @@ from ministral_jax.parallel import Placement, Rules, partition
 
 @dataclass(frozen=True)
 class LossHead:
-    """`kl`'s functions with the same arguments, results and errors, on arrays that lie on `placement`.
+    """The same arguments, results and errors as in `kl` and `logprobs`, on arrays that lie on `placement`.
 
     Heads are [D, V], `embed.T` when tied, and lie by the rules for ("embed", "vocab"), the teacher's by
     `teacher_rules` where these differ. Sums and metrics come out whole on every device, gradients where their arrays
-    lie. `chunk` counts tokens over the rows of one device. On one device these are `kl`'s functions.
+    lie. `chunk` counts tokens over the rows of one device. On one device these are those functions.
     """
 
     placement: Placement
@@ -63,6 +64,13 @@ class LossHead:
         """See `kl.evaluate_positions`; the readings lie as the labels do."""
         local = lambda *arrays, axis: kl.evaluate_positions(*arrays, chunk=chunk, vocab_axis=axis)
         return self._mapped(local, False, hidden, head, targets, labels)
+
+    def label_logprobs(
+        self, hidden: Array, head: Array, labels: Array, temperature: float = 1.0, chunk: int = DEFAULT_CHUNK
+    ) -> dict[str, Array]:
+        """See `logprobs.label_logprobs`; both results lie as the labels do."""
+        local = lambda hidden, head, _, labels, axis: label_logprobs(hidden, head, labels, temperature, chunk, axis)
+        return self._mapped(local, False, hidden, head, None, labels)
 
     def _mapped(self, local: Callable, summed: bool, hidden, head, targets, labels, *mask) -> Any:
         """`local` over the shards, its results summed over them or left where the tokens lie."""
@@ -93,7 +101,7 @@ class LossHead:
                 theirs = None
 
         def inside(hidden, head, targets, labels, *mask):
-            head = whole_head(head, own, over if summed else ())
+            head = whole_head(head, own, over)
             if isinstance(targets, Hidden):
                 # Cast first, as it gets no gradient: half the bytes to gather.
                 targets = Hidden(targets.hidden, whole_head(targets.head.astype(targets.hidden.dtype), theirs.head))
