@@ -48,7 +48,7 @@ def said(content, *calls):
     return {**message, "tool_calls": list(calls)} if calls else message
 
 
-def call(name, arguments, call_id="c1"):
+def call(name, arguments, call_id: str | None = "c1"):
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -132,7 +132,8 @@ def test_chats_with_tools_are_encoded_as_in_mistral_common(name, tokenizer):
 
 def test_what_the_assistant_wrote_and_nothing_else_is_a_target(tokenizer):
     def spelled(name):
-        document = rendered(*CHATS[name], tokenizer)
+        raw, tools = CHATS[name]
+        document = rendered(raw, tools, tokenizer)
         on = np.flatnonzero(document.flags)
         assert set(document.flags[on]) == {TRAINABLE}
         runs = np.split(document.tokens[on], np.flatnonzero(np.diff(on) > 1) + 1)
@@ -235,8 +236,8 @@ def test_calls_are_read_from_a_completion():
         "f[ARGS][1]": "arguments of f are not a JSON object",
         "f[ARGS]" + "[" * 10**5: "arguments of f are not a JSON object",
     }.items():
-        (found,) = parse_tool_calls("[TOOL_CALLS]" + text)
-        assert found.arguments is None and found.problem == problem
+        (found,) = parse_tool_calls("[TOOL_CALLS]" + text) or [None]
+        assert found is not None and found.arguments is None and found.problem == problem
 
 
 def test_messages_can_be_written_as_json():
@@ -261,7 +262,7 @@ def source(tmp_path):
     return write
 
 
-def test_rows_as_documents_and_as_prompts(source, tmp_path):
+def test_rows_as_documents_and_as_prompts(source, tokenizer, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     chat, tools = CHATS["answered"]
     rows = source(
@@ -276,6 +277,8 @@ def test_rows_as_documents_and_as_prompts(source, tmp_path):
     assert documents[0].columns == {"rubrics": ["kind"]} and documents[0].tools[0]["function"]["name"] == "weather"
     assert documents[1].columns == {"answer": "4", "image": "a.png", "level": 3}
     assert documents[2].columns == {"answer": "y"} and documents[2].tools == ()
+    stored = tokenise(rows, tokenizer, VISION, PIXEL_BOUND, tmp_path)
+    assert np.array_equal(stored.tokens[: stored.starts[1]], rendered(chat, tools, tokenizer).tokens)
 
     only = source({"messages": [user("x")], "answer": "1"}, {"prompt": "p"}, {"prompt": [SYSTEM, user("q")]})
     assert [p.messages[-1].parts for p in read_documents(only, prompts=True)] == [("x",), ("p",), ("q",)]

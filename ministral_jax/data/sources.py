@@ -189,23 +189,23 @@ def _parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) ->
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
-    columns = {
-        key: value for key, value in row.items() if key not in ("messages", "tools", "prompt", "question", "text")
-    }
     tools: tuple[dict[str, Any], ...] = ()
-    compared = "chosen" in row and "rejected" in row and ("messages" in row or "prompt" in row)
+    text, messages = None, ()
+    compared = not prompts and {"chosen", "rejected"} <= row.keys()
     if "messages" in row or ((prompts or compared) and "prompt" in row):
+        used = {"messages", "prompt", "tools"}
         messages = _conversation(row, path.parent, prompts or compared, where)
         tools = parse_tools(row.get("tools") or [], where)
     elif "text" in row and not prompts:
-        return (Document(name, where, text=_string(row, "text", where), columns=columns),)
+        used, text = {"text"}, _string(row, "text", where)
     elif "question" in row and "answer" in row:
-        messages = _question(row, path.parent, prompts, where)
+        used, messages = {"question"}, _question(row, path.parent, prompts, where)
     else:
         needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
         raise UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
-    document = Document(name, where, messages=messages, tools=tools, columns=columns)
-    return judge_documents(document, *_compared(row, where)) if compared and not prompts else (document,)
+    columns = {key: value for key, value in row.items() if key not in used}
+    document = Document(name, where, text, messages, tools, columns)
+    return judge_documents(document, *_compared(row, where)) if compared and "messages" in used else (document,)
 
 
 def _conversation(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:

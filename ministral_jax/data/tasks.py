@@ -162,36 +162,27 @@ def _instructions(n: int, _: bool) -> Document:
 def _instruction(n: int) -> tuple[str, str, dict[str, Any]]:
     """Question, answer, and what any answer must satisfy."""
     dice = _dice(f"instructions {n}")
-    word, other = _WORDS[dice(len(_WORDS))], _WORDS[dice(len(_WORDS))]
+    first = dice(len(_WORDS))
+    word, other = _WORDS[first], _WORDS[first - 1 - dice(len(_WORDS) - 1)]  # never the same
     times = 2 + dice(4)
     match dice(5):
         case 0:
-            said = " ".join([word] * times)
-            return f"Say {word} {times} times.", said, dict(contains=said, max_words=times)
+            question, answer = f"Say {word} {times} times.", " ".join([word] * times)
+            constraints = dict(contains=answer, max_words=times)
         case 1:
-            return f"Say {word} in capitals.", word.upper(), dict(contains=word.upper(), uppercase=True, max_words=1)
+            question, answer = f"Say {word} in capitals.", word.upper()
+            constraints = dict(contains=answer, uppercase=True, max_words=1)
         case 2:
             top = times + dice(5)
-            counted = " ".join(map(str, range(1, top + 1)))
-            return (
-                f"Count to {top}.",
-                counted,
-                dict(starts_with="1", contains=counted, ends_with=str(top), max_words=top),
-            )
+            question, answer = f"Count to {top}.", " ".join(map(str, range(1, top + 1)))
+            constraints = dict(starts_with="1", contains=answer, ends_with=str(top), max_words=top)
         case 3:
-            said = f"{word}\n{other}"
-            return (
-                f"Say {word} and {other} on 2 lines.",
-                said,
-                dict(starts_with=word, ends_with=other, lines=2, max_words=2),
-            )
+            question, answer = f"Say {word} and {other} on 2 lines.", f"{word}\n{other}"
+            constraints = dict(starts_with=word, ends_with=other, lines=2, max_words=2)
         case _:
-            said = f"{word} {other}"
-            return (
-                f"Say {word}, then {other}.",
-                said,
-                dict(starts_with=word, ends_with=other, lowercase=True, lines=1, max_words=2),
-            )
+            question, answer = f"Say {word}, then {other}.", f"{word} {other}"
+            constraints = dict(starts_with=word, ends_with=other, lowercase=True, lines=1, max_words=2)
+    return question, answer, constraints
 
 
 def _preference(n: int) -> Document:
@@ -208,7 +199,7 @@ def _preference(n: int) -> Document:
 
 
 def _spoilt(fault: str, right: str, task: Document, dice: Callable[[int], int]) -> str:
-    arithmetic = right.isdigit()
+    arithmetic = "constraints" not in task.columns
     match fault:
         case "repetition":
             return " ".join([right] * max(8 // len(right.split()), 2))
