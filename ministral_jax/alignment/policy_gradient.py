@@ -1,6 +1,6 @@
 """Group-relative policy optimisation as in Magistral: no KL term, no reference model.
 
-Formulas: Magistral (arXiv 2506.10910, §2.1), DAPO (arXiv 2503.14476, eq. 8), Dr. GRPO (arXiv 2503.20783, §3.2), GRPO
+Formulas: Magistral (arXiv 2506.10910, §2.1), DAPO (arXiv 2503.14476, eq. 8), Dr. GRPO (arXiv 2503.20783, §3), GRPO
 (arXiv 2402.03300, eq. 3); names as in TRL. Letters: P prompts, G completions of each (a group), T tokens, B rows.
 
 Advantages and the weights of tokens are made on the host, over the whole batch of an update. The loss of rows is then a

@@ -1,0 +1,69 @@
+"""Calibration of a judge's probabilities on pairs whose better response is known.
+
+Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599): temperature scaling (§4.2) and the
+expected calibration error (eq. 3). N counts pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from ministral_jax.errors import UserError
+
+TEMPERATURES = (0.05, 20.0)
+"""Where a temperature is looked for; a judge that is always right, or no better than chance, ends up at a bound."""
+
+
+def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
+    """The temperature T that minimises the binary cross-entropy of sigmoid(logit / T), within `TEMPERATURES`.
+
+    Args:
+        logits: `[N]`, log-odds that A is better.
+        outcomes: `[N]`, 1 where A is better, 0 where B is.
+
+    Raises:
+        UserError: nothing to fit, shapes differ, a logit is not finite, or an outcome is neither 0 nor 1.
+    """
+    logits, outcomes = _checked("logits", logits, outcomes)
+
+    def cross_entropy(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return float(np.mean(np.logaddexp(0, scaled) - outcomes * scaled))
+
+    # Convex in 1 / T, hence with one minimum in log T too.
+    found = minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 15) -> float:
+    """Mean of |accuracy - confidence| over bins of equal width in (0, 1], weighted by the pairs in them.
+
+    The confidence is that in the likelier response, so no pair lies below 1/2. At 1/2 the prediction is half right.
+
+    Args:
+        probabilities: `[N]` in [0, 1], that A is better.
+        outcomes: `[N]`, 1 where A is better, 0 where B is.
+
+    Raises:
+        UserError: as in `fit_temperature`, or a probability lies outside [0, 1].
+    """
+    probabilities, outcomes = _checked("probabilities", probabilities, outcomes)
+    if (wrong := probabilities[(probabilities < 0) | (probabilities > 1)]).size:
+        raise UserError(f"calibration: probability {wrong[0]} must lie in [0, 1]")
+    confidence = np.maximum(probabilities, 1 - probabilities)
+    correct = (1 + np.sign(probabilities - 0.5) * (2 * outcomes - 1)) / 2
+    index = np.ceil(confidence * bins).astype(int) - 1  # bin m holds ((m - 1) / M, m / M]
+    gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(probabilities))
+
+
+def _checked(name: str, values: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, outcomes = np.asarray(values, np.float64), np.asarray(outcomes, np.float64)
+    if values.ndim != 1 or values.shape != outcomes.shape or not values.size:
+        raise UserError(f"calibration: {name} {values.shape} and outcomes {outcomes.shape} must be [N], N at least 1")
+    if not np.isfinite(values).all():
+        raise UserError(f"calibration: {name} must be finite, found {values[~np.isfinite(values)][0]}")
+    if (wrong := outcomes[(outcomes != 0) & (outcomes != 1)]).size:
+        raise UserError(f"calibration: outcome {wrong[0]} must be 0 or 1")
+    return values, outcomes
