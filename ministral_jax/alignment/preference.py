@@ -84,9 +84,9 @@ def preference_loss(
     side = jnp.sign(p - 0.5)
     if options.loss_type == "dpo":
         p = (1 + side) / 2
-    reward_a = options.beta * (there(policy_a) - fixed(reference_a))
-    reward_b = options.beta * (there(policy_b) - fixed(reference_b))
-    margin = reward_a - reward_b
+    log_ratio_a, log_ratio_b = there(policy_a) - fixed(reference_a), there(policy_b) - fixed(reference_b)
+    # Not the difference of two products: of equals, fused with the subtraction, it leaves the rounding of one.
+    margin = options.beta * (log_ratio_a - log_ratio_b)
     scale = weights / options.beta if options.rescale_beta else weights
     loss = -jnp.sum(scale * (p * jax.nn.log_sigmoid(margin) + (1 - p) * jax.nn.log_sigmoid(-margin)))
     decided = weights * jnp.abs(side)
@@ -96,6 +96,6 @@ def preference_loss(
         "entropy_floor": (jnp.sum(scale * (entr(p) + entr(1 - p))), jnp.sum(weights)),
         "margin": over(decided, side * margin),
         "accuracy": over(decided, (1 + jnp.sign(side * margin)) / 2),
-        "reward_chosen": over(decided, jnp.where(side > 0, reward_a, reward_b)),
+        "reward_chosen": over(decided, options.beta * jnp.where(side > 0, log_ratio_a, log_ratio_b)),
     }
     return loss, jax.lax.stop_gradient(metrics)

@@ -1,0 +1,140 @@
+"""Whether an answer is the row's, by text or by mathematics (`math_verify`).
+
+math_verify's own timeouts are alarms, which only the main thread of a process can set and which leave nothing but False
+behind: they are off here, and `scoring.Scorer` bounds the time of the process that this runs in.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from typing import Any
+
+from ministral_jax.alignment.rewards import AccuracyReward
+from ministral_jax.alignment.sample import Sample
+from ministral_jax.errors import UserError
+
+_NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{1,300})?")
+_MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
+_COMMAND = re.compile(r"\\[a-zA-Z]+|\b(sin|cos|tan|log|ln|exp|sqrt|pi|max|min|oo|inf)\b")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_FUNCTION = re.compile(r"(?<!\\)\b(sin|cos|tan|log|ln|exp)\b")
+_APART = re.compile(r"\w\s+\w")
+
+
+def gold_answer(columns: dict[str, Any], settings: AccuracyReward, where: str) -> str:
+    """The row's answer as stripped text.
+
+    Raises:
+        UserError: no such column, or neither text that is not empty nor a finite number.
+    """
+    gold = columns.get(settings.column)
+    if isinstance(gold, str) and gold.strip():
+        return gold.strip()
+    if isinstance(gold, int | float) and not isinstance(gold, bool) and math.isfinite(gold):
+        return str(gold)
+    found = f"{settings.column} is {gold!r}" if settings.column in columns else f"there is no column {settings.column}"
+    raise UserError(f"{where}: {found}; the reward accuracy needs text that is not empty or a number there")
+
+
+def check_gold(columns: dict[str, Any], settings: AccuracyReward, where: str) -> None:
+    """
+    Raises:
+        UserError: the row has no answer, or one that is no mathematics where text is not asked for (`exact`).
+    """
+    gold = gold_answer(columns, settings, where)
+    if not settings.exact and not _NUMBER.fullmatch(gold):
+        _parse_gold(gold, settings, where)
+
+
+def quick_accuracy(sample: Sample, settings: AccuracyReward) -> float | None:
+    """The reward where it needs no mathematics; None elsewhere."""
+    gold, answer = gold_answer(sample.columns, settings, sample.where), sample.answer.strip()
+    sure = settings.exact or _NUMBER.fullmatch(gold) is not None
+    if sure and (answer == gold or not answer):
+        return float(answer == gold)
+    if re.fullmatch(r"[+-]?\d{1,300}", gold) and re.fullmatch(r"[+-]?\d{1,300}", answer):
+        return float(int(gold) == int(answer))
+    return None
+
+
+def accuracy(sample: Sample, settings: AccuracyReward) -> float:
+    r"""1 when the stripped answer is the row's, or its last expression equals it mathematically; else 0.
+
+    The last expression is the last `\boxed{}`, else the last formula or number. An answer without any scores 0, and so
+    does one to a plain number that leaves a sum or a product to be worked out (12 + 30 for 42): the question often says
+    it already.
+
+    Raises:
+        UserError: a row without an answer that can be parsed.
+    """
+    quick = quick_accuracy(sample, settings)
+    if quick is not None:
+        return quick
+    gold, answer = gold_answer(sample.columns, settings, sample.where), sample.answer.strip()
+    expected = _parse_gold(gold, settings, sample.where)
+    if answer == gold:
+        return 1.0
+    given = _parse(_last_boxed(answer))
+    if not expected or not given or (_is_number(expected[0]) and not _is_worked_out(given[0])):
+        return 0.0
+    from math_verify import verify
+
+    return float(verify(expected, given, timeout_seconds=None))
+
+
+def _parse_gold(gold: str, settings: AccuracyReward, where: str) -> list[Any]:
+    found = _parse(gold)
+    if not found and not settings.exact:
+        raise UserError(
+            f"{where}: {settings.column} is {gold!r}, which is no mathematical expression; "
+            f"`exact: true` of the reward accuracy compares such answers as text"
+        )
+    return found
+
+
+def _parse(text: str) -> list[Any]:
+    """The last expression of a text, at most one; text that is one expression without being marked as one is marked."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
+    from math_verify import parse
+
+    if not _MARKED.search(text) and not _WORD.search(_COMMAND.sub(" ", text)) and not _APART.search(text):
+        marked = _FUNCTION.sub(r"\\\1", text)
+        found = parse(f"${marked}$", fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
+        if found:
+            return found
+    return parse(text, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
+
+
+def _last_boxed(text: str) -> str:
+    r"""The last `\boxed{..}` of a text with its braces matched; all of the text where there is none."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return text
+    depth = 0
+    for end in range(start + len(r"\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start : end + 1]
+    return ""
+
+
+def _is_number(expression: Any) -> bool:
+    return bool(getattr(expression, "is_Number", False))
+
+
+def _is_worked_out(expression: Any) -> bool:
+    """Whether nothing is left to be added or multiplied: 42, 84/2, 2^5 and 4.2 * 10 ^ 1 are, 40 + 2 is not."""
+    import sympy
+
+    if isinstance(expression, sympy.Equality):  # 12 + 30 = 42
+        return _is_worked_out(expression.rhs)
+    if not isinstance(expression, sympy.Basic):
+        return True
+    if expression.has(sympy.Add):
+        return False
+    return all(
+        len([factor for factor in product.args if factor.is_Number and factor not in (1, -1)]) <= 1
+        for product in expression.atoms(sympy.Mul)
+    )

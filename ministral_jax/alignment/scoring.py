@@ -1,0 +1,270 @@
+"""Scores samples: cheap rewards here, the others in worker processes under a time limit. Free of JAX.
+
+A reward that raises, takes too long or returns no finite number is a fault that is said, never a silent zero. What
+comes out depends neither on the number of workers nor on the order of the samples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import multiprocessing
+import numbers
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, TimeoutError
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+
+from ministral_jax.alignment import code_reward, mathematics, reward_functions
+from ministral_jax.alignment.rewards import (
+    AccuracyReward,
+    AnyReward,
+    CodeReward,
+    ConstraintsReward,
+    FormatReward,
+    LanguageReward,
+    LengthReward,
+    RubricReward,
+    UserReward,
+)
+from ministral_jax.alignment.sample import Sample
+from ministral_jax.errors import UserError
+
+_CHEAP: dict[type, Callable[[Sample, Any], float]] = {
+    FormatReward: reward_functions.format_reward,
+    ConstraintsReward: reward_functions.constraints_reward,
+    LanguageReward: reward_functions.language_reward,
+    LengthReward: reward_functions.length_reward,
+}
+
+
+class Scores(NamedTuple):
+    """Of N samples.
+
+    total [N] float64: sum of weight * reward; NaN for a sample that could not be scored and is to be left out.
+    parts: each reward [N] float64, unweighted; NaN where it failed.
+    problems: a sentence for each failure.
+    """
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
+    problems: list[str]
+
+
+class Scorer:
+    """Rewards with their worker processes, which start when they are first needed.
+
+    Args:
+        workers: processes that score at once.
+        seconds: that a reward may take for one sample (code has limits of its own).
+        on_error: stop at a failure, or drop the sample, and stop when more than half of the samples have one.
+
+    Raises:
+        UserError: a function or judge that cannot be imported or called.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, AnyReward],
+        workers: int,
+        seconds: float = 10,
+        on_error: Literal["stop", "drop"] = "stop",
+    ) -> None:
+        self._rewards = dict(rewards)
+        self._workers = workers
+        self._seconds = seconds
+        self._on_error = on_error
+        self._pool: Any = None
+        for name, reward in self._rewards.items():
+            for path in _paths(reward):
+                resolve(path, f"rewards.{name}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes at once."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def check(self, columns: Mapping[str, Any], where: str) -> None:
+        """
+        Raises:
+            UserError: a row that a reward could not judge, or a reward that cannot be given on this machine.
+        """
+        for reward in self._rewards.values():
+            match reward:
+                case AccuracyReward():
+                    mathematics.check_gold(dict(columns), reward, where)
+                case ConstraintsReward():
+                    reward_functions.check_constraints(columns.get("constraints"), where)
+                case CodeReward():
+                    code_reward.check_code(reward)
+                    code_reward.check_tests(dict(columns), reward, where)
+                case RubricReward():
+                    _rubrics(columns, where)
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """
+        Raises:
+            UserError: a reward failed, or with `on_error="drop"` more than half of the samples have one that did.
+        """
+        jobs = {name: [self._start(reward, sample) for sample in samples] for name, reward in self._rewards.items()}
+        parts, problems, failed = {}, [], set()
+        try:
+            for name, reward in self._rewards.items():
+                parts[name] = np.full(len(samples), np.nan)
+                for n, (sample, job) in enumerate(zip(samples, jobs[name], strict=True)):
+                    value, fault = _outcome(job, self._allowed(reward))
+                    if fault is None:
+                        parts[name][n] = value
+                        continue
+                    problems.append(f"the reward {name} of {sample.where} {fault}")
+                    failed.add(n)
+                    if self._on_error == "stop":
+                        raise UserError(problems[-1])
+        finally:
+            for job in (job for of_reward in jobs.values() for job in of_reward if isinstance(job, Future)):
+                job.cancel()
+        if 2 * len(failed) > len(samples):
+            raise UserError(f"{len(failed)} of {len(samples)} samples could not be scored; the first: {problems[0]}")
+        total = sum((self._rewards[name].weight * part for name, part in parts.items()), np.zeros(len(samples)))
+        return Scores(total, parts, problems)
+
+    def _allowed(self, reward: AnyReward) -> float:
+        return code_reward.code_seconds(reward) if isinstance(reward, CodeReward) else self._seconds
+
+    def _start(self, reward: AnyReward, sample: Sample) -> Future | tuple[Any, str | None]:
+        """A reward that is known already (`_evaluate`'s result), or that a worker will know."""
+        if type(reward) in _CHEAP:
+            return _evaluate(reward, sample)
+        if isinstance(reward, AccuracyReward):
+            try:
+                quick = mathematics.quick_accuracy(sample, reward)
+            except UserError as error:
+                return None, _raised(error)
+            if quick is not None:
+                return quick, None
+        if self._pool is None:
+            self._pool = _start_pool(self._workers, tuple(self._rewards.values()))
+        return self._pool.schedule(_evaluate, args=(reward, sample), timeout=self._allowed(reward))
+
+
+def resolve(path: str, where: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names.
+
+    Raises:
+        UserError: it cannot be imported, is not there, or cannot be called.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise UserError(f"{where}: {path} cannot be imported ({type(error).__name__}: {error})") from None
+    if not callable(function):
+        raise UserError(f"{where}: {path} is a {type(function).__name__}, not a function")
+    return function
+
+
+def _paths(reward: AnyReward) -> tuple[str, ...]:
+    match reward:
+        case UserReward():
+            return (reward.function,)
+        case RubricReward():
+            return (reward.judge,)
+    return ()
+
+
+def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
+    import pebble
+
+    pebble.CONSTS.term_timeout = 0.1  # workers ignore SIGTERM, see below, and are killed
+    return pebble.ProcessPool(
+        max_workers=workers,
+        context=multiprocessing.get_context("spawn"),  # a fork of a process that runs JAX may deadlock
+        initializer=_prepare_worker,
+        initargs=(rewards,),
+    )
+
+
+def _prepare_worker(rewards: tuple[AnyReward, ...]) -> None:
+    # A job that is to stop sends SIGTERM to all of its processes, and still has this batch to finish.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: never outlive the job
+    # Imports now, since the time of a sample counts from when a worker takes it.
+    if any(isinstance(reward, AccuracyReward) for reward in rewards):
+        import math_verify
+
+        assert math_verify
+    for path in (path for reward in rewards for path in _paths(reward)):
+        with suppress(Exception):  # said when it is called
+            resolve(path, "rewards")
+
+
+def _rubrics(columns: Mapping[str, Any], where: str) -> list[str]:
+    rubrics = columns.get("rubrics")
+    if not isinstance(rubrics, list) or not rubrics or not all(isinstance(r, str) and r.strip() for r in rubrics):
+        raise UserError(f"{where}: column rubrics is {rubrics!r}; the reward rubric needs a list of texts there")
+    return rubrics
+
+
+def _rubric_reward(sample: Sample, settings: RubricReward) -> float:
+    judge = resolve(settings.judge, "rewards")
+    verdicts = []
+    for rubric in _rubrics(sample.columns, sample.where):
+        verdict = judge(sample, rubric)
+        if not isinstance(verdict, bool | np.bool_ | numbers.Real) or not 0 <= float(verdict) <= 1:
+            raise ValueError(f"the judge says {verdict!r} to {rubric!r}, which is neither true, false nor from 0 to 1")
+        verdicts.append(float(verdict))
+    return math.fsum(verdicts) / len(verdicts)
+
+
+def _evaluate(reward: AnyReward, sample: Sample) -> tuple[Any, str | None]:
+    """A reward and None, or None and what went wrong. Never raises: not every exception can be sent."""
+    try:
+        match reward:
+            case AccuracyReward():
+                value = mathematics.accuracy(sample, reward)
+            case CodeReward():
+                value = code_reward.code_reward(sample, reward)
+            case RubricReward():
+                value = _rubric_reward(sample, reward)
+            case UserReward():
+                value = resolve(reward.function, "rewards")(sample, **reward.options)
+            case _:
+                value = _CHEAP[type(reward)](sample, reward)
+    except BaseException as error:  # a function may call exit()
+        return None, _raised(error)
+    if not isinstance(value, bool | np.bool_ | numbers.Real) or not math.isfinite(value):
+        return None, f"is {value!r}, not a finite number"
+    return float(value), None
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+
+
+def _outcome(job: Future | tuple[Any, str | None], seconds: float) -> tuple[Any, str | None]:
+    if not isinstance(job, Future):
+        return job
+    from pebble import ProcessExpired
+
+    try:
+        return job.result()
+    except TimeoutError:
+        return None, f"took longer than {seconds:g} s"
+    except ProcessExpired as error:
+        return None, f"ended its process (exit code {error.exitcode})"
+    except Exception as error:  # what could not be sent to a worker or back
+        return None, _raised(error)
