@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ministral_jax.alignment.rewards import Scorer, Scores
 from ministral_jax.alignment.rollout import Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.scoring import Scorer, Scores
 from ministral_jax.config import GenerateConfig
 from ministral_jax.data.prompts import PromptData
 from ministral_jax.errors import UserError

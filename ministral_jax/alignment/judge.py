@@ -48,7 +48,7 @@ class Judge:
         forth = [self.tokens(judge_messages(c, x, y)) for c, x, y in pairs]
         back = [self.tokens(judge_messages(c, y, x)) for c, x, y in pairs]
         logits = self.logits(params, forth + back)
-        return both_orders(*np.split(logits, 2), self.temperature)
+        return both_orders(logits[: len(pairs)], logits[len(pairs) :], self.temperature)
 
     def tokens(self, messages: tuple[Message, ...]) -> np.ndarray:
         """A question as the judge reads it; cut in the middle where it is longer than the judge's context."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 from ministral_jax.data.conversation import parse_tool_calls
 from ministral_jax.data.tokenizer import Tokenizer
-from ministral_jax.errors import UserError
 from ministral_jax.parallel import is_first
 from ministral_jax.training.checksums import from_first
 
@@ -43,21 +41,3 @@ class ToolBox:
             return result if isinstance(result, str) else json.dumps(result)
         except Exception as error:
             return f"error: {error}"
-
-
-def function_at(path: str, where: str) -> Callable[..., Any]:
-    """A function by its dotted path, `package.module:function`.
-
-    Raises:
-        UserError: there is none.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{where} = {path!r} must be 'package.module:function' of something importable: {error}"
-        ) from None
-    if not callable(found):
-        raise UserError(f"{where} = {path!r} is not a function")
-    return found

@@ -13,7 +13,8 @@ from scipy.special import expit
 from ministral_jax.alignment.judge import Judge
 from ministral_jax.alignment.preference import PreferenceOptions, decide, preference_loss
 from ministral_jax.alignment.rollout import Params, Sampler, training_rows
-from ministral_jax.alignment.tools import ToolBox, function_at
+from ministral_jax.alignment.scoring import resolve
+from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.evaluation import hidden
 from ministral_jax.manifest import read_manifest
@@ -41,7 +42,7 @@ def run(job: Job) -> Result:
     stage, clock, prompts = job.stage, Clock(), open_stage_prompts(job)
     tools = None
     if stage.tools is not None:
-        tools = ToolBox(function_at(stage.tools, f"stages.{job.name}.tools"), stage.tool_rounds)
+        tools = ToolBox(resolve(stage.tools, f"stages.{job.name}.tools"), stage.tool_rounds)
     sampler = Sampler(job.spec, stage.compute, job.placement, prompts.tokenizer, stage.temperature, tools)
     judge = None if stage.judge is None else _open_judge(job, sampler)
     assert job.source is not None
@@ -96,10 +97,10 @@ def objective(spec: ModelSpec, compute: Compute, options: PreferenceOptions, hea
     read = answer_logprobs(spec, compute, heads)
 
     def loss(params, frozen, batch):
-        policy = jnp.split(read({**params, **frozen}, batch), 2)
-        reference = jnp.split(batch["reference"], 2)
+        policy_a, policy_b = jnp.split(read({**params, **frozen}, batch), 2)
+        reference_a, reference_b = jnp.split(batch["reference"], 2)
         probability, weights = (jnp.split(batch[name], 2)[0] for name in ("probability", "weights"))
-        return preference_loss(*policy, *reference, probability, weights, options)
+        return preference_loss(policy_a, policy_b, reference_a, reference_b, probability, weights, options)
 
     return loss
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ministral_jax.alignment.examine import Examiner, conduct, score_together
-from ministral_jax.alignment.rewards import RewardsConfig, Scorer, Scores
+from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Episode, Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.scoring import Scorer, Scores
 from ministral_jax.config import OnlineStage, RewardStage, SFTStage
 from ministral_jax.data.pipeline import check_vocab
 from ministral_jax.data.prompts import Progress, PromptData, PromptRow, open_prompts
