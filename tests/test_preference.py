@@ -169,7 +169,7 @@ def test_parts_of_a_batch_add_up_and_nothing_but_the_policy_has_a_gradient():
         others = jax.grad(lambda *x: preference_loss(*x, options)[0], (2, 3, 4))(*map(jnp.asarray, inputs))
     add = lambda w, *x: np.testing.assert_allclose(sum(x), w, rtol=1e-13)
     jax.tree.map(add, *jax.device_get((whole, *parts)))
-    assert all((x == 0).all() for x in others)
+    assert all((x == 0).all() for x in jax.device_get(others))
 
 
 # ---- on the host ----------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def start_program(request, output, report):
         os.close(stdin)
         return pid
     try:
+        libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.setsid()
         null = os.open("/dev/null", os.O_WRONLY)
         moved = [fcntl.fcntl(file, fcntl.F_DUPFD, 10) for file in (stdin, output, null, task, report)]

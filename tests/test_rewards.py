@@ -1,0 +1,403 @@
+"""Rewards as functions, as settings of a recipe, and under failures."""
+
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from ministral_jax.alignment import scoring
+from ministral_jax.alignment.mathematics import accuracy, check_gold
+from ministral_jax.alignment.reward_functions import (
+    check_constraints,
+    constraints_reward,
+    format_reward,
+    language_reward,
+    length_reward,
+)
+from ministral_jax.alignment.rewards import (
+    AccuracyReward,
+    ConstraintsReward,
+    FormatReward,
+    LanguageReward,
+    LengthReward,
+    RewardsConfig,
+)
+from ministral_jax.alignment.sample import Sample, split_thinking
+from ministral_jax.errors import UserError
+
+FUNCTIONS = """
+    import os, sys, time
+
+    NUMBER = 3
+
+    def first_number(sample, scale=1.0):
+        return scale * float(sample.answer)
+
+    def without_jax(sample):
+        return not any(name == "jax" or name.startswith("jax.") for name in sys.modules)
+
+    def by_order(sample):
+        match sample.answer:
+            case "raise": raise KeyError("no such\\nthing")
+            case "nan": return float("nan")
+            case "text": return "good"
+            case "none": return None
+            case "exit": sys.exit(3)
+            case "die": os._exit(7)
+            case "hang": time.sleep(600)
+        return 1.0
+
+    class Odd(Exception):
+        def __init__(self, a, b): super().__init__(a); self.handle = open(os.devnull)
+
+    def unpicklable(sample):
+        raise Odd("odd", 2)
+
+    def judge(sample, rubric):
+        return {"half": 0.5, "beyond": 1.5}.get(rubric, rubric in sample.answer)
+"""
+
+
+def sample(
+    text="42", *, prompt="What is 40 + 2?", stopped="stop", tokens=(5,), limit=64, where="rows.jsonl:1", **columns
+):
+    thinking, answer = split_thinking(text)
+    messages = ({"role": "user", "content": prompt},)
+    return Sample(messages, text, thinking, answer, tuple(tokens), stopped, False, columns, where, limit)
+
+
+def settings(**rewards):
+    return TypeAdapter(RewardsConfig).validate_python(rewards)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def functions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("functions")
+    (folder / "reward_functions_of_a_user.py").write_text(textwrap.dedent(FUNCTIONS))
+    (folder / "broken_module_of_a_user.py").write_text("1 / 0\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield "reward_functions_of_a_user"
+
+
+@pytest.fixture(scope="module")
+def by_order(functions):
+    rewards = settings(orders={"kind": "user", "function": f"{functions}:by_order"})
+    with scoring.Scorer(rewards, workers=2, seconds=1.0, on_error="drop") as scorer:
+        scorer.score([sample("warm")])
+        yield scorer
+
+
+def test_settings_of_a_recipe():
+    rewards = settings(accuracy={"weight": 0.9}, format=None, brevity={"kind": "length", "cache": 16})
+    assert rewards["accuracy"] == AccuracyReward(weight=0.9) and rewards["format"] == FormatReward()
+    assert rewards["brevity"] == LengthReward(cache=16)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "at", "said"),
+    [
+        ({"accuracy": {"wieght": 1}}, ("accuracy", "accuracy", "wieght"), "Extra inputs"),
+        ({"accuracy": {"weight": math.nan}}, ("accuracy", "accuracy", "weight"), "finite"),
+        ({"brevity": {"cache": 16}}, ("brevity",), "brevity"),
+        ({"length": {"cache": 0}}, ("length", "length", "cache"), "greater than or equal to 1"),
+        ({"mine": {"kind": "user", "function": "no colon"}}, ("mine", "user", "function"), "pattern"),
+        ({"accuracy": 3}, ("accuracy",), "valid dictionary"),
+        ({}, (), "at least 1 item"),
+        (["accuracy"], (), "valid dictionary"),
+    ],
+)
+def test_settings_that_are_refused(rewards, at, said):
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(RewardsConfig).validate_python(rewards)
+    (error,) = refused.value.errors()
+    assert error["loc"] == at and said in error["msg"]
+
+
+def test_jax_is_not_imported():
+    names = "rewards, scoring, reward_functions, mathematics, code_reward"
+    code = f"import sys; from ministral_jax.alignment import {names}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("42", "42", 1),
+        (42, " 42\n", 1),
+        ("42", "43", 0),
+        ("42", "042", 1),
+        ("42", "", 0),
+        ("42", "forty-two", 0),
+        ("42", "The answer is $42$.", 1),
+        ("42", "41, so 42", 1),
+        ("42", "42, so 41", 0),
+        ("42", "12 + 30 = 42", 1),
+        ("42", "12 + 30", 0),
+        ("42", r"$6 \times 7$", 0),
+        ("42", "84/2", 1),
+        ("32", "2^5", 1),
+        ("1500", r"$1.5 \times 10^3$", 1),
+        ("1,000", "1000", 1),
+        (0.5, r"\frac{1}{2}", 1),
+        (r"\frac{1}{2}", "0.5", 1),
+        ("x + 1", "$1 + x$", 1),
+        ("x^2 - 1", r"so \boxed{(x-1)(x+1)}", 1),
+        ("sin(x)", r"$\sin x$", 1),
+        ("3", r"\boxed{4}, no, \boxed{3}", 1),
+        ("3", r"\boxed{3}, no, \boxed{4}", 0),
+        ("3", r"\boxed{3} is what I say, and not 4", 1),
+        ("3", r"\boxed{3", 0),
+        ("3", "$3$ or $4$", 0),
+        (r"\frac{1}{2}", r"\boxed{\frac{1}{2}}", 1),
+    ],
+)
+def test_accuracy(gold, answer, expected):
+    assert accuracy(sample(answer, answer=gold), AccuracyReward()) == expected
+
+
+def test_accuracy_of_text_and_of_another_column():
+    exact = AccuracyReward(exact=True, column="label")
+    assert [accuracy(sample(text, label="cat dog"), exact) for text in ("cat dog ", "dog cat", "cat")] == [1, 0, 0]
+    assert accuracy(sample("It is $7$", label="7"), exact) == 1
+
+
+def test_accuracy_needs_no_alarm():
+    """An alarm in a thread fails, and math_verify then finds that nothing equals anything."""
+    found = []
+    judged = sample(r"$\frac{2}{4}$", answer=r"\frac{1}{2}")
+    thread = threading.Thread(target=lambda: found.append(accuracy(judged, AccuracyReward())))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+@pytest.mark.parametrize("gold", ["cat", "Yes", "???", r"\frac{", "", "  ", None, True, math.inf, ["4"]])
+def test_gold_that_cannot_be_parsed_is_an_error_and_no_reward(gold):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: answer is") as refused:
+        check_gold({"answer": gold}, AccuracyReward(), "rows.jsonl:1")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError):
+        accuracy(sample(str(gold), answer=gold), AccuracyReward())
+    with (
+        scoring.Scorer(settings(accuracy={}), 1) as scorer,
+        pytest.raises(UserError, match="there is no column answer"),
+    ):
+        scorer.check({"anser": "4"}, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "stopped", "with_thinking", "without"),
+    [
+        ("[THINK]so[/THINK]42", "stop", 1, 0),
+        ("42", "stop", 0, 1),
+        ("[THINK]so[/THINK]42", "length", 0, 0),
+        ("[THINK]so[/THINK]42", "string", 0, 0),
+        ("42", "length", 0, 0),
+        ("[THINK] [/THINK]42", "stop", 0, 0),
+        ("[THINK]so[/THINK] \n", "stop", 0, 0),
+        ("[THINK]so", "stop", 0, 0),
+        ("42[THINK]so[/THINK]", "stop", 0, 0),
+        ("[THINK]so[/THINK]4[THINK]2", "stop", 0, 0),
+        ("[THINK]so[/THINK]42[/THINK]", "stop", 0, 0),
+        ("[THINK]s[THINK]o[/THINK]42", "stop", 0, 0),
+        ("", "stop", 0, 0),
+    ],
+)
+def test_format(text, stopped, with_thinking, without):
+    judged = sample(text, stopped=stopped)
+    assert format_reward(judged, FormatReward()) == with_thinking
+    assert format_reward(judged, FormatReward(thinking=False)) == without
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("Yes SIR\n\nOF COURSE", 4 / 7), ("YES\nNO", 6 / 7), ("yes or\nno", 3 / 7), ("", 0), ("cat " * 9, 1 / 7)],
+)
+def test_constraints(answer, expected):
+    constraints = [
+        {"kind": "max_words", "value": 4},
+        {"kind": "starts_with", "value": "Y"},
+        {"kind": "ends_with", "value": "O"},
+        {"kind": "contains", "value": "O"},
+        {"kind": "lines", "value": 2},
+        {"kind": "uppercase"},
+        {"kind": "lowercase", "value": True},
+    ]
+    judged = sample(f"[THINK]hm[/THINK]{answer}", constraints=constraints)
+    assert constraints_reward(judged, ConstraintsReward()) == pytest.approx(expected, abs=1e-15)
+    assert constraints_reward(judged._replace(columns={"constraints": []}), ConstraintsReward()) == 1
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        None,
+        {"kind": "uppercase"},
+        ["uppercase"],
+        [{"kind": "rhymes"}],
+        [{"kind": "max_words"}],
+        [{"kind": "max_words", "value": True}],
+        [{"kind": "lines", "value": 0}],
+        [{"kind": "contains", "value": ""}],
+        [{"kind": "uppercase", "value": False}],
+    ],
+)
+def test_constraints_that_are_refused(constraints):
+    with pytest.raises(UserError, match=r"^rows\.jsonl:7: "):
+        check_constraints(constraints, "rows.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("What is it?", "[THINK]A cat.[/THINK]A cat", 1),
+        ("What is it?", "[THINK]Это кот.[/THINK]A cat", 0),
+        ("What is it?", "[THINK]A cat.[/THINK]кот", 0),
+        ("Что это?", "[THINK]Это кот, `return x`, $x+y$ и \\frac[/THINK]Кот", 1),
+        ("Was ist das?", "Une Émeute", 1),
+        ("What is 40 + 2?", "42", 1),
+        ("40 + 2", "сорок два", 1),
+        ("これは何ですか", "猫です、ネコ", 1),
+        ("What is the Russian for cat?", "The word that you are looking for is кот", 1),
+        ("What is it?", "A кот", 0),
+    ],
+)
+def test_language(prompt, text, expected):
+    assert language_reward(sample(text, prompt=prompt), LanguageReward()) == expected
+    parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+    messages = ({"role": "user", "content": "Привет"}, {"role": "assistant", "content": "你好"})
+    judged = sample(text)._replace(prompt=(*messages, {"role": "user", "content": parts}))
+    assert language_reward(judged, LanguageReward()) == expected
+
+
+def test_length():
+    def of(n, stopped="stop"):
+        return length_reward(sample(tokens=range(n), limit=10, stopped=stopped), LengthReward(cache=4))
+
+    assert [of(n) for n in (0, 5, 6, 7, 8, 9, 10)] == [0, 0, 0, -0.25, -0.5, -0.75, -1]
+    assert of(10, "length") == -1
+    with pytest.raises(UserError, match="more than the 10 tokens"):
+        length_reward(sample(limit=10), LengthReward(cache=11))
+
+
+def test_cheap_rewards_and_plain_numbers_start_no_process(monkeypatch):
+    monkeypatch.setattr(scoring, "_start_pool", lambda *_: pytest.fail("a pool was started"))
+    rewards = settings(
+        accuracy={"weight": 0.5},
+        format={"weight": 2, "thinking": False},
+        language={},
+        length={"cache": 8, "weight": 0.25},
+    )
+    samples = [sample("42", answer="42"), sample("41", answer=42, tokens=range(60)), sample("", answer="42")]
+    with scoring.Scorer(rewards, workers=1) as scorer:
+        scores = scorer.score(samples)
+        empty = scorer.score([])
+    np.testing.assert_array_equal(scores.total, [0.5 + 2 + 1, 2 + 1 - 0.125, 1])
+    assert scores.parts.keys() == rewards.keys() and scores.problems == [] and scores.total.dtype == np.float64
+    np.testing.assert_array_equal(scores.parts["length"], [0, -0.5, 0])
+    assert empty.total.shape == (0,)
+
+
+def test_workers_and_order_change_nothing(functions):
+    rewards = settings(
+        accuracy={},
+        scaled={"kind": "user", "function": f"{functions}:first_number", "options": {"scale": 0.1}, "weight": -0.3},
+        clean={"kind": "user", "function": f"{functions}:without_jax"},
+        rubric={"judge": f"{functions}:judge"},
+    )
+    answers = [f"{n}.50" for n in range(24)]
+    samples = [sample(a, answer=f"{n}\\frac12", rubrics=["half", "1", ".5"]) for n, a in enumerate(answers)]
+    by_hand = [1 - 0.3 * (0.1 * float(a)) + 1 + (0.5 + ("1" in a) + 1) / 3 for a in answers]
+    order = np.random.default_rng(0).permutation(24)
+    with scoring.Scorer(rewards, workers=2) as two, scoring.Scorer(rewards, workers=1) as one:
+        first, again = two.score(samples), one.score([samples[n] for n in order])
+    np.testing.assert_allclose(first.total, by_hand, rtol=1e-14)
+    np.testing.assert_array_equal(first.total[order], again.total)
+    assert all((first.parts["clean"] == 1).tolist()) and first.parts["accuracy"].sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("raise", "raised KeyError: 'no such\\nthing'"),
+        ("nan", "is nan, not a finite number"),
+        ("text", "is 'good', not a finite number"),
+        ("none", "is None, not a finite number"),
+        ("exit", "raised SystemExit: 3"),
+        ("die", "ended its process (exit code 7)"),
+        ("hang", "took longer than 1 s"),
+    ],
+)
+def test_a_failure_is_said_and_its_sample_left_out(by_order, answer, said):
+    samples = [sample("fine"), sample(answer, where="rows.jsonl:9"), sample("fine")]
+    scores = by_order.score(samples)
+    assert scores.problems == [f"the reward orders of rows.jsonl:9 {said}"]
+    np.testing.assert_array_equal(scores.total, [1, math.nan, 1])
+    np.testing.assert_array_equal(scores.parts["orders"], [1, math.nan, 1])
+
+
+def test_more_than_half_failing_stops_even_so(by_order):
+    assert len(by_order.score([sample("fine"), sample("nan")]).problems) == 1
+    with pytest.raises(UserError, match=r"^2 of 3 samples could not be scored; the first: the reward orders of rows"):
+        by_order.score([sample("nan"), sample("fine"), sample("raise")])
+
+
+def test_a_failure_stops_unless_asked_otherwise(functions):
+    odd = settings(odd={"kind": "user", "function": f"{functions}:unpicklable"})
+    with (
+        scoring.Scorer(odd, workers=1) as scorer,
+        pytest.raises(UserError, match=r"^the reward odd of rows\.jsonl:1 raised Odd: odd$"),
+    ):
+        scorer.score([sample()])
+    brevity = scoring.Scorer(settings(length={"cache": 4}), workers=1)
+    with pytest.raises(UserError, match=r"^the reward length of rows\.jsonl:1 raised UserError: length\.cache is 4"):
+        brevity.score([sample(limit=2)])
+
+
+def test_rows_that_cannot_be_judged_are_no_zeros(functions):
+    rewards = settings(rubric={"judge": f"{functions}:judge"}, accuracy={})
+    good = dict(answer="x", rubrics=["4"])
+    bad = [
+        sample("4", answer="x", rubrics=["beyond"]),
+        sample("4", answer="x"),
+        sample("cat", answer="cat", rubrics=["4"]),
+        sample("cat", rubrics=["4"]),
+    ]
+    said = [
+        "rubric of rows.jsonl:1 raised ValueError: the judge says 1.5 to 'beyond'",
+        "rubric of rows.jsonl:1 raised UserError: rows.jsonl:1: column rubrics is None",
+        "accuracy of rows.jsonl:1 raised UserError: rows.jsonl:1: answer is 'cat', which is no mathematical",
+        "accuracy of rows.jsonl:1 raised UserError: rows.jsonl:1: there is no column answer",
+    ]
+    with scoring.Scorer(rewards, workers=1, on_error="drop") as scorer:
+        scores = scorer.score([sample("4", **good)] * 4 + bad)
+        for problem, start in zip(scores.problems, said, strict=True):
+            assert problem.startswith(f"the reward {start}")
+        np.testing.assert_array_equal(np.isnan(scores.total), [False] * 4 + [True] * 4)
+        np.testing.assert_array_equal(scores.total[:4], 1)
+        scorer.check(good, "rows.jsonl:1")
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: column rubrics is \[\]"):
+            scorer.check({"answer": "x", "rubrics": []}, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("no_such_package.module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_package')"),
+        ("broken_module_of_a_user:f", "cannot be imported (ZeroDivisionError: division by zero)"),
+        ("{functions}:missing", "cannot be imported (AttributeError: module"),
+        ("{functions}:NUMBER", "is a int, not a function"),
+    ],
+)
+@pytest.mark.parametrize("kind", [("user", "function"), ("rubric", "judge")])
+def test_functions_that_are_not_there(functions, kind, path, said):
+    path = path.format(functions=functions)
+    with pytest.raises(UserError) as refused:
+        scoring.Scorer(settings(mine={"kind": kind[0], kind[1]: path}), workers=1)
+    assert str(refused.value).startswith(f"rewards.mine: {path} {said}")
