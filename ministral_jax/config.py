@@ -217,7 +217,7 @@ class GenerateConfig(Frozen):
     """Of each prompt."""
     max_completion_length: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    rewards: RewardsConfig = Field(min_length=1)
+    rewards: RewardsConfig
 
 
 class SFTStage(Looped):
@@ -302,7 +302,7 @@ class ODPOStage(OnlineStage):
     temperature: float = Field(default=0.7, gt=0, allow_inf_nan=False)
     judge: str | None = None
     """A reward stage; or none, and `rewards` decide."""
-    rewards: RewardsConfig = Field(default_factory=dict)
+    rewards: RewardsConfig | None = None
     reward_temperature: float = Field(default=1.0, gt=0)
     """The first answer wins with probability sigmoid of the rewards' difference over this."""
     tools: str | None = None
@@ -313,7 +313,7 @@ class ODPOStage(OnlineStage):
 
     @model_validator(mode="after")
     def _one_judge(self) -> Self:
-        if (self.judge is None) == (not self.rewards):
+        if (self.judge is None) == (self.rewards is None):
             raise ValueError("needs either a `judge`, the name of a reward stage, or `rewards`")
         return self
 
@@ -331,7 +331,7 @@ class GRPOStage(OnlineStage):
     """How often a step goes over its completions."""
     mask_truncated_completions: bool = False
     """Whether the tokens of completions that reached the limit are left out of the loss."""
-    rewards: RewardsConfig = Field(min_length=1)
+    rewards: RewardsConfig
     loss: PolicyOptions = PolicyOptions()
 
     @field_validator("steps_per_generation")

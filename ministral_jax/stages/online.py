@@ -104,7 +104,9 @@ class Online:
         self.examiner = Examiner(
             sampler, prompts, self.stage.evaluate, job.directory, self.stage.workers, self.stage.reward_seconds
         )
-        self.scorer = Scorer(self.stage.rewards, self.stage.workers, self.stage.reward_seconds, self.stage.on_error)
+        self.scorer = Scorer(
+            self.stage.rewards or {}, self.stage.workers, self.stage.reward_seconds, self.stage.on_error
+        )
 
     def __enter__(self) -> Online:
         return self
