@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter, ValidationError
 
-from ministral_jax.config import DataStage, DistillStage, PruneStage, Recipe, RecordStage
+from ministral_jax.config import (
+    AnyStage,
+    DataStage,
+    DistillStage,
+    OnlineStage,
+    PruneStage,
+    Recipe,
+    RecordStage,
+    SFTStage,
+    Stage,
+    StoredTeacher,
+)
 from ministral_jax.data.pipeline import PackedData, check_vocab, prepare
 from ministral_jax.distillation.codecs import check as check_codec
 from ministral_jax.errors import UserError
@@ -21,11 +33,12 @@ from ministral_jax.parallel import Placement, barrier, first_then_all, is_first,
 from ministral_jax.processes import poll, poll_alone
 from ministral_jax.recipe import inputs, order, resolve_specs
 from ministral_jax.stages import Job, Result, verb
+from ministral_jax.stages.online import check_prompts, check_rows
 from ministral_jax.training.metrics import ProgressLine, append_jsonl
 
 
 def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> list[str]:
-    """Bring the wanted stages (all when none is named) and what they need to `finished`.
+    """Bring the wanted stages (all but the optional ones when none is named) and what they need to `finished`.
 
     A finished stage is skipped; running again after a crash goes on where the last saved state stands.
 
@@ -61,6 +74,8 @@ def _check_mesh(recipe: Recipe, name: str) -> None:
     if isinstance(stage, DataStage):
         batch = stage.batch
         placement.check_batch(batch.sequences, batch.length, f"stages.{name}", batch.microbatches)
+    if isinstance(stage, OnlineStage):
+        check_rows(stage, placement, f"stages.{name}")
 
 
 def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str, ModelSpec]) -> None:
@@ -76,6 +91,10 @@ def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str,
     try:
         for name in names:
             stage, spec = recipe.stages[name], specs[name]
+            if isinstance(stage, OnlineStage):
+                check_prompts(stage, spec, run_dir / "data", f"stages.{name}", progress)
+            if isinstance(stage, SFTStage) and stage.generate is not None:
+                check_prompts(stage, spec, run_dir / "data", f"stages.{name}", progress)
             if not isinstance(stage, DataStage):
                 continue
             wanted = (stage.data.model_dump_json(), stage.batch.length, spec.vision)
@@ -99,8 +118,8 @@ def _check_store(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec, data
             check_codec(stage.codec, spec.vocab, data[name].tokenizer.control_ids)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    if isinstance(stage, DistillStage) and not isinstance(stage.teacher, str):
-        recorder = stage.teacher_stage
+    if isinstance(stage, (DistillStage, SFTStage)) and isinstance(stage.teacher, StoredTeacher):
+        recorder = stage.teacher.store
         finished = (read_manifest(run_dir / recorder) or {}).get("data", {})
         recorded = data[recorder].digest if recorder in data else finished.get("digest")
         if recorded != data[name].digest:
@@ -115,12 +134,16 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-_ON_THE_WAY = {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding"}
+_ON_THE_WAY = {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "optional", "workers"}
 
 
 def identity(recipe: Recipe, name: str, spec: ModelSpec) -> dict[str, Any]:
     """The settings that make a stage's result what it is; where it is computed and how it survives do not."""
-    config = recipe.stages[name].model_dump(mode="json", by_alias=True, exclude=_ON_THE_WAY)
+    return _identity(recipe.stages[name], spec)
+
+
+def _identity(stage: Stage, spec: ModelSpec) -> dict[str, Any]:
+    config = stage.model_dump(mode="json", by_alias=True, exclude=_ON_THE_WAY)
     return {"config": config, "spec": spec.model_dump(mode="json")}
 
 
@@ -145,8 +168,16 @@ def _check_unchanged(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) 
 
 
 def _read_begun(directory: Path) -> dict[str, Any] | None:
+    """The identity of the stage that a directory was begun with; settings that it did not know have their defaults."""
     path = directory / "stage.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stage: Any = TypeAdapter(AnyStage).validate_python(begun["config"])
+        return _identity(stage, ModelSpec.model_validate(begun["spec"]))
+    except (ValidationError, KeyError):
+        return begun
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -179,10 +210,7 @@ def _manifest(job: Job, result: Result, seconds: float) -> dict[str, Any]:
         "status": "finished",
         "config": stage.model_dump(mode="json", by_alias=True),
         "spec": (result.spec or job.spec).model_dump(mode="json"),
-        "inputs": {
-            "parent" if other == stage.source else "teacher": {"stage": other, "digest": digest(run_dir / other)}
-            for other in inputs(stage)
-        },
+        "inputs": {role: {"stage": other, "digest": digest(run_dir / other)} for role, other in inputs(stage).items()},
         "tokens": result.tokens,
         "steps": result.steps,
         "seconds": round(result.seconds or seconds, 3),

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", help="YAML file, e.g. configs/tiny.yaml")
     run.add_argument("rest", nargs="*", metavar="STAGE | key=value", help="stages to run (default: all), and overrides")
     run.add_argument("--run-dir", type=Path, help="where stages are written (default: runs/<recipe's name>)")
+    run.add_argument("--all", action="store_true", help="the recipe's optional stages too")
     group = run.add_argument_group("several processes, each with this command")
     group.add_argument("--distributed", action="store_true", help="find the others by the cluster's own means")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, instead of finding it")
@@ -130,7 +131,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.cpu_devices is not None:
         use_cpu(args.cpu_devices)
     join(recipe.limits, args.distributed, args.coordinator, args.process_count, args.process_index)
-    run_recipe(recipe, args.run_dir or Path("runs") / recipe.name, [word for word in args.rest if "=" not in word])
+    stages = list(recipe.stages) if args.all else [word for word in args.rest if "=" not in word]
+    run_recipe(recipe, args.run_dir or Path("runs") / recipe.name, stages)
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -7,10 +7,13 @@ A stage's `data` is merged over the recipe's. Nothing is read from environment v
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from ministral_jax.alignment.policy_gradient import PolicyOptions
+from ministral_jax.alignment.preference import PreferenceOptions
+from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distillation.codecs import Codec, SampledCodec
 from ministral_jax.distillation.kl import LossOptions
@@ -97,6 +100,8 @@ class Stage(Frozen):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
 
     source: str | None = Field(default=None, alias="from")
+    optional: bool = False
+    """Run only when it is named, when another stage needs it, or with `--all`."""
     mesh: MeshConfig = MeshConfig()
     sharding: Rules = Rules()
 
@@ -110,14 +115,19 @@ class DataStage(Stage):
     compute: Compute = Compute()
 
 
-class Looped(DataStage):
-    """A stage that runs the training loop."""
+class Steps(Frozen):
+    """What the training loop is told, whatever it trains on."""
 
     steps: int = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+
+
+class Looped(DataStage, Steps):
+    """A stage that trains on packed rows."""
+
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 class TrainStage(Looped):
@@ -198,6 +208,140 @@ class DistillStage(Looped):
         return self.teacher if isinstance(self.teacher, str) else self.teacher.store
 
 
+class GenerateConfig(Frozen):
+    """Held-out prompts, answered at every evaluation, and how the answers are scored."""
+
+    prompts: int = Field(default=64, ge=1)
+    """Held-out ones, in a fixed order, the sources by their weights."""
+    completions: int = Field(default=1, ge=1)
+    """Of each prompt."""
+    max_completion_length: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    rewards: RewardsConfig
+
+
+class SFTStage(Looped):
+    """Learn what the assistant says in conversations, with or without a teacher. The vision tower is frozen.
+
+    With a teacher the loss is the distillation loss, `loss.ce_weight` the share of the cross-entropy.
+    """
+
+    do: Literal["sft"]
+    source: str = Field(alias="from")
+    model: ModelRef | None = None
+    teacher: AnyTeacher | None = None
+    teacher_sharding: Rules | None = None
+    loss: LossOptions = LossOptions(ce_weight=0.5)
+    generate: GenerateConfig | None = None
+
+    @property
+    def teacher_stage(self) -> str | None:
+        return self.teacher.store if isinstance(self.teacher, StoredTeacher) else self.teacher
+
+
+class RewardStage(Looped):
+    """A pairwise judge: learn to say which of two answers is better, then calibrate how sure it is."""
+
+    do: Literal["reward"]
+    source: str = Field(alias="from")
+    pairs: int = Field(default=256, ge=4)
+    """Held-out pairs: every other one fits the temperature, the rest measure it."""
+
+
+class OnlineEvaluateConfig(GenerateConfig):
+    """When held-out prompts are answered: as the evaluations of the other loops."""
+
+    every: int = Field(default=50, ge=1)
+
+
+class OnlineStage(Stage, Steps):
+    """A stage that learns from what its own model answers. A step samples, judges and then updates.
+
+    A prompt is a conversation of the sources up to the assistant's last turn. The vision tower is frozen.
+    """
+
+    source: str = Field(alias="from")
+    seed: int = 0
+    data: DataConfig
+    compute: Compute = Compute()
+    prompts: int = Field(default=16, ge=1)
+    """New ones in every step."""
+    microbatches: int = Field(default=1, ge=1)
+    """Over which the gradient of an update is accumulated."""
+    max_prompt_length: int = Field(default=512, ge=1)
+    """Tokens; a longer prompt is an error that names its row."""
+    max_completion_length: int | dict[int, int] = 256
+    """Tokens; or by the step from which it holds, the first of them 0: `{0: 16384, 400: 24576}`."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What becomes of a run when a reward raises, times out or is not a number; `drop` leaves the completion out."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that score completions, on each host."""
+    reward_seconds: float = Field(default=10, gt=0)
+    """For one completion."""
+    evaluate: OnlineEvaluateConfig
+
+    @field_validator("max_completion_length")
+    @classmethod
+    def _from_the_first_step(cls, value: int | dict[int, int]) -> int | dict[int, int]:
+        lengths = {0: value} if isinstance(value, int) else value
+        if 0 not in lengths or min(lengths) < 0 or min(lengths.values()) < 1:
+            raise ValueError("must be at least 1, and say what holds from step 0 on")
+        return value
+
+    def completion_length(self, step: int) -> int:
+        """Tokens that the completions of a step (counted from 0) may have."""
+        if isinstance(self.max_completion_length, int):
+            return self.max_completion_length
+        return self.max_completion_length[max(first for first in self.max_completion_length if first <= step)]
+
+
+class ODPOStage(OnlineStage):
+    """Online DPO: of two answers to a prompt, make the one that the judge prefers more likely."""
+
+    do: Literal["odpo"]
+    temperature: float = Field(default=0.7, gt=0, allow_inf_nan=False)
+    judge: str | None = None
+    """A reward stage; or none, and `rewards` decide."""
+    rewards: RewardsConfig | None = None
+    reward_temperature: float = Field(default=1.0, gt=0)
+    """The first answer wins with probability sigmoid of the rewards' difference over this."""
+    tools: str | None = None
+    """`package.module:function`, called with a tool's name and its arguments: what it returns is the tool's result."""
+    tool_rounds: int = Field(default=2, ge=1)
+    """How often an answer may call tools."""
+    loss: PreferenceOptions = PreferenceOptions()
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if (self.judge is None) == (self.rewards is None):
+            raise ValueError("needs either a `judge`, the name of a reward stage, or `rewards`")
+        return self
+
+
+class GRPOStage(OnlineStage):
+    """Group relative policy optimisation, as in Magistral: no reference, no KL."""
+
+    do: Literal["grpo"]
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    num_generations: int = Field(default=8, ge=2)
+    """Completions of each prompt, compared with each other."""
+    steps_per_generation: int = Field(default=1, ge=1)
+    """Updates into which the prompts of a step are split."""
+    num_iterations: int = Field(default=1, ge=1)
+    """How often a step goes over its completions."""
+    mask_truncated_completions: bool = False
+    """Whether the tokens of completions that reached the limit are left out of the loss."""
+    rewards: RewardsConfig
+    loss: PolicyOptions = PolicyOptions()
+
+    @field_validator("steps_per_generation")
+    @classmethod
+    def _divides(cls, value: int, info: Any) -> int:
+        if info.data.get("prompts", value) % value:
+            raise ValueError(f"must divide prompts = {info.data['prompts']}")
+        return value
+
+
 class ExportStage(Stage):
     """Write `from` as a Hugging Face directory, tokenizer included."""
 
@@ -207,8 +351,22 @@ class ExportStage(Stage):
 
 
 AnyStage = Annotated[
-    TrainStage | ImportStage | PruneStage | RecordStage | DistillStage | ExportStage, Field(discriminator="do")
+    TrainStage
+    | ImportStage
+    | PruneStage
+    | RecordStage
+    | DistillStage
+    | SFTStage
+    | RewardStage
+    | ODPOStage
+    | GRPOStage
+    | ExportStage,
+    Field(discriminator="do"),
 ]
+
+
+KINDS = ("train", "import", "prune", "record", "distill", "sft", "reward", "odpo", "grpo", "export")
+"""What a stage may `do`."""
 
 
 class Family(Frozen):

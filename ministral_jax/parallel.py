@@ -231,7 +231,7 @@ class Placement:
         order = self.order(batch["tokens"].shape[1])
 
         def put(name: str, local: np.ndarray) -> jax.Array:
-            if self._context > 1 and name not in _PER_PATCH:
+            if self._context > 1 and name not in _PER_PATCH and local.ndim > 1:
                 local = local[:, order]
             shape = (count, *local.shape[1:])
             sharding = self.batch_sharding(name, local.ndim)
@@ -302,6 +302,15 @@ def agreed(value: np.ndarray | float) -> Any:
     if jax.process_count() == 1:
         return value
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value, np.float32)))
+
+
+def gathered(array: np.ndarray) -> np.ndarray:
+    """`[processes, ..]`: an array of equal shape from every process, to the last bit whatever its dtype."""
+    own = np.ascontiguousarray(array)
+    if jax.process_count() == 1:
+        return own[None]
+    rows = np.asarray(multihost_utils.process_allgather(own.reshape(-1).view(np.uint8)))
+    return rows.view(own.dtype).reshape(-1, *own.shape)
 
 
 def first_then_all(work: Callable[[], None]) -> None:

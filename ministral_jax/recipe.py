@@ -11,14 +11,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ministral_jax.config import (
+    KINDS,
     DataStage,
     DistillStage,
     ExportStage,
     ImportStage,
     ModelRef,
+    ODPOStage,
+    OnlineStage,
     PruneStage,
     Recipe,
     RecordStage,
+    RewardStage,
+    SFTStage,
     Stage,
     TrainStage,
 )
@@ -118,22 +123,28 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
         raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
     shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
-    kinds = ("train", "import", "prune", "record", "distill", "export")
     for kind in defaults:
-        if kind not in kinds:
-            raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, kinds)}")
+        if kind not in KINDS:
+            raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, KINDS)}")
     stages = {}
     for name, stage in raw["stages"].items():
-        if not isinstance(stage, dict) or stage.get("do") not in kinds:
+        if not isinstance(stage, dict) or stage.get("do") not in KINDS:
             got = stage.get("do") if isinstance(stage, dict) else stage
-            raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(kinds)}{suggest(str(got), kinds)}")
+            raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(KINDS)}{suggest(str(got), KINDS)}")
         stage = merge(defaults.get(stage["do"], {}), stage)
         if data is not None and stage["do"] not in ("import", "export"):
-            stage["data"] = merge(data, stage.get("data", {}))
+            stage["data"] = _without_nulls(merge(data, stage.get("data", {})))
         for key, value in shared.items():
             stage[key] = merge(value, stage.get(key, {}))
         stages[name] = stage
     return {**raw, "stages": stages}
+
+
+def _without_nulls(data: Any) -> Any:
+    """A source that a stage sets to null is not among its sources."""
+    if not isinstance(data, dict) or not isinstance(data.get("sources"), dict):
+        return data
+    return {**data, "sources": {name: source for name, source in data["sources"].items() if source is not None}}
 
 
 def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, Any]:
@@ -175,21 +186,32 @@ def expand_baselines(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def inputs(stage: Stage) -> list[str]:
-    """Stages that must be finished first: the source, and the teacher of a distil stage."""
-    needed = [stage.source] if stage.source is not None else []
-    if isinstance(stage, DistillStage) and stage.teacher_stage not in needed:
-        needed.append(stage.teacher_stage)
+def helper(stage: Stage) -> tuple[str, str] | None:
+    """The other stage that a stage needs beside its source, after what it does there: ("teacher", name) or ("judge",
+    name)."""
+    if isinstance(stage, (DistillStage, SFTStage)) and stage.teacher_stage is not None:
+        return "teacher", stage.teacher_stage
+    if isinstance(stage, ODPOStage) and stage.judge is not None:
+        return "judge", stage.judge
+    return None
+
+
+def inputs(stage: Stage) -> dict[str, str]:
+    """Stages that must be finished first, by their role: the source is the parent."""
+    needed = {} if stage.source is None else {"parent": stage.source}
+    if (other := helper(stage)) is not None and other[1] != stage.source:
+        needed[other[0]] = other[1]
     return needed
 
 
 def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
-    """Names of the wanted stages (all when none is named) and of what they need, each after what it needs.
+    """Names of the wanted stages (all but the optional ones when none is named) and of what they need, each after what
+    it needs.
 
     Raises:
         UserError: a stage that does not exist, or a cycle.
     """
-    graph = {name: inputs(stage) for name, stage in recipe.stages.items()}
+    graph = {name: list(inputs(stage).values()) for name, stage in recipe.stages.items()}
     for name, needed in graph.items():
         for other in needed:
             if other not in graph:
@@ -204,7 +226,7 @@ def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
         everything = list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
         raise UserError(f"the stages form a cycle: {' -> '.join(reversed(error.args[1]))}") from None
-    needed_for = set(wanted) or set(graph)
+    needed_for = set(wanted) or {name for name, stage in recipe.stages.items() if not stage.optional}
     for name in reversed(everything):
         if name in needed_for:
             needed_for.update(graph[name])
@@ -264,7 +286,7 @@ def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
             one that was not or not so recorded, a source that is no model.
     """
     specs: dict[str, ModelSpec] = {}
-    for name in order(recipe):
+    for name in order(recipe, recipe.stages):
         stage = recipe.stages[name]
         source = specs[stage.source] if stage.source is not None else None
         where = f"stages.{name}"
@@ -274,27 +296,30 @@ def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
             from ministral_jax.interop.hf import read_spec
 
             specs[name] = read_spec(Path(stage.path))
-        elif isinstance(stage, (TrainStage, PruneStage, DistillStage)):
+        elif isinstance(stage, (TrainStage, PruneStage, DistillStage, SFTStage)):
             specs[name] = resolve_model(stage.model, source, where)
             _check_sizes(stage, specs[name], source, where)
         else:
             assert source is not None
             specs[name] = source
             _check_sizes(stage, source, source, where)
-        if isinstance(stage, DistillStage):
-            _check_teacher(stage, recipe.stages[stage.teacher_stage], where)
-            theirs = specs[stage.teacher_stage].vocab
+        if (other := helper(stage)) is not None:
+            role, helping = other
+            if isinstance(stage, (DistillStage, SFTStage)):
+                _check_teacher(stage, helping, recipe.stages[helping], where)
+            elif not isinstance(recipe.stages[helping], RewardStage):
+                raise UserError(f"{where}.judge = {helping!r} must be a reward stage")
+            theirs = specs[helping].vocab
             if theirs != specs[name].vocab:
                 raise UserError(
-                    f"{where}: the student's vocabulary of {specs[name].vocab} differs from the {theirs} of teacher "
-                    f"{stage.teacher_stage!r}; distillation needs the same one"
+                    f"{where}: its vocabulary of {specs[name].vocab} differs from the {theirs} of {role} {helping!r}; "
+                    "both need the same one"
                 )
     return specs
 
 
-def _check_teacher(stage: DistillStage, teacher: Stage, where: str) -> None:
+def _check_teacher(stage: DistillStage | SFTStage, name: str, teacher: Stage, where: str) -> None:
     """A model teaches directly, a record stage as a store that holds what the student will read."""
-    name = stage.teacher_stage
     if isinstance(stage.teacher, str):
         if isinstance(teacher, RecordStage):
             raise UserError(f"{where}.teacher = {name!r} is a record stage; write it as {{store: {name}}}")
@@ -342,6 +367,10 @@ def _check_sizes(stage: Stage, spec: ModelSpec, source: ModelSpec | None, where:
                     f"{where}.model.{key} = {getattr(spec, key)} differs from the {getattr(source, key)} of its source "
                     f"{stage.source!r}; only a prune stage changes sizes"
                 )
-    length = stage.batch.length if isinstance(stage, DataStage) else 0
-    if length > spec.context:
-        raise UserError(f"{where}.batch.length = {length} exceeds the model's context of {spec.context}")
+    if isinstance(stage, DataStage) and stage.batch.length > spec.context:
+        raise UserError(f"{where}.batch.length = {stage.batch.length} exceeds the model's context of {spec.context}")
+    if isinstance(stage, OnlineStage) and stage.max_prompt_length >= spec.context:
+        raise UserError(
+            f"{where}.max_prompt_length = {stage.max_prompt_length} leaves no room in the model's context of "
+            f"{spec.context}"
+        )

@@ -191,7 +191,7 @@ def _check(prompt: Prompt, spec: ModelSpec, where: str) -> None:
         raise UserError(f"{where} has {places} [IMG] tokens but images of {images}")
 
 
-def _bucket(size: int) -> int:
+def bucket(size: int) -> int:
     """The next of 32, 48, 64, 96, 128, ..: a third is padding at most."""
     power = max(SMALLEST, 1 << (size - 1).bit_length())
     return power * 3 // 4 if power > SMALLEST and size <= power * 3 // 4 else power
@@ -200,34 +200,41 @@ def _bucket(size: int) -> int:
 def _batch(prompts: Sequence[Prompt], spec: ModelSpec, shards: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The model's arrays [N, ..] and the prompts' lengths [N]; rows are added until the devices share them evenly."""
     count = -(-len(prompts) // shards) * shards
-    length = _bucket(max(len(prompt.tokens) for prompt in prompts))
+    length = bucket(max(len(prompt.tokens) for prompt in prompts))
     tokens, segments = np.zeros((2, count, length), np.int32)
     lengths = np.ones(count, np.int32)
     for row, prompt in enumerate(prompts):
         lengths[row] = len(prompt.tokens)
         tokens[row, : lengths[row]], segments[row, : lengths[row]] = prompt.tokens, 1
-    batch = {"tokens": tokens, "segments": segments}
+    image = (tokens == spec.image_token) & (segments > 0)
+    return {"tokens": tokens, "segments": segments} | image_arrays(prompts, spec.vision, image), lengths
+
+
+def image_arrays(prompts: Sequence[Prompt], vision: VisionSpec | None, image: np.ndarray) -> dict[str, np.ndarray]:
+    """The model's five arrays of images for rows that begin with these prompts, `image` [N, T] being where the merged
+    tokens stand; none at all when no prompt has an image. There may be more rows than prompts."""
     most = max(0 if prompt.patches is None else len(prompt.patches) for prompt in prompts)
-    if most:
-        image = (tokens == spec.image_token) & (segments > 0)
-        batch |= {"image_slot": np.where(image, np.cumsum(image, axis=1) - 1, -1).astype(np.int32)}
-        batch |= _patches(prompts, spec.vision, count, _bucket(most))
-    return batch, lengths
-
-
-def _patches(prompts: Sequence[Prompt], vision: Any, count: int, width: int) -> dict[str, np.ndarray]:
+    if vision is None or not most:
+        return {}
+    count, width = len(image), bucket(most)
     patches = np.zeros((count, width, vision.patch_width), np.float32)
-    image, rows, columns = np.zeros((3, count, width), np.int32)
+    number_of, rows, columns = np.zeros((3, count, width), np.int32)
     for n, prompt in enumerate(prompts):
         at = 0
         for number, (height, across) in enumerate(prompt.grids, 1):
             here = slice(at, at + height * across * vision.merge**2)
-            image[n, here] = number
+            number_of[n, here] = number
             rows[n, here], columns[n, here] = patch_positions(height, across, vision.merge)
             at = here.stop
         if prompt.patches is not None:
             patches[n, :at] = normalise(prompt.patches)
-    return {"patches": patches, "patch_image": image, "patch_row": rows, "patch_col": columns}
+    return {
+        "image_slot": np.where(image, np.cumsum(image, axis=1) - 1, -1).astype(np.int32),
+        "patches": patches,
+        "patch_image": number_of,
+        "patch_row": rows,
+        "patch_col": columns,
+    }
 
 
 def _rows(

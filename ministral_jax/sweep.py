@@ -306,7 +306,10 @@ def stage_directories(recipe: Recipe, wanted: Iterable[str]) -> dict[str, str]:
     """
     names, specs, hashes = order(recipe, wanted), resolve_specs(recipe), {}
     for name in names:
-        made_of = [identity(recipe, name, specs[name]), [hashes[other] for other in inputs(recipe.stages[name])]]
+        made_of = [
+            identity(recipe, name, specs[name]),
+            [hashes[other] for other in inputs(recipe.stages[name]).values()],
+        ]
         hashes[name] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return {name: f"{name}-{hashes[name][:10]}" for name in names}
 
@@ -364,7 +367,7 @@ def _last_stages(recipe: Recipe, names: list[str]) -> list[str]:
     if found := [name for name in children if name in names]:
         return found
     models = [name for name in names if not isinstance(recipe.stages[name], ExportStage)]
-    used = {other for name in models for other in inputs(recipe.stages[name])}
+    used = {other for name in models for other in inputs(recipe.stages[name]).values()}
     last = [name for name in models if name not in used]
     return [name for name in last if not name.endswith("-scratch")] or last
 

@@ -58,13 +58,18 @@ class Documents:
     """bool `[D]`: plain text, which may be cut anywhere."""
 
     def drawn(self, share: float) -> np.ndarray:
-        """bool `[D]`: a part of the documents, the same for the same keys, independent of the order by `keys`."""
-        return mix(self.keys, _DRAW) / 2.0**64 < share
+        """bool `[D]`: a part of the documents, the same for the same names, independent of the order by `keys`."""
+        return drawn(self.keys, share)
 
     def where(self, document: int) -> str:
         """The file and row of a document."""
         with (self.directory / "where.txt").open(encoding="utf-8", errors="surrogateescape") as file:
             return next(islice(file, document, None)).rstrip("\n")
+
+
+def drawn(keys: np.ndarray, share: float) -> np.ndarray:
+    """bool `[D]`: about this share of documents with these keys (uint64), always the same ones."""
+    return mix(keys, _DRAW) / 2.0**64 < share
 
 
 def tokenise(

@@ -32,7 +32,7 @@ def run(job: Job) -> Result:
     stage, clock = job.stage, Clock()
     data = open_data(job)
     check_same_tokenizer(job, data)
-    teacher = _online(job) if isinstance(stage.teacher, str) else _stored(job, data)
+    teacher = open_teacher(job, data)
     heads = LossHead(job.placement, job.teacher_placement.rules)
     loss = distillation(job.spec, stage.compute, stage.loss, heads, teacher.targets)
     flops = 3 * job.spec.flops_per_token(stage.batch.length) + teacher.flops_per_token
@@ -59,6 +59,11 @@ def distillation(
         return total, {**metrics, "loss": (total, mask.sum())}
 
     return loss
+
+
+def open_teacher(job: Job, data: PackedData) -> Teacher:
+    """The stage's teacher: a model beside the student, or what was recorded of one."""
+    return _online(job) if isinstance(job.stage.teacher, str) else _stored(job, data)
 
 
 def _online(job: Job) -> Teacher:

@@ -1,13 +1,15 @@
-"""What train and distil share: data, evaluation, resume state and the loop around an objective."""
+"""What the stages that train share: data, evaluation, resume state and the loop around an objective."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from ministral_jax.config import DataStage, Looped, PruneStage
+import jax
+
+from ministral_jax.config import DataStage, Looped, PruneStage, Steps
 from ministral_jax.data.pipeline import Join, PackedData, batches, held_out, prepare
 from ministral_jax.distillation.teacher import Teacher
 from ministral_jax.evaluation import make_evaluate
@@ -86,10 +88,12 @@ def run_loop(
     frozen: tuple[str, ...] = (),
     teacher: Teacher | None = None,
     clock: Clock | None = None,
+    examine: Callable[[Params], dict[str, float]] | None = None,
 ) -> Result:
     """Train `params` by `loss` for the stage's steps, then save them.
 
-    `loss` is called with the frozen part of the parameters and, under `"teacher"`, the teacher's constants.
+    `loss` is called with the frozen part of the parameters and, under `"teacher"`, the teacher's constants. What
+    `examine` finds joins the figures of every evaluation.
     """
     stage: Looped = job.stage
     trainable, fixed = split_frozen(params, frozen)
@@ -97,14 +101,7 @@ def run_loop(
     taught = teacher.constants if teacher else None
     join, held_out_join = (teacher.join, teacher.held_out_join) if teacher else (None, None)
     constants = {**fixed, "teacher": taught}
-    rate, optimizer = learning_rate(stage.optimizer, stage.steps), make_optimizer(stage.optimizer, stage.steps)
-    update = make_step(
-        job.placement.rules.scoped(loss),
-        optimizer,
-        rate,
-        stage.batch.microbatches,
-        state_shardings(trainable, optimizer),
-    )
+    update = make_update(job, loss, trainable, stage.steps, stage.batch.microbatches)
     held_out_teacher = teacher.held_out if teacher else None
     evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out_teacher, job.teacher_placement.rules)
     predictions: list[Any] = []
@@ -112,33 +109,59 @@ def run_loop(
     def evaluate(state: Any) -> dict[str, float]:
         params = {**state["params"], **fixed}
         figures, predictions[:] = evaluator(params, taught, held_out_batches(job, data, held_out_join))
-        return figures
+        return figures | (examine(params) if examine else {})
 
-    store = ResumeStore(job.directory / "state", stage.checkpoint.keep, stage.checkpoint.keep_every)
-    try:
-        abstract = abstract_state(trainable, optimizer)
-        state, start = restore(store, abstract) or (init_state(trainable, optimizer), None)
-        del trainable
-        outcome: Outcome = fit(
-            job.name,
-            state,
-            start,
-            lambda state, batch: update(state, constants, batch),
-            lambda first: train_batches(job, data, first, join=join),
-            evaluate,
-            _schedule(stage, flops_per_token),
-            stage.guard,
-            partial(StageLog, job.directory),
-            store,
-            clock,
-        )
-    finally:
-        store.close()
+    outcome, store = run_steps(
+        job,
+        trainable,
+        stage.steps,
+        lambda state, batch: update(state, constants, batch),
+        lambda first: train_batches(job, data, first, join=join),
+        evaluate,
+        _schedule(stage, flops_per_token),
+        clock,
+    )
     files = job.save({**outcome.state["params"], **fixed})
     write_samples(job.directory / "samples.json", data, stage.batch.sequences, stage.evaluate.rows, predictions)
     store.delete()
     tokens = stage.steps * stage.batch.tokens
     return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, files, {"data": data_details(data)})
+
+
+def make_update(job: Job, loss: LossFn, trainable: Params, updates: int, microbatches: int) -> Any:
+    """One update of the stage's optimiser, `updates` of which its learning rate spans: see `make_step`."""
+    config = job.stage.optimizer
+    rate, optimizer = learning_rate(config, updates), make_optimizer(config, updates)
+    shardings = state_shardings(trainable, optimizer)
+    return make_step(job.placement.rules.scoped(loss), optimizer, rate, microbatches, shardings)
+
+
+def run_steps(
+    job: Job,
+    trainable: Params,
+    updates: int,
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    batches: Callable[[int], Iterator[Any]],
+    evaluate: Callable[[Any], dict[str, float]],
+    schedule: Schedule,
+    clock: Clock | None = None,
+) -> tuple[Outcome, ResumeStore]:
+    """`fit` from the newest saved state of the stage, or from `trainable`. The store is to be deleted when the result
+    is saved."""
+    stage: Steps = job.stage
+    optimizer = make_optimizer(stage.optimizer, updates)
+    store = ResumeStore(job.directory / "state", stage.checkpoint.keep, stage.checkpoint.keep_every)
+    try:
+        abstract = abstract_state(trainable, optimizer)
+        if (found := restore(store, abstract)) is not None:
+            state, start = found
+            jax.tree.map(lambda x: x.delete(), trainable)  # else it would lie beside the state until the end
+        else:
+            state, start = init_state(trainable, optimizer), None
+        log = partial(StageLog, job.directory)
+        return fit(job.name, state, start, step, batches, evaluate, schedule, stage.guard, log, store, clock), store
+    finally:
+        store.close()
 
 
 def _schedule(stage: Looped, flops_per_token: float) -> Schedule:

@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-KINDS = ("start", "compile", "data", "step", "checkpoint", "evaluate", "lost", "down")
-"""`start`: loading until the first step. `lost`: done again after a restart. `down`: between the attempts."""
+KINDS = ("start", "compile", "data", "generate", "score", "step", "checkpoint", "evaluate", "lost", "down")
+"""`start`: loading until the first step. `generate`, `score`: sampling answers, judging them. `lost`: done again after
+a restart. `down`: between the attempts."""
 WRITE_SECONDS = 10.0
 
 

@@ -35,6 +35,7 @@ class Schedule:
     evaluate_every: int
     save_every: int
     tokens_per_step: int
+    """0 where a step draws its tokens itself; its metrics then say how many, as `tokens_drawn`."""
     flops_per_step: float
 
     def evaluates_at(self, step: int) -> bool:
@@ -44,6 +45,10 @@ class Schedule:
 
     def saves_at(self, step: int) -> bool:
         return step % self.save_every == 0 and step < self.steps
+
+    def seen(self, step: int) -> dict[str, int]:
+        """`tokens` trained on until a step, where that is known ahead."""
+        return {"tokens": step * self.tokens_per_step} if self.tokens_per_step else {}
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class _Loop:
     def _evaluation(self) -> None:
         self.clock.switch("evaluate")
         self.figures = self.evaluate(self.state)
-        self.log.write("eval", self.at.step, {"tokens": self.at.step * self.schedule.tokens_per_step, **self.figures})
+        self.log.write("eval", self.at.step, {**self.schedule.seen(self.at.step), **self.figures})
         self.at = replace(self.at, evaluated=True)
         self._resume_clock()
 
@@ -279,19 +284,23 @@ class _Reporter:
         values = mean(metrics)
         self._check(step, values["loss"])
         now = time.monotonic()
-        note = f"loss {values['loss']:.4f}"
+        note = f"reward {values['reward']:.3f}  " if "reward" in values else ""
+        note += f"loss {values['loss']:.4f}"
         if self._since is not None:
             rate = (step - self._since[0]) / (now - self._since[1])
-            values["tokens_per_second"] = self._schedule.tokens_per_step * rate
+            values["tokens_per_second"] = self._tokens(values) * rate
             values["tokens_per_second_per_device"] = values["tokens_per_second"] / jax.device_count()
             note += f"  {values['tokens_per_second']:,.0f} tokens/s"
-            if self._peak is not None:
+            if self._peak is not None and self._schedule.flops_per_step:
                 values["mfu"] = self._schedule.flops_per_step * rate / self._peak
                 note += f"  MFU {values['mfu']:.1%}"
         else:
             self._since = (step, now)
-        self._log.write("train", step, {"tokens": step * self._schedule.tokens_per_step, **values})
+        self._log.write("train", step, {**self._schedule.seen(step), **values})
         self._line.update(step, note)
+
+    def _tokens(self, values: dict[str, float]) -> float:
+        return self._schedule.tokens_per_step or values.get("tokens_drawn", 0.0)
 
     def _check(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):

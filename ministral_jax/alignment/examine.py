@@ -1,0 +1,124 @@
+"""What a model answers to held-out prompts, and how good that is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ministral_jax.alignment.rollout import Params, Sampler, seeds
+from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.scoring import Scorer, Scores
+from ministral_jax.config import GenerateConfig
+from ministral_jax.data.prompts import PromptData
+from ministral_jax.errors import UserError
+from ministral_jax.manifest import write_json
+from ministral_jax.parallel import gathered, is_first
+from ministral_jax.training.checksums import first_problem
+
+SHOWN = 12
+"""Answers kept for the report."""
+_SALT = 1
+"""The random numbers of an evaluation are others than those of any step."""
+
+
+class Examiner:
+    """Answers the same held-out prompts with the same random numbers whenever it is asked. A context manager."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        prompts: PromptData,
+        config: GenerateConfig,
+        directory: Path,
+        workers: int = 2,
+        seconds: float = 10,
+    ):
+        self._sampler = replace(sampler, temperature=config.temperature)
+        self._rows, self._config, self._directory = prompts.evaluation(config.prompts), config, directory
+        self._scorer = Scorer(config.rewards, workers, seconds, "stop")
+
+    def __enter__(self) -> Examiner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scorer.close()
+
+    def figures(self, params: Params) -> dict[str, float]:
+        """See `figures_of`; a few of the answers are left in the directory, as `answers.json`."""
+        return self.examine(params)[0]
+
+    def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
+        """Figures, and the rewards of all answers `[N]`."""
+        config = self._config
+        limit = config.max_completion_length
+        numbers = seeds(0, 0, len(self._rows), _SALT)
+        episodes = self._sampler.roll_out(params, self._rows, numbers, config.completions, limit)
+        rows = [row for row in self._rows for _ in range(config.completions)]
+        samples = [self._sampler.sample(row, episode, limit) for row, episode in zip(rows, episodes, strict=True)]
+        scores = score_together(self._scorer, samples)
+        if is_first():
+            shown = range(0, len(samples), max(len(samples) // SHOWN, 1))
+            write_json(self._directory / "answers.json", {"answers": [_shown(samples[i], scores, i) for i in shown]})
+        return figures_of(samples, scores, [row.source for row in rows]), scores.total
+
+
+def figures_of(samples: Sequence[Sample], scores: Scores, sources: Sequence[str]) -> dict[str, float]:
+    """`reward` (mean), each of its parts as `reward_<part>`, in all and of each source as `reward_<part>_<source>`;
+    `loop_rate`, `truncated` and the mean `completion_length` in tokens."""
+    found = {"reward": float(np.nanmean(scores.total)), **conduct(samples)}
+    names = np.array(sources)
+    for part, values in scores.parts.items():
+        found[f"reward_{part}"] = float(np.nanmean(values))
+        if len(set(sources)) > 1:
+            for source in dict.fromkeys(sources):
+                found[f"reward_{part}_{source}"] = float(np.nanmean(values[names == source]))
+    return found
+
+
+def conduct(samples: Sequence[Sample]) -> dict[str, float]:
+    """How answers end, and how long they are."""
+    return {
+        "loop_rate": float(np.mean([sample.looping for sample in samples])),
+        "truncated": float(np.mean([sample.stopped == "length" for sample in samples])),
+        "completion_length": float(np.mean([len(sample.tokens) for sample in samples])),
+    }
+
+
+def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
+    """Scores of all samples on every process, each having judged its share.
+
+    Raises:
+        UserError: a reward failed, on any of them.
+    """
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+        return scorer.score(samples)
+    problem, own = None, None
+    try:
+        own = scorer.score(samples[index::count])
+    except UserError as error:
+        problem = str(error)
+    if (said := first_problem(problem)) is not None:
+        raise UserError(said)
+    assert own is not None
+    names = list(own.parts)
+    share = np.full((-(-len(samples) // count), 1 + len(names)), np.nan)
+    share[: len(own.total)] = np.stack([own.total, *(own.parts[name] for name in names)], axis=1)
+    whole = gathered(share).swapaxes(0, 1).reshape(-1, 1 + len(names))[: len(samples)]
+    return Scores(whole[:, 0], {name: whole[:, 1 + n] for n, name in enumerate(names)}, own.problems)
+
+
+def _shown(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:
+    parts = {name: _number(values[index]) for name, values in scores.parts.items()}
+    prompt = json.dumps(sample.prompt[-1].get("content"), ensure_ascii=False)
+    return {"prompt": prompt, "answer": sample.text, "reward": _number(scores.total[index]), "parts": parts}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

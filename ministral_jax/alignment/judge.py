@@ -1,0 +1,105 @@
+"""A pairwise reward model at work: how likely it is that one answer is better than another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ministral_jax.alignment.pairwise import judge_messages
+from ministral_jax.data.chat import render
+from ministral_jax.data.conversation import Message
+from ministral_jax.data.tokenizer import Tokenizer
+from ministral_jax.evaluation import hidden
+from ministral_jax.models.block import Compute
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, head_matrix
+from ministral_jax.parallel import Placement
+from ministral_jax.processes import poll
+from ministral_jax.sampling import bucket
+
+Params = dict[str, Any]
+ROWS = 64
+"""Questions in a batch, at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A pairwise reward model. Its probability that A is better is sigmoid(logit / temperature), the logit that of the
+    token A over B after the question `judge_messages` asks."""
+
+    spec: ModelSpec
+    compute: Compute
+    placement: Placement
+    tokenizer: Tokenizer
+    temperature: float = 1.0
+
+    def win_probability(
+        self, params: Params, conversations: Sequence[tuple[Message, ...]], a: Sequence[str], b: Sequence[str]
+    ) -> np.ndarray:
+        """float64 `[N]`: that answer a is better than answer b, the mean over both orders, in which a model may prefer
+        a place. Exactly 1/2 for equal answers."""
+        pairs = list(zip(conversations, a, b, strict=True))
+        forth = [self.tokens(judge_messages(c, x, y)) for c, x, y in pairs]
+        back = [self.tokens(judge_messages(c, y, x)) for c, x, y in pairs]
+        logits = self.logits(params, forth + back)
+        return both_orders(logits[: len(pairs)], logits[len(pairs) :], self.temperature)
+
+    def tokens(self, messages: tuple[Message, ...]) -> np.ndarray:
+        """A question as the judge reads it; cut in the middle where it is longer than the judge's context."""
+        tokens = render(messages, self.tokenizer, None, "a question to the judge", 1).tokens
+        if (over := len(tokens) - self.spec.context) > 0:
+            half = (len(tokens) - over) // 2
+            tokens = np.concatenate([tokens[:half], tokens[half + over :]])
+        return tokens.astype(np.int32)
+
+    def logits(self, params: Params, questions: Sequence[np.ndarray]) -> np.ndarray:
+        """float64 `[N]`: of A over B after each question."""
+        shards = int(np.prod([self.placement.mesh.shape[axis] for axis in self.placement.rules.batch]))
+        count = -(-ROWS // shards) * shards
+        found = []
+        for first in range(0, len(questions), count):
+            poll(f"judging pair {first}", slow=True)
+            batch = _batch(questions[first : first + count], count)
+            mine = {name: array[self.placement.rows(count)] for name, array in batch.items()}
+            read = self._read(params, self.placement.place(mine, count))
+            found.append(np.asarray(read, np.float64)[: len(questions) - first])
+        return np.concatenate(found) if found else np.zeros(0)
+
+    @cached_property
+    def _read(self) -> Any:
+        model = VLM(self.spec, self.compute)
+        ids = np.array([self.tokenizer.encode(letter)[0] for letter in "AB"])
+
+        def read(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+            states = hidden(model, params, batch)
+            last = jnp.einsum("btd,bt->bd", states, batch["loss_mask"].astype(states.dtype))
+            columns = head_matrix(params)[:, ids].astype(states.dtype)
+            logits = jnp.einsum("bd,dk->bk", last, columns, preferred_element_type=jnp.float32)
+            return logits[:, 0] - logits[:, 1]
+
+        return jax.jit(self.placement.rules.scoped(read), out_shardings=self.placement.replicated)
+
+
+def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.ndarray:
+    """`[N]`: that the first answer is better, from the logits of A over B with it in place A and in place B."""
+    from scipy.special import expit
+
+    return (expit(forth / temperature) + expit(-back / temperature)) / 2
+
+
+def _batch(questions: Sequence[np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Rows `[count, T]` of questions, with a mark at the last token of each."""
+    length = bucket(max(len(question) for question in questions))
+    tokens, segments = np.zeros((2, count, length), np.int32)
+    last = np.zeros((count, length), np.float32)
+    for row, question in enumerate(questions):
+        tokens[row, : len(question)], segments[row, : len(question)] = question, 1
+        last[row, len(question) - 1] = 1
+    positions = np.where(segments > 0, np.arange(length, dtype=np.int32), 0)
+    return {"tokens": tokens, "positions": positions, "segments": segments, "loss_mask": last}

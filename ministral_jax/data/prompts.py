@@ -1,0 +1,150 @@
+"""Prompts for stages that sample: conversations up to what is to be answered. Batch n is a function of (seed, n)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from ministral_jax.data.chat import Rendered, render
+from ministral_jax.data.config import DataConfig
+from ministral_jax.data.conversation import Document, Message, spell
+from ministral_jax.data.documents import drawn
+from ministral_jax.data.files import stable_key
+from ministral_jax.data.sources import open_source, read_documents
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import VisionSpec
+
+Progress = Callable[[str, int], None]
+_PROGRESS_EVERY = 1000
+
+
+class PromptRow(NamedTuple):
+    """A conversation that ends where the model is to go on.
+
+    `columns` are the other keys of its row, `reference` the answer that was cut off where prompts were opened as
+    `answered` ones, else "".
+    """
+
+    messages: tuple[Message, ...]
+    rendered: Rendered
+    columns: dict[str, Any]
+    reference: str
+    source: str
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class PromptData:
+    """Conversations by source, in memory as read; they are rendered, and their images opened, when they are used."""
+
+    tokenizer: Tokenizer
+    vision: VisionSpec | None
+    max_pixels: int
+    weights: dict[str, float]
+    train: dict[str, list[Document]]
+    held_out: dict[str, list[Document]]
+
+    def batch(self, seed: int, step: int, count: int) -> list[PromptRow]:
+        """The training prompts of a step (from 0): each source's in an order of its own, anew in each pass, the sources
+        by their weights."""
+        order = self._order(self.train, seed)
+        return [self._row(order[step * count + i]) for i in range(count)]
+
+    def evaluation(self, count: int) -> list[PromptRow]:
+        """The first `count` held-out prompts, or all of them: always the same, the sources by their weights.
+
+        Raises:
+            UserError: nothing was held out.
+        """
+        available = sum(len(documents) for documents in self.held_out.values())
+        if not available:
+            raise UserError("no prompt is held out; raise data.held_out or give the sources more documents")
+        order, chosen = self._order(self.held_out, 0), dict[tuple[str, int], None]()
+        for place in order:
+            if len(chosen) == min(count, available):
+                break
+            chosen.setdefault(place)
+        return [self._row(place, "held_out") for place in chosen]
+
+    def rows(self, split: str) -> list[PromptRow]:
+        """All prompts of a split, in the order of the sources."""
+        return [self._row((name, i), split) for name, docs in getattr(self, split).items() for i in range(len(docs))]
+
+    def _order(self, documents: dict[str, list[Document]], seed: int) -> grain.MapDataset:
+        present = {name: docs for name, docs in documents.items() if docs}
+
+        def places(number: int, name: str) -> grain.MapDataset:
+            shuffled = grain.MapDataset.range(len(present[name])).seed(seed + number).shuffle().repeat()
+            return shuffled.map(lambda i: (name, i))
+
+        sources = [places(number, name) for number, name in enumerate(present)]
+        return grain.MapDataset.mix(sources, [self.weights[name] for name in present])
+
+    def _row(self, place: Any, split: str = "train") -> PromptRow:
+        name, number = place
+        document = getattr(self, split)[name][number]
+        return _row(document, name, self.tokenizer, self.vision, self.max_pixels)
+
+
+def open_prompts(
+    config: DataConfig,
+    vision: VisionSpec | None,
+    root: Path,
+    max_length: int,
+    where: str,
+    progress: Progress | None = None,
+    answered: bool = False,
+) -> PromptData:
+    """Read the conversations of all sources and check each of them.
+
+    Args:
+        root: where the tokenizer's file is kept.
+        max_length: tokens that a prompt may have.
+        where: the stage, for error messages.
+        answered: whether every row must end with the assistant's answer, which becomes `PromptRow.reference`.
+
+    Raises:
+        UserError: a row that is malformed or is no conversation, an image that cannot be used, a prompt that is too
+            long: naming its file and row; or a source without training prompts.
+    """
+    tokenizer = load_tokenizer(config.tokenizer, root)
+    train, held_out = {}, {}
+    for name, source in config.sources.items():
+        documents = []
+        for document in read_documents(open_source(name, source), prompts=not answered):
+            tokens = len(_row(document, name, tokenizer, vision, config.max_pixels).rendered.tokens)
+            if tokens > max_length:
+                raise UserError(
+                    f"{document.where}: the prompt has {tokens} tokens, {where}.max_prompt_length is {max_length}"
+                )
+            documents.append(document)
+            if progress is not None and len(documents) % _PROGRESS_EVERY == 0:
+                progress(f"read prompts of {name}", len(documents))
+        out = drawn(np.array([stable_key(d.key or d.name) for d in documents], np.uint64), config.held_out)
+        train[name] = [d for d, is_out in zip(documents, out, strict=True) if not is_out]
+        held_out[name] = [d for d, is_out in zip(documents, out, strict=True) if is_out]
+        if not train[name]:
+            raise UserError(
+                f"data.sources.{name} has no prompt left to train on with data.held_out = {config.held_out}; give it "
+                "more rows or hold out fewer"
+            )
+    weights = {name: source.weight for name, source in config.sources.items()}
+    return PromptData(tokenizer, vision, config.max_pixels, weights, train, held_out)
+
+
+def _row(
+    document: Document, source: str, tokenizer: Tokenizer, vision: VisionSpec | None, max_pixels: int
+) -> PromptRow:
+    if not document.messages:
+        raise UserError(f"{document.where}: is a text, not a conversation; stages that sample need 'messages'")
+    messages, reference = document.messages, ""
+    if messages[-1].role == "assistant":
+        messages, reference = messages[:-1], spell(messages[-1])
+    rendered = render(messages, tokenizer, vision, document.where, max_pixels, document.tools)
+    return PromptRow(messages, rendered, document.columns, reference, source, document.where)
