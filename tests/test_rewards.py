@@ -31,7 +31,7 @@ from ministral_jax.alignment.sample import Sample, split_thinking
 from ministral_jax.errors import UserError
 
 FUNCTIONS = """
-    import os, sys, time
+    import os, signal, sys, time
 
     NUMBER = 3
 
@@ -49,6 +49,7 @@ FUNCTIONS = """
             case "none": return None
             case "exit": sys.exit(3)
             case "die": os._exit(7)
+            case "term": os.kill(os.getpid(), signal.SIGTERM)
             case "hang": time.sleep(600)
         return 1.0
 
@@ -266,6 +267,7 @@ def test_constraints_that_are_refused(constraints):
         ("これは何ですか", "猫です、ネコ", 1),
         ("What is the Russian for cat?", "The word that you are looking for is кот", 1),
         ("What is it?", "A кот", 0),
+        ("What is it?", "Hello кот", 0),
     ],
 )
 def test_language(prompt, text, expected):
@@ -340,6 +342,10 @@ def test_a_failure_is_said_and_its_sample_left_out(by_order, answer, said):
     assert scores.problems == [f"the reward orders of rows.jsonl:9 {said}"]
     np.testing.assert_array_equal(scores.total, [1, math.nan, 1])
     np.testing.assert_array_equal(scores.parts["orders"], [1, math.nan, 1])
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_spoil_its_batch(by_order):
+    assert by_order.score([sample("term"), sample("fine")]).total.tolist() == [1, 1]
 
 
 def test_more_than_half_failing_stops_even_so(by_order):

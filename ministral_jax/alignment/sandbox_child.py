@@ -257,4 +257,5 @@ def main():
     os.waitpid(pid, 0)
 
 
-main()
+if __name__ == "__main__":
+    main()
