@@ -49,7 +49,7 @@ def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> li
         UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings or another parent.
     """
     names = order(recipe, wanted)
-    specs = resolve_specs(recipe)
+    specs = resolve_specs(recipe, names)
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in names:  # every conflict is found before anything is computed or written
         _check_unchanged(recipe, run_dir, name, specs[name])

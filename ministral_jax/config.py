@@ -272,7 +272,7 @@ class OnlineStage(Stage, Steps):
     """Tokens; a longer prompt is an error that names its row."""
     max_completion_length: int | dict[int, int] = 256
     """Tokens; or by the step from which it holds, the first of them 0: `{0: 16384, 400: 24576}`."""
-    on_error: Literal["stop", "drop"] = "stop"
+    on_error: Literal["drop", "stop"] = "drop"
     """What becomes of a run when a reward raises, times out or is not a number; `drop` leaves the completion out."""
     workers: int = Field(default=2, ge=1)
     """Processes that score completions, on each host."""

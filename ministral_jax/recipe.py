@@ -180,7 +180,7 @@ def expand_baselines(recipe: Recipe) -> Recipe:
         if isinstance(before, DistillStage) and before.baseline:
             changes = {"source": scratch_name(stage.source or "")}
         else:
-            spec = resolve_specs(recipe)[name]
+            spec = resolve_specs(recipe, [name])[name]
             changes = {"source": None, "model": spec.model_dump(mode="json")}
         stages[scratch_name(name)] = stage.model_copy(update={"baseline": False, **changes})
     return recipe.model_copy(update={"stages": stages})
@@ -278,15 +278,16 @@ def _preset(name: str, where: str) -> ModelSpec:
     return PRESETS[name]
 
 
-def resolve_specs(recipe: Recipe) -> dict[str, ModelSpec]:
-    """Sizes of every stage's result, by walking the graph; an imported model's are read from its `config.json`.
+def resolve_specs(recipe: Recipe, wanted: Iterable[str] = ()) -> dict[str, ModelSpec]:
+    """Sizes of the results of the wanted stages (all when none is named) and of what they need, by walking the graph;
+    an imported model's are read from its `config.json`.
 
     Raises:
         UserError: see `resolve_model`; also a prune target larger than its source, a teacher with another vocabulary,
             one that was not or not so recorded, a source that is no model.
     """
     specs: dict[str, ModelSpec] = {}
-    for name in order(recipe, recipe.stages):
+    for name in order(recipe, wanted or recipe.stages):
         stage = recipe.stages[name]
         source = specs[stage.source] if stage.source is not None else None
         where = f"stages.{name}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ministral_jax.alignment.examine import Examiner, conduct, score_together
@@ -117,6 +118,7 @@ class Online:
 
     def answers(self, params: Params, prompts: Prompts, each: int) -> Answers:
         """`each` answers to every prompt of a step."""
+        jax.block_until_ready(params)  # the last update, whose time is not that of sampling
         self.clock.switch("generate")
         limit = self.stage.completion_length(prompts.step)
         numbers = seeds(self.stage.seed, prompts.step, len(prompts.rows))
