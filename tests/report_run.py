@@ -335,7 +335,7 @@ def _held_out(do: str, done: float, noise: Any) -> dict[str, float]:
         judge = {"judge_temperature": 1.7, "judge_accuracy": 0.5 + 0.4 * done + noise()}
         return {"ce": 2 - done, "ece": 0.02, **judge, "judge_ece_before": 0.21 - 0.1 * done, "judge_ece": 0.034}
     begin = 0.0 if do == "sft" else 0.5
-    right = {source: begin + (end - begin) * done + noise() for source, end in SOURCES.items()}
+    right = {source: begin + (end - begin) * done + abs(noise()) for source, end in SOURCES.items()}
     accuracy = sum(right.values()) / len(right)
     found = {"reward": 0.9 * accuracy + 0.1, "reward_accuracy": accuracy, "reward_format": 1.0}
     found |= {f"reward_accuracy_{source}": value for source, value in right.items()}

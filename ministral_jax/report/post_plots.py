@@ -17,6 +17,8 @@ from ministral_jax.report.style import light
 SMALL = (4.7, 1.72)
 """Two of them are as high as another figure."""
 
+_STEPS = [1, 2, 2.5, 5, 10]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -84,7 +86,7 @@ def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str,
             axes.plot(xs, ys, line.style, color=colour, alpha=0.28, lw=1)
             axes.plot(xs, smooth(ys), line.style, color=colour, label=line.label)
         if floor:
-            axes.set_ylim(0, 1.1 * max(float(ys.max()) for _, _, ys in found) or 1.0)
+            axes.set_ylim(0, 1.1 * max(float(ys.max()) for _, _, ys in found) or 0.01)
         _axes(axes, y_label, shares=False)
         if any(line.label for line, _, _ in found):
             _legend(axes)
@@ -114,10 +116,11 @@ def rewards(colour: str, train: Sequence[Row], evals: Sequence[Row], alt: str) -
 
 def _axes(axes: Axes, y_label: str, shares: bool) -> None:
     token_axis(axes, "steps")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
     if shares:
         percent_axis(axes)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.set_ylabel(y_label)
 
 
