@@ -150,13 +150,14 @@ def _reward(stage: Stage) -> Html | None:
     return _cell(_change(stage, "reward", decimal), *small)
 
 
-def _calibration(stage: Stage) -> Html | None:
-    before, after = stage.last("judge_ece_before"), stage.last("judge_ece")
-    if after is None:
-        return None
-    temperature = stage.last("judge_temperature")
-    small = [f"temperature {decimal(temperature)}"] if temperature is not None else []
-    return _cell(f"{decimal(before)}{_ARROW}{decimal(after)}", *small)
+def _judge(stage: Stage) -> Html | None:
+    before, after, temperature = (stage.last(f"judge_{key}") for key in ("ece_before", "ece", "temperature"))
+    small = (
+        []
+        if after is None
+        else [f"ECE {decimal(before)}{_ARROW}{decimal(after)}", f"at temperature {decimal(temperature)}"]
+    )
+    return _cell(_change(stage, "judge_accuracy", percent), *small)
 
 
 def _metric(key: str, write: Callable[[float | None], str]) -> Callable[[Stage], Html | None]:
@@ -181,8 +182,7 @@ _COLUMNS: tuple[tuple[str, str | None, Callable[[Stage], Html | None]], ...] = (
     ("loop rate", None, _metric("loop_rate", percent)),
     ("mean length", "tokens", _metric("completion_length", decimal)),
     ("win rate", "over its start", _wins),
-    ("pairs judged right", None, _metric("judge_accuracy", percent)),
-    ("judge\u2019s ECE", "raw \u2192 calibrated", _calibration),
+    ("judged right", "ECE raw \u2192 calibrated", _judge),
     ("time", None, _time),
 )
 

@@ -66,7 +66,7 @@ def lines(
                 clip_on=False,
                 zorder=3,
             )
-        _axes(axes, y_label, shares and all(-0.001 <= y <= 1.001 for _, _, ys in found for y in ys))
+        step_axes(axes, y_label, shares and all(-0.001 <= y <= 1.001 for _, _, ys in found for y in ys))
         if any(line.label for line, _, _ in found):
             _legend(axes)
 
@@ -87,7 +87,7 @@ def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str,
             axes.plot(xs, smooth(ys), line.style, color=colour, label=line.label)
         if floor:
             axes.set_ylim(0, 1.1 * max(float(ys.max()) for _, _, ys in found) or 0.01)
-        _axes(axes, y_label, shares=False)
+        step_axes(axes, y_label, shares=False)
         if any(line.label for line, _, _ in found):
             _legend(axes)
 
@@ -108,13 +108,13 @@ def rewards(colour: str, train: Sequence[Row], evals: Sequence[Row], alt: str) -
         if held_x:
             ink = light("ink")
             axes.plot(held_x, held_y, "o-", color=ink, lw=1.2, ms=4.5, mfc=light("paper"), mew=1.2, label="held out")
-        _axes(axes, "mean reward of an answer", shares=False)
+        step_axes(axes, "mean reward of an answer", shares=False)
         _legend(axes)
 
     return draw(paint, alt)
 
 
-def _axes(axes: Axes, y_label: str, shares: bool) -> None:
+def step_axes(axes: Axes, y_label: str, shares: bool) -> None:
     token_axis(axes, "steps")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
     if shares:
