@@ -122,6 +122,6 @@ def over_seeds(
         if len(curves) > 1:
             means = [sum(curve[x] for curve in curves) / len(curves) for x in common]
             axes.plot(common, means, color=light(colour), lw=2.6)
-        step_axes(axes, y_label, shares and all(-0.001 <= y <= 1.001 for curve in curves for y in curve.values()))
+        step_axes(axes, y_label, [y for curve in curves for y in curve.values()] if shares else ())
 
     return draw(paint, alt)

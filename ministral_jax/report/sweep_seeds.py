@@ -118,11 +118,15 @@ def headline(found: Sequence[Replicates]) -> str:
     told = [(made.stage, made.chief) for made in found]
     learns = [stage for stage, change in told if change and change.verdict == "better"]
     others = [stage for stage, change in told if stage not in learns]
-    seeds = plural(max(len(made.evals) for made in found), "seed")
+    seeds = _count(found)
     if not learns:
         return f"Over {seeds} nothing is learned beyond seed noise"
     text = f"Over {seeds} {listing(learns)} {'learns' if len(learns) == 1 else 'learn'} beyond seed noise"
     return text + (f", {listing(others)} {'does' if len(others) == 1 else 'do'} not" if others else "")
+
+
+def _count(found: Sequence[Replicates]) -> str:
+    return plural(max(len(made.evals) for made in found), "seed")
 
 
 def seeds(found: Sequence[Replicates]) -> Html | None:
@@ -134,15 +138,15 @@ def seeds(found: Sequence[Replicates]) -> Html | None:
         "the interval leaves out zero. It speaks of other seeds on the same held-out prompts."
     )
     parts = [_stage(made, accent(1 + i)) for i, made in enumerate(found)]
-    return section("seeds", "Seeds", headline(found), lead, parts)
+    return section("seeds", "Seeds", f"What each stage changes, over {_count(found)}", lead, parts)
 
 
 def _stage(made: Replicates, colour: str) -> Child:
     changes = [change for key in made.keys if (change := made.change(key))]
-    headers: list[Child] = ["held out", "before", "after", "change", "interval", "seeds that rise", "verdict"]
+    headers: list[Child] = ["held out", "before", "after", "change", "95 % interval", "seeds that rise", "verdict"]
     rows = [row(_name(change.key), _cells(change)) for change in changes]
     counted = max((len(change.pairs) for change in changes), default=0)
-    caption = f"Mean and standard deviation over {plural(counted, 'seed')}."
+    caption = f"Mean and standard deviation over {plural(counted, 'seed')}; shares change by percentage points."
     if counted < len(made.evals):
         caption += f" {plural(len(made.evals) - counted, 'other').capitalize()} did not come as far."
     figures = [drawn for key in _DRAWN if (drawn := _figure(made, key, colour))]
@@ -162,19 +166,31 @@ def _write(key: str) -> Callable[[float | None], str]:
     return decimal if key in _NO_SHARES else percent
 
 
+def _signed(write: Callable[[float], str]) -> Callable[[float], str]:
+    return lambda value: ("\u2212" if value < 0 else "+") + write(abs(value))
+
+
 def _cells(change: Change) -> list[Child]:
     write, n = _write(change.key), len(change.pairs)
+    signed = _signed(write)
 
-    def spread(values: list[float]) -> Child:
+    def spread(values: list[float], told: Callable[[float], str]) -> Child:
         deviation = el("small", f"\u00b1 {write(statistics.stdev(values))}") if n > 1 else None
-        return el("td", write(statistics.fmean(values)), deviation)
+        return el("td", told(statistics.fmean(values)), deviation)
 
     before, after = ([pair[i] for pair in change.pairs] for i in (0, 1))
     half, verdict = change.half, change.verdict
-    low_high = f"{write(change.mean - half)} to {write(change.mean + half)}" if half is not None else MISSING
+    low_high = f"{signed(change.mean - half)} to {signed(change.mean + half)}" if half is not None else MISSING
     rising = f"{sum(x > 0 for x in change.changes)} of {n}"
     kind = {"better": "best", "worse": "wrong"}.get(verdict)
-    return [spread(before), spread(after), spread(change.changes), low_high, rising, el("td", verdict, class_=kind)]
+    return [
+        spread(before, write),
+        spread(after, write),
+        spread(change.changes, signed),
+        low_high,
+        rising,
+        el("td", verdict, class_=kind),
+    ]
 
 
 def _figure(made: Replicates, key: str, colour: str) -> Html | None:
