@@ -29,9 +29,27 @@ from ministral_jax.explain import explain, suggest
 from ministral_jax.models.spec import Frozen
 from ministral_jax.recipe import find_recipe, inputs, load_recipe, order, resolve_specs
 
-METRICS = ("kl", "ce", "ece", "bits_per_byte", "digit_accuracy", "kl_to_source", "bytes_per_token", "tail_mass")
+METRICS = (
+    "kl",
+    "ce",
+    "ece",
+    "bits_per_byte",
+    "digit_accuracy",
+    "reward_accuracy",
+    "reward",
+    "win_rate",
+    "loop_rate",
+    "judge_accuracy",
+    "judge_ece_before",
+    "judge_ece",
+    "kl_to_source",
+    "bytes_per_token",
+    "tail_mass",
+)
 """Figures of a manifest. Held-out: of the loop `kl` (distil stages), `ce`, `ece`, `bits_per_byte`, `digit_accuracy`; of
-a prune stage `kl_to_source`. Of a record stage `bytes_per_token` and, for topk, `tail_mass`."""
+answers `reward_accuracy`, `reward`, `loop_rate` and, of an odpo stage, `win_rate`; of a judge its accuracy and its
+calibration error, raw and calibrated; of a prune stage `kl_to_source`. Of a record stage `bytes_per_token` and, for
+topk, `tail_mass`."""
 
 LONGEST_NAME = 120
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -335,12 +335,30 @@ def _held_out(do: str, done: float, noise: Any) -> dict[str, float]:
         judge = {"judge_temperature": 1.7, "judge_accuracy": 0.5 + 0.4 * done + noise()}
         return {"ce": 2 - done, "ece": 0.02, **judge, "judge_ece_before": 0.21 - 0.1 * done, "judge_ece": 0.034}
     begin = 0.0 if do == "sft" else 0.5
-    right = {source: begin + (end - begin) * done + noise() for source, end in SOURCES.items()}
+    right = {source: begin + (end - begin) * done + abs(noise()) for source, end in SOURCES.items()}
     accuracy = sum(right.values()) / len(right)
     found = {"reward": 0.9 * accuracy + 0.1, "reward_accuracy": accuracy, "reward_format": 1.0}
     found |= {f"reward_accuracy_{source}": value for source, value in right.items()}
     found |= {"loop_rate": 0.1 * (1 - done), "truncated": 0.0, "completion_length": 20.0 + 10 * done}
     return found | ({"win_rate": 0.5 + 0.2 * done} if do == "odpo" else {"ce": 2 - done} if do == "sft" else {})
+
+
+def write_seeds(sweep: Path, seeds: int = 3, stages: tuple[str, ...] = ("14b-sft", "14b-reward", "14b-rl")) -> Path:
+    """A finished sweep over seeds, all of its stages made anew by each."""
+    key = "stages.14b-sft.seed"
+    points = []
+    for seed in range(seeds):
+        made = {name: f"shared/{name}-{seed}" for name in stages}
+        for name, place in made.items():
+            write_post_stage(sweep / place, name, np.random.default_rng([seed, *name.encode()]))
+        figures = {"14b-rl": json.loads((sweep / made["14b-rl"] / "manifest.json").read_text())["metrics"]}
+        point = {"name": f"seed={seed}", "settings": {key: seed}, "error": None, "stages": made, "state": "finished"}
+        points.append({**point, "figures": figures})
+    record = {"name": "seeds", "recipe": "tiny", "keys": {key: "seed"}, "axes": [[key]], "overrides": {}, "wanted": []}
+    measure = [{"stage": "14b-rl", "metrics": [], "curve": []}]
+    counts = {"stages": 3 * seeds, "stages_unshared": 3 * seeds, "seconds": 731.0}
+    write_json(sweep / "sweep.json", {**record, "measure": measure, "points": points, **counts})
+    return sweep
 
 
 def write_record(run: Path, name: str, codec: Codec, shards: int = 5) -> Path:

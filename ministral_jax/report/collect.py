@@ -313,8 +313,8 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
         spec=spec,
         manifest=manifest,
         digest=digest(directory) if finished else None,
-        train=_of_kind(rows, "train"),
-        evals=_of_kind(rows, "eval"),
+        train=rows_of(rows, "train"),
+        evals=rows_of(rows, "eval"),
         time=goodput(timed := [row for row in rows if row.get("kind") == "time"]),
         attempts=len({row.get("attempt") for row in timed}),
         settings=raw,
@@ -322,7 +322,7 @@ def _stage(run_dir: Path, name: str, raw: dict[str, Any], notes: list[str]) -> S
     )
 
 
-def _of_kind(rows: list[dict[str, Any]], kind: str) -> list[Row]:
+def rows_of(rows: list[dict[str, Any]], kind: str) -> list[Row]:
     """Rows of one kind in order of steps; of a step that was run twice (after a crash) the later row."""
     numeric = [
         {k: x for k, v in row.items() if (x := number(v)) is not None} for row in rows if row.get("kind") == kind

@@ -94,10 +94,11 @@ def log_y(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
 
 
-def percent_axis(axes: Axes) -> None:
-    """A share, from nothing to all."""
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+def percent_axis(axes: Axes, highest: float) -> None:
+    """Shares, from nothing to all; where even the highest is small, to a little above it."""
+    top = 1.0 if highest > 0.3 else max(1.1 * highest, 0.02)
+    axes.set_ylim(-0.03 * top, 1.03 * top)
+    axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]) if top == 1 else MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{tick(100 * y)}{THIN}%"))
 
 

@@ -150,13 +150,14 @@ def _reward(stage: Stage) -> Html | None:
     return _cell(_change(stage, "reward", decimal), *small)
 
 
-def _calibration(stage: Stage) -> Html | None:
-    before, after = stage.last("judge_ece_before"), stage.last("judge_ece")
-    if after is None:
-        return None
-    temperature = stage.last("judge_temperature")
-    small = [f"temperature {decimal(temperature)}"] if temperature is not None else []
-    return _cell(f"{decimal(before)}{_ARROW}{decimal(after)}", *small)
+def _judge(stage: Stage) -> Html | None:
+    before, after, temperature = (stage.last(f"judge_{key}") for key in ("ece_before", "ece", "temperature"))
+    small = (
+        []
+        if after is None
+        else [f"ECE {decimal(before)}{_ARROW}{decimal(after)}", f"at temperature {decimal(temperature)}"]
+    )
+    return _cell(_change(stage, "judge_accuracy", percent), *small)
 
 
 def _metric(key: str, write: Callable[[float | None], str]) -> Callable[[Stage], Html | None]:
@@ -167,13 +168,12 @@ def _wins(stage: Stage) -> Html | None:
     return _cell(percent(stage.last("win_rate"))) if stage.last("win_rate") is not None else None
 
 
-def _generation(stage: Stage) -> Html | None:
-    return _cell(percent(stage.share_of_time("generate"))) if stage.time.get("generate") else None
-
-
-def _seconds(stage: Stage) -> Html | None:
+def _time(stage: Stage) -> Html | None:
     seconds = number(stage.manifest.get("seconds")) or sum(stage.time.values())
-    return _cell(duration(seconds)) if seconds else None
+    small = [f"{count(stage.steps)} steps"] if stage.steps else []
+    if stage.time.get("generate"):
+        small.append(f"{percent(stage.share_of_time('generate'))} generating")
+    return _cell(duration(seconds) if seconds else MISSING, *small) if seconds or small else None
 
 
 _COLUMNS: tuple[tuple[str, str | None, Callable[[Stage], Html | None]], ...] = (
@@ -182,11 +182,8 @@ _COLUMNS: tuple[tuple[str, str | None, Callable[[Stage], Html | None]], ...] = (
     ("loop rate", None, _metric("loop_rate", percent)),
     ("mean length", "tokens", _metric("completion_length", decimal)),
     ("win rate", "over its start", _wins),
-    ("pairs judged right", None, _metric("judge_accuracy", percent)),
-    ("judge\u2019s ECE", "calibration before \u2192 after", _calibration),
-    ("steps", None, lambda stage: _cell(count(stage.steps)) if stage.steps else None),
-    ("time", None, _seconds),
-    ("generating", "of the time", _generation),
+    ("judged right", "ECE raw \u2192 calibrated", _judge),
+    ("time", None, _time),
 )
 
 
@@ -196,12 +193,11 @@ def _table(lineage: Lineage) -> Html:
     heads: list[Child] = [[el("span", name), el("small", small) if small else None] for name, small, _ in columns]
     rows = []
     for i, stage in enumerate(lineage.stages):
-        begun = None if stage.state == "finished" else el("small", stage.state)
-        about = el(
-            "td", f"{stage.do}: {_does(stage)}", el("small", f"from {stage.source or MISSING}"), class_="text wrap"
-        )
-        rows.append(row([stage.name, begun], [about, *(cells[i] or MISSING for _, _, cells in columns)]))
-    return table(_caption(lineage), ["stage", el("th", "does", scope="col", class_="text"), *heads], rows)
+        begun = "" if stage.state == "finished" else f", {stage.state}"
+        about = [f"{stage.do}, from {stage.source or MISSING}{begun}", _does(stage)]
+        head = [stage.name, [el("small", line) for line in about]]
+        rows.append(row(head, [cells[i] or MISSING for _, _, cells in columns]))
+    return table(_caption(lineage), ["stage", *heads], rows)
 
 
 def _caption(lineage: Lineage) -> str:
@@ -255,14 +251,18 @@ def _rewards(stage: Stage, colour: str, _: dict[str, str]) -> Painted:
 def _sampling(stage: Stage, colour: str, _: dict[str, str]) -> Painted:
     title = f"Entropy and clipping of {stage.name}"
     entropy = post_plots.training(
-        stage.train, [Line("entropy", colour)], "entropy, nats", f"Entropy of {stage.name} against steps.", floor=True
+        stage.train, [Line("entropy", colour)], "entropy", f"Entropy of {stage.name} against steps.", floor=True
     )
     shown = [Line("clipped_low", colour, "below", "--"), Line("clipped_high", colour, "above")]
     clipped = post_plots.training(
-        stage.train, shown, "share of tokens clipped", f"Clipped tokens of {stage.name} against steps.", floor=True
+        stage.train, shown, "clipped", f"Clipped tokens of {stage.name} against steps.", floor=True
     )
     both = el("div", [picture for picture in (entropy, clipped) if picture]) if entropy or clipped else None
-    return title, both, "Entropy of next tokens in sampled answers, and tokens whose ratio was clipped."
+    return (
+        title,
+        both,
+        "Entropy of next tokens in sampled answers, in nats, and the share of tokens whose ratio was clipped.",
+    )
 
 
 def _wins_over(stage: Stage, colour: str, _: dict[str, str]) -> Painted:

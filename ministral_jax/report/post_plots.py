@@ -17,6 +17,8 @@ from ministral_jax.report.style import light
 SMALL = (4.7, 1.72)
 """Two of them are as high as another figure."""
 
+_STEPS = [1, 2, 2.5, 5, 10]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -35,14 +37,8 @@ def lines(
     shown: Sequence[Line],
     y_label: str,
     alt: str,
-    shares: bool = True,
-    size: tuple[float, float] = (4.7, 3.4),
 ) -> Html | None:
-    """Metrics of held-out evaluations, a ring at each; or of training, as moving averages.
-
-    Args:
-        shares: the values are shares, on an axis from nothing to all.
-    """
+    """Shares at held-out evaluations, a ring at each."""
     found = [(line, *series(rows, line.key, over="step")) for line in shown]
     found = [(line, xs, ys) for line, xs, ys in found if xs]
     if not found:
@@ -64,11 +60,11 @@ def lines(
                 clip_on=False,
                 zorder=3,
             )
-        _axes(axes, y_label, shares and all(-0.001 <= y <= 1.001 for _, _, ys in found for y in ys))
+        step_axes(axes, y_label, [y for _, _, ys in found for y in ys])
         if any(line.label for line, _, _ in found):
             _legend(axes)
 
-    return draw(paint, alt, size)
+    return draw(paint, alt)
 
 
 def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str, floor: bool = False) -> Html | None:
@@ -84,8 +80,8 @@ def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str,
             axes.plot(xs, ys, line.style, color=colour, alpha=0.28, lw=1)
             axes.plot(xs, smooth(ys), line.style, color=colour, label=line.label)
         if floor:
-            axes.set_ylim(0, 1.1 * max(float(ys.max()) for _, _, ys in found) or 1.0)
-        _axes(axes, y_label, shares=False)
+            axes.set_ylim(0, 1.1 * max(float(ys.max()) for _, _, ys in found) or 0.01)
+        step_axes(axes, y_label)
         if any(line.label for line, _, _ in found):
             _legend(axes)
 
@@ -106,18 +102,20 @@ def rewards(colour: str, train: Sequence[Row], evals: Sequence[Row], alt: str) -
         if held_x:
             ink = light("ink")
             axes.plot(held_x, held_y, "o-", color=ink, lw=1.2, ms=4.5, mfc=light("paper"), mew=1.2, label="held out")
-        _axes(axes, "mean reward of an answer", shares=False)
+        step_axes(axes, "mean reward of an answer")
         _legend(axes)
 
     return draw(paint, alt)
 
 
-def _axes(axes: Axes, y_label: str, shares: bool) -> None:
+def step_axes(axes: Axes, y_label: str, shares: Sequence[float] = ()) -> None:
+    """Steps across; upwards `shares`, if that is what all the values are."""
     token_axis(axes, "steps")
-    if shares:
-        percent_axis(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
+    if len(shares) and min(shares) >= -0.001 and max(shares) <= 1.001:
+        percent_axis(axes, max(shares))
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.set_ylabel(y_label)
 
 

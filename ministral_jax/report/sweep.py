@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ministral_jax.report import sweep_seeds
 from ministral_jax.report.collect import number, series
 from ministral_jax.report.markup import Child, Html, el, figure, model_name, paragraph, row, section, table
 from ministral_jax.report.page import document, write
@@ -28,11 +29,19 @@ TITLES = {
     "bits_per_byte": "bits per byte",
     "digit_accuracy": "images read right",
     "kl_to_source": "KL to the source",
+    "reward_accuracy": "answers right",
+    "reward": "reward",
+    "win_rate": "win rate",
+    "loop_rate": "loop rate",
+    "judge_accuracy": "pairs judged right",
+    "judge_ece_before": "judge\u2019s ECE, raw",
+    "judge_ece": "judge\u2019s ECE",
     "bytes_per_token": "bytes per token",
     "tail_mass": "tail mass",
 }
 _UNITS = {"kl": "nats", "ce": "nats", "kl_to_source": "nats"}
-_HIGHER_IS_BETTER = ("digit_accuracy",)
+_HIGHER_IS_BETTER = ("digit_accuracy", "reward_accuracy", "reward", "win_rate", "judge_accuracy")
+_SHARES = ("digit_accuracy", "reward_accuracy", "win_rate", "loop_rate", "judge_accuracy")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Column:
 
     def show(self, point: Record) -> str:
         value = self.of(point)
-        return percent(value) if self.metric == "digit_accuracy" else decimal(value, None if value is None else 4)
+        return percent(value) if self.metric in _SHARES else decimal(value, None if value is None else 4)
 
 
 def figure_columns(record: Record) -> list[Column]:
@@ -89,16 +98,18 @@ def build_sweep_report(sweep_dir: Path) -> Path:
 
 
 def render(record: Record, sweep_dir: Path) -> str:
-    layout, columns = Layout(record), figure_columns(record)
+    layout, columns, repeated = Layout(record), figure_columns(record), sweep_seeds.replicates(record, sweep_dir)
     sections = [
+        ("seeds", "Seeds", sweep_seeds.seeds(repeated)),
         ("points", "Points", _points(record, columns)),
-        ("values", "Values", _values(record, layout, columns)),
+        ("values", "Values", None if repeated else _values(record, layout, columns)),
         ("curves", "Curves", _curves(record, layout, sweep_dir)),
         ("settings", "Settings", _settings(record)),
     ]
     made = [(anchor, name, content) for anchor, name, content in sections if content]
     footer = el("p", "One file; it loads nothing and runs no script.")
-    return document(f"sweep {record['name']}", _headline(record, columns), _status(record), None, made, footer)
+    title = sweep_seeds.headline(repeated) if repeated else _headline(record, columns)
+    return document(f"sweep {record['name']}", title, _status(record), None, made, footer)
 
 
 class Layout:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ministral_jax.report.collect import Row, series
 from ministral_jax.report.markup import Html
 from ministral_jax.report.plots import draw, log_y, token_axis
+from ministral_jax.report.post_plots import step_axes
 from ministral_jax.report.style import light
 from ministral_jax.report.units import tick
 from ministral_jax.sweep import label
@@ -102,3 +104,24 @@ def kl_of_points(curves: Sequence[Curve], stage_ends: Sequence[float], alt: str)
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
 
     return draw(paint, alt, (10.0, 4.2))
+
+
+def over_seeds(
+    seeds: Sequence[Sequence[Row]], key: str, colour: str, y_label: str, shares: bool, alt: str
+) -> Html | None:
+    """A held-out metric against steps: a thin line for every seed, a thick one for the mean where all have a value."""
+    curves = [dict(zip(*series(rows, key, over="step"), strict=True)) for rows in seeds]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return None
+    common = sorted(set.intersection(*map(set, curves)))
+
+    def paint(axes: Axes) -> None:
+        for curve in curves:
+            axes.plot(list(curve), list(curve.values()), color=light(colour), lw=0.9, alpha=0.6, marker=".", ms=3)
+        if len(curves) > 1:
+            means = [sum(curve[x] for curve in curves) / len(curves) for x in common]
+            axes.plot(common, means, color=light(colour), lw=2.6)
+        step_axes(axes, y_label, [y for curve in curves for y in curve.values()] if shares else ())
+
+    return draw(paint, alt)
