@@ -61,20 +61,21 @@ def test_recipes_of_the_project_load_and_survive_json(name):
 
 
 def test_the_real_recipe_ends_in_the_published_sizes(tmp_path):
-    # the parent is imported in the real recipe; here it is named instead of read from disk
+    # models are imported in the real recipe; here they are named instead of read from disk
     raw = yaml.safe_load((CONFIGS / "ministral3.yaml").read_text())
     parent = {"do": "train", "model": "mistral-small-3.1-24b", "steps": 1}
-    recipe = load_recipe(write(tmp_path / "r.yaml", {**raw, "stages": {**raw["stages"], "parent": parent}}))
-    specs = resolve_specs(recipe)
+    stages = {name: parent if stage["do"] == "import" else stage for name, stage in raw["stages"].items()}
+    specs = resolve_specs(load_recipe(write(tmp_path / "r.yaml", {**raw, "stages": stages})))
     for child, preset in (("14b", "ministral-3-14b"), ("8b", "ministral-3-8b"), ("3b", "ministral-3-3b")):
         assert specs[f"{child}-base"] == PRESETS[preset]
         assert specs[f"{child}-short"].rope.yarn_factor == 1 and specs[f"{child}-short"].context == 16_384
+        assert specs[f"{child}-instruct"] == specs[f"{child}-reasoning"] == PRESETS[preset]
 
 
 def test_the_graph_of_tiny():
     recipe = load_recipe(TINY)
     names = order(recipe)
-    assert names[0] == "parent" and len(names) == 19
+    assert names[0] == "parent" and len(names) == 25
     assert recipe.stages["8b-pruned"].source == "14b-short"  # the next size is cut from the short-context checkpoint
     assert {recipe.stages[n].teacher for n in names if recipe.stages[n].do == "distill"} == {"parent"}
     assert order(recipe, ["14b-base"]) == ["parent", "14b-pruned", "14b-short", "14b-base"]
