@@ -84,7 +84,7 @@ def _write_stage(run: Path, name: str, raw: dict[str, Any], rng: np.random.Gener
         "git": "3f1c9ad0b7e84c55a1d2",
     }
     if raw["do"] == "prune":
-        manifest["prune"] = surgery(spec_of(source), spec_of(name), CHILDREN[name.split("-")[0]][1], rng)
+        manifest["prune"] = surgery(spec_of(str(source)), spec_of(name), CHILDREN[name.split("-")[0]][1], rng)
     write_json(run / name / "manifest.json", manifest)
 
 

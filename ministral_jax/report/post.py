@@ -251,12 +251,10 @@ def _rewards(stage: Stage, colour: str, _: dict[str, str]) -> Painted:
 def _sampling(stage: Stage, colour: str, _: dict[str, str]) -> Painted:
     title = f"Entropy and clipping of {stage.name}"
     entropy = post_plots.training(
-        stage.train, [Line("entropy", colour)], "entropy", f"Entropy of {stage.name} against steps.", floor=True
+        stage.train, [Line("entropy", colour)], "entropy", f"Entropy of {stage.name} against steps."
     )
     shown = [Line("clipped_low", colour, "below", "--"), Line("clipped_high", colour, "above")]
-    clipped = post_plots.training(
-        stage.train, shown, "clipped", f"Clipped tokens of {stage.name} against steps.", floor=True
-    )
+    clipped = post_plots.training(stage.train, shown, "clipped", f"Clipped tokens of {stage.name} against steps.")
     both = el("div", [picture for picture in (entropy, clipped) if picture]) if entropy or clipped else None
     return (
         title,

@@ -67,8 +67,8 @@ def lines(
     return draw(paint, alt)
 
 
-def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str, floor: bool = False) -> Html | None:
-    """Metrics of the training steps, small: moving averages over the raw values. `floor`: the axis begins at 0."""
+def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str) -> Html | None:
+    """Metrics of the training steps that are never below 0, small: moving averages over the raw values."""
     found = [(line, *thin(*series(rows, line.key, over="step"))) for line in shown]
     found = [(line, xs, ys) for line, xs, ys in found if len(xs)]
     if not found:
@@ -79,9 +79,8 @@ def training(rows: Sequence[Row], shown: Sequence[Line], y_label: str, alt: str,
             colour = light(line.colour)
             axes.plot(xs, ys, line.style, color=colour, alpha=0.28, lw=1)
             axes.plot(xs, smooth(ys), line.style, color=colour, label=line.label)
-        if floor:
-            axes.set_ylim(0, 1.1 * max(float(ys.max()) for _, _, ys in found) or 0.01)
         step_axes(axes, y_label)
+        axes.set_ylim(0, max(0.01, *(1.1 * float(ys.max()) for _, _, ys in found)))
         if any(line.label for line, _, _ in found):
             _legend(axes)
 
