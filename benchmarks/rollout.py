@@ -5,6 +5,9 @@
 Each side is a process of its own that sleeps while the other is measured; rounds alternate, figures are medians. Text
 only, float32, greedy, every row to the same length, key-value cache on both sides, reading the prompt included, what
 is compiled once not. `speed_ratio` is ours ÷ theirs.
+
+`generation_share`: of a GRPO step of the same model and as many rows (two prompts, eight completions each, one update),
+the part of the time that goes into sampling.
 """
 
 from __future__ import annotations
@@ -29,21 +32,76 @@ def ours():
     """A function that draws `NEW` tokens for each of `BATCH` prompts with this project's sampler."""
     import numpy as np
 
-    from ministral_jax.models.spec import ModelSpec
-    from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.sampling import Prompt, SamplingOptions, generate
-    from ministral_jax.stages.job import fresh_params
 
-    sizes = dict(layers=LAYERS, width=WIDTH, mlp_width=MLP, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH)
-    spec = ModelSpec(vocab=VOCAB, context=PROMPT + NEW, vision=None, **sizes)
-    place = Placement(make_mesh(MeshConfig()), Rules())
-    params = fresh_params(spec, 0, place)
+    spec, place, params = model()
     options = SamplingOptions(max_completion_length=NEW, temperature=0)
     rng = np.random.default_rng(0)
 
     def run() -> int:
         prompts = [Prompt(row) for row in rng.integers(0, VOCAB, (BATCH, PROMPT)).tolist()]
         return sum(len(c.tokens) for c in generate(spec, params, prompts, options, place))
+
+    return run
+
+
+def model():
+    """The model of the benchmark: sizes, mesh, parameters."""
+    from ministral_jax.models.spec import ModelSpec
+    from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
+    from ministral_jax.stages.job import fresh_params
+
+    sizes = dict(layers=LAYERS, width=WIDTH, mlp_width=MLP, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH)
+    spec = ModelSpec(vocab=VOCAB, context=PROMPT + NEW, vision=None, **sizes)
+    place = Placement(make_mesh(MeshConfig()), Rules())
+    return spec, place, fresh_params(spec, 0, place)
+
+
+def share():
+    """A function that runs a GRPO step and gives the part of its time that sampling took."""
+    from types import SimpleNamespace
+
+    import jax
+    import numpy as np
+
+    from ministral_jax.alignment.policy_gradient import PolicyOptions
+    from ministral_jax.alignment.rollout import begun as episode
+    from ministral_jax.config import OptimizerConfig
+    from ministral_jax.distillation.sharded import LossHead
+    from ministral_jax.models.vlm import Compute
+    from ministral_jax.sampling import Prompt, SamplingOptions, generate
+    from ministral_jax.stages.grpo import minibatches, objective
+    from ministral_jax.stages.online import Answers
+    from ministral_jax.training.optimizer import learning_rate, make_optimizer
+    from ministral_jax.training.state import init_state, make_step, state_shardings
+
+    spec, place, params = model()
+    each, config, loss = 8, OptimizerConfig(lr=1e-6), PolicyOptions()
+    stage = SimpleNamespace(num_generations=each, steps_per_generation=1, mask_truncated_completions=False, loss=loss)
+    optimizer = make_optimizer(config, 1000)
+    update = make_step(
+        objective(spec, Compute(), loss, 1.0, LossHead(place)),
+        optimizer,
+        learning_rate(config, 1000),
+        1,
+        state_shardings(params, optimizer),
+    )
+    state = init_state(params, optimizer)
+    options = SamplingOptions(max_completion_length=NEW, temperature=1)
+    rng = np.random.default_rng(0)
+
+    def run() -> float:
+        nonlocal state
+        started = time.perf_counter()
+        prompts = [Prompt(row) for row in rng.integers(0, VOCAB, (BATCH // each, PROMPT)).tolist()]
+        drawn = generate(spec, state["params"], prompts, options, place, Compute(), each)
+        sampled = time.perf_counter()
+        episodes = [episode(prompts[c.prompt], c) for c in drawn]
+        samples = [SimpleNamespace(stopped=c.stopped, limit=NEW) for c in drawn]
+        (batch,), _ = minibatches(stage, spec, Answers([], episodes, samples), rng.random(BATCH))
+        state, _ = update(state, {}, place.place(batch, BATCH))
+        jax.block_until_ready(state)
+        return (sampled - started) / (time.perf_counter() - started)
 
     return run
 
@@ -85,18 +143,21 @@ def transformers_generate():
 
 
 SIDES = {"ministral_jax": ours, "transformers": transformers_generate}
+WORKERS = {**SIDES, "share": share}
 
 
 def worker(side: str) -> None:
-    """Answer each line on stdin with the tokens per second of one batch."""
-    run = SIDES[side]()
+    """Answer each line on stdin with the tokens per second of one batch, or the share of sampling in one step."""
+    run = WORKERS[side]()
     run()
     print("ready", flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
-        count = run()
-        assert count == BATCH * NEW
-        print(count / (time.perf_counter() - begun), flush=True)
+        found = run()
+        if side in SIDES:
+            assert found == BATCH * NEW
+            found /= time.perf_counter() - begun
+        print(found, flush=True)
 
 
 def start(side: str) -> subprocess.Popen:
@@ -125,9 +186,13 @@ def compare(rounds: int) -> dict:
             print(f"round {n + 1}/{rounds}  {side:>14}  {speeds[side][-1]:8,.0f} tokens/s", flush=True)
     for process in processes.values():
         process.communicate()
+    with start("share") as process:
+        shares = [measure(process) for _ in range(rounds)]
+        process.communicate()
     speed = {side: statistics.median(found) for side, found in speeds.items()}
     return {
         "speed_ratio": speed["ministral_jax"] / speed["transformers"],
+        "generation_share": statistics.median(shares),
         "tokens_per_second": speed,
         "shape": {"batch": BATCH, "prompt": PROMPT, "completion": NEW},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
@@ -139,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
@@ -147,6 +212,7 @@ def main() -> None:
     for side, speed in result["tokens_per_second"].items():
         print(f"{side:>16}{speed:10,.0f} tokens/s")
     print(f"{'ours ÷ theirs':>16}{result['speed_ratio']:10.2f}")
+    print(f"{'sampling':>16}{result['generation_share']:10.0%} of a GRPO step")
     print(result["versions"], result["hardware"])
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

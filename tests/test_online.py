@@ -10,7 +10,7 @@ from model_cases import random_params
 from sampling_cases import PROMPTS, SPEC, parameters, placed
 
 from ministral_jax.alignment.policy_gradient import PolicyOptions
-from ministral_jax.alignment.rollout import Episode, _begun, seeds, training_rows
+from ministral_jax.alignment.rollout import Episode, begun, seeds, training_rows
 from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.evaluation import model_inputs
 from ministral_jax.models.vlm import VLM, Compute
@@ -40,7 +40,7 @@ def rolled_out(place, compute=Compute()) -> list[Episode]:  # noqa: B008
     """Two answers to each of the prompts: of several lengths, with images, some beyond the original context."""
     options = SamplingOptions(max_completion_length=LIMIT, temperature=TEMPERATURE, stop_ids=(2,))
     completions = generate(SPEC, parameters(place), PROMPTS, options, place, compute, EACH)
-    return [_begun(PROMPTS[c.prompt], c) for c in completions]
+    return [begun(PROMPTS[c.prompt], c) for c in completions]
 
 
 def answers(episodes) -> Answers:

@@ -54,7 +54,7 @@ class Sampler:
         Where an answer calls tools, what they return is appended and the answer goes on.
         """
         prompts = [as_prompt(row.rendered, self.spec.vision, seed) for row, seed in zip(rows, seeds, strict=True)]
-        episodes = [_begun(prompts[c.prompt], c) for c in self._generate(params, prompts, each, limit)]
+        episodes = [begun(prompts[c.prompt], c) for c in self._generate(params, prompts, each, limit)]
         for _ in range(self.tools.rounds if self.tools else 0):
             assert self.tools is not None
             results = {n: found for n, e in enumerate(episodes) if (found := self._tool_results(e, limit))}
@@ -139,7 +139,8 @@ def training_rows(episodes: Sequence[Episode], spec: ModelSpec) -> Arrays:
     return batch | image_arrays([e.prompt for e in episodes], spec.vision, image)
 
 
-def _begun(prompt: Prompt, completion: Completion) -> Episode:
+def begun(prompt: Prompt, completion: Completion) -> Episode:
+    """What follows a prompt when that is one finished completion of it."""
     assert completion.stopped is not None
     own = [True] * len(completion.tokens)
     return Episode(prompt, completion.tokens, own, completion.processed_logprobs, completion.stopped)
