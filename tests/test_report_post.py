@@ -80,7 +80,7 @@ def test_figures_before_and_after(run, page):
     assert rl[0].split("|")[1:] == ["grpo, from 14b-cot", "is rewarded for accuracy and format"]
     assert instruct[0].split("|")[2] == "learns what 14b-reward prefers"
     assert percent(evals(run, "14b-instruct")[-1]["win_rate"]) in instruct
-    assert f"10.0{THIN}% → 0.2{THIN}%" in instruct and "20.0 → 29.8" in instruct
+    assert f"10.0{THIN}% → 0.2{THIN}%|length 20.0 → 29.8" in instruct
     last = evals(run, "14b-reward")[-1]
     calibrated = f"ECE {decimal(last['judge_ece_before'])} → {decimal(last['judge_ece'])}"
     assert calibrated in judge[-2].split("|") and "at temperature 1.70" in judge[-2]

@@ -160,8 +160,9 @@ def _judge(stage: Stage) -> Html | None:
     return _cell(_change(stage, "judge_accuracy", percent), *small)
 
 
-def _metric(key: str, write: Callable[[float | None], str]) -> Callable[[Stage], Html | None]:
-    return lambda stage: _cell(_change(stage, key, write))
+def _conduct(stage: Stage) -> Html | None:
+    length = _change(stage, "completion_length", decimal)
+    return _cell(_change(stage, "loop_rate", percent), *([f"length {length}"] if length else []))
 
 
 def _wins(stage: Stage) -> Html | None:
@@ -179,8 +180,7 @@ def _time(stage: Stage) -> Html | None:
 _COLUMNS: tuple[tuple[str, str | None, Callable[[Stage], Html | None]], ...] = (
     ("answered right", None, _accuracy),
     ("reward", None, _reward),
-    ("loop rate", None, _metric("loop_rate", percent)),
-    ("mean length", "tokens", _metric("completion_length", decimal)),
+    ("loop rate", "mean length, tokens", _conduct),
     ("win rate", "over its start", _wins),
     ("judged right", "ECE raw \u2192 calibrated", _judge),
     ("time", None, _time),
@@ -195,7 +195,7 @@ def _table(lineage: Lineage) -> Html:
     for i, stage in enumerate(lineage.stages):
         begun = "" if stage.state == "finished" else f", {stage.state}"
         about = [f"{stage.do}, from {stage.source or MISSING}{begun}", _does(stage)]
-        head = [stage.name, [el("small", line) for line in about]]
+        head = [stage.name, [el("small", line, class_="wrap") for line in about]]
         rows.append(row(head, [cells[i] or MISSING for _, _, cells in columns]))
     return table(_caption(lineage), ["stage", *heads], rows)
 
@@ -267,7 +267,11 @@ def _wins_over(stage: Stage, colour: str, _: dict[str, str]) -> Painted:
     title = _title(stage, "win_rate", "Win rate")
     shown = [Line("win_rate", colour, "win rate", thick=True), Line("loop_rate", "wrong", "loop rate", "--")]
     picture = post_plots.lines(stage.evals, shown, "held-out answers", f"{title}, and its loop rate, against steps.")
-    return title, picture, f"Wins over the answers of {stage.source}; loops are answers that repeat themselves."
+    return (
+        title,
+        picture,
+        f"Wins over the answers of {stage.source}, by the rewards of the evaluation; loops repeat themselves.",
+    )
 
 
 def _judging(stage: Stage, colour: str, _: dict[str, str]) -> Painted:
