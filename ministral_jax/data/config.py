@@ -37,7 +37,17 @@ class SourceConfig(Frozen):
     answers to such questions, for a judge. See `tasks.py`.
     """
 
-    kind: Literal["python-library", "digits", "text", "jsonl", "arithmetic", "digit-sum", "instructions", "preferences"]
+    kind: Literal[
+        "python-library",
+        "digits",
+        "text",
+        "jsonl",
+        "arithmetic",
+        "digit-sum",
+        "instructions",
+        "repeat",
+        "preferences",
+    ]
     path: str | None = None
     """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)

@@ -3,6 +3,7 @@
 digits: which of scikit-learn's 1797 digits a picture shows. digit-sum: the sum of two of them side by side, the digits
 as reasoning. arithmetic: sums and differences of numbers of up to three digits, products with one digit, worked out
 from the units on as reasoning. instructions: short answers of a given form, which `constraints` describe to a reward.
+repeat: a word to be said 8 to 30 times, at which a small model does not count well and may not end.
 preferences: a right and a wrong answer to a question of arithmetic or instructions, for a judge; some are mislabelled.
 
 A question that comes twice is held out twice or not at all, in preferences too, since documents with the same question
@@ -185,6 +186,15 @@ def _instruction(n: int) -> tuple[str, str, dict[str, Any]]:
     return question, answer, constraints
 
 
+def _repeat(n: int, _: bool) -> Document:
+    dice = _dice(f"repeat {n}")
+    word, times = _WORDS[dice(len(_WORDS))], 8 + dice(23)
+    question, answer = f"Say {word} {times} times.", " ".join([word] * times)
+    constraints = [{"kind": "contains", "value": answer}, {"kind": "max_words", "value": times}]
+    columns = {"constraints": constraints, "answer": answer}
+    return _document("repeat", n, exchange((question,), answer), columns, f"instructions {question}")
+
+
 def _preference(n: int) -> Document:
     """A question of arithmetic (even n) or instructions (odd n) and two answers, named as they are labelled."""
     task = (_arithmetic, _instructions)[n % 2](n // 2, True)
@@ -249,5 +259,6 @@ TASKS: dict[str, Callable[[int, bool], Document]] = {
     "arithmetic": _arithmetic,
     "digit-sum": _digit_sum,
     "instructions": _instructions,
+    "repeat": _repeat,
 }
 KINDS = ("digits", "preferences", *TASKS)
