@@ -24,6 +24,8 @@ from ministral_jax.stages.job import load_stage
 RECIPE = Path(__file__).parent.parent / "chaos" / "chaos.yaml"
 WORKER = Path(__file__).with_name("worker.py")
 TRAINED = ("parent", "pruned", "short")
+POST = Path(__file__).parent.parent / "micro_post.yaml"
+POST_TRAINED = ("parent", "sft", "reward", "instruct", "rl")
 RETRY = 75
 PATIENCE = 600
 
@@ -50,6 +52,7 @@ class Job:
         if count > 1:
             shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(POST.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         self.processes = []
@@ -136,6 +139,16 @@ class Job:
         )
 
 
+def gone(group: int, seconds: float = 5) -> bool:
+    """Whether nothing of a process group is left, by itself and soon."""
+    deadline = time.monotonic() + seconds
+    while members(group):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def members(group: int) -> list[int]:
     """Living processes of a process group."""
     found = []
@@ -169,13 +182,19 @@ def records(run_dir: Path, stage: str, kind: str) -> list[dict[str, float]]:
     return [{k: v for k, v in r.items() if "per_second" not in k} for r in found if r["kind"] == kind]
 
 
+def answers(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """What the model answered when the stage was last examined."""
+    path = run_dir / stage / "answers.json"
+    return json.loads(path.read_text())["answers"] if path.is_file() else []
+
+
 def export(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "hf" / "hf").iterdir())}
 
 
-def assert_same_bits(ours: Path, theirs: Path) -> None:
-    """Parameters of every stage, every figure of every step, and the export."""
-    for stage in TRAINED:
+def assert_same_bits(ours: Path, theirs: Path, stages: Sequence[str] = TRAINED) -> None:
+    """Parameters of every stage, every figure of every step, the last answers, and the export."""
+    for stage in stages:
         a, b = load_stage(ours / stage)[1], load_stage(theirs / stage)[1]
         differ = [
             jax.tree_util.keystr(path)
@@ -185,5 +204,6 @@ def assert_same_bits(ours: Path, theirs: Path) -> None:
         assert not differ, f"{stage}: {differ}"
         for kind in ("train", "eval"):
             assert records(ours, stage, kind) == records(theirs, stage, kind), (stage, kind)
+        assert answers(ours, stage) == answers(theirs, stage), stage
     a, b = export(ours), export(theirs)
     assert a.keys() == b.keys() and not (differ := [name for name in a if a[name] != b[name]]), differ
