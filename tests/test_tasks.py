@@ -50,6 +50,36 @@ def test_documents_are_short_and_depend_on_their_number_alone(kind, tokenizer):
     assert few.digest != many.digest and few.digest == open_source("other", few.config).digest
 
 
+def test_functions_are_continued_with_their_own_next_lines(tokenizer):
+    documents = read("continue", limit=200)
+    assert documents == read("continue", limit=300)[:200] and len({d.name for d in documents}) == 200
+    source = open_source("continue", SourceConfig(kind="continue", limit=200))
+    paths = dict(source.files)
+    assert source.files == open_source("library", SourceConfig(kind="python-library")).files
+    sizes, of_file = [], {}
+    for document in documents:
+        name, _, number = document.name.rpartition(":")
+        of_file[name] = of_file.get(name, 0) + 1
+        (question,), (answer,) = parts(document, 0), parts(document)
+        assert document.columns == {"answer": answer} and document.key == f"continue {question}"
+        lines = paths[name].read_text("utf-8").split("\n")[int(number) - 1 :]
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        assert question == f"Continue: {lines[0].strip()}" and re.match(r"Continue: (async )?def \w+\(.*:$", question)
+        # all of them lines of the file, in its order: each search goes on where the last one ended
+        rest = iter([line[indent:].rstrip() for line in lines[1:]])
+        assert all(line in rest for line in answer.split("\n"))
+        assert not answer.lstrip().startswith(('"""', "'''", 'r"""'))
+        sizes.append(len(tokenizer.encode(answer)))
+    assert max(of_file.values()) <= 12 and len(of_file) > 15
+    print(f"tokens of answers: {min(sizes)} to {max(sizes)}, {np.mean(sizes):.0f} in the mean")
+    assert np.percentile(sizes, 5) >= 25 and np.percentile(sizes, 95) <= 75
+    asked = read("continue", prompts=True, limit=200)
+    assert [d.messages for d in asked] == [d.messages[:-1] for d in documents]
+    assert [d.columns for d in asked] == [d.columns for d in documents]
+    with pytest.raises(ValidationError, match="kind 'continue' has no thinking"):
+        SourceConfig(kind="continue", thinking=False)
+
+
 def test_arithmetic_is_right_and_so_is_each_step():
     keys = {}
     for document in read("arithmetic"):

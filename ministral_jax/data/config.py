@@ -35,9 +35,20 @@ class SourceConfig(Frozen):
     text: UTF-8 files, one document each. jsonl: one document per row, see `sources.py`.
     arithmetic, digit-sum, instructions: questions made here whose answers can be verified; preferences: pairs of
     answers to such questions, for a judge. See `tasks.py`.
+    continue: first lines of functions of the standard library, to be gone on with; see `continuations.py`.
     """
 
-    kind: Literal["python-library", "digits", "text", "jsonl", "arithmetic", "digit-sum", "instructions", "preferences"]
+    kind: Literal[
+        "python-library",
+        "digits",
+        "text",
+        "jsonl",
+        "arithmetic",
+        "digit-sum",
+        "instructions",
+        "preferences",
+        "continue",
+    ]
     path: str | None = None
     """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)

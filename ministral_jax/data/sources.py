@@ -22,6 +22,7 @@ from typing import Any
 
 from ministral_jax.alignment.pairwise import judge_documents
 from ministral_jax.data.config import SourceConfig
+from ministral_jax.data.continuations import read_continuations
 from ministral_jax.data.conversation import Document, Message, image_path, parse_messages, parse_tools, spell
 from ministral_jax.data.files import digest_of, stable_key
 from ministral_jax.data.tasks import KINDS, exchange, read_task, task_digest
@@ -73,6 +74,8 @@ def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
         raise UserError(f"data.sources.{source.name} is plain text, of kind {kind!r}: it has no prompts to be answered")
     if kind in KINDS:
         yield from read_task(source.config, prompts)
+    elif kind == "continue":
+        yield from read_continuations(source.files, limit, prompts)
     elif kind == "jsonl":
         rows = ((relative, path, n, line) for relative, path in source.files for n, line in _lines(path))
         for relative, path, n, line in islice(rows, limit):
@@ -85,7 +88,7 @@ def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
 def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]:
     if config.kind in KINDS:
         return ()
-    if config.kind == "python-library":
+    if config.kind in ("python-library", "continue"):
         root = Path(sysconfig.get_path("stdlib"))
         paths = [p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts) and _is_library(p)]
         if not paths:
@@ -99,7 +102,8 @@ def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]
     if config.kind == "jsonl":
         return tuple(sorted(files))
     # In the order of a hash, so that the first `limit` are a fair sample and not the beginning of the alphabet.
-    return tuple(sorted(files, key=lambda file: (stable_key(file[0]), file[0]))[: config.limit])
+    most = None if config.kind == "continue" else config.limit  # a limit of functions, not of files
+    return tuple(sorted(files, key=lambda file: (stable_key(file[0]), file[0]))[:most])
 
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
