@@ -117,7 +117,7 @@ def test_in_bfloat16_sampler_and_trainer_differ_by_rounding():
         )["logprob"]
     )
     gap = np.abs(np.asarray(read(parameters(place), batch)) - batch["old_logprobs"])[batch["loss_mask"] > 0]
-    print(f"bfloat16: {gap.max():.3f} at most, {gap.mean():.4f} in the mean")
+    print(f"bfloat16: {gap.max():.1e} at most, {gap.mean():.1e} in the mean")
     assert 0 < gap.max() < BF16
 
 
