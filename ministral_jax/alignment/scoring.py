@@ -11,11 +11,13 @@ import importlib
 import math
 import multiprocessing
 import numbers
+import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -157,7 +159,8 @@ class Scorer:
                 return quick, None
         if self._pool is None:
             self._pool = _start_pool(self._workers, tuple(self._rewards.values()))
-        return self._pool.schedule(_evaluate, args=(reward, sample), timeout=self._allowed(reward))
+        with _stops_held_back():  # the first task starts the workers
+            return self._pool.schedule(_evaluate, args=(reward, sample), timeout=self._allowed(reward))
 
 
 def resolve(path: str, where: str) -> Callable[..., Any]:
@@ -197,11 +200,26 @@ def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
     )
 
 
+@contextmanager
+def _stops_held_back() -> Iterator[None]:
+    """What is started here begins without taking SIGTERM, until `_prepare_worker` has it ignored."""
+    resource_tracker.ensure_running()  # it would let SIGTERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(rewards: tuple[AnyReward, ...]) -> None:
     # A job that is to stop sends SIGTERM to all of its processes, and still has this batch to finish.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: never outlive the job
+    job = multiprocessing.parent_process()
+    if job is None or os.getppid() != job.pid:  # it ended before that
+        os._exit(1)
     # Imports now, since the time of a sample counts from when a worker takes it.
     if any(isinstance(reward, AccuracyReward) for reward in rewards):
         import math_verify
