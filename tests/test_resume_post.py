@@ -1,65 +1,121 @@
 """Killed or stopped at any moment of a post-training stage, a run goes on and ends in the same bits."""
 
 import os
-import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import POST, POST_TRAINED, RETRY, Job, answers, assert_same_bits, gone, records, warmed
+from harness import POST, POST_TRAINED, RETRY, Job, answers, assert_same_bits, gone, members, records, warmed
 
-KILLED = (
-    "sft/4/sampling token",  # its examination
-    "reward/4/judging pair",  # calibration
-    "instruct/1/judging pair",
-    "instruct/4/update 1",
-    "rl/2/sampling token",
-    "rl/4/update 3",  # the first minibatch again: step 4's rollout is used twice
-    "rl/6/scoring",
+from ministral_jax.alignment.rewards import UserReward
+from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.scoring import Scorer
+
+STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=4" for stage in ("sft", "reward", "instruct", "rl")))
+KILL, STOP = signal.SIGKILL, signal.SIGTERM
+MOMENTS = (
+    ("sft/4/sampling token", KILL),  # its examination
+    ("reward/2/judging pair", KILL),  # calibration
+    ("instruct/2/sampling token", STOP),
+    ("instruct/3/judging pair", KILL),
+    ("rl/2/scoring", STOP),
+    ("rl/3/sampling token", KILL),
+    ("rl/4/update 3", KILL),  # of four: the same answers are used again
 )
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("post") / "unbroken"
-    with Job(run_dir, 1, recipe=POST) as job:
+    with Job(run_dir, 1, 1, *STEPS, recipe=POST) as job:
         job.finish()
     return run_dir
 
 
-def test_the_run_shows_what_is_compared(unbroken):
-    """Answers that a draw decides, minibatches with a signal, and losers that loop or not."""
+def test_the_run_has_what_is_to_be_compared(unbroken):
+    """Answers that were drawn, and groups that are learnt from."""
     assert all(len({a["answer"] for a in answers(unbroken, stage)}) > 1 for stage in ("sft", "instruct", "rl"))
     assert all(r["groups_with_signal"] > 0 for r in records(unbroken, "rl", "train"))
-    assert [len(records(unbroken, stage, "train")) for stage in POST_TRAINED] == [4, 6, 6, 6, 6]
+    assert [len(records(unbroken, stage, "train")) for stage in POST_TRAINED] == [2, 4, 4, 4, 4]
 
 
 def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_path):
-    run_dir = warmed(tmp_path / "killed", unbroken)
-    for moment in KILLED:
-        with Job(run_dir, 1, recipe=POST, pace=0.02) as job:
+    """A stop is sent to all processes of a job, as schedulers do: workers of rewards finish the step's."""
+    run_dir = warmed(tmp_path / "run", unbroken)
+    for moment, harm in MOMENTS:
+        with Job(run_dir, 1, 1, *STEPS, recipe=POST, pace=0.02) as job:
             assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()
             assert job.codes() == [None], job.tails()
-            job.send(signal.SIGKILL, 0)
-            job.wait()
-            assert gone(job.processes[0].pid), "a reward's workers outlive the run"
-    with Job(run_dir, 1, recipe=POST) as job:
+            if harm is KILL:
+                job.send(KILL, 0)
+            else:
+                os.killpg(job.processes[0].pid, STOP)
+            assert job.wait() == [RETRY if harm is STOP else -KILL], job.tails()
+            assert gone(job.processes[0].pid), f"{moment}: workers of rewards outlive the run"
+    with Job(run_dir, 1, 1, *STEPS, recipe=POST) as job:
         job.finish()
     assert_same_bits(run_dir, unbroken, POST_TRAINED)
 
 
-def test_stopped_while_it_samples_and_while_it_scores_it_saves_and_goes_on(unbroken, tmp_path):
-    """A scheduler stops all processes of a job, so those of rewards too."""
-    run_dir = warmed(tmp_path / "stopped", unbroken)
-    for name in ("data", "parent", "sft", "reward"):
-        shutil.copytree(unbroken / name, run_dir / name)
-    for moment, saved in (("instruct//sampling token", 0), ("instruct/4/sampling token", 3), ("rl/4/scoring", 4)):
-        with Job(run_dir, 1, recipe=POST, pace=0.02) as job:
-            assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()
-            os.killpg(job.processes[0].pid, signal.SIGTERM)
-            assert job.wait() == [RETRY], job.tails()
-            assert gone(job.processes[0].pid) and "left out" not in job.log(), job.tails()
-        assert (run_dir / moment.split("/")[0] / "state" / str(saved)).is_dir(), job.tails()
-    with Job(run_dir, 1, recipe=POST) as job:
-        job.finish()
-    assert_same_bits(run_dir, unbroken, POST_TRAINED)
+def children(pid: int) -> set[int]:
+    """Child processes, but the one that multiprocessing keeps for itself."""
+    found = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found |= {int(child) for child in path.read_text().split()}
+    return {child for child in found if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stop_does_not_reach_a_worker_that_is_starting():
+    sample = Sample((), "a", None, "a", (1, 2, 3), "stop", False, {}, "row 1", 8)
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.wait(0.005):
+            for child in children(os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(child, STOP)
+
+    harm = threading.Thread(target=stop)
+    harm.start()
+    try:
+        with Scorer({"spread": UserReward(kind="user", function="post_cases:spread")}, 2) as scorer:
+            assert scorer.score([sample] * 4).parts["spread"].tolist() == [6 / 97] * 4
+    finally:
+        over.set()
+        harm.join()
+
+
+ASLEEP = """
+from ministral_jax.alignment.rewards import UserReward
+from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.scoring import Scorer
+
+if __name__ == "__main__":
+    sample = Sample((), "a", None, "a", (1,), "stop", False, {}, "row 1", 8)
+    Scorer({"asleep": UserReward(kind="user", function="post_cases:asleep")}, 2, 60).score([sample] * 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.15, 2])
+def test_workers_of_a_killed_run_end(tmp_path, seconds):
+    """While they start, and at work."""
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    environment = {**os.environ, "PYTHONPATH": str(POST.parent)}
+    command = [sys.executable, str(tmp_path / "asleep.py")]
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not children(process.pid):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    assert gone(process.pid), members(process.pid)
