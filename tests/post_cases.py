@@ -1,5 +1,6 @@
 """Rewards of the tests, by dotted path."""
 
+import sys
 import time
 
 
@@ -11,3 +12,9 @@ def spread(sample) -> float:
 def asleep(sample) -> float:
     time.sleep(60)
     return 0.0
+
+
+def fails_on_the_second_process(sample) -> float:
+    if sys.argv[sys.argv.index("--process-index") + 1] == "1":  # a worker has the arguments of its process
+        raise ValueError("no reward here")
+    return 0.5

@@ -1,0 +1,47 @@
+"""Post-training of two processes, one or both of them killed at random moments of every kind of stage, or stopped:
+the run goes on and ends in the same bits, and no survivor waits."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from harness import POST, POST_TRAINED, RETRY, Job, assert_same_bits, gone, warmed
+
+pytestmark = pytest.mark.chaos
+SEED = int(os.environ.get("CHAOS_SEED", "7"))
+GONE = 15
+STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=4" for stage in ("sft", "reward", "instruct", "rl")))
+LIMITS = ("limits.heartbeat=10", "limits.join=60")
+MOMENTS = ("sft/2/scoring", "sft/2/saving", "reward/2/evaluating", "reward/4/judging", "instruct/2/sampling token",
+           "instruct/3/judging", "rl/2/scoring", "rl/3/sampling token", "rl/4/update 2")  # fmt: skip
+STOPPED = "instruct/3/judging"
+
+
+def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(tmp_path):
+    rng, unbroken = random.Random(SEED), tmp_path / "unbroken"
+    print(f"\nseed {SEED}")
+    with Job(unbroken, 2, 1, *STEPS, *LIMITS, recipe=POST) as job:
+        job.finish()
+    run_dir = warmed(tmp_path / "killed", unbroken)
+    for moment in MOMENTS:
+        victims = [0] if moment == STOPPED else rng.choice(([0], [1], [0, 1]))
+        with Job(run_dir, 2, 1, *STEPS, *LIMITS, recipe=POST, pace=0.05) as job:
+            assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()
+            time.sleep(rng.uniform(0, 0.3))
+            assert job.codes() == [None, None], job.tails()
+            begun, struck = time.monotonic(), job.doing()
+            if moment == STOPPED:
+                os.killpg(job.processes[0].pid, signal.SIGTERM)
+                codes = job.wait()
+                assert codes == [RETRY, RETRY], job.tails()
+            else:
+                job.send(signal.SIGKILL, *victims)
+                codes = job.wait(GONE)
+            print(f"{moment} ({struck}): {victims}: {codes}, {time.monotonic() - begun:.1f} s")
+            assert all(codes[i] == RETRY or codes[i] < 0 for i in {0, 1} - {*victims}), job.tails()
+            assert all(gone(process.pid) for process in job.processes), "workers of rewards outlive the run"
+    with Job(run_dir, 2, 1, *STEPS, *LIMITS, recipe=POST) as job:
+        job.finish()
+    assert_same_bits(run_dir, unbroken, POST_TRAINED)

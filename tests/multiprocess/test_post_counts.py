@@ -1,0 +1,85 @@
+"""Post-training with one mesh in one and two processes, and with other meshes: the same answers and figures."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import POST, Job, answers, gone, records
+
+pytestmark = pytest.mark.multiprocess
+
+# The mesh and so the program are the same; collectives add float32 numbers in another order inside a process and
+# between them, which for two addends is no other order at all, as in `test_counts.py`. A token is the argmax of
+# log-probabilities and a draw that is the same to the bit: another token only where two candidates are closer than
+# rounding, some 1e-7 of 500 candidates whose best two are about 1 apart. So answers, rewards and lengths are the same.
+RELATIVE = 2e-6
+# A loss of policy gradients is a difference of numbers of size 1: its error is that of these.
+ABSOLUTE = 2e-6
+STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=2" for stage in ("sft", "reward", "instruct", "rl")))
+POSTED = ("sft", "reward", "instruct", "rl")
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory) -> Path:
+    """Base, SFT and reward models of two devices in one process."""
+    run_dir = tmp_path_factory.mktemp("post_counts") / "one"
+    with Job(run_dir, 1, 2, "rl", "instruct", *STEPS, recipe=POST) as job:
+        job.finish()
+    return run_dir
+
+
+def assert_same(ours: Path, theirs: Path, stages=POSTED, relative=RELATIVE, absolute=ABSOLUTE) -> None:
+    for stage in stages:
+        assert [a["answer"] for a in answers(ours, stage)] == [a["answer"] for a in answers(theirs, stage)], stage
+        for kind in ("train", "eval"):
+            a, b = records(ours, stage, kind), records(theirs, stage, kind)
+            assert [r["step"] for r in a] == [r["step"] for r in b] != [], (stage, kind)
+            for x, y in zip(a, b, strict=True):
+                assert x.keys() == y.keys()
+                for key in x.keys() - {"kind", "step"}:
+                    message = f"{stage} {kind} {x['step']} {key}"
+                    np.testing.assert_allclose(x[key], y[key], rtol=relative, atol=absolute, err_msg=message)
+
+
+def test_the_number_of_processes_changes_nothing(parent, tmp_path):
+    run_dir = tmp_path / "two"
+    with Job(run_dir, 2, 1, "rl", "instruct", *STEPS, recipe=POST) as job:
+        job.finish()
+    assert_same(run_dir, parent)
+
+
+def test_another_mesh_draws_the_same_answers(parent, tmp_path):
+    """Of the policy that all begin with: its evaluation and its first step, in which every answer counts."""
+    run_dir = tmp_path / "mesh"
+    for name in ("data", "parent", "sft"):
+        shutil.copytree(parent / name, run_dir / name)
+    mesh = ("mesh.fsdp=2", "mesh.tensor=2")
+    with Job(run_dir, 1, 4, "rl", *STEPS, "stages.rl.steps=1", *mesh, recipe=POST, pace=0.02) as job:
+        assert job.until(lambda: job.has("rl//scoring")) and job.until(lambda: job.has("rl/1/")), job.tails()
+        first = answers(run_dir, "rl")
+        assert job.wait() == [0], job.tails()
+    other = tmp_path / "other"
+    for name in ("data", "parent", "sft"):
+        shutil.copytree(parent / name, other / name)
+    with Job(other, 1, 1, "rl", *STEPS, "stages.rl.steps=1", recipe=POST, pace=0.02) as job:
+        assert job.until(lambda: job.has("rl/1/")), job.tails()
+        assert first == answers(other, "rl") and first
+        assert job.wait() == [0], job.tails()
+    ours, theirs = (records(run, "rl", "train")[0] for run in (run_dir, other))
+    drawn = ("reward", "reward_wordy", "reward_format", "tokens_drawn", "completion_length", "groups_with_signal")
+    assert {key: ours[key] for key in drawn} == {key: theirs[key] for key in drawn}
+
+
+def test_a_reward_that_fails_on_one_process_ends_both(parent, tmp_path):
+    run_dir = tmp_path / "fails"
+    for name in ("data", "parent", "sft"):
+        shutil.copytree(parent / name, run_dir / name)
+    reward = "stages.rl.rewards.wordy.function=post_cases:fails_on_the_second_process"
+    with Job(run_dir, 2, 1, "rl", *STEPS, reward, recipe=POST) as job:
+        assert job.wait() == [2, 2], job.tails()
+        for i in (0, 1):
+            assert "the reward wordy of " in job.log(i) and "raised ValueError: no reward here" in job.log(i)
+            assert gone(job.processes[i].pid), "workers of rewards outlive the run"
+    assert os.listdir(run_dir / "rl") and not (run_dir / "rl" / "manifest.json").exists()
