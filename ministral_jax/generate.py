@@ -15,8 +15,9 @@ import numpy as np
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from pydantic import ValidationError
 
-from ministral_jax.data.chat import Message, Part, Rendered, image_path, parse_messages, render
+from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import PIXEL_BOUND, TokenizerConfig
+from ministral_jax.data.conversation import Message, Part, image_path, parse_messages, parse_tools
 from ministral_jax.data.sources import json_row
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
@@ -38,6 +39,7 @@ _FLAGS = {
     "top_k": "--top-k",
 }
 
+Tools = tuple[dict[str, Any], ...]
 Say = Callable[[list[Prompt]], Any]
 
 
@@ -58,8 +60,8 @@ def run_generate(args: Namespace) -> None:
     spec, tokenizer = open_checkpoint(args.checkpoint)
     options = _options(args, tokenizer)
 
-    def prompt(messages: tuple[Message, ...], chat: bool, number: int, where: str) -> Prompt:
-        document = render(messages, tokenizer, spec.vision, where, PIXEL_BOUND)
+    def prompt(messages: tuple[Message, ...], chat: bool, number: int, where: str, tools: Tools = ()) -> Prompt:
+        document = render(messages, tokenizer, spec.vision, where, PIXEL_BOUND, tools)
         tokens = document.tokens if chat else np.delete(document.tokens, (1, -1))  # without [INST] and [/INST]
         if args.think and not chat:
             raise UserError(f"{where}: --think needs 'messages' or --chat: reasoning stands in an answer")
@@ -71,8 +73,8 @@ def run_generate(args: Namespace) -> None:
 
     if args.jsonl:
         rows = _read(args.jsonl)
-        asked = [(*_conversation(row, args.jsonl.parent, args.chat, where), where) for row, where in rows]
-        prompts = [prompt(messages, chat, n, where) for n, (messages, chat, where) in enumerate(asked)]
+        asked = [(where, *_conversation(row, args.jsonl.parent, args.chat, where)) for row, where in rows]
+        prompts = [prompt(messages, chat, n, where, tools) for n, (where, messages, chat, tools) in enumerate(asked)]
         _write(args.output, [row for row, _ in rows], prompts, _sampler(args.checkpoint, spec, options), tokenizer)
         return
     messages = [(Message("user", (*args.image, text)),) for text in args.prompt]
@@ -173,8 +175,8 @@ def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
     return found
 
 
-def _conversation(row: dict[str, Any], base: Path, chat: bool, where: str) -> tuple[tuple[Message, ...], bool]:
-    """A row's messages, and whether they are a chat or one text to go on with."""
+def _conversation(row: dict[str, Any], base: Path, chat: bool, where: str) -> tuple[tuple[Message, ...], bool, Tools]:
+    """A row's messages, whether they are a chat or one text to go on with, and the tools that it offers."""
     if "prompt" in row:
         images = row.get("images", [])
         if not isinstance(images, list):
@@ -182,12 +184,9 @@ def _conversation(row: dict[str, Any], base: Path, chat: bool, where: str) -> tu
         if not isinstance(row["prompt"], str):
             raise UserError(f"{where}: 'prompt' must be text, got {row['prompt']!r}")
         parts: tuple[Part, ...] = (*(image_path(image, base, where) for image in images), row["prompt"])
-        return (Message("user", parts),), chat
-    raw = row["messages"]
-    if not isinstance(raw, list) or not raw or not isinstance(raw[-1], dict) or raw[-1].get("role") != "user":
-        raise UserError(f"{where}: 'messages' must be a list that ends with the user's, which is to be answered")
-    answered = parse_messages([*raw, {"role": "assistant", "content": "?"}], base, where)
-    return answered[:-1], True
+        return (Message("user", parts),), chat, ()
+    tools = parse_tools(row.get("tools", []), where)
+    return parse_messages(row["messages"], base, where, prompt=True), True, tools
 
 
 def _write(path: Path, rows: list[dict[str, Any]], prompts: list[Prompt], sample: Say, tokenizer: Tokenizer) -> None:
