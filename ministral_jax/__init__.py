@@ -1,4 +1,4 @@
-"""Turn one large vision-language model into a family of small ones: prune, distil, extend context, post-train, export."""
+"""Turn one large vision-language model into a family: prune, distil, extend the context, post-train, export."""
 
 from __future__ import annotations
 

@@ -55,6 +55,15 @@ def finished_parent(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_setting_newer_than_the_run_has_its_default(capsys, finished_parent):
+    path = finished_parent / "parent" / "stage.json"
+    stage = json.loads(path.read_text())
+    del stage["config"]["data"]["sources"]["code"]["thinking"]
+    write_json(path, stage)
+    error = run(capsys, finished_parent, "stages.parent.steps=9")
+    assert "begun with other settings: config.steps was 8, now 9" in error
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
