@@ -20,6 +20,7 @@ from ministral_jax.config import (
     PruneStage,
     Recipe,
     RecordStage,
+    RewardStage,
     SFTStage,
     Stage,
     StoredTeacher,
@@ -34,6 +35,7 @@ from ministral_jax.processes import poll, poll_alone
 from ministral_jax.recipe import inputs, order, resolve_specs
 from ministral_jax.stages import Job, Result, verb
 from ministral_jax.stages.online import check_prompts, check_rows
+from ministral_jax.stages.reward import check_pairs
 from ministral_jax.training.metrics import ProgressLine, append_jsonl
 
 
@@ -95,6 +97,8 @@ def _pack_data(recipe: Recipe, run_dir: Path, names: list[str], specs: dict[str,
                 check_prompts(stage, spec, run_dir / "data", f"stages.{name}", progress)
             if isinstance(stage, SFTStage) and stage.generate is not None:
                 check_prompts(stage, spec, run_dir / "data", f"stages.{name}", progress)
+            if isinstance(stage, RewardStage):
+                check_pairs(stage, spec, run_dir / "data", f"stages.{name}", progress)
             if not isinstance(stage, DataStage):
                 continue
             wanted = (stage.data.model_dump_json(), stage.batch.length, spec.vision)

@@ -17,6 +17,9 @@ def explain(problem: Any, root: type[BaseModel], prefix: str = "") -> str:
         return f"unknown key {key}{suggest(loc[-1], valid)}"
     if problem["type"] == "missing":
         return f"{key} is required"
+    if problem["type"] == "union_tag_invalid":
+        tags = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        return f"{key}: {problem['ctx']['tag']!r} is not one of {', '.join(tags)}{near(problem['ctx']['tag'], tags)}"
     if problem["type"] == "secret":
         return f"{key}: {problem['msg']}"  # and not what was given
     message = problem["msg"].removeprefix("Value error, ")
@@ -70,6 +73,10 @@ def _alternatives(annotation: Any) -> list[Any]:
 def suggest(word: str, valid: Iterable[str]) -> str:
     """` (did you mean X?)` for the nearest valid word, else the list of valid ones when it is short."""
     valid = [str(v) for v in valid]
-    if near := difflib.get_close_matches(word, valid, 1, 0.6):
-        return f" (did you mean {near[0]}?)"
-    return f" (one of: {', '.join(valid)})" if 0 < len(valid) <= 24 else ""
+    return near(word, valid) or (f" (one of: {', '.join(valid)})" if 0 < len(valid) <= 24 else "")
+
+
+def near(word: str, valid: list[str]) -> str:
+    """` (did you mean X?)` for the nearest valid word, if one is near."""
+    found = difflib.get_close_matches(word, valid, 1, 0.6)
+    return f" (did you mean {found[0]}?)" if found else ""

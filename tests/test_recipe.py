@@ -136,7 +136,10 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
     ("override", "message"),
     [
         ("stages.logits.codec.entris=3", "unknown key stages.logits.codec.entris (did you mean entries?)"),
-        ("stages.logits.codec={kind: topp}", "stages.logits.codec: input tag 'topp' found using 'kind' does not match"),
+        (
+            "stages.logits.codec={kind: topp}",
+            "codec: 'topp' is not one of topk, sampled, hidden, dense (did",
+        ),
         ("stages.14b-short.teacher={stor: logits}", "unknown key stages.14b-short.teacher.stor (did you mean store?)"),
         ("stages.14b-short.teacher=logits", "'logits' is a record stage; write it as {store: logits}"),
         ("stages.14b-short.teacher={store: parent}", "teacher.store = 'parent' must be a record stage"),

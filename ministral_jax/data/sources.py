@@ -201,6 +201,9 @@ def _parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) ->
     elif "question" in row and "answer" in row:
         used, messages = {"question"}, _question(row, path.parent, prompts, where)
     else:
+        if not prompts and "prompt" in row and (lone := {"chosen", "rejected"} & row.keys()):
+            (missing,) = {"chosen", "rejected"} - lone
+            raise UserError(f"{where}: has {lone.pop()!r} but no {missing!r}; a pair needs both")
         needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
         raise UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
     columns = {key: value for key, value in row.items() if key not in used}

@@ -14,7 +14,7 @@ from ministral_jax.alignment.examine import Examiner, conduct, score_together
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Episode, Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
-from ministral_jax.alignment.scoring import Scorer, Scores
+from ministral_jax.alignment.scoring import Scorer, Scores, resolve
 from ministral_jax.config import OnlineStage, RewardStage, SFTStage
 from ministral_jax.data.pipeline import check_vocab
 from ministral_jax.data.prompts import Progress, PromptData, PromptRow, open_prompts
@@ -60,11 +60,13 @@ def _open(stage: Any, spec: ModelSpec, root: Path, where: str, progress: Progres
 def check_prompts(
     stage: OnlineStage | SFTStage, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None
 ) -> None:
-    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed.
+    """Every fault of the prompts, of rewards that could not judge them and of tools, before anything is computed.
 
     Raises:
         UserError: naming the row.
     """
+    if (tools := getattr(stage, "tools", None)) is not None:
+        resolve(tools, f"{where}.tools")
     prompts = _open(stage, spec, root, where, progress)
     check_vocab(prompts.tokenizer, spec)
     examined = stage.generate if isinstance(stage, SFTStage) else stage.evaluate

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
 from ministral_jax.alignment.judge import Judge, both_orders
+from ministral_jax.alignment.pairwise import CHOICES
 from ministral_jax.alignment.rollout import Params
-from ministral_jax.data.prompts import PromptRow
+from ministral_jax.config import RewardStage
+from ministral_jax.data.conversation import spell
+from ministral_jax.data.prompts import Progress, PromptRow, open_prompts
 from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.errors import UserError
+from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import open_data, run_loop
@@ -29,6 +35,24 @@ def run(job: Job) -> Result:
     return run_loop(job, data, params, loss, flops, FROZEN, None, clock, lambda params: examine(judge, params, pairs))
 
 
+def check_pairs(stage: RewardStage, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None) -> None:
+    """Every row must be one of a pair, and enough of them held out.
+
+    Raises:
+        UserError: naming the row.
+    """
+    prompts = open_prompts(stage.data, spec.vision, root, spec.context - 1, where, progress, answered=True)
+    for documents in prompts.train.values():
+        for document in documents:
+            _check_pair(spell(document.messages[-1]), document.where)
+    held_out_pairs(prompts.rows("held_out"), stage.pairs, where)
+
+
+def _check_pair(answer: str, where: str) -> None:
+    if answer not in CHOICES:
+        raise UserError(f"{where}: is no pair; a reward stage needs rows with 'chosen' and 'rejected'")
+
+
 def held_out_pairs(rows: list[PromptRow], count: int, where: str) -> list[tuple[PromptRow, PromptRow]]:
     """The first held-out pairs, each as the two questions that are made of it.
 
@@ -37,8 +61,7 @@ def held_out_pairs(rows: list[PromptRow], count: int, where: str) -> list[tuple[
     """
     pairs = list(zip(rows[0::2], rows[1::2], strict=False))[:count]
     for row in (row for pair in pairs for row in pair):
-        if row.reference not in ("A", "B"):
-            raise UserError(f"{row.where}: is no pair; a reward stage needs rows with 'chosen' and 'rejected'")
+        _check_pair(row.reference, row.where)
     if len(pairs) < 4:
         raise UserError(f"{where}.data holds out {len(pairs)} pairs, of which the judge is calibrated; raise held_out")
     return pairs
