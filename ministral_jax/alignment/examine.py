@@ -13,7 +13,7 @@ import numpy as np
 
 from ministral_jax.alignment.rollout import Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
-from ministral_jax.alignment.scoring import Scorer, Scores
+from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
 from ministral_jax.config import GenerateConfig
 from ministral_jax.data.prompts import PromptData
 from ministral_jax.errors import UserError
@@ -94,14 +94,14 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
     """Scores of all samples on every process, each having judged its share.
 
     Raises:
-        UserError: a reward failed, on any of them.
+        UserError: a reward failed, on any of them, or too many did where they may.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return scorer.score(samples)
     problem, own = None, None
     try:
-        own = scorer.score(samples[index::count])
+        own = scorer.score_share(samples[index::count])
     except UserError as error:
         problem = str(error)
     if (said := first_problem(problem)) is not None:
@@ -111,7 +111,10 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
     share = np.full((-(-len(samples) // count), 1 + len(names)), np.nan)
     share[: len(own.total)] = np.stack([own.total, *(own.parts[name] for name in names)], axis=1)
     whole = gathered(share).swapaxes(0, 1).reshape(-1, 1 + len(names))[: len(samples)]
-    return Scores(whole[:, 0], {name: whole[:, 1 + n] for n, name in enumerate(names)}, own.problems)
+    scores = Scores(whole[:, 0], {name: whole[:, 1 + n] for n, name in enumerate(names)}, own.problems)
+    if np.isnan(scores.total).any():
+        check_enough(scores, first_problem(next(iter(own.problems), None)))
+    return scores
 
 
 def _shown(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:

@@ -121,8 +121,18 @@ class Scorer:
         Raises:
             UserError: a reward failed, or with `on_error="drop"` more than half of the samples have one that did.
         """
+        scores = self.score_share(samples)
+        check_enough(scores, next(iter(scores.problems), None))
+        return scores
+
+    def score_share(self, samples: Sequence[Sample]) -> Scores:
+        """`score` of some of the samples: whether enough of all of them could be scored is for `check_enough` to say.
+
+        Raises:
+            UserError: a reward failed, unless `on_error="drop"`.
+        """
         jobs = {name: [self._start(reward, sample) for sample in samples] for name, reward in self._rewards.items()}
-        parts, problems, failed = {}, [], set()
+        parts, problems = {}, []
         try:
             for name, reward in self._rewards.items():
                 parts[name] = np.full(len(samples), np.nan)
@@ -132,14 +142,11 @@ class Scorer:
                         parts[name][n] = value
                         continue
                     problems.append(f"the reward {name} of {sample.where} {fault}")
-                    failed.add(n)
                     if self._on_error == "stop":
                         raise UserError(problems[-1])
         finally:
             for job in (job for of_reward in jobs.values() for job in of_reward if isinstance(job, Future)):
                 job.cancel()
-        if 2 * len(failed) > len(samples):
-            raise UserError(f"{len(failed)} of {len(samples)} samples could not be scored; the first: {problems[0]}")
         total = sum((self._rewards[name].weight * part for name, part in parts.items()), np.zeros(len(samples)))
         return Scores(total, parts, problems)
 
@@ -161,6 +168,16 @@ class Scorer:
             self._pool = _start_pool(self._workers, tuple(self._rewards.values()))
         with _stops_held_back():  # the first task starts the workers
             return self._pool.schedule(_evaluate, args=(reward, sample), timeout=self._allowed(reward))
+
+
+def check_enough(scores: Scores, problem: str | None) -> None:
+    """
+    Raises:
+        UserError: more than half of the samples could not be scored; it says the first `problem`.
+    """
+    failed, count = int(np.isnan(scores.total).sum()), len(scores.total)
+    if 2 * failed > count:
+        raise UserError(f"{failed} of {count} samples could not be scored; the first: {problem}")
 
 
 def resolve(path: str, where: str) -> Callable[..., Any]:
