@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ def run(tmp_path, params, steps=6, batches=None, evaluate=None, guard=STOP):
             evaluate or (lambda state: {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}),
             schedule,
             guard,
-            lambda resumed: StageLog(tmp_path / "stage", resumed),
+            partial(StageLog, tmp_path / "stage"),
             store,
         )
     finally:

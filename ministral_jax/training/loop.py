@@ -93,7 +93,7 @@ def fit(
     evaluate: Callable[[Tree], dict[str, float]],
     schedule: Schedule,
     guard: GuardConfig,
-    open_log: Callable[[int | None], StageLog],
+    open_log: Callable[[int | None, bool], StageLog],
     store: ResumeStore,
     clock: Clock | None = None,
 ) -> Outcome:
@@ -150,7 +150,7 @@ class _Loop:
         return Outcome(self.state, self.figures, self._seconds())
 
     def _open(self, resumed: int | None) -> None:
-        self.log = self.open_log(resumed)
+        self.log = self.open_log(resumed, self.at.evaluated)
         self.line = ProgressLine(self.name, self.schedule.steps, self.at.step)
         self.report = _Reporter(self.log, self.line, self.schedule, self.guard)
         self.stream = self.batches(self.at.step + self.at.skipped)

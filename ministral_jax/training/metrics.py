@@ -60,9 +60,10 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
 class StageLog:
     """Metrics of one stage, written by the first process. Lines of steps after `resume_step` (a run that was killed)
-    are dropped on opening, but for where their time went."""
+    are dropped on opening, but for where their time went; and the evaluation of `resume_step` itself, unless it was
+    `evaluated` before the state that is gone on from was saved."""
 
-    def __init__(self, directory: Path, resume_step: int | None):
+    def __init__(self, directory: Path, resume_step: int | None, evaluated: bool = True):
         self._path = directory / "metrics.jsonl"
         self._file: Any = None
         known = read_jsonl(self._path)
@@ -71,7 +72,8 @@ class StageLog:
             return
         from tensorboardX import SummaryWriter
 
-        kept = [r for r in known if r["kind"] == "time" or (resume_step is not None and r["step"] <= resume_step)]
+        stands = (-1, False) if resume_step is None else (resume_step, evaluated)
+        kept = [r for r in known if r["kind"] == "time" or (r["step"], r["kind"] == "eval") <= stands]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(temporary, self._path)
