@@ -74,7 +74,7 @@ class Job:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        assert not (left := [pid for p in self.processes for pid in members(p.pid)]), f"orphans: {left}"
+        assert all(gone(process.pid) for process in self.processes), "orphans"
 
     def send(self, number: signal.Signals, *indices: int) -> None:
         for i in indices:

@@ -1,6 +1,5 @@
 """Post-training with one mesh in one and two processes, and with other meshes: the same answers and figures."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -72,14 +71,19 @@ def test_another_mesh_draws_the_same_answers(parent, tmp_path):
     assert {key: ours[key] for key in drawn} == {key: theirs[key] for key in drawn}
 
 
-def test_a_reward_that_fails_on_one_process_ends_both(parent, tmp_path):
+@pytest.mark.parametrize("on_error", ["stop", "drop"])
+def test_a_reward_that_fails_on_one_process(parent, tmp_path, on_error):
+    """Both end with what that one says; where answers may be dropped, half of all are not too many."""
     run_dir = tmp_path / "fails"
     for name in ("data", "parent", "sft"):
         shutil.copytree(parent / name, run_dir / name)
-    reward = "stages.rl.rewards.wordy.function=post_cases:fails_on_the_second_process"
-    with Job(run_dir, 2, 1, "rl", *STEPS, reward, recipe=POST) as job:
-        assert job.wait() == [2, 2], job.tails()
-        for i in (0, 1):
+    function = "stages.rl.rewards.wordy.function=post_cases:fails_on_the_second_process"
+    words = (*STEPS, "stages.rl.steps=1", function, f"stages.rl.on_error={on_error}")
+    with Job(run_dir, 2, 1, "rl", *words, recipe=POST) as job:
+        assert job.wait() == ([2, 2] if on_error == "stop" else [0, 0]), job.tails()
+        for i in (0, 1) if on_error == "stop" else (1,):
             assert "the reward wordy of " in job.log(i) and "raised ValueError: no reward here" in job.log(i)
             assert gone(job.processes[i].pid), "workers of rewards outlive the run"
-    assert os.listdir(run_dir / "rl") and not (run_dir / "rl" / "manifest.json").exists()
+    if on_error == "drop":
+        assert records(run_dir, "rl", "train")[0]["reward_errors"] == 0.5
+    assert (run_dir / "rl" / "manifest.json").exists() == (on_error == "drop")
