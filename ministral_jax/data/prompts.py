@@ -97,7 +97,7 @@ def open_prompts(
     vision: VisionSpec | None,
     root: Path,
     max_length: int,
-    where: str,
+    bound: str,
     progress: Progress | None = None,
     answered: bool = False,
 ) -> PromptData:
@@ -106,7 +106,7 @@ def open_prompts(
     Args:
         root: where the tokenizer's file is kept.
         max_length: tokens that a prompt may have.
-        where: the stage, for error messages.
+        bound: what allows no more, for error messages.
         answered: whether every row must end with the assistant's answer, which becomes `PromptRow.reference`.
 
     Raises:
@@ -120,9 +120,7 @@ def open_prompts(
         for document in read_documents(open_source(name, source), prompts=not answered):
             tokens = len(_row(document, name, tokenizer, vision, config.max_pixels).rendered.tokens)
             if tokens > max_length:
-                raise UserError(
-                    f"{document.where}: the prompt has {tokens} tokens, {where}.max_prompt_length is {max_length}"
-                )
+                raise UserError(f"{document.where}: the prompt has {tokens} tokens, {bound} is {max_length}")
             documents.append(document)
             if progress is not None and len(documents) % _PROGRESS_EVERY == 0:
                 progress(f"read prompts of {name}", len(documents))

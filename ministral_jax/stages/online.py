@@ -49,12 +49,16 @@ class Answers(NamedTuple):
 
 def open_stage_prompts(job: Job) -> PromptData:
     """The prompts of a stage; SFT is examined by those of its own sources, and a reward model asked about its pairs."""
-    return _open(job.stage, job.spec, job.data_root, f"stages.{job.name}")
+    return prompts_of(job.stage, job.spec, job.data_root, f"stages.{job.name}")
 
 
-def _open(stage: Any, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None) -> PromptData:
-    longest = stage.max_prompt_length if isinstance(stage, OnlineStage) else spec.context - 1
-    return open_prompts(stage.data, spec.vision, root, longest, where, progress, isinstance(stage, RewardStage))
+def prompts_of(stage: Any, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None) -> PromptData:
+    """See `open_stage_prompts`."""
+    if isinstance(stage, OnlineStage):
+        bound = f"{where}.max_prompt_length"
+        return open_prompts(stage.data, spec.vision, root, stage.max_prompt_length, bound, progress)
+    bound, answered = "the model's context less one", isinstance(stage, RewardStage)
+    return open_prompts(stage.data, spec.vision, root, spec.context - 1, bound, progress, answered)
 
 
 def check_prompts(
@@ -67,7 +71,7 @@ def check_prompts(
     """
     if (tools := getattr(stage, "tools", None)) is not None:
         resolve(tools, f"{where}.tools")
-    prompts = _open(stage, spec, root, where, progress)
+    prompts = prompts_of(stage, spec, root, where, progress)
     check_vocab(prompts.tokenizer, spec)
     examined = stage.generate if isinstance(stage, SFTStage) else stage.evaluate
     if examined is not None:

@@ -12,14 +12,14 @@ from ministral_jax.alignment.pairwise import CHOICES
 from ministral_jax.alignment.rollout import Params
 from ministral_jax.config import RewardStage
 from ministral_jax.data.conversation import spell
-from ministral_jax.data.prompts import Progress, PromptRow, open_prompts
+from ministral_jax.data.prompts import Progress, PromptRow
 from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import open_data, run_loop
-from ministral_jax.stages.online import open_stage_prompts
+from ministral_jax.stages.online import open_stage_prompts, prompts_of
 from ministral_jax.stages.sft import answers
 from ministral_jax.training.goodput import Clock
 
@@ -41,7 +41,7 @@ def check_pairs(stage: RewardStage, spec: ModelSpec, root: Path, where: str, pro
     Raises:
         UserError: naming the row.
     """
-    prompts = open_prompts(stage.data, spec.vision, root, spec.context - 1, where, progress, answered=True)
+    prompts = prompts_of(stage, spec, root, where, progress)
     for documents in prompts.train.values():
         for document in documents:
             _check_pair(spell(document.messages[-1]), document.where)
