@@ -60,7 +60,7 @@ class Sampler:
             results = {n: found for n, e in enumerate(episodes) if (found := self._tool_results(e, limit))}
             if not results:
                 break
-            asked = [_continued(episodes[n].prompt, episodes[n].tokens + found) for n, found in results.items()]
+            asked = [_continued(episodes[n], found, n % each) for n, found in results.items()]
             more = self._generate(params, asked, 1, limit)
             for (n, found), completion in zip(results.items(), more, strict=True):
                 episodes[n] = _longer(episodes[n], found, completion, limit)
@@ -146,9 +146,10 @@ def begun(prompt: Prompt, completion: Completion) -> Episode:
     return Episode(prompt, completion.tokens, own, completion.processed_logprobs, completion.stopped)
 
 
-def _continued(prompt: Prompt, tokens: list[int]) -> Prompt:
-    """A prompt for the rest of an answer, with random numbers of its own."""
-    seed = int(np.random.SeedSequence([prompt.seed, len(tokens)]).generate_state(1)[0])
+def _continued(episode: Episode, results: list[int], sample: int) -> Prompt:
+    """A prompt for the rest of an answer, with random numbers of its own: not those of another sample of the prompt."""
+    prompt, tokens = episode.prompt, [*episode.tokens, *results]
+    seed = int(np.random.SeedSequence([prompt.seed, len(tokens), sample]).generate_state(1)[0])
     return prompt._replace(tokens=[*prompt.tokens, *tokens], seed=seed)
 
 
