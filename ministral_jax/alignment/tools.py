@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ministral_jax.data.conversation import parse_tool_calls
+from ministral_jax.data.conversation import dump, parse_tool_calls
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.parallel import is_first
 from ministral_jax.training.checksums import from_first
@@ -38,6 +37,6 @@ class ToolBox:
             return f"error: {call.problem}"
         try:
             result = self.call(call.name, call.arguments)
-            return result if isinstance(result, str) else json.dumps(result)
+            return result if isinstance(result, str) else dump(result)
         except Exception as error:
             return f"error: {error}"
