@@ -236,7 +236,10 @@ def test_a_full_disk_is_said_and_costs_no_state(small_disk, capfd):
     with pytest.raises(UserError, match=r"the parameters could not be saved in .*disk/params: No space left on device"):
         save_params(small_disk / "params", state(1, size=40_000)["params"])
     assert sorted(path.name for path in small_disk.iterdir()) == ["state"]
-    assert threading.active_count() <= threads + 1
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads + 1:  # none stays; on a busy machine one may take a moment to end
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.02)
     again = ResumeStore(directory, keep=2)
     assert again.latest == 3
     assert capfd.readouterr().err == ""
