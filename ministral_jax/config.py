@@ -261,7 +261,7 @@ class OnlineStage(Stage, Steps):
     """
 
     source: str = Field(alias="from")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     data: DataConfig
     compute: Compute = Compute()
     prompts: int = Field(default=16, ge=1)
