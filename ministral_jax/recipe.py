@@ -186,7 +186,7 @@ def expand_baselines(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def helper(stage: Stage) -> tuple[str, str] | None:
+def guide(stage: Stage) -> tuple[str, str] | None:
     """The other stage that a stage needs beside its source, after what it does there: ("teacher", name) or ("judge",
     name)."""
     if isinstance(stage, (DistillStage, SFTStage)) and stage.teacher_stage is not None:
@@ -199,7 +199,7 @@ def helper(stage: Stage) -> tuple[str, str] | None:
 def inputs(stage: Stage) -> dict[str, str]:
     """Stages that must be finished first, by their role: the source is the parent."""
     needed = {} if stage.source is None else {"parent": stage.source}
-    if (other := helper(stage)) is not None and other[1] != stage.source:
+    if (other := guide(stage)) is not None and other[1] != stage.source:
         needed[other[0]] = other[1]
     return needed
 
@@ -304,16 +304,16 @@ def resolve_specs(recipe: Recipe, wanted: Iterable[str] = ()) -> dict[str, Model
             assert source is not None
             specs[name] = source
             _check_sizes(stage, source, source, where)
-        if (other := helper(stage)) is not None:
-            role, helping = other
+        if (other := guide(stage)) is not None:
+            role, guiding = other
             if isinstance(stage, (DistillStage, SFTStage)):
-                _check_teacher(stage, helping, recipe.stages[helping], where)
-            elif not isinstance(recipe.stages[helping], RewardStage):
-                raise UserError(f"{where}.judge = {helping!r} must be a reward stage")
-            theirs = specs[helping].vocab
+                _check_teacher(stage, guiding, recipe.stages[guiding], where)
+            elif not isinstance(recipe.stages[guiding], RewardStage):
+                raise UserError(f"{where}.judge = {guiding!r} must be a reward stage")
+            theirs = specs[guiding].vocab
             if theirs != specs[name].vocab:
                 raise UserError(
-                    f"{where}: its vocabulary of {specs[name].vocab} differs from the {theirs} of {role} {helping!r}; "
+                    f"{where}: its vocabulary of {specs[name].vocab} differs from the {theirs} of {role} {guiding!r}; "
                     "both need the same one"
                 )
     return specs
