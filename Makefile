@@ -8,10 +8,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: help cascade test multiprocess chaos slurm parity wheel lint format clean
 
 help:
-	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
+	@echo "make cascade   the tiny family from one recipe, on this machine (about 20 minutes on 2 cores)"
 	@echo "make test      the tests"
 	@echo "make multiprocess   jobs of one, two and four processes against each other"
-	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 15 minutes on 2 cores)"
+	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make wheel     a wheel, checked far from the checkout"
 	@echo "make lint      formatting, lint and types"
