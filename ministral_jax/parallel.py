@@ -243,6 +243,11 @@ class Placement:
 
         return {name: put(name, array) for name, array in batch.items()}
 
+    def place_whole(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """`place` of a global batch that every process has whole."""
+        count = len(batch["tokens"])
+        return self.place({name: array[self.rows(count)] for name, array in batch.items()}, count)
+
 
 _PER_PATCH = ("patches", "patch_image", "patch_row", "patch_col")
 

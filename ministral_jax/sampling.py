@@ -142,8 +142,7 @@ def stream(
 
     poll("reading prompts", slow=True)
     with jax.set_mesh(place.mesh):
-        mine = {name: x[place.rows(len(lengths))] for name, x in batch.items()}
-        hidden, cache = run.start(params, place.place(mine, len(lengths)), lengths)
+        hidden, cache = run.start(params, place.place_whole(batch), lengths)
         hidden, cache = run.fork(hidden, cache, parents, room)
     texts = [
         Completion(n, sample, [], [], [], None) for n in range(len(prompts)) for sample in range(completions_per_prompt)

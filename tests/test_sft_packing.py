@@ -22,7 +22,7 @@ from ministral_jax.generate import text_of
 from ministral_jax.models.vlm import Compute
 from ministral_jax.recipe import load_recipe, resolve_specs
 from ministral_jax.stages.distill import FROZEN, distillation
-from ministral_jax.stages.sft import answers
+from ministral_jax.stages.train import next_token_loss
 from ministral_jax.training.state import split_frozen
 
 LENGTH, ROWS = 64, 8
@@ -112,7 +112,7 @@ def with_gradient(request):
     heads, compute = LossHead(place), Compute()
     trainable, frozen = split_frozen(random_params(SPEC), FROZEN)
     if request.param == "answers":
-        loss = answers(SPEC, compute, heads)
+        loss = next_token_loss(SPEC, compute, heads)
     else:
         targets = online_targets(SPEC, compute, place.rules)
         loss = distillation(SPEC, compute, LossOptions(ce_weight=0.5), heads, targets)

@@ -66,8 +66,7 @@ class Judge:
         for first in range(0, len(questions), count):
             poll(f"judging pair {first}", slow=True)
             batch = _batch(questions[first : first + count], count)
-            mine = {name: array[self.placement.rows(count)] for name, array in batch.items()}
-            read = self._read(params, self.placement.place(mine, count))
+            read = self._read(params, self.placement.place_whole(batch))
             found.append(np.asarray(read, np.float64)[: len(questions) - first])
         return np.concatenate(found) if found else np.zeros(0)
 

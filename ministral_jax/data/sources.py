@@ -164,9 +164,8 @@ def _named_images(line: bytes, path: Path, where: str) -> Iterator[Path]:
     row = json_row(line, where)
     if isinstance(row, dict) and "text" in row and "messages" not in row:
         return
-    for document in _parse_row(
-        line, path, "", where, prompts=True
-    ):  # with or without an answer: its images are the user's
+    # with or without an answer: its images are the user's
+    for document in _parse_row(line, path, "", where, prompts=True):
         for message in document.messages:
             yield from (part for part in message.parts if isinstance(part, Path))
 

@@ -47,9 +47,7 @@ def run(job: Job) -> Result:
             batches, signal = minibatches(stage, job.spec, answers, scores.total)
             metrics = []
             for batch in batches * stage.num_iterations:
-                count = len(batch["tokens"])
-                mine = {name: array[job.placement.rows(count)] for name, array in batch.items()}
-                state, found = update(state, fixed, job.placement.place(mine, count))
+                state, found = update(state, fixed, job.placement.place_whole(batch))
                 metrics.append(found)
             host = {**reward_metrics(scores), **conduct_metrics(answers.samples), "groups_with_signal": signal}
             return state, {**host, **added(metrics)}

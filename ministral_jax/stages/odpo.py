@@ -62,9 +62,7 @@ def run(job: Job) -> Result:
             probability, host = _judged(online, judge, answers)
             clock.switch("step")
             batch, kept = pairs(answers, probability, job.spec)
-            count = len(batch["tokens"])
-            mine = {name: array[job.placement.rows(count)] for name, array in batch.items()}
-            placed = job.placement.place(mine, count)
+            placed = job.placement.place_whole(batch)
             placed["reference"] = of_reference(reference, placed)
             state, metrics = update(state, fixed, placed)
             return state, {**host, **conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ministral_jax.alignment.rollout import Episode, Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.scoring import Scorer, Scores, resolve
 from ministral_jax.config import OnlineStage, RewardStage, SFTStage
+from ministral_jax.data.conversation import Document
 from ministral_jax.data.pipeline import check_vocab
 from ministral_jax.data.prompts import Progress, PromptData, PromptRow, open_prompts
 from ministral_jax.errors import UserError
@@ -77,10 +78,10 @@ def check_prompts(
     if examined is not None:
         _check_rewards(examined.rewards, prompts.evaluation(examined.prompts))
     if rewards := getattr(stage, "rewards", None):
-        _check_rewards(rewards, prompts.rows("train"))
+        _check_rewards(rewards, [document for documents in prompts.train.values() for document in documents])
 
 
-def _check_rewards(rewards: RewardsConfig, rows: list[PromptRow]) -> None:
+def _check_rewards(rewards: RewardsConfig, rows: Sequence[PromptRow | Document]) -> None:
     with Scorer(rewards, 1) as scorer:
         for row in rows:
             scorer.check(row.columns, row.where)

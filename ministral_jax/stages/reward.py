@@ -20,13 +20,13 @@ from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import open_data, run_loop
 from ministral_jax.stages.online import open_stage_prompts, prompts_of
-from ministral_jax.stages.sft import answers
+from ministral_jax.stages.train import next_token_loss
 from ministral_jax.training.goodput import Clock
 
 
 def run(job: Job) -> Result:
     stage, clock, data = job.stage, Clock(), open_data(job)
-    loss = answers(job.spec, stage.compute, LossHead(job.placement))
+    loss = next_token_loss(job.spec, stage.compute, LossHead(job.placement))
     judge = Judge(job.spec, stage.compute, job.placement, data.tokenizer)
     pairs = held_out_pairs(open_stage_prompts(job).rows("held_out"), stage.pairs, f"stages.{job.name}")
     assert job.source is not None

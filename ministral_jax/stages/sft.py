@@ -7,15 +7,12 @@ from contextlib import ExitStack
 from ministral_jax.alignment.examine import Examiner
 from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.distillation.sharded import LossHead
-from ministral_jax.evaluation import hidden
-from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.stages.distill import FROZEN, check_same_tokenizer, distillation, open_teacher
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import open_data, run_loop
 from ministral_jax.stages.online import open_stage_prompts
+from ministral_jax.stages.train import next_token_loss
 from ministral_jax.training.goodput import Clock
-from ministral_jax.training.state import LossFn
 
 
 def run(job: Job) -> Result:
@@ -23,7 +20,7 @@ def run(job: Job) -> Result:
     heads = LossHead(job.placement, job.teacher_placement.rules)
     flops = 3 * job.spec.flops_per_token(stage.batch.length)
     if stage.teacher is None:
-        teacher, loss = None, answers(job.spec, stage.compute, heads)
+        teacher, loss = None, next_token_loss(job.spec, stage.compute, heads)
     else:
         check_same_tokenizer(job, data)
         teacher = open_teacher(job, data)
@@ -38,16 +35,3 @@ def run(job: Job) -> Result:
             sampler = Sampler(job.spec, stage.compute, job.placement, prompts.tokenizer, given.temperature)
             examine = stack.enter_context(Examiner(sampler, prompts, given, job.directory)).figures
         return run_loop(job, data, params, loss, flops, FROZEN, teacher, clock, examine)
-
-
-def answers(spec: ModelSpec, compute: Compute, heads: LossHead) -> LossFn:
-    """Cross-entropy of what the assistant says; the vision tower comes in frozen."""
-    model = VLM(spec, compute)
-
-    def loss(params, frozen, batch):
-        fixed = {key: tree for key, tree in frozen.items() if key != "teacher"}
-        states = hidden(model, {**params, **fixed}, batch)
-        total, metrics = heads.cross_entropy(states, head_matrix(params), batch["labels"], batch["loss_mask"])
-        return total, {**metrics, "loss": metrics["ce"]}
-
-    return loss
