@@ -48,7 +48,7 @@ parity: $(VENV)/parity
 wheel: $(VENV)/installed
 	rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf build/wheel && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
-	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python -c "import ministral_jax, ministral_jax.recipe as r; assert 'build' in ministral_jax.__file__; print(len(r.load_recipe('configs/tiny.yaml').stages), 'stages, from', ministral_jax.__file__)"
+	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python -c "import ministral_jax, ministral_jax.recipe.load as r; assert 'build' in ministral_jax.__file__; print(len(r.load_recipe('configs/tiny.yaml').stages), 'stages, from', ministral_jax.__file__)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from ministral_jax.distillation.codecs import (
+from ministral_jax.teachers.codecs import (
     Arrays,
     Codec,
     HiddenCodec,
@@ -22,7 +22,7 @@ from ministral_jax.distillation.codecs import (
     curve_sizes,
     uniforms,
 )
-from ministral_jax.distillation.quantise import encode_float8
+from ministral_jax.teachers.quantise import encode_float8
 
 EXPONENTS = np.linspace(1.1, 6.0, 128)
 CANDIDATES = 256

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardware import processor
-from ministral_jax.distillation.kl import Hidden, LossOptions, distillation_loss
+from ministral_jax.losses.chunked import Hidden, LossOptions, distillation_loss
 
 WIDTH, ROWS, ROUNDS = 256, 4, 9
 MEMORY_SIZE = dict(tokens=8_192, vocab=131_072)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ministral_jax.training.metrics import read_jsonl
+from ministral_jax.files import read_jsonl
 
 BLUE, RED, GREEN, GREY = "#2f5d8a", "#b3552e", "#3f7d4e", "#8a8a8a"
 PANELS = (

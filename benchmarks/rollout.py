@@ -32,7 +32,7 @@ def ours():
     """A function that draws `NEW` tokens for each of `BATCH` prompts with this project's sampler."""
     import numpy as np
 
-    from ministral_jax.sampling import Prompt, SamplingOptions, generate
+    from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate
 
     spec, place, params = model()
     options = SamplingOptions(max_completion_length=NEW, temperature=0)
@@ -47,8 +47,8 @@ def ours():
 
 def model():
     """The model of the benchmark: sizes, mesh, parameters."""
+    from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.models.spec import ModelSpec
-    from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.stages.job import fresh_params
 
     sizes = dict(layers=LAYERS, width=WIDTH, mlp_width=MLP, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH)
@@ -64,12 +64,12 @@ def share():
     import jax
     import numpy as np
 
-    from ministral_jax.alignment.policy_gradient import PolicyOptions
     from ministral_jax.alignment.rollout import begun as episode
     from ministral_jax.config import OptimizerConfig
-    from ministral_jax.distillation.sharded import LossHead
+    from ministral_jax.losses.head import LossHead
+    from ministral_jax.losses.policy import PolicyOptions
     from ministral_jax.models.vlm import Compute
-    from ministral_jax.sampling import Prompt, SamplingOptions, generate
+    from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate
     from ministral_jax.stages.grpo import minibatches, objective
     from ministral_jax.stages.online import Answers
     from ministral_jax.training.optimizer import learning_rate, make_optimizer

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import os
 
+from ministral_jax.models.vlm import placed_params
+
 # Before JAX is imported. No host is asked for its chips: the topology is named.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
@@ -35,20 +37,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
 from hardware import processor
 from ministral_jax.config import OptimizerConfig
-from ministral_jax.distillation.kl import LossOptions
-from ministral_jax.distillation.sharded import LossHead
-from ministral_jax.distillation.teacher import online_targets
+from ministral_jax.distributed.placement import AXES, MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.losses.chunked import LossOptions
+from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.parallel import AXES, MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.stages.distill import distillation
 from ministral_jax.stages.job import fresh_params
+from ministral_jax.teachers.teacher import online_targets
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import abstract_state, init_state, make_step, state_shardings
 from traffic import Collective, by_kind, collectives
@@ -99,8 +100,8 @@ def compile_step(setting: Setting, place: Placement, rows: int, **options: Any) 
     objective = LossOptions(chunk=setting.chunk)
     teaching = online_targets(setting.teacher, setting.compute, place.rules)
     loss = distillation(setting.student, setting.compute, objective, heads, teaching)
-    params = place.abstract(setting.student, jnp.float32)
-    frozen = {"teacher": place.abstract(setting.teacher, setting.compute.dtype)}
+    params = placed_params(setting.student, place)
+    frozen = {"teacher": placed_params(setting.teacher, place, setting.compute.dtype)}
     rate, optimizer = learning_rate(OPTIMIZER, 1000), make_optimizer(OPTIMIZER, 1000)
     batch = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place.batch_sharding(name, array.ndim))

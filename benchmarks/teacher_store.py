@@ -46,10 +46,12 @@ import yaml
 from students import make_side
 
 from hardware import processor
-from ministral_jax.cascade import run_cascade
 from ministral_jax.config import Recipe
-from ministral_jax.distillation import statistics as stored_statistics
-from ministral_jax.distillation.codecs import (
+from ministral_jax.models.spec import PRESETS, ModelSpec
+from ministral_jax.recipe.load import load_recipe
+from ministral_jax.runs.cascade import run_cascade
+from ministral_jax.teachers import statistics as stored_statistics
+from ministral_jax.teachers.codecs import (
     Codec,
     HiddenCodec,
     Layout,
@@ -59,10 +61,8 @@ from ministral_jax.distillation.codecs import (
     pack,
     unpack,
 )
-from ministral_jax.distillation.store import Reader, StoreInfo, Teacher, open_for_writing, open_store
-from ministral_jax.distillation.store_format import row_bytes
-from ministral_jax.models.spec import PRESETS, ModelSpec
-from ministral_jax.recipe import load_recipe
+from ministral_jax.teachers.store import Reader, StoreInfo, Teacher, open_for_writing, open_store
+from ministral_jax.teachers.store_format import row_bytes
 
 SECTIONS = ("store", "wait", "throughput")
 WAIT_BAR, THROUGHPUT_BAR = 0.02, 2.0

@@ -31,14 +31,14 @@ def ours():
     import numpy as np
 
     from ministral_jax.config import OptimizerConfig
-    from ministral_jax.distillation.kl import LossOptions
-    from ministral_jax.distillation.sharded import LossHead
-    from ministral_jax.distillation.teacher import online_targets
+    from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+    from ministral_jax.losses.chunked import LossOptions
+    from ministral_jax.losses.head import LossHead
     from ministral_jax.models.spec import ModelSpec
     from ministral_jax.models.vlm import Compute
-    from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.stages.distill import distillation
     from ministral_jax.stages.job import fresh_params
+    from ministral_jax.teachers.teacher import online_targets
     from ministral_jax.training.optimizer import learning_rate, make_optimizer
     from ministral_jax.training.state import init_state, make_step
 

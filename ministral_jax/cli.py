@@ -15,7 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
     args = _parse(argv)
-    from ministral_jax.processes import RETRY, Preempted, leave, lost_peer  # loads JAX, which --help need not
+    from ministral_jax.distributed.processes import (  # loads JAX, which --help need not
+        RETRY,
+        Preempted,
+        leave,
+        lost_peer,
+    )
 
     try:
         code = args.command(args) or 0
@@ -122,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ministral_jax.processes import join, use_cpu
-    from ministral_jax.recipe import load_recipe
-    from ministral_jax.run import run_recipe
+    from ministral_jax.distributed.processes import join, use_cpu
+    from ministral_jax.recipe.load import load_recipe
+    from ministral_jax.runs.run import run_recipe
 
     overrides = [word for word in args.rest if "=" in word]
     recipe = load_recipe(args.recipe, overrides)
@@ -136,16 +141,16 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from ministral_jax.processes import Limits, join
-    from ministral_jax.sweep import read_sweep
-    from ministral_jax.sweep_run import run_sweep
+    from ministral_jax.distributed.processes import Limits, join
+    from ministral_jax.runs.sweep import read_sweep
+    from ministral_jax.runs.sweep_run import run_sweep
 
     join(Limits())  # one process: for its answer to SIGTERM
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     run_dir = args.run_dir or Path("runs") / sweep.name
     if args.jobs == "local":
         return run_sweep(sweep, run_dir)
-    from ministral_jax.sweep_jobs import prepare_jobs
+    from ministral_jax.launching.sweep_jobs import prepare_jobs
 
     sys.stdout.write(prepare_jobs(sweep, run_dir, args.jobs))
     return 0
@@ -159,10 +164,10 @@ def _launch(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     if (args.run_dir / "sweep.json").is_file():
-        from ministral_jax.sweep_run import report_sweep
+        from ministral_jax.runs.sweep_run import report_sweep
 
         return report_sweep(args.run_dir)
-    from ministral_jax.run import report_run
+    from ministral_jax.runs.run import report_run
 
     report_run(args.run_dir)
 
@@ -174,12 +179,12 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from ministral_jax.processes import Limits, join, use_cpu
+    from ministral_jax.distributed.processes import Limits, join, use_cpu
 
     if args.cpu_devices is not None:
         use_cpu(args.cpu_devices)
     join(Limits())
-    from ministral_jax.generate import run_generate
+    from ministral_jax.runs.generate import run_generate
 
     run_generate(args)
 

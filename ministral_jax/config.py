@@ -11,18 +11,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from ministral_jax.alignment.policy_gradient import PolicyOptions
-from ministral_jax.alignment.preference import PreferenceOptions
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.data.config import DataConfig
-from ministral_jax.distillation.codecs import Codec, SampledCodec
-from ministral_jax.distillation.kl import LossOptions
+from ministral_jax.distributed.placement import MeshConfig, Rules
+from ministral_jax.distributed.processes import Limits
 from ministral_jax.launching.job import LaunchConfig
-from ministral_jax.models.spec import Frozen
+from ministral_jax.losses.chunked import LossOptions
+from ministral_jax.losses.policy import PolicyOptions
+from ministral_jax.losses.preference import PreferenceOptions
 from ministral_jax.models.vlm import Compute
-from ministral_jax.parallel import MeshConfig, Rules
-from ministral_jax.processes import Limits
 from ministral_jax.pruning.prune import PruneOptions
+from ministral_jax.settings import Frozen
+from ministral_jax.teachers.codecs import Codec, SampledCodec
 
 ModelRef = str | dict[str, Any]
 """A preset's name, or overrides of the source's spec (of `preset:` when given)."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ministral_jax.distributed.collectives import barrier, is_first
+from ministral_jax.distributed.placement import MeshConfig, make_mesh
 from ministral_jax.errors import UserError
-from ministral_jax.parallel import MeshConfig, barrier, is_first, make_mesh
 from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
 
 index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ministral_jax.distillation.kl import distillation_loss
-from ministral_jax.distillation.targets import Hidden
+from ministral_jax.losses.chunked import distillation_loss
+from ministral_jax.losses.targets import Hidden
 
 
 def softmax(x):

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ministral_jax.distillation.codecs import Codec, HiddenCodec, SampledCodec, TopKCodec, curve_sizes
-from ministral_jax.distillation.statistics import EDGES
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.stages import record
+from ministral_jax.teachers.codecs import Codec, HiddenCodec, SampledCodec, TopKCodec, curve_sizes
+from ministral_jax.teachers.statistics import EDGES
 
 CHILDREN = {"14b": ("parent", 0.9, 0.011), "8b": ("14b-short", 2.1, 0.034), "3b": ("8b-short", 3.4, 0.093)}
 """Source, KL right after surgery and KL after the short stage."""

@@ -7,9 +7,9 @@ import numpy as np
 from model_cases import BREAK, END, IMG, YARN, Case, Document, pack, random_params, vlm
 
 from ministral_jax.data.images import MEAN, STD, patchify
-from ministral_jax.models.vlm import VLM, Compute
-from ministral_jax.parallel import MeshConfig, Placement, Rules, make_mesh
-from ministral_jax.sampling import Completion, Prompt, SamplingOptions
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.models.vlm import VLM, Compute, param_shardings
+from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions
 
 SPEC = vlm(rope=YARN, context=256)
 LONG = 40
@@ -42,7 +42,7 @@ def placed(mesh: dict, devices: int = 1) -> Placement:
 
 
 def parameters(place: Placement, dtype=np.float32) -> dict:
-    return jax.device_put(random_params(SPEC, dtype=dtype), place.params(SPEC))
+    return jax.device_put(random_params(SPEC, dtype=dtype), param_shardings(SPEC, place))
 
 
 def reference(completions: list[Completion], compute: Compute = Compute()) -> list[np.ndarray]:  # noqa: B008

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 
-from ministral_jax.distillation.store import StoreInfo, Teacher, open_for_writing
+from ministral_jax.teachers.store import StoreInfo, Teacher, open_for_writing
 
 ROWS = {"train": 42, "held_out": 5}
 SHARD_ROWS = 8

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from ministral_jax.cli import main
-from ministral_jax.manifest import digest, write_json
+from ministral_jax.files import write_json
+from ministral_jax.stages.manifest import digest
 
 MICRO = Path(__file__).with_name("micro.yaml")
 
@@ -42,8 +43,8 @@ def run(capsys, run_dir: Path, *rest: str) -> str:
 @pytest.fixture
 def finished_parent(tmp_path) -> Path:
     """A run whose parent is finished, as far as its manifest goes."""
-    from ministral_jax.cascade import identity
-    from ministral_jax.recipe import load_recipe, resolve_specs
+    from ministral_jax.recipe.load import load_recipe, resolve_specs
+    from ministral_jax.runs.cascade import identity
 
     recipe = load_recipe(MICRO)
     directory = tmp_path / "run" / "parent"
@@ -115,8 +116,8 @@ def test_saving_more_often_is_no_other_setting(capsys, finished_parent):
 
 
 def test_a_stage_made_from_another_parent_than_the_one_there(capsys, finished_parent):
-    from ministral_jax.cascade import identity
-    from ministral_jax.recipe import load_recipe, resolve_specs
+    from ministral_jax.recipe.load import load_recipe, resolve_specs
+    from ministral_jax.runs.cascade import identity
 
     recipe = load_recipe(MICRO)
     pruned = finished_parent / "14b-pruned"

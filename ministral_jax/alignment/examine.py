@@ -16,10 +16,9 @@ from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
 from ministral_jax.config import GenerateConfig
 from ministral_jax.data.prompts import PromptData
+from ministral_jax.distributed.collectives import first_problem, gathered, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.manifest import write_json
-from ministral_jax.parallel import gathered, is_first
-from ministral_jax.training.checksums import first_problem
+from ministral_jax.files import write_json
 
 SHOWN = 12
 """Answers kept for the report."""

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ministral_jax.alignment.pairwise import judge_messages
 from ministral_jax.data.chat import render
 from ministral_jax.data.conversation import Message
+from ministral_jax.data.pairwise import judge_messages
 from ministral_jax.data.tokenizer import Tokenizer
-from ministral_jax.evaluation import hidden
+from ministral_jax.distributed.placement import Placement
+from ministral_jax.distributed.processes import poll
+from ministral_jax.losses.evaluation import hidden
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, head_matrix
-from ministral_jax.parallel import Placement
-from ministral_jax.processes import poll
-from ministral_jax.sampling import bucket
+from ministral_jax.sampling.engine import bucket
 
 Params = dict[str, Any]
 ROWS = 64

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ministral_jax.alignment.sandbox import Isolation
-from ministral_jax.models.spec import Frozen
+from ministral_jax.settings import Frozen
 
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """`package.module:function`."""

@@ -8,17 +8,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ministral_jax.alignment.loops import is_looping
 from ministral_jax.alignment.sample import Sample, split_thinking
 from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.data.conversation import as_openai
 from ministral_jax.data.prompts import PromptRow
-from ministral_jax.data.tokenizer import Tokenizer
-from ministral_jax.generate import text_of
-from ministral_jax.loops import is_looping
+from ministral_jax.data.tokenizer import Tokenizer, text_of
+from ministral_jax.distributed.placement import Placement
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.parallel import Placement
-from ministral_jax.sampling import Completion, Prompt, SamplingOptions, as_prompt, bucket, generate, image_arrays
+from ministral_jax.sampling.engine import (
+    Completion,
+    Prompt,
+    SamplingOptions,
+    as_prompt,
+    bucket,
+    generate,
+    image_arrays,
+)
 
 Params = dict[str, Any]
 Arrays = dict[str, np.ndarray]

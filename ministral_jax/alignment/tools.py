@@ -8,8 +8,7 @@ from typing import Any
 
 from ministral_jax.data.conversation import dump, parse_tool_calls
 from ministral_jax.data.tokenizer import Tokenizer
-from ministral_jax.parallel import is_first
-from ministral_jax.training.checksums import from_first
+from ministral_jax.distributed.collectives import from_first, is_first
 
 
 @dataclass(frozen=True)

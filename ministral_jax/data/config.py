@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ministral_jax.models.spec import Frozen
+from ministral_jax.settings import Frozen
 
 PIXEL_BOUND = 89_478_485
 """Pixels above which Pillow itself suspects a decompression bomb (256 MiB of RGB)."""

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.chat import Rendered, render, render_text
 from ministral_jax.data.conversation import Document
-from ministral_jax.data.files import digest_of, mix, new_directory, stable_key
 from ministral_jax.data.images import patchify
 from ministral_jax.data.sources import Source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
+from ministral_jax.files import digest_of, mix, new_directory, stable_key
 from ministral_jax.models.spec import VisionSpec
 
 Progress = Callable[[str, int], None]

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ministral_jax.data.documents import Documents
-from ministral_jax.data.files import mix
 from ministral_jax.errors import UserError
+from ministral_jax.files import mix
 
 _LOOKAHEAD = 64
 """Documents of a source among which the best fit is looked for."""

@@ -14,12 +14,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Documents, Progress, tokenise
-from ministral_jax.data.files import digest_of, new_directory
 from ministral_jax.data.packing import Tally, pack
 from ministral_jax.data.rows import Row, content_hash, decode_row, encode_row
 from ministral_jax.data.sources import open_source
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
+from ministral_jax.files import digest_of, new_directory
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 SPLITS = ("train", "held_out")

@@ -14,10 +14,10 @@ from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.conversation import Document, Message, spell
 from ministral_jax.data.documents import drawn
-from ministral_jax.data.files import stable_key
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
+from ministral_jax.files import stable_key
 from ministral_jax.models.spec import VisionSpec
 
 Progress = Callable[[str, int], None]

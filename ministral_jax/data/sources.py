@@ -20,12 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.alignment.pairwise import judge_documents
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document, Message, image_path, parse_messages, parse_tools, spell
-from ministral_jax.data.files import digest_of, stable_key
+from ministral_jax.data.pairwise import judge_documents
 from ministral_jax.data.tasks import KINDS, exchange, read_task, task_digest
 from ministral_jax.errors import UserError
+from ministral_jax.files import digest_of, stable_key
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ministral_jax.alignment.pairwise import judge_documents
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document, Message, Part, Thought, as_openai, dump
-from ministral_jax.data.files import stable_key
+from ministral_jax.data.pairwise import judge_documents
+from ministral_jax.files import stable_key
 
 DEFAULT_LIMIT = 4000
 NOISE = 10

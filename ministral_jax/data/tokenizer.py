@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import Any
 
 import mistral_common
 import numpy as np
-from mistral_common.tokens.tokenizers.base import SpecialTokens
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy, SpecialTokens
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from ministral_jax.data.config import TokenizerConfig
-from ministral_jax.data.files import new_directory
 from ministral_jax.errors import UserError
+from ministral_jax.files import new_directory
 from ministral_jax.models.spec import VisionSpec
 
 _BUNDLED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
@@ -177,3 +179,15 @@ def _sha256(content: bytes) -> str:
 
 def _dump(raw: dict[str, Any]) -> bytes:
     return json.dumps(raw, separators=(",", ":")).encode()
+
+
+def text_of(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Callable[..., str]:
+    """A function from the next tokens of a text to what they add to it; bytes that are not yet a character wait for
+    the rest of it, or for `final`. Control tokens are spelled out, except those that end a text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(tokens: Sequence[int], final: bool = False) -> str:
+        pieces = (tokenizer.tekken.id_to_byte_piece(t, SpecialTokenPolicy.KEEP) for t in tokens if t not in stop_ids)
+        return decoder.decode(b"".join(pieces), final)
+
+    return add

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params, abstract_params, check_params
-from ministral_jax.parallel import barrier, fetch, is_first
 
 SHARD_BYTES = 5_000_000_000
 WRITER = "ministral_jax"

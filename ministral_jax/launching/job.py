@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ministral_jax.models.spec import Frozen
+from ministral_jax.settings import Frozen
 
 Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$")]
 """Letters, digits and `_@%+=:,./-`: the same in a `#SBATCH` line, in a shell and in YAML."""

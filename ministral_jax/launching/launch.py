@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ministral_jax.errors import UserError
 from ministral_jax.launching import gke, local, slurm, tpu_vm
-from ministral_jax.recipe import load_recipe, order
+from ministral_jax.recipe.load import load_recipe, order
 
 
 class _Scheduler(NamedTuple):

@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from ministral_jax.distributed.processes import RETRY
 from ministral_jax.launching.job import LocalJob
-from ministral_jax.processes import RETRY
 
 PATIENCE = 10.0
 """Seconds that the others get to end by themselves when a process has died."""

@@ -12,8 +12,8 @@ from einops import rearrange
 from flax import linen as nn
 from jax import Array
 
+from ministral_jax.distributed.axes import constrain
 from ministral_jax.models.attention import KEEP, attend_cached, keep
-from ministral_jax.models.mesh import constrain
 from ministral_jax.models.rope import rotate
 from ministral_jax.models.sharded_attention import attend_on_mesh
 
@@ -76,16 +76,16 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
-def residual(x: Array, grain: int) -> Array:
-    return constrain(x, ("batch", "length", None), grain)
+def residual(x: Array, multiple_of: int) -> Array:
+    return constrain(x, ("batch", "length", None), multiple_of)
 
 
 @dataclass(frozen=True)
 class BlockSpec:
     """Sizes of one block and the names of its axes, in the order D, H, K, h, F.
 
-    `grain`: where a mesh cuts T, a shard holds a multiple of this many tokens: two chunks in zig-zag order, or whole
-    blocks of patches.
+    `multiple_of`: where a mesh cuts T, a shard holds a multiple of this many tokens: two chunks in zig-zag order, or
+    whole blocks of patches.
     """
 
     width: int
@@ -97,7 +97,7 @@ class BlockSpec:
     causal: bool
     axes: tuple[str, str, str, str, str]
     depth: int
-    grain: int
+    multiple_of: int
 
 
 def into_heads(x: Array, kernel: Array) -> Array:
@@ -147,7 +147,7 @@ class Attention(nn.Module):
             block=c.attention_block,
             context=c.context,
             heads=s.axes[1],
-            grain=s.grain,
+            multiple_of=s.multiple_of,
         )
 
 
@@ -195,10 +195,10 @@ class Block(nn.Module):
             mixed, (key, value) = Attention(s, self.compute, name="attention")(
                 rms_norm(x, attention_gain, s.norm_eps), turn, heat, segments, past
             )
-            middle = residual(x + mixed, s.grain)
+            middle = residual(x + mixed, s.multiple_of)
         with jax.named_scope("mlp"):
             out, hidden = SwiGLU(s, self.compute, name="mlp")(rms_norm(middle, mlp_gain, s.norm_eps))
-            out = residual(middle + out, s.grain)
+            out = residual(middle + out, s.multiple_of)
         if tap is None:
             return out, None
         seen = {"attention_norm_in": x, "key": key, "value": value, "mlp_norm_in": middle, "mlp_hidden": hidden}

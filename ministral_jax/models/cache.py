@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
 
-from ministral_jax.models.mesh import constrain
+from ministral_jax.distributed.axes import constrain
 
 Cache = dict[str, Array]
 

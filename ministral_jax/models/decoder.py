@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from ministral_jax.distributed.axes import constrain
 from ministral_jax.models import rope
 from ministral_jax.models.block import BlockSpec, Compute, residual, rms_norm, stacked, weight
-from ministral_jax.models.mesh import constrain
 from ministral_jax.models.spec import ModelSpec
 
 AXES = ("embed", "heads", "kv_heads", "head", "mlp")

@@ -17,9 +17,9 @@ from einops import rearrange
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
+from ministral_jax.distributed.axes import Axes, layout
 from ministral_jax.models import attention
 from ministral_jax.models.attention import Part, Tiles, attend, attend_parts, keep
-from ministral_jax.models.mesh import Axes, layout
 
 
 def attend_on_mesh(
@@ -33,19 +33,15 @@ def attend_on_mesh(
     block: int = 128,
     context: str = "all_gather",
     heads: str = "heads",
-    grain: int = 2,
+    multiple_of: int = 2,
 ) -> Array:
     """`attention.attend` for arrays that lie as the active rules say for `batch`, `length` and the axis `heads`.
 
-    A dimension that its mesh axes do not divide (the length: into multiples of `grain`) is whole everywhere. Where T is
-    cut, causal rows are in zig-zag order. Key-value heads that the axes of the heads do not divide are whole, and each
-    device picks those of its query heads.
-
-    `context` "all_gather": keys and values of a row are gathered, 2 T K h numbers per layer and row. "ring" (Ring
-    Attention, arXiv 2310.01889): they travel from shard to shard, and so do their gradients; memory is linear in T/n.
-    It goes tile by tile whatever `implementation` says.
+    A dimension that its mesh axes do not divide (the length: into multiples of `multiple_of`) is whole everywhere.
+    Where T is cut, causal rows are in zig-zag order. Key-value heads that the axes of the heads do not divide are
+    whole, and each device picks those of its query heads.
     """
-    batch, length, cut = layout(q.shape[:3], ("batch", "length", heads), grain)
+    batch, length, cut = layout(q.shape[:3], ("batch", "length", heads), multiple_of)
     whole = partial(attend, causal=causal, implementation=implementation, block=block)
     if not (batch or length or cut):
         return whole(q, k, v, segments)

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Frozen(BaseModel):
-    """Immutable, hashable record that refuses unknown keys; the base of every spec and config in the project."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+from ministral_jax.settings import Frozen
 
 
 class RopeSpec(Frozen):

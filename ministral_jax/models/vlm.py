@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from ministral_jax.distributed.placement import Placement, with_shardings
 from ministral_jax.errors import UserError
 from ministral_jax.models.block import Compute
 from ministral_jax.models.cache import Cache, append, keys_and_values, new_cache
@@ -160,6 +161,16 @@ def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> Params:
 def logical_axes(spec: ModelSpec) -> Params:
     """The parameter tree as tuples of axis names, e.g. ("layers", "embed", "mlp")."""
     return jax.tree.map(lambda box: tuple(box.names), _boxed(spec), is_leaf=_is_box)
+
+
+def param_shardings(spec: ModelSpec, placement: Placement) -> Params:
+    """Where every parameter lies."""
+    return jax.tree.map(lambda leaf, axes: placement.lies(leaf.shape, axes), abstract_params(spec), logical_axes(spec))
+
+
+def placed_params(spec: ModelSpec, placement: Placement, dtype=jnp.float32) -> Params:
+    """`abstract_params` that say where they lie."""
+    return with_shardings(abstract_params(spec, dtype), param_shardings(spec, placement))
 
 
 def _is_box(x: Any) -> bool:

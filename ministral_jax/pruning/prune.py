@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ministral_jax.distributed.collectives import agreed
+from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, check_params, init_params
-from ministral_jax.parallel import Placement, agreed
+from ministral_jax.models.vlm import VLM, Compute, check_params, init_params, param_shardings
 from ministral_jax.pruning.score import Basis, PruneOptions, layer_scores, mlp_scores, top, width_basis
 from ministral_jax.pruning.statistics import DOMAINS, Statistics, collect
 from ministral_jax.pruning.transforms import (
@@ -134,7 +135,7 @@ def _operate(placement: Placement | None, surgery: Callable[..., Params], spec: 
     """`surgery(*args)`, the parameters of `spec`, computed part by part where they will lie."""
     if placement is None:
         return surgery(*args)
-    return jax.jit(surgery, out_shardings=placement.params(spec))(*args)
+    return jax.jit(surgery, out_shardings=param_shardings(spec, placement))(*args)
 
 
 def _prefixed(say: Callable[[str], None], step: str, line: str) -> None:

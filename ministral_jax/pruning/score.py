@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from ministral_jax.models.spec import Frozen
-from ministral_jax.parallel import fetch
+from ministral_jax.distributed.collectives import fetch
 from ministral_jax.pruning.statistics import Statistics
 from ministral_jax.pruning.transforms import TieSeed
+from ministral_jax.settings import Frozen
 
 LayerScore = Literal["norm_ratio", "norm_ratio_inverse", "block_influence", "random"]
 MlpScore = Literal["activation", "weight_norm", "random"]

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ministral_jax.distributed.axes import constrain
 from ministral_jax.errors import UserError
-from ministral_jax.models.mesh import constrain
 from ministral_jax.models.vision import Projector, VisionTower
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM
 

@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
-from ministral_jax.manifest import digest
+from ministral_jax.files import read_jsonl
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.report.style import accent
+from ministral_jax.stages.manifest import digest
 from ministral_jax.training.goodput import goodput
-from ministral_jax.training.metrics import read_jsonl
 
 Row = dict[str, float]
 """One line of metrics.jsonl: the values that are numbers."""

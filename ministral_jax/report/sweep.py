@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ministral_jax.files import read_jsonl
 from ministral_jax.report import sweep_seeds
 from ministral_jax.report.collect import number, series
 from ministral_jax.report.markup import Child, Html, el, figure, model_name, paragraph, row, section, table
@@ -16,8 +17,7 @@ from ministral_jax.report.page import document, write
 from ministral_jax.report.style import accent
 from ministral_jax.report.sweep_plots import STYLES, Curve, Series, figure_over_values, kl_of_points
 from ministral_jax.report.units import MISSING, decimal, duration, listing, percent, plural
-from ministral_jax.sweep import METRICS, label
-from ministral_jax.training.metrics import read_jsonl
+from ministral_jax.runs.sweep import METRICS, label
 
 Record = dict[str, Any]
 """`sweep.json`, see `sweep_run.describe`."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from ministral_jax.files import read_jsonl
 from ministral_jax.report.collect import Row, rows_of
 from ministral_jax.report.markup import Child, Html, el, figure, paragraph, row, section, table
 from ministral_jax.report.style import accent
 from ministral_jax.report.sweep_plots import over_seeds
 from ministral_jax.report.units import MISSING, decimal, listing, percent, plural
-from ministral_jax.training.metrics import read_jsonl
 
 LIKELY = 0.95
 """Of the intervals."""

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from ministral_jax.data.pipeline import PackedData
-from ministral_jax.distillation.kl import LossOptions
-from ministral_jax.distillation.sharded import LossHead
-from ministral_jax.distillation.store import open_store
-from ministral_jax.distillation.targets import Targets
-from ministral_jax.distillation.teacher import Teacher, online, stored
 from ministral_jax.errors import UserError
-from ministral_jax.evaluation import hidden
-from ministral_jax.manifest import digest, read_manifest
+from ministral_jax.losses.chunked import LossOptions
+from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.head import LossHead
+from ministral_jax.losses.targets import Targets
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix
+from ministral_jax.models.vlm import VLM, Compute, head_matrix, param_shardings
 from ministral_jax.stages.job import Job, Params, Result, fresh_params, load_stage
 from ministral_jax.stages.looped import open_data, run_loop
+from ministral_jax.stages.manifest import digest, read_manifest
+from ministral_jax.teachers.store import open_store
+from ministral_jax.teachers.teacher import Teacher, online, stored
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.state import LossFn
 
@@ -101,7 +101,7 @@ def _student(job: Job, teacher: Teacher) -> Params:
     if job.source is not None:
         return load_stage(job.source, placement=job.placement)[1]
     params = fresh_params(job.spec, job.stage.seed, job.placement)
-    shardings = job.placement.params(job.spec)
+    shardings = param_shardings(job.spec, job.placement)
     lender = teacher.constants
     if any(part in params and part not in lender for part in FROZEN):
         lender = load_stage(_teacher_directory(job), jnp.dtype(job.stage.compute.dtype), job.teacher_placement)[1]

@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
+from ministral_jax.distributed.placement import Placement
 from ministral_jax.interop.hf import export_hf
-from ministral_jax.manifest import read_manifest
-from ministral_jax.parallel import Placement
 from ministral_jax.stages.job import Job, Result, load_stage
+from ministral_jax.stages.manifest import read_manifest
 
 
 def run(job: Job) -> Result:

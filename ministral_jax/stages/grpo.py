@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ministral_jax.alignment.policy_gradient import PolicyOptions, advantages, policy_loss, token_weights
 from ministral_jax.alignment.rollout import Arrays, Sampler, training_rows
-from ministral_jax.distillation.sharded import LossHead
-from ministral_jax.evaluation import hidden
+from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.head import LossHead
+from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, token_weights
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.stages.distill import FROZEN

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ministral_jax.interop.hf import import_hf
+from ministral_jax.models.vlm import param_shardings
 from ministral_jax.stages.job import Job, Result
 
 
 def run(job: Job) -> Result:
-    _, params = import_hf(Path(job.stage.path), job.stage.dtype, job.placement.params(job.spec))
+    _, params = import_hf(Path(job.stage.path), job.stage.dtype, param_shardings(job.spec, job.placement))
     return Result(files=job.save(params))

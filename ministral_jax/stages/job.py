@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ministral_jax.distributed.placement import Placement, make_mesh
+from ministral_jax.distributed.processes import saving
 from ministral_jax.errors import UserError
-from ministral_jax.manifest import read_manifest, spec_of
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import abstract_params, init_params
-from ministral_jax.parallel import Placement, make_mesh
-from ministral_jax.processes import saving
+from ministral_jax.models.vlm import abstract_params, init_params, param_shardings, placed_params
+from ministral_jax.stages.manifest import read_manifest, spec_of
 from ministral_jax.training.checkpoint import load_params, save_params
 
 Params = dict[str, Any]
@@ -78,7 +78,7 @@ def fresh_params(spec: ModelSpec, seed: int, placement: Placement | None = None)
     """Random parameters of a size, made where they are to lie; the values do not depend on that. On CPU, optimising the
     generator's code takes longer than running it."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    shardings = None if placement is None else placement.params(spec)
+    shardings = None if placement is None else param_shardings(spec, placement)
     init = jax.jit(init_params, static_argnums=0, compiler_options=options, out_shardings=shardings)
     return init(spec, jax.random.key(seed))
 
@@ -96,5 +96,5 @@ def load_stage(
     if manifest is None:
         raise UserError(f"{directory} is not a finished stage: it has no manifest.json that says so")
     spec = spec_of(manifest)
-    abstract = abstract_params(spec, dtype) if placement is None else placement.abstract(spec, dtype)
+    abstract = abstract_params(spec, dtype) if placement is None else placed_params(spec, placement, dtype)
     return spec, load_params(directory / "params", abstract, manifest.get("files"))

@@ -11,11 +11,11 @@ import jax
 
 from ministral_jax.config import DataStage, Looped, PruneStage, Steps
 from ministral_jax.data.pipeline import Join, PackedData, batches, held_out, prepare
-from ministral_jax.distillation.teacher import Teacher
-from ministral_jax.evaluation import make_evaluate
-from ministral_jax.parallel import Placement
-from ministral_jax.samples import write_samples
+from ministral_jax.distributed.placement import Placement
+from ministral_jax.losses.evaluation import make_evaluate
+from ministral_jax.stages.image_answers import write_samples
 from ministral_jax.stages.job import Job, Params, Result
+from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.checkpoint import ResumeStore
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.loop import Outcome, Schedule, fit, restore

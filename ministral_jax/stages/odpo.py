@@ -11,18 +11,18 @@ import numpy as np
 from scipy.special import expit
 
 from ministral_jax.alignment.judge import Judge
-from ministral_jax.alignment.preference import PreferenceOptions, decide, preference_loss
 from ministral_jax.alignment.rollout import Params, Sampler, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
-from ministral_jax.distillation.sharded import LossHead
-from ministral_jax.evaluation import hidden
-from ministral_jax.manifest import read_manifest
+from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.head import LossHead
+from ministral_jax.losses.preference import PreferenceOptions, decide, preference_loss
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import make_update
+from ministral_jax.stages.manifest import read_manifest
 from ministral_jax.stages.online import (
     Answers,
     HostMetrics,

@@ -19,9 +19,9 @@ from ministral_jax.config import OnlineStage, RewardStage, SFTStage
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.pipeline import check_vocab
 from ministral_jax.data.prompts import Progress, PromptData, PromptRow, open_prompts
+from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.parallel import Placement
 from ministral_jax.stages.job import Job, Result
 from ministral_jax.stages.looped import run_steps
 from ministral_jax.training.goodput import Clock

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 
 from ministral_jax.config import PruneStage
-from ministral_jax.evaluation import make_evaluate, taught_by
-from ministral_jax.processes import poll
+from ministral_jax.distributed.processes import poll
+from ministral_jax.losses.evaluation import make_evaluate, taught_by
 from ministral_jax.pruning.prune import prune
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import data_details, held_out_batches, open_data, train_batches

@@ -19,20 +19,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ministral_jax.config import RecordStage
 from ministral_jax.data.pipeline import PackedData, chosen_rows, training_order
-from ministral_jax.distillation.codecs import Codec, HiddenCodec, Layout, layout, pack, uniforms
-from ministral_jax.distillation.encode import encoder
-from ministral_jax.distillation.statistics import EDGES, merge, statistics, summarise
-from ministral_jax.distillation.store import StoreInfo, Teacher, Writer, open_for_writing
-from ministral_jax.distillation.store_format import row_bytes
-from ministral_jax.distillation.targets import DEFAULT_CHUNK
-from ministral_jax.evaluation import hidden
-from ministral_jax.manifest import digest
+from ministral_jax.distributed.collectives import barrier, is_first
+from ministral_jax.distributed.processes import poll, saving
+from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, head_matrix
-from ministral_jax.parallel import barrier, is_first
-from ministral_jax.processes import poll, saving
 from ministral_jax.stages.job import Job, Params, Result, load_stage
 from ministral_jax.stages.looped import data_details, open_data
+from ministral_jax.stages.manifest import digest
+from ministral_jax.teachers.codecs import Codec, HiddenCodec, Layout, layout, pack, uniforms
+from ministral_jax.teachers.encode import encoder
+from ministral_jax.teachers.statistics import EDGES, merge, statistics, summarise
+from ministral_jax.teachers.store import StoreInfo, Teacher, Writer, open_for_writing
+from ministral_jax.teachers.store_format import row_bytes
 from ministral_jax.training.metrics import ProgressLine
 
 _LARGEST_FILE = 2**29

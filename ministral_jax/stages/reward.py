@@ -8,13 +8,13 @@ import numpy as np
 
 from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
 from ministral_jax.alignment.judge import Judge, both_orders
-from ministral_jax.alignment.pairwise import CHOICES
 from ministral_jax.alignment.rollout import Params
 from ministral_jax.config import RewardStage
 from ministral_jax.data.conversation import spell
+from ministral_jax.data.pairwise import CHOICES
 from ministral_jax.data.prompts import Progress, PromptRow
-from ministral_jax.distillation.sharded import LossHead
 from ministral_jax.errors import UserError
+from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.job import Job, Result, load_stage

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from ministral_jax.alignment.examine import Examiner
 from ministral_jax.alignment.rollout import Sampler
-from ministral_jax.distillation.sharded import LossHead
+from ministral_jax.losses.head import LossHead
 from ministral_jax.stages.distill import FROZEN, check_same_tokenizer, distillation, open_teacher
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import open_data, run_loop

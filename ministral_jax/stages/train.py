@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ministral_jax.distillation.sharded import LossHead
-from ministral_jax.evaluation import hidden
+from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.stages.job import Job, Result, fresh_params

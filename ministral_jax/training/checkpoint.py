@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from ministral_jax.distributed.collectives import barrier, first_problem, from_first, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.manifest import write_json
-from ministral_jax.parallel import barrier, is_first
-from ministral_jax.training.checksums import Files, checksums, damage, first_problem, from_first
+from ministral_jax.files import write_json
+from ministral_jax.training.checksums import Files, checksums, damage
 from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
 
 Tree = Any

@@ -4,21 +4,19 @@ agree to be wrong."""
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from ministral_jax.distributed.collectives import first_problem
 
 Files = dict[str, Any]
 """Relative path -> [size in bytes, SHA-256 in hex]; survives JSON unchanged."""
 
 _THREADS = min(8, os.cpu_count() or 1)
-_LONGEST = 2000
 
 
 def checksums(directory: Path) -> Files:
@@ -70,25 +68,3 @@ def _sha256(path: Path) -> str:
 
 
 # ---- what processes tell each other; all of them must call these at the same point ---------------------------------
-
-
-def first_problem(problem: str | None) -> str | None:
-    """What the first process that has something to say says; the same on every process."""
-    if jax.process_count() == 1:
-        return problem
-    line = np.zeros(_LONGEST, np.uint8)
-    text = np.frombuffer((problem or "").encode()[:_LONGEST], np.uint8)
-    line[: len(text)] = text
-    lines = np.asarray(multihost_utils.process_allgather(line))
-    said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in lines]
-    return next((text for text in said if text), None)
-
-
-def from_first(value: Any) -> Any:
-    """The JSON value that process 0 has; the others' is not looked at."""
-    if jax.process_count() == 1:
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
-    line = text if jax.process_index() == 0 else np.zeros(length, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(line)).tobytes())

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from ministral_jax.config import GuardConfig
+from ministral_jax.distributed.processes import Preempted, poll, saving
 from ministral_jax.errors import UserError
-from ministral_jax.processes import Preempted, poll, saving
 from ministral_jax.training.checkpoint import ResumeStore
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.metrics import ProgressLine, StageLog, mean, peak_flops

@@ -14,6 +14,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ministral_jax.files import read_jsonl
+
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -40,22 +42,6 @@ def mean(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """Host values of (sum, count) pairs; nothing counted gives 0."""
     fetched = jax.device_get(dict(metrics))
     return {name: float(total) / max(float(count), 1.0) for name, (total, count) in fetched.items()}
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; lines that are not JSON objects, such as a last one torn by a kill, are left out."""
-    records = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if isinstance(record, dict)]
-
-
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 class StageLog:

@@ -11,7 +11,7 @@ import optax
 from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ministral_jax.parallel import like_params, with_shardings
+from ministral_jax.distributed.placement import like_params, with_shardings
 
 Tree = Any
 State = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ministral_jax.training.checksums import first_problem, from_first
+from ministral_jax.distributed.collectives import first_problem, from_first
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 FAILED = ".failed"

@@ -9,10 +9,10 @@ import pytest
 
 import ministral_jax
 from ministral_jax.data.pipeline import held_out, prepare
-from ministral_jax.evaluation import model_inputs
-from ministral_jax.manifest import read_manifest, spec_of
-from ministral_jax.recipe import load_recipe
-from ministral_jax.training.metrics import read_jsonl
+from ministral_jax.files import read_jsonl
+from ministral_jax.losses.evaluation import model_inputs
+from ministral_jax.recipe.load import load_recipe
+from ministral_jax.stages.manifest import read_manifest, spec_of
 
 pytestmark = pytest.mark.cascade
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import RETRY, Job
 
-from ministral_jax.distillation.store import verify
+from ministral_jax.teachers.store import verify
 
 pytestmark = pytest.mark.chaos
 RECIPE = Path(__file__).parent.parent / "micro_stored.yaml"

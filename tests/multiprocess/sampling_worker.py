@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sampling_cases import OPTIONS, PROMPTS, SPEC, parameters, placed
 
-from ministral_jax.processes import Limits, join, leave, use_cpu
-from ministral_jax.sampling import generate
+from ministral_jax.distributed.processes import Limits, join, leave, use_cpu
+from ministral_jax.sampling.engine import generate
 
 coordinator, count, index, devices, output = sys.argv[1:]
 use_cpu(int(devices))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from harness import RETRY, Job, records
 
-from ministral_jax.distillation.store import open_store, verify
+from ministral_jax.teachers.store import open_store, verify
 
 pytestmark = pytest.mark.multiprocess
 RECIPE = Path(__file__).parent.parent / "micro_stored.yaml"

@@ -9,7 +9,8 @@ import re
 import sys
 import time
 
-from ministral_jax import cli, processes
+from ministral_jax import cli
+from ministral_jax.distributed import processes
 
 arm = processes._arm
 updates = itertools.count(1)

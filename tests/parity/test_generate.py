@@ -14,7 +14,7 @@ from model_cases import TEXT, random_params  # noqa: E402
 from sampling_cases import IMAGES, PROMPTS, SPEC, placed  # noqa: E402
 
 from ministral_jax.interop.hf import export_hf  # noqa: E402
-from ministral_jax.sampling import SamplingOptions, generate  # noqa: E402
+from ministral_jax.sampling.engine import SamplingOptions, generate  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

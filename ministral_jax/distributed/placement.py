@@ -1,0 +1,281 @@
+"""Placement: the mesh of a stage, which logical axis lies on which of its axes, and arrays made that way.
+
+Models name their axes (`embed`, `heads`, ..); here those names meet devices. JAX's multi-controller runtime is the
+engine: every process runs the same program over one global mesh. Nothing here gathers a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from pydantic import Field, model_validator
+
+from ministral_jax.distributed.axes import cuts
+from ministral_jax.errors import UserError
+from ministral_jax.settings import Frozen
+
+AXES = ("slice", "data", "fsdp", "tensor", "context")
+Tree = Any
+
+
+class MeshConfig(Frozen):
+    """Devices along each mesh axis; one of them may be -1, "the rest".
+
+    `slice`: slices (or nodes) joined by a slow network; only gradients cross it. `data`: copies of the parameters.
+    `fsdp`: parameters and moments are cut, gathered layer by layer; on a TPU torus keep it within two of the three
+    dimensions (see docs/scaling.md). `tensor`: heads, feed-forward and vocabulary are
+    cut, activations are reduced twice a layer: keep it inside a fast network. `context`: the tokens of a row are cut.
+    """
+
+    slice: int = Field(default=1, ge=1)
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    @model_validator(mode="after")
+    def _one_rest(self) -> MeshConfig:
+        sizes = [getattr(self, axis) for axis in AXES]
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError("sizes must be positive, one of them may be -1")
+        return self
+
+    def shape(self, devices: int) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`.
+
+        Raises:
+            UserError: they do not multiply to the number of devices.
+        """
+        sizes = [getattr(self, axis) for axis in AXES]
+        known = int(np.prod([size for size in sizes if size != -1]))
+        if devices % known or (-1 not in sizes and known != devices):
+            text = ", ".join(f"{axis}: {size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
+            raise UserError(f"mesh {{{text}}} does not fit {devices} devices; the sizes must multiply to that")
+        return tuple(devices // known if size == -1 else size for size in sizes)
+
+
+class Rules(Frozen):
+    """Logical axis -> mesh axes, one line each; a parameter's or activation's other axes are whole everywhere.
+
+    FSDP cuts the width D of every matrix and gathers it again when its layer runs; devices that share a row's tokens
+    take part in that, since each would hold the same copy. Tensor parallelism cuts what a matrix product reads or
+    writes next to it (heads, feed-forward, vocabulary). The vision tower and the projector are cut alike. Where an axis
+    does not divide the dimension (8 key-value heads over 16 devices), that axis is left out. The same rules serve every
+    backend; what differs there is how large the mesh's axes should be.
+    """
+
+    batch: tuple[str, ...] = ("slice", "data", "fsdp")
+    length: tuple[str, ...] = ("context",)
+    embed: tuple[str, ...] = ("fsdp", "context")
+    vocab: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+    vision_embed: tuple[str, ...] = ("fsdp", "context")
+    vision_heads: tuple[str, ...] = ("tensor",)
+    vision_mlp: tuple[str, ...] = ("tensor",)
+    projector: tuple[str, ...] = ("tensor",)
+    merged_patches: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _known(self) -> Rules:
+        for name in type(self).model_fields:
+            for axis in getattr(self, name):
+                if axis not in AXES:
+                    raise ValueError(f"{name} names mesh axis {axis!r}; there are {', '.join(AXES)}")
+        if self.length not in ((), ("context",)):
+            raise ValueError("length can lie on mesh axis 'context' alone, whose shards take its tokens in turns")
+        return self
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, the logical axes of a model that is traced mean these (`models.mesh`)."""
+        with nn.logical_axis_rules([(name, getattr(self, name) or None) for name in type(self).model_fields]):
+            yield
+
+    def scoped(self, function: Callable) -> Callable:
+        """`function`, always traced under these rules."""
+
+        def under_rules(*args, **kwargs):
+            with self.active():
+                return function(*args, **kwargs)
+
+        return under_rules
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with all of `AXES`, neighbours placed by the network where the backend knows it.
+
+    Raises:
+        UserError: the sizes do not fit the devices, or `slice` is not the number of slices there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = config.shape(len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] != slices:
+        raise UserError(f"mesh.slice = {shape[0]} but the devices form {slices} slices; they must be equal")
+    within, across = (1, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+
+
+def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+    """Mesh axes of each dimension: those of the rules while they divide it and no earlier dimension has taken them."""
+    taken: set[str] = set()
+    entries = []
+    for size, name in zip(shape, axes, strict=True):
+        free = [axis for axis in getattr(rules, name or "", ()) if axis not in taken]
+        chosen = cuts(size, free, mesh.shape)
+        taken.update(chosen)
+        entries.append(chosen if len(chosen) > 1 else chosen[0] if chosen else None)
+    return PartitionSpec(*entries)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh and rules: where the parameters, the optimiser's state and the rows of a batch lie."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @cached_property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def lies(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        """Where an array with these logical axes lies."""
+        return NamedSharding(self.mesh, partition(shape, axes, self.rules, self.mesh))
+
+    # ---- batches ----
+
+    @cached_property
+    def _context(self) -> int:
+        """Parts into which the tokens of a row are cut."""
+        return self.mesh.shape["context"] if self.rules.length else 1
+
+    def batch_sharding(self, name: str, ndim: int) -> NamedSharding:
+        """Rows over `rules.batch`; the tokens of a row over `rules.length`."""
+        length = self.rules.length if name not in _PER_PATCH else ()
+        entries = [self.rules.batch, length or None, *[None] * (ndim - 2)]
+        return NamedSharding(self.mesh, PartitionSpec(*entries[:ndim]))
+
+    def check_batch(self, sequences: int, length: int, where: str, microbatches: int = 1) -> None:
+        """Raise `UserError` when a global batch does not split evenly."""
+        rows = int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+        if sequences % (rows * microbatches):
+            parts = " * ".join(f"{a} {self.mesh.shape[a]}" for a in self.rules.batch if self.mesh.shape[a] > 1)
+            micro = f" * microbatches {microbatches}" if microbatches > 1 else ""
+            raise UserError(
+                f"{where}.batch.sequences = {sequences} must be a multiple of {rows * microbatches}, "
+                f"over which the mesh splits it ({parts or 'one device'}{micro})"
+            )
+        if self._context > 1 and length % (2 * self._context):
+            raise UserError(
+                f"{where}.batch.length = {length} must be a multiple of {2 * self._context}, twice mesh.context"
+            )
+
+    def rows(self, count: int) -> np.ndarray:
+        """Which rows of a global batch of `count` the devices of this process hold, ascending."""
+        held = np.zeros(count, bool)
+        index: Any = self.batch_sharding("tokens", 2).addressable_devices_indices_map((count, 2 * self._context))
+        for rows, _ in index.values():
+            held[rows] = True
+        return np.flatnonzero(held)
+
+    def row_owners(self, count: int) -> list[tuple[np.ndarray, int]]:
+        """The blocks of rows into which a global batch of `count` falls over processes, and the first process that
+        holds each."""
+        held: dict[int, np.ndarray] = {}
+        index: Any = self.batch_sharding("tokens", 2).devices_indices_map((count, 2 * self._context))
+        for device, (rows, _) in index.items():
+            held.setdefault(device.process_index, np.zeros(count, bool))[rows] = True
+        owners: dict[bytes, tuple[np.ndarray, int]] = {}
+        for process in sorted(held):
+            owners.setdefault(held[process].tobytes(), (np.flatnonzero(held[process]), process))
+        return sorted(owners.values(), key=lambda owner: int(owner[0][0]))
+
+    def local_rows(self, array: jax.Array) -> np.ndarray:
+        """This process's `rows` of an array whose rows alone are cut, as a batch's are, on this host."""
+        parts = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
+
+    def order(self, length: int) -> np.ndarray:
+        """In which the tokens of a row lie on the mesh."""
+        return zigzag(length, self._context)
+
+    def place(self, batch: Mapping[str, np.ndarray], count: int) -> dict[str, jax.Array]:
+        """A global batch of `count` rows from this process's `rows(count)` of it."""
+        where = np.full(count, -1)
+        where[self.rows(count)] = np.arange(len(self.rows(count)))
+        order = self.order(batch["tokens"].shape[1])
+
+        def put(name: str, local: np.ndarray) -> jax.Array:
+            if self._context > 1 and name not in _PER_PATCH and local.ndim > 1:
+                local = local[:, order]
+            shape = (count, *local.shape[1:])
+            sharding = self.batch_sharding(name, local.ndim)
+
+            def part(index: Any) -> np.ndarray:
+                return local[(where[index[0]], *index[1:])]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return {name: put(name, array) for name, array in batch.items()}
+
+    def place_whole(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """`place` of a global batch that every process has whole."""
+        count = len(batch["tokens"])
+        return self.place({name: array[self.rows(count)] for name, array in batch.items()}, count)
+
+
+_PER_PATCH = ("patches", "patch_image", "patch_row", "patch_col")
+
+
+def zigzag(length: int, shards: int) -> np.ndarray:
+    """Order of T tokens in which equal contiguous shards do equal causal work: of 2n chunks, shard i has i and
+    2n-1-i. The identity for one shard."""
+    if shards == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * shards, -1)
+    return np.concatenate([np.concatenate([chunks[i], chunks[2 * shards - 1 - i]]) for i in range(shards)])
+
+
+def with_shardings(abstract: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
+
+
+def like_params(state: Tree, params: Tree, shardings: Tree, default: NamedSharding) -> Tree:
+    """Shardings of an optimiser's state: a leaf that stands for a parameter (same path at its end, same shape) lies
+    where that does. Under `jit` alone, moments would be whole on every device."""
+    key = lambda path: tuple(str(k) for k in path)
+    table = {
+        key(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def find(path: tuple, leaf: Any) -> NamedSharding:
+        names = key(path)
+        for start in range(len(names)):
+            shape, sharding = table.get(names[start:], (None, default))
+            if shape == leaf.shape:
+                return sharding
+        return default
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------

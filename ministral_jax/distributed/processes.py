@@ -1,0 +1,211 @@
+"""The processes of a job: joining them, stopping together, and never waiting for one that is gone.
+
+Exit codes are a contract with whatever started the job: 0 done; 75 (`EX_TEMPFAIL`) preempted or lost a peer, the same
+command goes on; 2 the user's input is at fault; 130 interrupted; anything else is a fault, 128 + n a signal.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+import jax
+from jax.experimental import multihost_utils
+from pydantic import Field
+
+from ministral_jax.errors import UserError
+from ministral_jax.settings import Frozen
+
+RETRY = 75
+_LEAVE_SECONDS = 10
+
+
+class Limits(Frozen):
+    """Seconds after which a job of several processes gives up waiting and ends with 75, to be started again."""
+
+    step: float = Field(default=900, gt=0)
+    """Without a step, an evaluated or a calibrated batch: a peer hangs."""
+    slow: float = Field(default=3600, gt=0)
+    """The same, for what takes long: compiling, loading, packing, saving."""
+    join: int = Field(default=300, ge=1)
+    """For all processes to appear."""
+    heartbeat: int = Field(default=100, ge=1)
+    """Without a sign of life from a process; too short a time kills healthy jobs on a busy network."""
+
+
+class Preempted(Exception):
+    """The job was asked to stop (SIGTERM). Every process raises it at the same point."""
+
+
+@dataclass
+class _Job:
+    """What this process knows of its job."""
+
+    limits: Limits = field(default_factory=Limits)
+    asked: bool = False
+    polls: int = 0
+    doing: str = "starting"
+    deadline: float | None = None
+
+
+_job = _Job()
+
+
+def use_cpu(devices: int) -> None:
+    """Run on that many virtual CPU devices; before the first use of a device."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+def join(
+    limits: Limits,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+) -> None:
+    """Become one of a job's processes; before the first use of a device.
+
+    `distributed` leaves everything to JAX's own detection of the cluster (SLURM, TPU VMs, GKE, Kubernetes jobs); the
+    three settings override what it finds.
+
+    Raises:
+        UserError: no cluster was found, or a scheduler started several tasks that would not know of each other.
+    """
+    _job.limits = limits
+    explicit = coordinator is not None
+    if not distributed and not explicit:
+        if (
+            int(os.environ.get("SLURM_NTASKS", 1)) > 1
+            and "SLURM_PROCID" in os.environ
+            and "SLURM_STEP_ID" in os.environ
+        ):
+            raise UserError(
+                f"SLURM started {os.environ['SLURM_NTASKS']} tasks of this command; add --distributed to make them one "
+                "job, or start one task"
+            )
+        signal.signal(signal.SIGTERM, _ask)
+        return
+    if explicit and (count is None or index is None or not 0 <= index < count):
+        raise UserError(
+            f"--coordinator {coordinator} needs --process-count and --process-index below it, got {count} and {index}"
+        )
+    threading.Thread(target=_watch, daemon=True, name="watchdog").start()
+    _arm("joining", limits.join + 30)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            initialization_timeout=limits.join,
+            heartbeat_timeout_seconds=limits.heartbeat,
+            shutdown_timeout_seconds=_LEAVE_SECONDS + 5,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--distributed found no cluster ({error}); start the job with a scheduler JAX knows, or give "
+            "--coordinator HOST:PORT, --process-count and --process-index"
+        ) from None
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} "
+        f"devices ({jax.devices()[0].device_kind})",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _ask(signum: int, frame: object) -> None:
+    _job.asked = True
+
+
+def poll(doing: str, slow: bool = False) -> None:
+    """Say what comes next; every process calls it at the same points, between pieces of work.
+
+    Raises:
+        Preempted: the job was asked to stop and all processes have agreed to do so here.
+    """
+    _arm(doing, _job.limits.slow if slow else _job.limits.step)
+    _job.polls += 1
+    # Of several processes, JAX's notifier has the SIGTERM of any; they learn of it and agree on a count to stop at.
+    if multihost_utils.reached_preemption_sync_point(_job.polls) if jax.process_count() > 1 else _job.asked:
+        raise Preempted(doing)
+
+
+def poll_alone(doing: str) -> None:
+    """`poll` where only this process works: it cannot agree with others, so it stops only when there are none."""
+    _arm(doing, _job.limits.slow)
+    if _job.asked and jax.process_count() == 1:
+        raise Preempted(doing)
+
+
+def saving() -> None:
+    """What comes next takes as long as a save and does not stop on the way."""
+    _arm("saving", _job.limits.slow)
+
+
+def _arm(doing: str, seconds: float) -> None:
+    _job.doing, _job.deadline = doing, time.monotonic() + seconds
+
+
+def _watch() -> None:
+    """A peer that hangs sends heartbeats all the same; this is what ends the wait for it.
+
+    The second timer lives in C, for a main thread that never lets go of the interpreter.
+    """
+    while True:
+        time.sleep(0.5)
+        deadline = _job.deadline
+        if deadline is None:
+            continue
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print(f"process {_index()}: no progress while {_job.doing}; giving up", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(RETRY)
+        faulthandler.dump_traceback_later(left + 30, exit=True)
+
+
+def _index() -> int:
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+_LOST = re.compile(
+    r"gloo|connection (reset|closed|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|barrier|peer|"
+    r"CANCELLED|NCCL",
+    re.IGNORECASE,
+)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of a job of several processes says that another one is gone."""
+    if not jax.distributed.is_initialized():
+        return False
+    seen: BaseException | None = error
+    while seen is not None:
+        # a collective that fails while it is dispatched comes as a ValueError, later as a RuntimeError
+        known = (RuntimeError, TimeoutError, OSError, ValueError)
+        if isinstance(seen, known) and not isinstance(seen, UserError) and _LOST.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def leave(code: int, together: bool) -> int:
+    """End this process's part in the job: `together` with the others after what all of them did; else at once, so that
+    no peer waits for a handshake. Returns `code` when there are no others."""
+    if not jax.distributed.is_initialized():
+        return code
+    _arm("leaving", _LEAVE_SECONDS + 20)
+    if together:
+        goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        goodbye.start()
+        goodbye.join(_LEAVE_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

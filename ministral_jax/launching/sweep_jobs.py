@@ -1,0 +1,132 @@
+"""Sweeps on a cluster: one job for each point, after the jobs that make what points share.
+
+A job is `ministral-jax run` in a point's directory. Its stages are links into `shared/`, made when the jobs are
+rendered; no stage is ever run by two jobs at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ministral_jax.errors import UserError
+from ministral_jax.launching import gke, slurm
+from ministral_jax.runs.sweep import Point, Sweep, users
+from ministral_jax.runs.sweep_run import link, prepare
+from ministral_jax.stages.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One job."""
+
+    name: str
+    point: Point
+    """In whose directory it runs."""
+    stages: tuple[str, ...]
+    """With what they need; all when empty."""
+    after: tuple[str, ...]
+    """Jobs that must have ended well before it begins."""
+
+
+def plan(sweep: Sweep, points: Sequence[Point], done: Collection[str] = ()) -> list[PlannedRun]:
+    """First what points share, one job after another, then the points, side by side.
+
+    Args:
+        done: directories below `shared/` that are finished already; nothing is planned for them.
+    """
+    used, covered = users(points), set(done)
+    runs: list[PlannedRun] = []
+    for point in points:
+        stages = [name for name, where in point.shared.items() if len(used[where]) > 1 and where not in covered]
+        covered.update(point.shared[name] for name in stages)
+        if stages:
+            after = tuple(run.name for run in runs[-1:])
+            runs.append(PlannedRun(f"shared-{len(runs) + 1}", point, tuple(stages), after))
+    last = tuple(run.name for run in runs[-1:])
+    for number, point in enumerate(points, 1):
+        if not covered.issuperset(point.shared.values()):
+            runs.append(PlannedRun(f"point-{number}", point, sweep.stages, last))
+    return runs
+
+
+def prepare_jobs(sweep: Sweep, sweep_dir: Path, scheduler: str) -> str:
+    """Write `sweep.json` and every point's links, and render the jobs of what is not finished yet.
+
+    Returns:
+        for `slurm` a shell script that submits them, each after those it needs; for `gke` their manifests in order.
+
+    Raises:
+        UserError: see `sweep_run.prepare`; also a recipe without `launch.gke`, or one that the scheduler cannot run.
+    """
+    points, _ = prepare(sweep, sweep_dir, write=False)
+    done = [where for where in users(points) if read_manifest(sweep_dir / "shared" / where) is not None]
+    runs = plan(sweep, points, done)
+    text = (_slurm if scheduler == "slurm" else _gke)(sweep, sweep_dir, runs)
+    prepare(sweep, sweep_dir)
+    for point in points:
+        link(point, sweep_dir)
+    return text
+
+
+def _command(sweep: Sweep, sweep_dir: Path, run: PlannedRun) -> tuple[str, ...]:
+    overrides = [override for override in run.point.overrides if not override.startswith("launch.")]
+    return ("run", sweep.recipe, *run.stages, *overrides, "--run-dir", str(sweep_dir / run.point.name))
+
+
+def _job_name(sweep: Sweep, run: PlannedRun) -> str:
+    """What SLURM and Kubernetes both accept."""
+    words = re.sub(r"[^a-z0-9]+", "-", sweep.name.lower()).strip("-")
+    return f"{words if words[0].isalpha() else f's-{words}'}"[:26].rstrip("-") + f"-{run.name}"
+
+
+_SUBMIT = """\
+#!/bin/sh
+# Submits the {count} jobs of sweep {name}, each after those it needs. A job that fails takes those after it along;
+# the same `ministral-jax sweep` then renders what is left. When all are done: ministral-jax report SWEEP_DIRECTORY
+set -eu
+submit() {{
+  id=$(sbatch --parsable "$@")
+  id=${{id%%;*}}
+}}
+"""
+
+
+def _slurm(sweep: Sweep, sweep_dir: Path, runs: Sequence[PlannedRun]) -> str:
+    parts = [_SUBMIT.format(count=len(runs), name=sweep.name)]
+    for run in runs:
+        script = slurm.render(run.point.recipe.launch.slurm, _job_name(sweep, run), _command(sweep, sweep_dir, run))
+        end = "END_OF_JOB"
+        while end in script.splitlines():
+            end += "_"
+        needed = ":".join(f"${_variable(name)}" for name in run.after)
+        options = f' --kill-on-invalid-dep=yes --dependency="afterok:{needed}"' if needed else ""
+        keep = f"{_variable(run.name)}=$id\n" if run.name.startswith("shared") else ""
+        parts.append(f"# {run.name}: {run.point.name}\nsubmit{options} <<'{end}'\n{script}{end}\n{keep}")
+    return "\n".join(parts)
+
+
+def _variable(name: str) -> str:
+    return "job_" + name.replace("-", "_")
+
+
+_APPLY = """\
+# The {count} jobs of sweep {name}. A JobSet does not wait for another: create the `shared` ones in this order, each
+# when the one before it is done, then all `point` ones. Their directories hold links, made when this was printed: print
+# it where the volume is mounted, in the working directory of the jobs.
+"""
+
+
+def _gke(sweep: Sweep, sweep_dir: Path, runs: Sequence[PlannedRun]) -> str:
+    parts = [_APPLY.format(count=len(runs), name=sweep.name)]
+    for run in runs:
+        job = run.point.recipe.launch.gke
+        if job is None:
+            raise UserError(f"recipe {sweep.recipe} has no launch.gke, which --jobs gke needs (see docs/launch.md)")
+        name = _job_name(sweep, run)
+        wait = f"kubectl wait --for=condition=Completed --timeout=-1s jobset/{name}"
+        note = f"# {run.name}: {run.point.name}\n" + (f"# then: {wait}\n" if run.name.startswith("shared") else "")
+        parts.append(note + gke.render(job, name, _command(sweep, sweep_dir, run)))
+    return "---\n".join(parts)

@@ -1,0 +1,101 @@
+"""Online direct preference optimisation on pairs of completions whose preference is a probability.
+
+The Ministral 3 paper (arXiv 2601.08584, §3.2) weighs a two-sided loss by the judge's probability that A is better,
+makes a looping response the loser, and rescales the loss by beta. With a certain judge it is DPO (arXiv 2305.18290,
+eq. 7). `decide` runs on the host, `preference_loss` on the device, on any part of a batch. P counts pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.special import entr
+from pydantic import Field
+
+from ministral_jax.errors import UserError
+from ministral_jax.settings import Frozen
+
+Metrics = dict[str, tuple[Array, Array]]
+
+
+class PreferenceOptions(Frozen):
+    """How a policy follows preferences.
+
+    beta: scale of the log-ratios of policy to reference; a larger one holds the policy closer to the reference.
+    loss_type: "odpo" weighs both sides by the judge's probability, "dpo" takes its verdict for certain.
+    rescale_beta: divide the loss by `beta`, so that its gradient where policy and reference agree does not depend on
+        `beta`. The paper names a rescaling that makes the loss "more beta-invariant" and gives no formula: this one is
+        an interpretation.
+    """
+
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    loss_type: Literal["odpo", "dpo"] = "odpo"
+    rescale_beta: bool = True
+
+
+def decide(probability: np.ndarray, a_loops: np.ndarray, b_loops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The probability `[P]` (float64) that A is better, and which pairs are kept `[P]` (bool).
+
+    A looping response is the loser whatever the judge says. A pair is left out, with a probability of 1/2, when both
+    loop, or when neither does and the judge gave none (NaN).
+
+    Raises:
+        UserError: a probability lies outside [0, 1].
+    """
+    probability = np.asarray(probability, np.float64)
+    a_loops, b_loops = np.asarray(a_loops, bool), np.asarray(b_loops, bool)
+    if (wrong := probability[(probability < 0) | (probability > 1)]).size:
+        raise UserError(f"preference {wrong[0]} must be a probability in [0, 1], or NaN where there is none")
+    probability = np.where(a_loops == b_loops, probability, b_loops)
+    kept = ~(a_loops & b_loops) & ~np.isnan(probability)
+    return np.where(kept, probability, 0.5), kept
+
+
+def preference_loss(
+    policy_a: Array,
+    policy_b: Array,
+    reference_a: Array,
+    reference_b: Array,
+    probability: Array,
+    weights: Array,
+    options: PreferenceOptions,
+) -> tuple[Array, Metrics]:
+    """Sum of weights times -p log σ(βΔ) - (1 - p) log σ(-βΔ), over β with `rescale_beta`, and metrics as (sum, count).
+
+    Δ = (policy_a - reference_a) - (policy_b - reference_b) of summed log-probabilities of the completions (nats), and p
+    is the probability that A is better; "dpo" hardens it to 0 or 1, and leaves 1/2. All arrays are `[P]`.
+    Differentiable in the policy's log-probabilities alone. Where the weight is 0 nothing is added to sums and
+    gradients, whatever the other arrays hold there.
+
+    Metrics, weighted means which add up over parts of a batch and carry no gradient: `loss`; `entropy_floor`, the
+    entropy of p (over β), which is the loss's lower bound; and over the pairs with p ≠ 1/2: `margin`, βΔ from the
+    preferred response to the other; `accuracy`, the share whose margin is positive, where a margin of 0 is one half;
+    and `reward_chosen`, β times the log-ratio of the preferred response (TRL's `rewards/chosen`; that of the rejected
+    one is this less `margin`).
+    """
+    counted = weights != 0
+    there = lambda x: jnp.where(counted, x, 0)
+    fixed = lambda x: jax.lax.stop_gradient(there(x))
+    p = fixed(probability)
+    side = jnp.sign(p - 0.5)
+    if options.loss_type == "dpo":
+        p = (1 + side) / 2
+    log_ratio_a, log_ratio_b = there(policy_a) - fixed(reference_a), there(policy_b) - fixed(reference_b)
+    # Not the difference of two products: of equals, fused with the subtraction, it leaves the rounding of one.
+    margin = options.beta * (log_ratio_a - log_ratio_b)
+    scale = weights / options.beta if options.rescale_beta else weights
+    loss = -jnp.sum(scale * (p * jax.nn.log_sigmoid(margin) + (1 - p) * jax.nn.log_sigmoid(-margin)))
+    decided = weights * jnp.abs(side)
+    over = lambda weights, x: (jnp.sum(weights * x), jnp.sum(weights))
+    metrics = {
+        "loss": (loss, jnp.sum(weights)),
+        "entropy_floor": (jnp.sum(scale * (entr(p) + entr(1 - p))), jnp.sum(weights)),
+        "margin": over(decided, side * margin),
+        "accuracy": over(decided, (1 + jnp.sign(side * margin)) / 2),
+        "reward_chosen": over(decided, options.beta * jnp.where(side > 0, log_ratio_a, log_ratio_b)),
+    }
+    return loss, jax.lax.stop_gradient(metrics)

@@ -1,0 +1,106 @@
+"""A reward that fails in a run: it stops the run and names the row, or its answer is left out; it is never a zero."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from fault_cases import _fails
+from paths import TESTS
+
+from ministral_jax.cli import main
+
+RECIPE = str(TESTS / "micro_post.yaml")
+DEVICES = jax.devices()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """As on a laptop; the suite's eight are for meshes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
+        yield
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, one_device) -> Path:
+    """A run whose policy is ready to be trained."""
+    run_dir = tmp_path_factory.mktemp("faults") / "run"
+    assert main(["run", RECIPE, "sft", "--run-dir", str(run_dir)]) == 0
+    return run_dir
+
+
+def words(function: str, on_error: str) -> list[str]:
+    return [
+        "stages.rl.steps=2",
+        f"defaults.grpo.rewards={{mine: {{kind: user, function: 'fault_cases:{function}'}}}}",
+        f"stages.rl.on_error={on_error}",
+        "stages.rl.reward_seconds=2",
+    ]
+
+
+def train_records(run_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run_dir / "rl" / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("raises", "ValueError: cannot judge that"),
+        ("not_a_number", "nan"),
+        ("text", "good"),
+        ("sleeps", "2 s"),
+    ],
+)
+def test_stop_names_the_reward_and_the_row(begun, tmp_path, capsys, function, what):
+    run_dir = Path(shutil.copytree(begun, tmp_path / "run"))
+    before = {p: p.read_bytes() for p in (run_dir / "sft").rglob("*") if p.is_file()}
+    assert main(["run", RECIPE, "rl", *words(function, "stop"), "--run-dir", str(run_dir)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("ministral-jax: the reward mine of ") and what in line, line
+    assert "arithmetic" in line or "digit-sum" in line  # the row
+    assert {p: p.read_bytes() for p in (run_dir / "sft").rglob("*") if p.is_file()} == before
+    assert not (run_dir / "rl" / "manifest.json").exists()
+
+
+def test_drop_leaves_the_answer_out_and_counts_it(begun, tmp_path, capsys):
+    run_dir = Path(shutil.copytree(begun, tmp_path / "run"))
+    assert main(["run", RECIPE, "rl", *words("raises", "drop"), "--run-dir", str(run_dir)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    records = train_records(run_dir)
+    assert any(record["reward_errors"] > 0 for record in records) == bool(said) and said
+    assert all("cannot judge that" in line for line in said)
+    # the others' mean: zeros for those that failed would pull it down
+    assert all(record["reward"] == pytest.approx(record["reward_mine"]) for record in records)
+    assert all(record["reward"] > 0.2 for record in records)
+
+
+def test_drop_stops_when_most_fail(begun, tmp_path, capsys):
+    run_dir = Path(shutil.copytree(begun, tmp_path / "run"))
+    assert main(["run", RECIPE, "rl", *words("always_raises", "drop"), "--run-dir", str(run_dir)]) == 2
+    assert "16 of 16 samples could not be scored" in capsys.readouterr().err
+
+
+def test_optional_stages_are_run_when_named_or_with_all(tmp_path, capsys, monkeypatch):
+    from ministral_jax.runs import cascade
+
+    ran = []
+    monkeypatch.setattr(cascade, "_run_stage", lambda recipe, run_dir, name, specs: ran.append(name))
+    base = ["run", RECIPE, "stages.rl.optional=true", "stages.hf.optional=true", "--run-dir", str(tmp_path / "run")]
+    main(base)
+    assert ran == ["parent", "sft", "reward", "instruct"]
+    ran.clear()
+    main([*base, "hf"])
+    assert ran == ["parent", "sft", "rl", "hf"]
+    ran.clear()
+    main([*base, "--all"])
+    assert ran == ["parent", "sft", "reward", "instruct", "rl", "hf"]
+
+
+def test_the_cases_fail_for_some():
+    from types import SimpleNamespace
+
+    failing = [_fails(SimpleNamespace(tokens=(n,))) for n in range(99)]
+    assert sum(failing) == 20

@@ -1,0 +1,527 @@
+"""Packing against the documents it started from, and batches against the rows."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import ROOT
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.numpy import save
+
+from ministral_jax.data.chat import ANSWER, TEXT, TRAINABLE
+from ministral_jax.data.config import DataConfig, SourceConfig
+from ministral_jax.data.documents import tokenise
+from ministral_jax.data.images import normalise, patch_positions
+from ministral_jax.data.packing import pack
+from ministral_jax.data.pipeline import batches, chosen_rows, held_out, prepare, training_order
+from ministral_jax.data.rows import content_hash
+from ministral_jax.data.sources import open_source, read_documents
+from ministral_jax.data.tokenizer import load_tokenizer
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import PRESETS
+
+VISION = PRESETS["tiny-24b"].vision
+TOKENIZER = dict(vocab=2048, special=64)
+LENGTH, PATCHES = 64, 48
+WORDS = ["the", "row", "holds", "packed", "documents", "and", "images", "of", "several", "sources"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Text of mixed lengths, and a JSONL of texts, conversations and questions about pictures of several sizes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+
+    def sentence(count):
+        return " ".join(rng.choice(WORDS, count)) + "."
+
+    (folder / "text").mkdir()
+    for n in range(60):
+        (folder / "text" / f"{n:02d}.txt").write_text(f"{n}: {sentence(rng.integers(1, 160))} é")
+    rows = []
+    for n in range(70):
+        name = f"{n}.png"
+        Image.fromarray(rng.integers(0, 256, (rng.integers(1, 12), rng.integers(1, 12), 3), np.uint8)).save(
+            folder / name
+        )
+        rows.append({"image": name, "question": f"{n}?", "answer": sentence(rng.integers(1, 8))})
+        if n % 10 == 0:
+            rows[-1] = {"images": [name, "0.png"], "question": f"{n}?", "answer": "both"}
+        if n % 3 == 0:
+            turns = [sentence(rng.integers(1, 12)) for _ in range(4)]
+            roles = ["user", "assistant"] * 2
+            rows.append({"messages": [dict(role=r, content=c) for r, c in zip(roles, turns, strict=True)]})
+    rows.append({"messages": [dict(role="user", content="long"), dict(role="assistant", content=sentence(150))]})
+    (folder / "chat.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def config(inputs, **changes):
+    sources = dict(
+        text=dict(kind="text", path=str(inputs / "text"), weight=3),
+        chat=dict(kind="jsonl", path=str(inputs / "chat.jsonl"), weight=1),
+    )
+    return DataConfig(**dict(dict(tokenizer=TOKENIZER, sources=sources, held_out=0.2, patches=PATCHES), **changes))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture(scope="module")
+def data(inputs, root):
+    return prepare(config(inputs), LENGTH, VISION, root)
+
+
+@pytest.fixture(scope="module")
+def sources(inputs, root, data):
+    chosen = config(inputs)
+    opened = {name: open_source(name, source) for name, source in chosen.sources.items()}
+    return {n: tokenise(s, data.tokenizer, VISION, chosen.max_pixels, root / "documents") for n, s in opened.items()}
+
+
+def rows_of(data, split):
+    """Every row of a split once, in file order."""
+    if split == "held_out":
+        stacked = list(held_out(data, 4))
+        rows = [{key: batch[key][i] for key in batch} for batch in stacked for i in range(4)]
+    else:
+        count = data.counts["train"]["rows"]
+        rows = [{k: v[0] for k, v in b.items()} for b in batches(data, "train", 1, seed=0, stop_step=count)]
+    return rows
+
+
+def pieces_of(row, bos):
+    """(tokens, pictures) of each packed piece of a row, with pictures as (columns, patches) from the batch arrays."""
+    for segment in range(1, row["segments"].max() + 1):
+        at = np.flatnonzero(row["segments"] == segment)
+        assert np.array_equal(at, np.arange(at[0], at[-1] + 1))
+        assert np.array_equal(row["positions"][at], np.arange(len(at)))
+        tokens = row["tokens"][at]
+        assert tokens[0] == bos
+        slots = row["image_slot"][at]
+        assert np.array_equal(slots >= 0, tokens == 10)
+        used = sorted({int(i) for s in slots[slots >= 0] for i in range(4 * s, 4 * s + 4)})
+        yield tokens, used
+
+
+def test_rows_hold_every_document_once(data, sources):
+    d = data.tokenizer
+    for split in ("train", "held_out"):
+        rows = rows_of(data, split)
+        found: dict[str, int] = {}
+        words = b""
+        for row in rows:
+            assert row["tokens"].shape == (LENGTH,) and row["patches"].shape == (PATCHES, 12)
+            padding = row["segments"] == 0
+            for key in ("tokens", "positions", "loss_mask", "answer_mask", "text_bytes"):
+                assert not row[key][padding].any()
+            assert (row["image_slot"][padding] == -1).all()
+            seen = 0
+            for tokens, used in pieces_of(row, d.bos):
+                assert used == list(range(seen, seen + len(used)))
+                seen += len(used)
+                found[tokens.tobytes()] = found.get(tokens.tobytes(), 0) + 1
+                words += b"".join(d.tekken.id_to_byte_piece(int(t)) for t in tokens)
+            assert np.count_nonzero(row["patch_image"]) == seen and not row["patches"][seen:].any()
+        counts = data.counts[split]
+        for name, documents in sources.items():
+            inside = (documents.drawn(0.2)) == (split == "held_out")
+            tally = counts["sources"][name]
+            lowest, highest = 10**9, 0
+            for i in np.flatnonzero(inside):
+                tokens = documents.tokens[documents.starts[i] : documents.starts[i + 1]].astype(np.int32)
+                if len(tokens) <= LENGTH and not documents.plain[i]:  # never cut
+                    lowest, highest = min(lowest, found[tokens.tobytes()]), max(highest, found[tokens.tobytes()])
+            if name == "chat":
+                assert lowest >= int(tally["passes"]) >= 1 and highest <= int(tally["passes"]) + 1
+            if tally["passes"] == 1:
+                assert tally["documents"] == inside.sum() and (name == "text" or highest == 1)
+        passes = [tally["passes"] for tally in counts["sources"].values()]
+        assert min(passes) == 1 and (split == "train" or max(passes) == 1)
+        if split == "held_out":
+            texts = [Path(sources["text"].where(i)).read_bytes() for i in np.flatnonzero(sources["text"].drawn(0.2))]
+            assert len(texts) > 3
+            # Every byte of text is predicted exactly once, windows included: each begins with <s>.
+            assert sum(row["text_bytes"].sum() for row in rows) == sum(map(len, texts))
+        assert counts["tokens"] == sum((row["segments"] > 0).sum() for row in rows)
+        assert counts["padding"] < 0.05
+
+
+def test_documents_are_cut_and_reassembled(sources):
+    """Pieces put together give each document back, continued windows behind one extra token for <s>."""
+    for repeat in (False, True):
+        members = {name: np.arange(len(d.keys)) for name, d in sources.items()}
+        rows, tallies = pack(sources, members, dict(text=1, chat=1), LENGTH, PATCHES, repeat)
+        rows = list(rows)
+        covered = {}
+        for row in rows:
+            assert sum(p.size for p in row) <= LENGTH
+            used = 0
+            for piece in row:
+                documents = list(sources.values())[piece.source]
+                used += documents.patch_starts[piece.document + 1] - documents.patch_starts[piece.document]
+                cuts = covered.setdefault((piece.source, piece.document), [0])
+                if piece.start == 0 and cuts[-1] != 0:
+                    cuts.append(0)  # another pass
+                assert piece.start == cuts[-1] < piece.stop
+                cuts[-1] = piece.stop
+                if piece.start or piece.stop < len_of(documents, piece.document):
+                    assert documents.plain[piece.document] or len_of(documents, piece.document) > LENGTH
+            assert used <= PATCHES
+        for s, (name, documents) in enumerate(sources.items()):
+            for i in range(len(documents.keys)):
+                cuts = covered[s, i]
+                complete = [cut == len_of(documents, i) for cut in cuts]
+                assert complete[0] and all(complete[:-1])
+                assert repeat or len(cuts) == 1
+            assert tallies[name].passes >= 1 and (repeat or tallies[name].passes == 1)
+        assert min(tally.passes for tally in tallies.values()) == 1
+
+
+def len_of(documents, i):
+    return documents.starts[i + 1] - documents.starts[i]
+
+
+def test_every_prefix_has_the_mix(sources):
+    members = {name: np.arange(len(d.keys)) for name, d in sources.items()}
+    rows, _ = pack(sources, members, dict(text=3, chat=1), LENGTH, PATCHES, True)
+    tokens = np.zeros(2)
+    for row in rows:
+        for piece in row:
+            tokens[piece.source] += piece.size
+        assert abs(tokens[1] - tokens.sum() / 4) <= 2 * LENGTH
+
+
+def test_masks_and_pictures_follow_the_documents(data, sources):
+    """Each row against a loop over its documents, found by their tokens."""
+    chat = sources["chat"]
+    known = {
+        chat.tokens[chat.starts[i] : chat.starts[i + 1]].astype(np.int32).tobytes(): i for i in range(len(chat.keys))
+    }
+    checked = 0
+    for batch in batches(data, "train", 8, seed=3, stop_step=15):
+        for r in range(8):
+            row = {key: value[r] for key, value in batch.items()}
+            picture = 0
+            for segment in range(1, row["segments"].max() + 1):
+                at = np.flatnonzero(row["segments"] == segment)
+                i = known.get(row["tokens"][at].tobytes())
+                if i is None:
+                    continue
+                flags = chat.flags[chat.starts[i] : chat.starts[i + 1]]
+                for t, position in enumerate(at):
+                    target = flags[t + 1] if t + 1 < len(at) else 0
+                    assert row["loss_mask"][position] == float(target & TRAINABLE > 0)
+                    assert row["answer_mask"][position] == float(target & ANSWER > 0)
+                    assert row["text_bytes"][position] == 0 and not target & TEXT
+                first = row["image_slot"][at].max(initial=-1)
+                stored = chat.patches[chat.patch_starts[i] : chat.patch_starts[i + 1]]
+                if first < 0:
+                    assert not len(stored)
+                    continue
+                start = 4 * row["image_slot"][at][row["image_slot"][at] >= 0].min()
+                where = slice(start, start + len(stored))
+                assert np.array_equal(row["patches"][where], normalise(stored))
+                grids = chat.grids[chat.picture_starts[i] : chat.picture_starts[i + 1]]
+                places = [np.stack(patch_positions(*grid, 2)) for grid in grids.tolist()]
+                assert np.array_equal(
+                    np.stack([row["patch_row"][where], row["patch_col"][where]]), np.concatenate(places, axis=1)
+                )
+                numbers = np.concatenate([np.full(p.shape[1], picture + n + 1) for n, p in enumerate(places)])
+                assert np.array_equal(row["patch_image"][where], numbers)
+                picture += len(grids)
+                checked += 1
+    assert checked > 10
+
+
+def test_batches_depend_on_the_seed_and_the_step_alone(data):
+    def read(**options):
+        return list(batches(data, "train", 8, **dict(dict(seed=5, stop_step=12), **options)))
+
+    def same(a, b):
+        return len(a) == len(b) and all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in x)
+
+    whole = read()
+    assert len(whole) == 12 and same(whole, read()) and same(whole[7:], read(start_step=7))
+    assert not same(whole, read(seed=6))
+    for hosts in (2, 4):
+        shares = [np.arange(8)[host::hosts] for host in range(hosts)]
+        parts = [read(start_step=3, rows=share) for share in shares]
+        for step, batch in zip(zip(*parts, strict=True), whole[3:], strict=True):
+            for share, part in zip(shares, step, strict=True):
+                assert all(np.array_equal(part[key], batch[key][share]) for key in batch)
+    assert read(start_step=12) == []
+    endless = batches(data, "train", 8, seed=5)
+    assert same(whole[:2], [next(endless), next(endless)])
+    endless.close()
+
+    rows = data.counts["train"]["rows"]
+    epochs = [
+        [b["tokens"].tobytes() for b in batches(data, "train", 1, 5, e * rows, stop_step=(e + 1) * rows)]
+        for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1] and len(set(epochs[0])) > rows * 0.9
+
+
+def test_held_out_rows_are_fixed_and_padded(data):
+    whole = list(held_out(data, 4))
+    rows = data.counts["held_out"]["rows"]
+    assert len(whole) == -(-rows // 4) and rows % 4
+    assert not whole[-1]["segments"][rows % 4 :].any() and (whole[-1]["segments"][: rows % 4, 0] == 1).all()
+    limited = list(held_out(data, 4, limit_rows=6))
+    assert len(limited) == 2 and np.array_equal(limited[0]["tokens"], whole[0]["tokens"])
+    assert np.array_equal(limited[1]["tokens"][:2], whole[1]["tokens"][:2]) and not limited[1]["tokens"][2:].any()
+    parts = [list(held_out(data, 4, rows=share)) for share in ([0, 1], [2, 3])]
+    assert np.array_equal(np.concatenate([p[1]["tokens"] for p in parts]), whole[1]["tokens"])
+
+
+def test_packing_is_reused_and_the_same_in_another_process(data, inputs, tmp_path):
+    def content(directory):
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+    before = {p: p.stat().st_mtime_ns for p in data.directory.parent.rglob("*")}
+    again = prepare(config(inputs), LENGTH, VISION, data.directory.parent)
+    assert again.digest == data.digest and {p: p.stat().st_mtime_ns for p in data.directory.parent.rglob("*")} == before
+    longer = prepare(config(inputs), 2 * LENGTH, VISION, data.directory.parent)
+    assert longer.digest != data.digest and len(list((data.directory.parent / "documents").iterdir())) == 2
+
+    script = (
+        "import sys; from pathlib import Path; from ministral_jax.data.config import DataConfig;"
+        "from ministral_jax.data.pipeline import prepare, batches; from ministral_jax.models.spec import PRESETS;"
+        "vision = PRESETS['tiny-24b'].vision;"
+        f"d = prepare(DataConfig.model_validate_json(sys.argv[1]), {LENGTH}, vision, Path(sys.argv[2]));"
+        "b = next(batches(d, 'train', 4, 9, 2)); print(d.directory, b['tokens'].sum(), b['patches'].sum())"
+    )
+    command = [sys.executable, "-c", script, config(inputs).model_dump_json(), str(tmp_path)]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert content(Path(out[0])) == content(data.directory) and Path(out[0]).name == data.directory.name
+    batch = next(batches(data, "train", 4, 9, 2))
+    assert out[1:] == [str(batch["tokens"].sum()), str(batch["patches"].sum())]
+
+
+def test_changed_inputs_are_packed_again(inputs, tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": "a.png", "question": "q", "answer": "a"}))
+    source = SourceConfig(kind="jsonl", path=str(rows))
+    digests = [open_source("rows", source).digest]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).save(picture)
+    digests.append(open_source("rows", source).digest)
+    rows.write_text(json.dumps({"image": "a.png", "question": "q", "answer": "b"}))
+    digests.append(open_source("rows", source).digest)
+    digests.append(open_source("rows", source.model_copy(update=dict(limit=1))).digest)
+    assert len(set(digests)) == 4
+
+
+def test_built_in_sources(tmp_path):
+    chosen = DataConfig(
+        tokenizer=TOKENIZER,
+        sources=dict(
+            library=dict(kind="python-library", limit=6, weight=3), digits=dict(kind="digits", limit=40, weight=1)
+        ),
+        patches=64,
+        held_out=0.25,
+    )
+    data = prepare(chosen, 128, VISION, tmp_path)
+    assert data.counts["train"]["sources"]["digits"]["share"] == pytest.approx(0.25, abs=0.05)
+    d = data.tokenizer
+    answers = [
+        d.decode(batch["tokens"][r, 1:][batch["answer_mask"][r, :-1] > 0])
+        for batch in held_out(data, 4)
+        for r in range(4)
+    ]
+    assert (
+        "".join(answers).isdigit()
+        and len("".join(answers)) == data.counts["held_out"]["sources"]["digits"]["documents"]
+    )
+    digits = list(read_documents(open_source("digits", SourceConfig(kind="digits"))))
+    assert len(digits) == 1797 and {m.messages[1].parts[0] for m in digits} == set("0123456789")
+    picture = np.asarray(digits[0].messages[0].parts[0])
+    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8 and picture.max() == 255
+    text = open_source("library", SourceConfig(kind="python-library"))
+    assert len(text.files) > 200 and not any("test" in Path(name).parts for name, _ in text.files)
+
+    plain = DataConfig(tokenizer=TOKENIZER, sources=dict(library=dict(kind="python-library", limit=3)), held_out=0)
+    data = prepare(plain, 128, None, tmp_path)
+    assert set(next(batches(data, "train", 2, 0))) == {
+        "tokens", "positions", "segments", "labels", "loss_mask", "answer_mask", "text_bytes",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="no document is in the held_out split"):
+        next(held_out(data, 2))
+    (data.directory / "train.array_record").unlink()
+    with pytest.raises(UserError, match=r"train.array_record is missing; delete"):
+        batches(data, "train", 4, 0)
+
+
+def _bad_inputs(folder):
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:2000])
+    (folder / "fake.png").write_text("not an image")
+    Image.new("RGB", (32, 32)).save(folder / "full.png")
+    header = b"GIF89a" + bytes([0, 0, 0, 0, 0, 0, 0]) + b";"
+    (folder / "zero.gif").write_bytes(header)
+    rows = dict(
+        json="{'a': 1}",
+        list="[1]",
+        keys='{"prompt": "a"}',
+        blank='{"text": " "}',
+        number='{"question": "q", "answer": 7}',
+        images='{"images": "a.png", "question": "q", "answer": "a"}',
+        missing='{"image": "none.png", "question": "q", "answer": "a"}',
+        url='{"image": "http://x/y.png", "question": "q", "answer": "a"}',
+        fake='{"image": "fake.png", "question": "q", "answer": "a"}',
+        cut='{"image": "cut.png", "question": "q", "answer": "a"}',
+        zero='{"image": "zero.gif", "question": "q", "answer": "a"}',
+        large='{"image": "good.png", "question": "q", "answer": "a"}',
+        patches='{"image": "full.png", "question": "q", "answer": "a"}',
+        long='{"image": "full.png", "question": "q", "answer": "a"}',
+    )
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text('{"text": "fine"}\n\n' + row + "\n")
+    (folder / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (folder / "nothing.jsonl").write_text("\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "sentence"),
+    [
+        ("none.txt", {}, r"data.sources.s.path = '.*none.txt' matches no file; give a file, directory or glob"),
+        ("*.md", {}, "matches no file"),
+        ("sub", {}, r"matches no file \(\*.txt, \*.md\)"),
+        ("empty.txt", {}, "empty.txt is empty"),
+        ("latin.txt", {}, r"latin.txt is not UTF-8 \(byte 3\)"),
+        ("latin.jsonl", {}, r"latin.jsonl row 1: not UTF-8"),
+        ("nothing.jsonl", {}, "has no documents"),
+        ("json.jsonl", {}, "json.jsonl row 3: not JSON"),
+        ("list.jsonl", {}, "list.jsonl row 3: must be an object"),
+        ("keys.jsonl", {}, r"keys.jsonl row 3: has \['prompt'\] but needs 'text', 'messages', or 'question' and"),
+        ("blank.jsonl", {}, "blank.jsonl row 3: 'text' must be text that is not empty"),
+        ("number.jsonl", {}, "number.jsonl row 3: 'answer' must be text that is not empty, got 7"),
+        ("images.jsonl", {}, "images.jsonl row 3: 'images' must be a list of paths, got 'a.png'"),
+        ("missing.jsonl", {}, "missing.jsonl row 3: image .*none.png does not exist"),
+        ("url.jsonl", {}, "url.jsonl row 3: image 'http://x/y.png' is not a local file"),
+        ("fake.jsonl", {}, r"fake.jsonl row 3: image .*fake.png cannot be read \(cannot identify"),
+        ("cut.jsonl", {}, "cut.jsonl row 3: image .*cut.png cannot be read"),
+        ("zero.jsonl", {}, "zero.jsonl row 3: image .*zero.gif (has no pixels|cannot be read)"),
+        ("large.jsonl", dict(max_pixels=2399), "large.jsonl row 3: image .* 60 x 40 = 2400 pixels; data.max_pixels"),
+        ("patches.jsonl", dict(patches=252), r"patches.jsonl row 3 \(data.sources.s\) needs 256 image patches .* 252"),
+        ("patches.jsonl", dict(patches=0), "needs 256 image patches but a row holds data.patches = 0"),
+        ("patches.jsonl", dict(patches=254), "data.patches = 254 must be a multiple of 4"),
+        ("patches.jsonl", dict(vision=None), "data.patches = 256 but the model has no vision"),
+        ("patches.jsonl", dict(vision=None, patches=0), "patches.jsonl row 3: has an image but the model has no"),
+        ("long.jsonl", dict(length=64), r"long.jsonl row 3 \(data.sources.s\) makes 78 tokens .* batch.length = 64"),
+        ("good.txt", dict(length=15), "batch.length = 15 is too short"),
+        ("good.txt", dict(held_out=0.999), "data.sources.s has no document left to train on with data.held_out = 0.9"),
+    ],
+)  # fmt: skip
+def test_bad_inputs_are_named_and_leave_nothing(path, options, sentence, tmp_path):
+    (tmp_path / "sub").mkdir()
+    _bad_inputs(tmp_path)
+    (tmp_path / "good.txt").write_text("a good text")
+    kind = "jsonl" if path.endswith(".jsonl") else "text"
+    options = dict(dict(patches=256, vision=VISION, length=128, held_out=0), **options)
+    length, vision = options.pop("length"), options.pop("vision")
+    chosen = DataConfig(tokenizer=TOKENIZER, sources=dict(s=dict(kind=kind, path=str(tmp_path / path))), **options)
+    root = tmp_path / "root"
+    with pytest.raises(UserError, match=sentence):
+        prepare(chosen, length, vision, root)
+    assert not list(root.glob("**/*.array_record")) and not list(root.glob(".*"))
+    assert not list((root / "documents").glob(".*"))
+
+
+def test_images_that_cannot_reach_their_share(tmp_path):
+    sources = dict(text=dict(kind="python-library", limit=12, weight=1), digits=dict(kind="digits", limit=50, weight=1))
+    chosen = DataConfig(tokenizer=TOKENIZER, sources=sources, held_out=0, patches=16)
+    with pytest.raises(
+        UserError, match=r"digits gets 1\d\.\d% of the tokens where its weight asks for 50.0%.*patches = 16"
+    ):
+        prepare(chosen, 128, VISION, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        dict(kind="text"),
+        dict(kind="digits", path="a"),
+        dict(kind="text", path="a", weight=0),
+        dict(kind="csv", path="a"),
+    ],
+)
+def test_bad_configs(source):
+    with pytest.raises(ValidationError):
+        DataConfig(sources=dict(s=source))
+    with pytest.raises(ValidationError):
+        DataConfig(sources={})
+
+
+def test_interrupted_writing_leaves_the_place_free(inputs, tmp_path, monkeypatch):
+    from ministral_jax.data import pipeline
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    tokenizer = load_tokenizer(config(inputs).tokenizer, tmp_path)
+    assert tokenizer.path.is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "encode_row", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(inputs), LENGTH, VISION, tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert prepare(config(inputs), LENGTH, VISION, tmp_path).counts["train"]["rows"] > 0
+
+
+def test_what_is_joined_goes_by_content(data):
+    """By the rows' content hashes, whatever the batch size, the host's share or the split's end."""
+    known = {}
+    for batch, hashes in chosen_rows(data, "train", [[i] for i in range(data.counts["train"]["rows"])]):
+        known.setdefault(hashes[0], batch["tokens"][0])
+    assert len(known) > 0.9 * data.counts["train"]["rows"] and all(len(found) == 16 for found in known)
+
+    def join(hashes):
+        return {"again": np.array([known[found] for found in hashes]).reshape(-1, data.length)}
+
+    for size, rows in ((8, None), (6, [1, 3])):
+        for batch in batches(data, "train", size, seed=3, stop_step=4, rows=rows, join=join):
+            np.testing.assert_array_equal(batch["again"], batch["tokens"])
+    order = training_order(data, 3)
+    assert sorted(order) == list(range(data.counts["train"]["rows"]))
+    stream = chosen_rows(data, "train", [order[:4], [order[4], -1]])
+    for batch, (again, hashes) in zip(batches(data, "train", 4, seed=3, stop_step=2), stream, strict=True):
+        full = [i for i, found in enumerate(hashes) if found is not None]
+        np.testing.assert_array_equal(again["tokens"][full], batch["tokens"][full])
+    assert hashes[1] is None and not again["segments"][1].any()
+
+
+def test_joined_rows_of_a_split_that_ends_within_a_batch(data):
+    rows = data.counts["held_out"]["rows"]
+    ones = lambda hashes: {"one": np.ones((len(hashes), 3), np.float32)}
+    whole = np.concatenate([b["one"] for b in held_out(data, 4, join=ones)])
+    assert len(whole) == -(-rows // 4) * 4 and whole.sum() == 3 * rows and whole[rows:].sum() == 0
+    last = list(held_out(data, 4, limit_rows=5, rows=[2, 3], join=ones))[-1]
+    assert last["one"].shape == (2, 3) and not last["one"].any()
+
+
+@pytest.mark.parametrize("key", ["tokens", "flags", "sizes", "grids", "patches"])
+def test_a_content_hash_sees_every_part(key):
+    record = {
+        "tokens": np.arange(5, dtype=np.uint32), "flags": np.ones(5, np.uint8), "sizes": np.array([5], np.int32),
+        "grids": np.ones((1, 2), np.int32), "patches": np.zeros((1, 12), np.uint8),
+    }  # fmt: skip
+    before = content_hash(save(record))
+    assert content_hash(save(dict(reversed(record.items())))) == before
+    record[key] = record[key].copy()
+    record[key].flat[0] += 1
+    assert content_hash(save(record)) != before

@@ -1,0 +1,213 @@
+"""Whole stages' arithmetic on meshes of eight devices against one device: steps, moments, calibration, surgery."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hlo import collectives
+
+import ministral_jax.pruning.prune as pruning
+from ministral_jax.config import OptimizerConfig
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.errors import UserError
+from ministral_jax.losses.chunked import LossOptions
+from ministral_jax.losses.evaluation import hidden, make_evaluate, taught_by
+from ministral_jax.losses.head import LossHead
+from ministral_jax.models.spec import ModelSpec, VisionSpec
+from ministral_jax.models.vlm import VLM, Compute, head_matrix
+from ministral_jax.pruning.statistics import collect
+from ministral_jax.stages.distill import distillation
+from ministral_jax.stages.job import fresh_params
+from ministral_jax.teachers.teacher import online_targets
+from ministral_jax.training.optimizer import make_optimizer
+from ministral_jax.training.state import init_state, make_step, split_frozen, state_shardings
+
+VISION = VisionSpec(layers=1, width=16, mlp_width=32, heads=2, head_width=8, patch_size=2, max_image_size=16)
+TEACHER = ModelSpec(
+    layers=2, width=32, mlp_width=64, heads=4, kv_heads=2, head_width=8, vocab=128, context=64, vision=VISION
+)
+STUDENT = TEACHER.model_copy(update={"width": 16, "mlp_width": 32})
+COMPUTE = Compute(attention_block=8)
+ROWS, T, P = 8, 32, 16
+MESHES = {
+    "data": dict(data=8, fsdp=1),
+    "fsdp": dict(fsdp=8),
+    "tensor": dict(fsdp=1, tensor=8),
+    "context": dict(fsdp=1, context=8),
+    "fsdp x tensor": dict(fsdp=4, tensor=2),
+    "data x fsdp x context": dict(data=2, fsdp=2, context=2),
+    "slice x fsdp x tensor": dict(slice=2, fsdp=2, tensor=2),
+}
+CONFIG = OptimizerConfig(lr=1e-2, warmup=1)
+TOLERANCE = 3e-5
+"""Relative to a leaf's largest entry. A float32 sum over N terms in another order moves by about √N · 2^-24 of its
+terms' size: N is up to 256 tokens times 128 columns here, and gradients are sums of terms that partly cancel."""
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Rows of three packed documents and padding; the second document of every row begins with an image."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, TEACHER.vocab, (ROWS, T)).astype(np.int32)
+    segments = np.repeat([1, 2, 3, 0], [10, 12, 7, 3]).astype(np.int32)[None].repeat(ROWS, 0)
+    positions = np.concatenate([np.arange(n) for n in (10, 12, 7, 3)]).astype(np.int32)[None].repeat(ROWS, 0)
+    slot = np.full((ROWS, T), -1, np.int32)
+    slot[:, 10:12] = [0, 1]  # an image of 2 x 4 patches: two merged tokens
+    image = np.repeat([1, 0], 8).astype(np.int32)[None].repeat(ROWS, 0)
+    row, column = np.zeros((2, ROWS, P), np.int32)
+    row[:, :8], column[:, :8] = [0, 0, 1, 1] * 2, [0, 1, 0, 1, 2, 3, 2, 3]
+    mask = ((segments > 0) & (rng.random((ROWS, T)) < 0.8)).astype(np.float32)
+    mask[:, [9, 21, 28]] = 0
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": segments,
+        "labels": np.roll(tokens, -1, 1),
+        "loss_mask": mask,
+        "answer_mask": mask,
+        "text_bytes": mask,
+        "patches": rng.normal(size=(ROWS, P, VISION.patch_width)).astype(np.float32),
+        "patch_image": image,
+        "patch_row": row,
+        "patch_col": column,
+        "image_slot": slot,
+    }
+
+
+def placed(mesh: dict, devices: int = 8) -> Placement:
+    return Placement(make_mesh(MeshConfig(**mesh), jax.devices()[:devices]), Rules())
+
+
+def step_parts(do: str, place: Placement):
+    """(make a step, state, constants, global batch) of a stage on a mesh."""
+    heads = LossHead(place, place.rules)
+    if do == "distill":
+        objective = distillation(
+            STUDENT, COMPUTE, LossOptions(chunk=64), heads, online_targets(TEACHER, COMPUTE, place.rules)
+        )
+        params, frozen = split_frozen(fresh_params(STUDENT, 0, place), ("vision",))
+        constants = {**frozen, "teacher": fresh_params(TEACHER, 1, place)}
+    else:
+        model, params, constants = VLM(STUDENT, COMPUTE), fresh_params(STUDENT, 0, place), {}
+
+        def objective(params, frozen, batch):
+            states = hidden(model, params, batch)
+            total, metrics = heads.cross_entropy(states, head_matrix(params), batch["labels"], batch["loss_mask"], 64)
+            return total, {**metrics, "loss": metrics["ce"]}
+
+    return place.rules.scoped(objective), params, constants, place.place(batch(), ROWS)
+
+
+def gradient(do: str, place: Placement):
+    with jax.set_mesh(place.mesh):
+        objective, params, constants, data = step_parts(do, place)
+        (_, metrics), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params, constants, data)
+        return jax.device_get((metrics, grads))
+
+
+@pytest.fixture(scope="module", params=["train", "distill"])
+def reference(request):
+    return request.param, gradient(request.param, placed(dict(fsdp=1), 1))
+
+
+def assert_close(ours, theirs, tolerance=TOLERANCE):
+    for path, x in jax.tree_util.tree_leaves_with_path(theirs):
+        y = np.asarray(jax.tree_util.tree_reduce(lambda t, k: t[k.key], path, ours))
+        np.testing.assert_allclose(y, x, rtol=0, atol=tolerance * max(np.abs(x).max(), 1e-6), err_msg=str(path))
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_loss_and_gradients_are_those_of_one_device(mesh, reference):
+    do, (metrics, grads) = reference
+    ours, our_grads = gradient(do, placed(mesh))
+    for name, (total, count) in metrics.items():
+        assert ours[name][1] == count
+        np.testing.assert_allclose(ours[name][0], total, rtol=TOLERANCE, err_msg=name)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(our_grads), strict=True)
+    for (path, x), y in leaves:
+        np.testing.assert_allclose(y, x, rtol=0, atol=TOLERANCE * np.abs(x).max(), err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_compiled_step_moves_the_head_once_and_keeps_moments_cut():
+    place = placed(dict(fsdp=4, tensor=2))
+    with jax.set_mesh(place.mesh):
+        objective, params, constants, data = step_parts("distill", place)
+        optimizer = make_optimizer(CONFIG, 10)
+        state, shardings = init_state(params, optimizer), state_shardings(params, optimizer)
+        step = make_step(objective, optimizer, optax.constant_schedule(1e-2), 1, shardings)
+        compiled = step.lower(state, constants, data).compile()
+        state, _ = step(state, constants, data)
+    head = TEACHER.vocab // 2 * STUDENT.width
+    loops = [c for c in collectives(compiled.as_text()) if c.in_loop and c.op != "collective-permute"]
+    # In the loop over layers only a layer's kernels and activations move; in the loss's, only numbers per token.
+    sized = [c for c in loops if any(set(s) >= {TEACHER.vocab // 2} or set(s) >= {TEACHER.vocab} for s in c.shapes)]
+    assert not sized, (head, sized)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"]):
+        if leaf.ndim >= 2:
+            assert not leaf.sharding.is_fully_replicated, jax.tree_util.keystr(path)
+            assert leaf.addressable_shards[0].data.size <= leaf.size // 2, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp x tensor", "data x fsdp x context"])
+def test_calibration_and_surgery_are_those_of_one_device(mesh):
+    target = TEACHER.model_copy(update={"layers": 1, "width": 16, "mlp_width": 32, "tied": True})
+
+    def run(place):
+        with jax.set_mesh(place.mesh), place.rules.active():
+            params, data = fresh_params(TEACHER, 1, place), place.place(batch(), ROWS)
+            statistics = collect(VLM(TEACHER, COMPUTE), params, [data])
+            cut = pruning.prune(
+                params, TEACHER, target, lambda: [data], pruning.PruneOptions(), jax.random.key(0), placement=place
+            )
+            evaluate = make_evaluate(cut[1], COMPUTE, place, taught_by(TEACHER, COMPUTE, place))
+            figures, predictions = evaluate(cut[0], params, [data])
+            return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], figures, predictions
+
+    one, many = run(placed(dict(fsdp=1), 1)), run(placed(MESHES[mesh]))
+    for name in ("tokens", "norm_ratio", "cosine", "mlp", "second_moment", "projector"):
+        a, b = getattr(one[0], name), getattr(many[0], name)
+        np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max(), err_msg=name)
+    assert [s.get("kept") for s in one[2]["steps"]] == [s.get("kept") for s in many[2]["steps"]]
+    # A basis is found from rounded moments: what is compared is what the cut models do.
+    np.testing.assert_allclose(many[3]["kl"], one[3]["kl"], rtol=1e-3)
+    assert np.mean(many[4][0] == one[4][0]) > 0.97
+    shardings = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[0], many[1], is_leaf=lambda x: isinstance(x, tuple)))
+    assert sum(not s.is_fully_replicated for s in shardings) > len(shardings) * 0.8
+
+
+def test_a_mesh_that_does_not_fit_is_one_sentence():
+    with pytest.raises(UserError, match=r"mesh \{fsdp: -1, tensor: 3\} does not fit 8 devices"):
+        placed(dict(tensor=3))
+    with pytest.raises(UserError, match=r"mesh \{fsdp: 4\} does not fit 8 devices"):
+        placed(dict(fsdp=4))
+    with pytest.raises(UserError, match=r"batch.sequences = 12 must be a multiple of 8.*fsdp 8"):
+        placed(dict(fsdp=8)).check_batch(12, 32, "stages.x")
+    with pytest.raises(UserError, match=r"batch.length = 34 must be a multiple of 4, twice mesh.context"):
+        placed(dict(fsdp=4, context=2)).check_batch(4, 34, "stages.x")
+    with pytest.raises(ValueError, match="one of them may be -1"):
+        MeshConfig(data=-1)
+    with pytest.raises(ValueError, match="mesh axis 'row'"):
+        Rules(embed=("row",))
+
+
+def test_microbatches_on_a_mesh_change_nothing_but_rounding():
+    place = placed(dict(fsdp=4, tensor=2))
+    results = []
+    for microbatches in (1, 2):
+        with jax.set_mesh(place.mesh):
+            objective, params, constants, data = step_parts("train", place)
+            optimizer = optax.sgd(1.0)
+            shardings = state_shardings(params, optimizer)
+            step = make_step(objective, optimizer, optax.constant_schedule(1.0), microbatches, shardings)
+            results.append(jax.device_get(step(init_state(params, optimizer), constants, data)[0]["params"]))
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * max(np.abs(a).max(), 1e-3))
+
+
+def test_every_host_reads_the_rows_of_its_devices():
+    place = placed(dict(fsdp=4, context=2))
+    assert place.rows(8).tolist() == list(range(8))  # one process holds them all
+    data = place.place(batch(), ROWS)
+    assert data["tokens"].sharding.shard_shape((ROWS, T)) == (2, 16)
+    assert data["patches"].sharding.shard_shape(data["patches"].shape)[:2] == (2, P)
+    assert jnp.array_equal(jnp.sort(data["tokens"]), jnp.sort(batch()["tokens"]))

@@ -1,0 +1,358 @@
+"""The sampler against the trainer's own forward pass and the distribution it says it draws from; when a text ends."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from model_cases import random_params, vlm
+from PIL import Image
+from sampling_cases import LONG, OPTIONS, PROMPTS, SPEC, parameters, placed, reference
+
+import ministral_jax.sampling.engine as sampling
+from ministral_jax.alignment.loops import is_looping
+from ministral_jax.cli import main
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer, text_of
+from ministral_jax.distributed import processes
+from ministral_jax.errors import UserError
+from ministral_jax.interop.hf import export_hf
+from ministral_jax.models.vlm import Compute
+from ministral_jax.sampling.decoding import Choice, Rows, draw, processed
+from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate
+
+ONE = dict(fsdp=1)
+MESHES = {
+    "tensor 2": (dict(fsdp=1, tensor=2), 2),
+    "fsdp 2 x tensor 2": (dict(fsdp=2, tensor=2), 4),
+    "data 4": (dict(data=4, fsdp=1), 4),
+    "context 2": (dict(fsdp=1, context=2), 2),
+}
+EQUAL = 1e-5
+"""Log-probabilities in float32: the same sums in another order, some 1e-6 here."""
+
+
+def sample(mesh=ONE, devices=1, prompts=PROMPTS, each=2, compute=Compute(), options=OPTIONS, **more):  # noqa: B008
+    place = placed(mesh, devices)
+    return generate(SPEC, parameters(place), prompts, options, place, compute, each, **more)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Two samples of each of the prompts, all of them in one batch on one device."""
+    return sample()
+
+
+def numpy_processed(logprobs: np.ndarray, choice: Choice) -> np.ndarray:
+    """Probabilities [V], in float64 and by sorting."""
+    z = logprobs.astype(np.float64) / choice.temperature
+    order = np.argsort(-z)
+    p = np.exp(z - z.max())
+    if choice.top_k:
+        p[order[choice.top_k :]] = 0
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= choice.top_p]] = 0
+    return p / p.sum()
+
+
+def picked(logprobs, completions):
+    return [x[np.arange(len(c.tokens)), c.tokens] for x, c in zip(logprobs, completions, strict=True)]
+
+
+def worst(ours, theirs) -> float:
+    return max(np.abs(np.array(a) - b).max() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_log_probabilities_are_the_trainers(drawn):
+    """Padded prompts of several lengths, images of several sizes, positions beyond the original context."""
+    theirs = reference(drawn)
+    assert [len(c.tokens) for c in drawn] == [LONG] * 8 and {c.stopped for c in drawn} == {"length"}
+    assert worst([c.logprobs for c in drawn], picked(theirs, drawn)) < EQUAL
+    choice = Choice(temperature=OPTIONS.temperature, top_p=OPTIONS.top_p, top_k=OPTIONS.top_k)
+    for completion, logprobs in zip(drawn, theirs, strict=True):
+        p = np.array([numpy_processed(x, choice)[t] for x, t in zip(logprobs, completion.tokens, strict=True)])
+        assert (p > 0).all()
+        np.testing.assert_allclose(completion.processed_logprobs, np.log(p), rtol=0, atol=EQUAL)
+
+
+def test_another_seed_or_sample_is_another_text_and_the_same_is_the_same(drawn):
+    again = sample()
+    assert again == drawn
+    assert drawn[0].tokens != drawn[1].tokens
+    moved = [PROMPTS[0]._replace(seed=9), *PROMPTS[1:]]
+    other = sample(prompts=moved)
+    assert other[0].tokens != drawn[0].tokens and other[2:] == drawn[2:]
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_a_mesh_and_a_chunk_change_nothing_but_rounding(mesh, drawn):
+    ours = sample(*mesh, options=OPTIONS.model_copy(update={"chunk": 7}))
+    assert [c.tokens for c in ours] == [c.tokens for c in drawn]
+    assert worst([c.logprobs for c in ours], [c.logprobs for c in drawn]) < EQUAL
+    assert worst([c.processed_logprobs for c in ours], [c.processed_logprobs for c in drawn]) < EQUAL
+
+
+def test_a_row_does_not_depend_on_its_batch(drawn, monkeypatch):
+    """Alone, in its own bucket, another chunk, and a cache that has to grow."""
+    monkeypatch.setattr(sampling, "SLOTS", 20)
+    (alone,) = sample(prompts=PROMPTS[2:3], each=1, options=OPTIONS.model_copy(update={"chunk": 5}))
+    assert alone.tokens == drawn[4].tokens
+    assert worst([alone.logprobs], [drawn[4].logprobs]) < EQUAL
+
+
+def test_bfloat16_agrees_with_the_trainer_in_bfloat16():
+    """A log-probability is of size 4 here, that is 2⁻⁷ of it to a unit in the last place of bfloat16; the two passes
+    round at the same points but for the order of sums, which moves some of the roundings by one unit."""
+    compute = Compute(dtype="bfloat16")
+    ours = sample(each=1, compute=compute)
+    theirs = picked(reference(ours, compute), ours)
+    difference = np.concatenate([np.abs(np.array(c.logprobs) - x) for c, x in zip(ours, theirs, strict=True)])
+    assert difference.max() < 0.1 and difference.mean() < 0.015, (difference.max(), difference.mean())
+
+
+CHOICES = {
+    "temperature": Choice(temperature=0.7, top_p=1, top_k=0),
+    "top-p": Choice(temperature=1, top_p=0.6, top_k=0),
+    "top-k": Choice(temperature=1.3, top_p=1, top_k=5),
+    "all": Choice(temperature=1.5, top_p=0.8, top_k=9),
+}
+DRAWS = 20_000
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_frequencies_are_those_of_the_processed_distribution(choice):
+    """χ² of 20,000 draws with seeds 0, 1, .. against NumPy, at the 1e-4 quantile (Wilson-Hilferty). A shift of 0.02 in
+    one of two halves of the mass would give a non-centrality of 20,000 · 0.04² = 32, found with a power above 0.8."""
+    logits = np.random.RandomState(0).standard_normal(16).astype(np.float32) * 2
+    rows = Rows(*np.zeros((3, DRAWS), np.int32), np.arange(DRAWS, dtype=np.uint32), np.zeros(DRAWS, np.int32))
+    tokens, logprobs = jax.jit(draw, static_argnums=3)(np.tile(logits, (DRAWS, 1)), rows, np.full(DRAWS, 7), choice)
+    p = numpy_processed(logits, choice)
+    counts = np.bincount(tokens, minlength=16)
+    assert not counts[p == 0].any()
+    np.testing.assert_allclose(logprobs, np.log(p[tokens]), atol=2e-6)
+    expected = DRAWS * p[p > 0]
+    chi, free = ((counts[p > 0] - expected) ** 2 / expected).sum(), (p > 0).sum() - 1
+    assert chi < free * (1 - 2 / (9 * free) + 3.72 * math.sqrt(2 / (9 * free))) ** 3, (chi, free)
+
+
+def test_equally_probable_tokens_are_kept_together():
+    logits = np.array([[2.0, 1.0, 1.0, 0.0]], np.float32)
+    for choice in (Choice(temperature=1, top_p=1, top_k=2), Choice(temperature=1, top_p=0.6, top_k=0)):
+        kept = np.isfinite(jax.device_get(processed(logits, choice)))
+        assert kept.tolist() == [[True, True, True, False]]
+
+
+def test_a_text_ends_at_a_stop_token_and_the_loop_ends_with_the_last(drawn, monkeypatch):
+    """The loop on the devices too: slots of the cache beyond the last token of any row stay empty."""
+    row = drawn[4].tokens
+    stop = next(t for t in row[4:] if row.index(t) >= 4)  # first seen at the fifth token or later
+    filled, compiled = [], sampling.programs
+
+    def watched(*args):
+        run = compiled(*args)
+
+        def chunk(*args):
+            out = run.chunk(*args)
+            filled.append(int(np.asarray(out[2]["segments"])[0].sum()) - len(PROMPTS[2].tokens))
+            return out
+
+        return run._replace(chunk=chunk)
+
+    monkeypatch.setattr(sampling, "programs", watched)
+    options = OPTIONS.model_copy(update={"stop_ids": (stop,)})
+    (ours,) = sample(prompts=PROMPTS[2:3], each=1, options=options)
+    length = row.index(stop) + 1
+    assert (ours.tokens, ours.stopped) == (row[:length], "stop")
+    assert len(ours.logprobs) == len(ours.processed_logprobs) == length
+    assert len(filled) == -(-length // OPTIONS.chunk) and filled[-1] == length < OPTIONS.chunk * len(filled)
+
+
+def test_a_text_ends_with_a_stop_string_or_with_the_context(drawn):
+    row = drawn[4].tokens
+    letters = lambda tokens: "".join(chr(97 + t % 26) for t in tokens)
+    word = letters(row[5:8])
+    end = letters(row).index(word) + 3
+    options = OPTIONS.model_copy(update={"stop_strings": ("&", word)})
+    ours = sample(prompts=PROMPTS[2:3], each=2, options=options, decode=letters)
+    assert (ours[0].tokens, ours[0].stopped) == (row[:end], "string")
+    assert ours[1].tokens == drawn[5].tokens[: len(ours[1].tokens)]
+    spec = SPEC.model_copy(update={"context": len(PROMPTS[2].tokens) + 9})
+    place = placed(ONE)
+    (short,) = generate(spec, parameters(place), PROMPTS[2:3], OPTIONS, place)
+    assert (short.tokens, short.stopped) == (row[:9], "length")
+
+
+def test_asked_to_stop_it_stops_between_chunks(drawn, monkeypatch):
+    place, seen = placed(ONE), 0
+    steps = sampling.stream(SPEC, parameters(place), PROMPTS, OPTIONS, place, Compute(), 2)
+    for seen, now in enumerate(steps, 1):
+        assert [c.tokens for c in now] == [c.tokens[: 16 * seen] for c in drawn]
+        monkeypatch.setattr(processes._job, "asked", True)
+        break
+    with pytest.raises(processes.Preempted, match="sampling token 16"):
+        next(steps)
+
+
+BAD = {
+    "prompt 0 is empty": Prompt([]),
+    "prompt 0 has token 48; the model's are 0 to 47": Prompt([1, 48]),
+    "prompt 0 has 256 tokens; the model's context of 256": Prompt([20] * 256),
+    r"prompt 0 has 1 \[IMG\] tokens but images of 0": Prompt([1, 10]),
+    "prompt 0 has seed -1": Prompt([1], seed=-1),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_prompts_that_cannot_be_read(message):
+    with pytest.raises(UserError, match=message):
+        generate(SPEC, {}, [BAD[message]], OPTIONS, placed(ONE))
+
+
+def test_settings_that_cannot_be():
+    for wrong in (dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(max_completion_length=0), dict(chunk=0)):
+        with pytest.raises(ValueError):
+            SamplingOptions(**wrong)
+    with pytest.raises(ValueError, match="must not be empty"):
+        SamplingOptions(stop_strings=("",))
+    with pytest.raises(UserError, match="need a tokenizer"):
+        generate(SPEC, {}, PROMPTS, SamplingOptions(stop_strings=("x",)), placed(ONE))
+    assert generate(SPEC, {}, [], OPTIONS, placed(ONE)) == []
+
+
+def test_loops():
+    random = np.random.RandomState(0).randint(0, 1000, 3000).tolist()
+    block = random[:100]
+    loops = [[7] * 48, [1, 2] * 24, random + [7] * 48, random + block * 4, random + (block * 5)[:437], block * 30]
+    fine = [
+        [],
+        [7] * 47,
+        random,
+        random + block * 3,
+        [7] * 200 + [2],  # ended by a stop token
+        block * 10 + random,  # got out of it
+        [t for n in range(200) for t in (5, 6, n)],  # a list with numbers
+        random + random[:600] * 4,  # longer than the longest period
+        list(range(60)),
+    ]
+    assert [is_looping(tokens) for tokens in loops] == [True] * len(loops)
+    assert [is_looping(tokens) for tokens in fine] == [False] * len(fine)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+TEXTS = vlm(vocab=512, context=128)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of random weights as a Hugging Face directory with its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=512, special=64), folder)
+    file = export_tokenizer(tokenizer, folder, TEXTS.vision)
+    export_hf(random_params(TEXTS), TEXTS, folder / "hf", "float32", [file])
+    image = np.random.RandomState(0).randint(0, 256, (8, 12, 3)).astype(np.uint8)
+    Image.fromarray(image).save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """Nothing of the command's process stays, and it runs on one device."""
+    monkeypatch.setattr(processes, "_job", processes._Job())
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+
+
+@pytest.fixture
+def say(checkpoint, monkeypatch, capsys):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: devices)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = main(["generate", str(checkpoint / "hf"), "--max-tokens", "12", "--temperature", "0", *argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_reads_prompts_images_and_rows(checkpoint, say, monkeypatch):
+    picture = str(checkpoint / "picture.png")
+    code, text, _ = say("--prompt", "import os")
+    assert code == 0
+    code, answer, _ = say("--chat", "--think", "--image", picture, "--prompt", "What?")
+    assert code == 0 and answer.startswith("[THINK]") and answer[7:-1] != text[:-1]
+    code, both, _ = say("--prompt", "import os", "--prompt", "while")
+    assert code == 0 and both.startswith(f"== import os\n{text}== while\n")
+
+    content = [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"prompt": "import os", "name": 7},
+        {"messages": [{"role": "user", "content": content}]},
+        {"prompt": "while"},
+    ]
+    source, output = checkpoint / "in.jsonl", checkpoint / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("ministral_jax.runs.generate.ROWS", 2)  # two batches, of which the first has the image
+    code, nothing, _ = say("--jsonl", str(source), "--output", str(output))
+    assert (code, nothing) == (0, "")
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k in rows[n]} for n, row in enumerate(written)] == rows
+    assert written[0]["completion"] + "\n" == text
+    assert written[2]["completion"] + "\n" == both.split("== while\n")[1]
+    for row in written:
+        assert row["stopped"] == "stop" if row["tokens"][-1] == 2 else len(row["tokens"]) == 12
+    code, _, error = say("--jsonl", str(source), "--output", str(output))
+    assert code == 2 and "out.jsonl is there already" in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "has no rows"),
+        ("{", "row 1: not JSON"),
+        ('{"text": "a"}', "row 1: needs 'prompt' or 'messages'"),
+        ('\n{"prompt": 3}', "row 2: 'prompt' must be text, got 3"),
+        ('{"prompt": "a", "images": ["gone.png"]}', "gone.png does not exist"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is from 'assistant' where"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "in turn"),
+        (json.dumps({"prompt": "x y " * 200}), "tokens; the model's context of 128 leaves no room"),
+    ],
+)
+def test_rows_that_cannot_be_read_write_nothing(say, tmp_path, rows, message):
+    (tmp_path / "in.jsonl").write_text(rows)
+    code, _, error = say("--jsonl", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "give --prompt TEXT"),
+        (("--prompt", "a", "--jsonl", "b"), "give --prompt TEXT"),
+        (("--prompt", "a", "--think"), "--think needs --chat"),
+        (("--prompt", "a", "--top-p", "2"), "--top-p 2.0: input should be less than or equal to 1"),
+        (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png does not exist"),
+    ],
+)
+def test_arguments_that_cannot_be(say, argv, message):
+    code, _, error = say(*argv)
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "neither a finished stage (manifest.json) nor a Hugging Face directory" in capsys.readouterr().err
+
+
+def test_a_character_waits_for_all_of_its_bytes(checkpoint):
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=512, special=64), checkpoint)
+    text = "naïve 😀 日本"
+    tokens, add = tokenizer.encode(text), text_of(tokenizer, (tokenizer.eos,))
+    assert len(tokens) > len(text)
+    pieces = [add([token]) for token in tokens]
+    assert "".join(pieces) == text and "�" not in "".join(pieces)
+    cut = text_of(tokenizer, (tokenizer.eos,))([*tokenizer.encode("a😀")[:-1], tokenizer.eos], final=True)
+    assert cut == "a�"
+    assert text_of(tokenizer, ())([tokenizer.special("[THINK]"), tokenizer.eos], final=True) == "[THINK]</s>"

@@ -1,0 +1,124 @@
+"""Faults of post-training's data, rewards and settings, by the command line: one sentence that names the row, before
+anything is computed; what only shows in a run stops it or is left out as the recipe says, and is never a zero."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from paths import TESTS
+
+from ministral_jax.cli import main
+from ministral_jax.runs import cascade
+
+DEVICES = jax.devices()
+RECIPE = str(TESTS / "micro_post.yaml")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As on a laptop; the suite's eight are for meshes."""
+    monkeypatch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
+
+
+@pytest.fixture
+def no_stage_runs(monkeypatch):
+    """A fault that comes late fails here, not after a training."""
+
+    def begun(recipe, run_dir, name, specs):
+        pytest.fail(f"{name} was begun")
+
+    monkeypatch.setattr(cascade, "_run_stage", begun)
+
+
+def refused(capsys, run_dir: Path, *words: str) -> str:
+    """The one line of a run that must fail as bad input does."""
+    assert main(["run", RECIPE, *words, "--run-dir", str(run_dir)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ministral-jax: ") and "Traceback" not in error
+    return error
+
+
+def nothing_begun(run_dir: Path) -> bool:
+    """No stage, of the parents neither; packed data may be there."""
+    return not run_dir.exists() or {p.name for p in run_dir.iterdir()} <= {"data", "ledger.jsonl"}
+
+
+def jsonl(directory: Path, bad: dict, **more) -> str:
+    """A file whose fourth row is at fault."""
+    good = [{"question": f"{n}+1=?", "answer": str(n + 1), **more} for n in range(30)]
+    path = directory / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*good[:3], bad, *good[4:]]))
+    return str(path)
+
+
+def sources(stage: str, path: str) -> str:
+    return f"stages.{stage}.data.sources={{sums: null, digits: null, pairs: null, rows: {{kind: jsonl, path: {path}}}}}"
+
+
+USER, SAID = {"role": "user", "content": "2+2=?"}, {"role": "assistant", "content": "4"}
+ROWS = {
+    "roles": ("sft", {"messages": [SAID, USER]}, "role"),
+    "two of the user's in a row": ("sft", {"messages": [USER, {"role": "system", "content": "Be."}, SAID]}, "system"),
+    "a tool's result without call": (
+        "sft",
+        {"messages": [USER, {"role": "tool", "content": "4", "tool_call_id": "123456789"}, SAID]},
+        "tool",
+    ),
+    "an image that is missing": ("sft", {"question": "Sum?", "answer": "4", "image": "none.png"}, "none.png"),
+    "an answer that is empty": ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty"),
+    "an answer of spaces": ("sft", {"question": "2+2=?", "answer": " "}, "'answer' must be text that is not empty"),
+    "a prompt that is too long": ("rl", {"question": "word " * 300, "answer": "4"}, "max_prompt_length is 64"),
+    "a gold answer that cannot be parsed": ("rl", {"question": "2+2=?", "answer": "no number"}, "answer"),
+    "a column that is missing": ("rl", {"prompt": "2+2=?"}, "answer"),
+    "a pair without chosen": ("reward", {"prompt": "2+2=?", "rejected": "5", "answer": "4"}, "chosen"),
+    "a pair of equals": ("reward", {"prompt": "2+2=?", "chosen": "4", "rejected": "4"}, "are the same"),
+    "a conversation for a judge": ("reward", {"question": "2+2=?", "answer": "4"}, "is no pair"),
+}
+
+
+@pytest.mark.parametrize("fault", ROWS)
+def test_a_row_at_fault_is_named_before_anything_is_computed(fault, capsys, tmp_path, no_stage_runs):
+    stage, row, words = ROWS[fault]
+    pair = {"prompt": "1+1=?", "chosen": "2", "rejected": "3"} if stage == "reward" else {}
+    path = jsonl(tmp_path, row, **pair)
+    if stage == "reward":
+        lines = Path(path).read_text().splitlines()
+        pairs = [json.loads(line) for line in lines]
+        for n, found in enumerate(pairs):
+            if n != 3:
+                found.update(prompt=found.pop("question"))
+        Path(path).write_text("".join(json.dumps(found) + "\n" for found in pairs))
+    rewards = ["stages.rl.rewards.accuracy={}", "stages.rl.evaluate.prompts=64"] if stage == "rl" else []
+    message = refused(capsys, tmp_path / "run", sources(stage, path), *rewards, stage)
+    assert "rows.jsonl row 4" in message and words in message, message
+    assert nothing_begun(tmp_path / "run")
+
+
+SETTINGS = {
+    "a judge that is no reward stage": (["stages.instruct.judge=sft"], "judge = 'sft' must be a reward stage"),
+    "a judge that does not exist": (["stages.instruct.judge=rewards"], "did you mean reward?"),
+    "judge and rewards": (["stages.instruct.rewards={format: {}}"], "either a `judge`"),
+    "neither": (["stages.instruct.judge=null"], "either a `judge`"),
+    "unknown key of a reward": (["stages.rl.rewards.format.thinkng=true"], "did you mean thinking?"),
+    "unknown kind of reward": (["stages.rl.rewards.acuracy={}"], "did you mean accuracy?"),
+    "unknown key of a stage": (["stages.rl.num_generation=4"], "did you mean num_generations?"),
+    "lengths that begin late": (["defaults.grpo.max_completion_length=null", "stages.rl.max_completion_length={5: 10}"],
+                                "from step 0 on"),
+    "microbatches": (["stages.rl.microbatches=3"], "must be a multiple of"),
+    "updates of a step": (["stages.rl.steps_per_generation=3"], "steps_per_generation"),
+    "a function that is not there": (
+        ["stages.rl.rewards.wordy.function=post_cases:spred"], "post_cases:spred cannot be imported"),
+    "tools that are not there": (["stages.instruct.tools=post_cases:tols"], "post_cases:tols cannot be imported"),
+    "no prompt held out": (["data.held_out=0", "rl"], "no prompt is held out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SETTINGS)
+def test_a_setting_at_fault_is_named_before_anything_is_computed(fault, capsys, tmp_path, no_stage_runs):
+    words, expected = SETTINGS[fault]
+    message = refused(capsys, tmp_path / "run", *words)
+    assert expected in message, message
+    assert nothing_begun(tmp_path / "run")

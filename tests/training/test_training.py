@@ -1,0 +1,335 @@
+"""The step, the optimiser, the loop and the summary's arithmetic."""
+
+import json
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ministral_jax.config import GuardConfig, OptimizerConfig
+from ministral_jax.distributed.processes import Preempted
+from ministral_jax.errors import UserError
+from ministral_jax.files import read_jsonl
+from ministral_jax.losses.chunked import cross_entropy
+from ministral_jax.losses.evaluation import figures, hidden, sums
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
+from ministral_jax.runs.summary import token_speedup
+from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
+from ministral_jax.training.goodput import goodput
+from ministral_jax.training.loop import Diverged, Schedule, _Reporter, fit, restore
+from ministral_jax.training.metrics import StageLog
+from ministral_jax.training.optimizer import learning_rate, make_optimizer
+from ministral_jax.training.state import abstract_state, init_state, make_step, split_frozen
+
+SPEC = ModelSpec(layers=2, width=12, mlp_width=16, heads=2, kv_heads=1, head_width=4, vocab=32, context=16, vision=None)
+MODEL = VLM(SPEC)
+CONFIG = OptimizerConfig(lr=1e-2, warmup=2)
+STOP = GuardConfig()
+
+
+def batch(n: int, rows: int = 4) -> dict:
+    rng = np.random.default_rng(n)
+    tokens = rng.integers(0, SPEC.vocab, (rows, 8)).astype(np.int32)
+    mask = (rng.random((rows, 8)) < 0.6).astype(np.float32)
+    mask[:, -1] = 0
+    positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": np.ones_like(tokens),
+        "loss_mask": mask,
+        "labels": np.roll(tokens, -1, 1),
+    }
+
+
+def loss(params, frozen, batch):
+    states = hidden(MODEL, params, batch)
+    total, metrics = cross_entropy(states, head_matrix(params), batch["labels"], batch["loss_mask"])
+    return total, {**metrics, "loss": metrics["ce"]}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(init_params, static_argnums=0)(SPEC, jax.random.key(0))
+
+
+def fresh(params):
+    return init_state(jax.tree.map(jnp.copy, params), make_optimizer(CONFIG, 10))
+
+
+def step_fn(microbatches: int = 1):
+    return make_step(loss, make_optimizer(CONFIG, 10), learning_rate(CONFIG, 10), microbatches)
+
+
+def test_microbatches_change_nothing_but_rounding(params):
+    whole, _ = step_fn(1)(fresh(params), {}, batch(0))
+    split, metrics = step_fn(4)(fresh(params), {}, batch(0))
+    assert float(metrics["loss"][1]) == batch(0)["loss_mask"].sum()
+    # Adam's first update is lr * sign(g) where |g| is not tiny: compare the moments, which are linear in g
+    for a, b in zip(jax.tree.leaves(whole["optimizer"]), jax.tree.leaves(split["optimizer"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
+
+
+def test_the_gradient_is_of_the_mean_over_counted_positions(params):
+    def mean_loss(p):
+        logits = MODEL.apply({"params": p}, batch(0)["tokens"])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.roll(batch(0)["tokens"], -1, 1)[..., None], -1)
+        return -(picked[..., 0] * batch(0)["loss_mask"]).sum() / batch(0)["loss_mask"].sum()
+
+    _, metrics = step_fn()(fresh(params), {}, batch(0))
+    grads = jax.grad(mean_loss)(params)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    assert float(metrics["gradient_norm"][0]) == pytest.approx(norm, rel=1e-5)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments():
+    trainable, frozen = split_frozen({"decoder": 1, "projector": 2, "vision": 3}, ("vision",))
+    assert trainable == {"decoder": 1, "projector": 2} and frozen == {"vision": 3}
+
+
+def test_learning_rate_follows_its_schedule():
+    rate = learning_rate(OptimizerConfig(lr=1.0, warmup=4, schedule="cosine", final_fraction=0.1), 104)
+    assert [float(rate(n)) for n in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert float(rate(4)) == pytest.approx(1.0)
+    assert float(rate(54)) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert float(rate(104)) == pytest.approx(0.1)
+    stable = learning_rate(OptimizerConfig(lr=1.0, warmup=0, schedule="wsd", final_fraction=0.0), 100)
+    assert [float(stable(n)) for n in (0, 50, 79, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_gains_do_not_decay_and_matrices_do(params):
+    config = OptimizerConfig(lr=0.1, warmup=0, weight_decay=0.5, schedule="constant")
+    optimizer = make_optimizer(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert not np.any(updates["decoder"]["norm"]) and not np.any(updates["decoder"]["layers"]["mlp_norm"])
+    gate = params["decoder"]["layers"]["mlp"]["gate"]
+    np.testing.assert_allclose(updates["decoder"]["layers"]["mlp"]["gate"], -0.1 * 0.5 * gate, rtol=1e-5)
+
+
+def test_muon_makes_the_updates_of_every_layer_orthogonal(params):
+    config = OptimizerConfig(name="muon", lr=1.0, warmup=0, weight_decay=0, schedule="constant", clip=1e9)
+    optimizer = make_optimizer(config, 10)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    for layer in updates["decoder"]["layers"]["mlp"]["gate"]:
+        singular = np.linalg.svd(layer, compute_uv=False)
+        assert singular.max() / singular.min() < 2.5  # of the Gaussian gradient: above 5
+    attention = updates["decoder"]["layers"]["attention"]
+    singular = np.linalg.svd(np.asarray(attention["q"][0]).reshape(SPEC.width, -1), compute_uv=False)
+    assert singular.max() / singular.min() < 2.5
+
+
+def run(tmp_path, params, steps=6, batches=None, evaluate=None, guard=STOP):
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    step = step_fn()
+    schedule = Schedule(steps=steps, evaluate_every=4, save_every=2, tokens_per_step=32, flops_per_step=1.0)
+    store = ResumeStore(tmp_path / "stage" / "state", 2)
+    try:
+        return fit(
+            "stage",
+            *(restore(store, abstract_state(params, make_optimizer(CONFIG, 10))) or (fresh(params), None)),
+            lambda state, b: step(state, {}, b),
+            batches or (lambda start: (batch(n) for n in range(start, 100))),
+            evaluate or (lambda state: {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}),
+            schedule,
+            guard,
+            partial(StageLog, tmp_path / "stage"),
+            store,
+        )
+    finally:
+        store.close()
+
+
+def test_every_step_and_evaluation_is_logged_once(tmp_path, params):
+    outcome = run(tmp_path, params)
+    records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 1, 2, 4, 6]
+    assert [r["tokens"] for r in records if r["kind"] == "eval"][-1] == 6 * 32
+    last = [r for r in records if r["kind"] == "eval"][-1]
+    assert outcome.metrics == {"kl": last["kl"]} and int(outcome.state["step"]) == 6
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_exception_in_the_data_loses_at_most_what_was_not_saved(tmp_path, params):
+    def failing(start):
+        for n in range(start, 100):
+            if n == 5:
+                raise Stop
+            yield batch(n)
+
+    with pytest.raises(Stop):
+        run(tmp_path, params, batches=failing)
+    again = run(tmp_path, params)
+    unbroken_dir = tmp_path / "unbroken"
+    unbroken_dir.mkdir()
+    unbroken = run(unbroken_dir, params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.state, unbroken.state))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path, params):
+    def poisoned(start):
+        for n in range(start, 100):
+            data = batch(n)
+            if n == 4:  # the fifth step
+                data["loss_mask"] = data["loss_mask"] * np.nan
+            yield data
+
+    with pytest.raises(Diverged, match=r"loss is nan at step 5; the state of step 4 is kept in .*state"):
+        run(tmp_path, params, batches=poisoned)
+    store = ResumeStore(tmp_path / "stage" / "state", 2)
+    state, _ = store.restore(abstract_state(params, make_optimizer(CONFIG, 10)))
+    store.close()
+    assert int(state["step"]) == 4
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["params"]))
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path, params):
+    save_params(tmp_path / "params", params)
+    wide = SPEC.model_copy(update={"width": 16})
+    with pytest.raises(UserError, match=r"decoder/embed has shape \(32, 12\), the spec needs \(32, 16\)"):
+        load_params(tmp_path / "params", abstract_params(wide))
+    tied = SPEC.model_copy(update={"tied": True})
+    with pytest.raises(UserError, match="decoder/head is not part of the model"):
+        load_params(tmp_path / "params", abstract_params(tied))
+    with pytest.raises(UserError, match="no such directory"):
+        load_params(tmp_path / "nothing", abstract_params(SPEC))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_params(tmp_path / "empty", abstract_params(SPEC))
+
+
+def test_figures_are_means_over_all_batches_not_means_of_means():
+    ones = np.ones((1, 4), np.float32)
+    part = {
+        "labels": np.array([[2, 3, 4, 0]]),
+        "loss_mask": np.array([[1, 1, 0, 0]], np.float32),
+        "text_bytes": np.array([[3, 0, 0, 0]], np.float32),
+        "answer_mask": np.array([[0, 1, 0, 0]], np.float32),
+    }
+    other = {**part, "loss_mask": ones, "answer_mask": np.array([[1, 1, 0, 0]], np.float32)}
+    right = {"ce": 2 * ones, "kl": ones, "prediction": np.array([[2, 3, 4, 0]]), "confidence": 0.5 * ones}
+    wrong = {"ce": 4 * ones, "kl": 4 * ones, "prediction": np.zeros((1, 4), int), "confidence": 0.9 * ones}
+    result = figures([sums(part, right), sums(other, wrong)])
+    assert result["kl"] == pytest.approx((2 * 1 + 4 * 4) / 6)
+    # two right at 0.5 and, of four at 0.9, the last one
+    assert result["ece"] == pytest.approx((abs(2 * 0.5 - 2) + abs(4 * 0.9 - 1)) / 6)
+    assert result["ce"] == pytest.approx((2 * 2 + 4 * 4) / 6)
+    assert result["bits_per_byte"] == pytest.approx((2 + 4) / math.log(2) / 6)
+    assert result["digit_accuracy"] == pytest.approx(1 / 3)
+
+
+def curve(*points):
+    return [{"tokens": tokens, "kl": kl} for tokens, kl in points]
+
+
+def test_token_speedup_interpolates_the_crossing():
+    scratch = curve((0, 5.0), (100, 1.0))
+    assert token_speedup(curve((0, 3.0), (10, 2.0), (20, 0.0)), scratch) == pytest.approx(100 / 15)
+    assert token_speedup(curve((0, 0.5), (10, 0.4)), scratch) == 10  # below from the start: a lower bound
+    assert token_speedup(curve((0, 3.0), (100, 2.0)), scratch) is None
+
+
+def test_torn_lines_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def poisoned(first: int, last: int | None = None):
+    """Batches of which those from `first` to `last` (to the end when None) have no finite loss."""
+
+    def batches(start):
+        for n in range(start, 100):
+            bad = first <= n <= (99 if last is None else last)
+            yield {**batch(n), "loss_mask": batch(n)["loss_mask"] * np.float32(np.nan if bad else 1)}
+
+    return batches
+
+
+def test_rolling_back_leaves_out_the_batches_since_the_saved_state(tmp_path, params):
+    outcome = run(tmp_path, params, batches=poisoned(5, 5), guard=GuardConfig(action="rollback"))
+
+    def without(start):  # what is left: the state of step 4, then batches 6, 7, ..
+        return (batch(n if n < 4 else n + 2) for n in range(start, 100))
+
+    other = tmp_path / "other"
+    other.mkdir()
+    expected = run(other, params, batches=without)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), outcome.state, expected.state))
+    records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
+    assert [(r["step"], r["from"], r["skipped"]) for r in records if r["kind"] == "rollback"] == [(4, 6, 2)]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rolling_back_ends_when_there_is_nothing_to_go_back_to_or_it_was_done_often(tmp_path, params):
+    with pytest.raises(Diverged, match=r"after 2 rollbacks; the state of step 2 is kept"):
+        run(tmp_path, params, batches=poisoned(3), guard=GuardConfig(action="rollback", rollbacks=2))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(Diverged, match="no state was saved yet"):
+        run(tmp_path / "b", params, batches=poisoned(0, 0), guard=GuardConfig(action="rollback"))
+
+
+def test_a_spike_is_a_multiple_of_the_recent_median():
+    class Log:
+        write = staticmethod(lambda *args: None)
+
+    class Line:
+        update = staticmethod(lambda *args: None)
+
+    schedule = Schedule(steps=9, evaluate_every=9, save_every=9, tokens_per_step=1, flops_per_step=1.0)
+    report = _Reporter(Log(), Line(), schedule, GuardConfig(spike=3, window=3))
+    for step, loss in enumerate([9.0, 1.0, 1.1, 2.9], 1):  # the first ones have no median yet
+        report.train(step, {"loss": (loss, 1)})
+    with pytest.raises(Exception, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
+        report.train(5, {"loss": (9.0, 1)})
+
+
+def test_a_loop_asked_to_stop_saves_there_and_goes_on_to_the_same_end(tmp_path, params, monkeypatch):
+    import ministral_jax.training.loop as loop
+
+    unbroken = run(tmp_path, params)
+    for number, what in enumerate(("step 4", "step 6", "saving step 2", "evaluating")):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+
+        def evaluate(state, what=what):
+            ask(what if what == "evaluating" and int(state["step"]) == 4 else "")
+            return {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}
+
+        def ask(doing, slow=False, what=what):
+            if doing == what:
+                raise Preempted(doing)
+
+        monkeypatch.setattr(loop, "poll", ask)
+        with pytest.raises(Preempted):
+            run(directory, params, evaluate=evaluate)
+        monkeypatch.setattr(loop, "poll", lambda doing, slow=False: None)
+        again = run(directory, params)
+        records = read_jsonl(directory / "stage" / "metrics.jsonl")
+        assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 1, 2, 4, 6], what
+        assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6], what
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.state, unbroken.state)), what
+
+
+def test_goodput_counts_what_was_done_again_as_lost():
+    def record(attempt, begun, done, at, **seconds):
+        return {"kind": "time", "attempt": attempt, "from": begun, "step": done, "at": at, "seconds": seconds}
+
+    records = [
+        record(1, 0, 0, 110.0, start=10.0),
+        record(1, 0, 4, 120.0, step=9.0, data=1.0),
+        record(1, 0, 7, 126.0, step=6.0),
+        record(2, 4, 4, 140.0, start=4.0),
+        record(2, 4, 8, 150.0, step=10.0),
+    ]
+    assert goodput(records) == {"start": 14.0, "data": 1.0, "step": 19.0, "lost": 6.0, "down": 10.0}
+    assert goodput([]) == {}
