@@ -34,7 +34,7 @@ from ministral_jax.files import append_jsonl, write_json
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.load import inputs, order, resolve_specs
 from ministral_jax.stages import Job, Result, verb
-from ministral_jax.stages.manifest import digest, environment, read_manifest, spec_of
+from ministral_jax.stages.manifest import digest, environment, finished, read_manifest
 from ministral_jax.stages.online import check_prompts, check_rows
 from ministral_jax.stages.reward import check_pairs
 from ministral_jax.teachers.codecs import check as check_codec
@@ -126,8 +126,9 @@ def _check_store(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec, data
             raise UserError(f"{where}: {error}") from None
     if isinstance(stage, (DistillStage, SFTStage)) and isinstance(stage.teacher, StoredTeacher):
         recorder = stage.teacher.store
-        finished = (read_manifest(run_dir / recorder) or {}).get("data", {})
-        recorded = data[recorder].digest if recorder in data else finished.get("digest")
+        made = read_manifest(run_dir / recorder)
+        known = made.data.digest if made is not None and made.data is not None else None
+        recorded = data[recorder].digest if recorder in data else known
         if recorded != data[name].digest:
             raise UserError(
                 f"{where}.data differs from that of {recorder!r}, whose rows are recorded; both must have the same "
@@ -165,10 +166,10 @@ def _check_unchanged(recipe: Recipe, run_dir: Path, name: str, spec: ModelSpec) 
                 f"give another --run-dir, or delete {directory} (and the stages made from it)"
             )
     manifest = read_manifest(directory)
-    for role, other in (manifest or {}).get("inputs", {}).items():
-        if read_manifest(run_dir / other["stage"]) is None or digest(run_dir / other["stage"]) != other["digest"]:
+    for role, other in (manifest.inputs if manifest else {}).items():
+        if read_manifest(run_dir / other.stage) is None or digest(run_dir / other.stage) != other.digest:
             raise UserError(
-                f"stage {name!r} in {run_dir} was made from another {role} {other['stage']!r} than the one there now; "
+                f"stage {name!r} in {run_dir} was made from another {role} {other.stage!r} than the one there now; "
                 f"delete {directory} to make it again"
             )
 
@@ -233,4 +234,4 @@ def _with_norms_of_source(recipe: Recipe, run_dir: Path, name: str, spec: ModelS
     stage = recipe.stages[name]
     if stage.source is None or isinstance(stage, PruneStage):
         return spec
-    return spec.model_copy(update={"norm_eps": spec_of(read_manifest(run_dir / stage.source) or {}).norm_eps})
+    return spec.model_copy(update={"norm_eps": finished(run_dir / stage.source).spec.norm_eps})

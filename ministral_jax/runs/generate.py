@@ -26,7 +26,7 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import param_shardings
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, stream
 from ministral_jax.stages.job import load_stage
-from ministral_jax.stages.manifest import read_manifest, spec_of
+from ministral_jax.stages.manifest import read_manifest
 
 ROWS = 16
 """Of a JSONL file, at once."""
@@ -84,11 +84,11 @@ def run_generate(args: Namespace) -> None:
 def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
     """Sizes and tokenizer of a finished stage's directory or of a Hugging Face directory; no weights are read."""
     if (path / "manifest.json").is_file():
-        manifest = read_manifest(path) or {}
-        data = manifest.get("config", {}).get("data")
-        if "spec" not in manifest or data is None:
+        manifest = read_manifest(path)
+        data = manifest.config.get("data") if manifest else None
+        if manifest is None or data is None:
             raise UserError(f"{path} is not a finished stage that has a model and the tokenizer of its data")
-        spec = spec_of(manifest)
+        spec = manifest.spec
         tokenizer = load_tokenizer(TokenizerConfig.model_validate(data["tokenizer"]), path.parent / "data")
     elif (path / "config.json").is_file():
         spec = read_spec(path)

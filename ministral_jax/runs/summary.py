@@ -9,7 +9,7 @@ from typing import Any
 from ministral_jax.config import DistillStage, PruneStage, Recipe
 from ministral_jax.files import read_jsonl, write_json
 from ministral_jax.recipe.load import scratch_name
-from ministral_jax.stages.manifest import read_manifest, spec_of
+from ministral_jax.stages.manifest import Manifest, finished, read_manifest
 
 Figures = dict[str, Any]
 
@@ -25,19 +25,19 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Figures:
             summary["children"][child] = _child_figures(recipe, run_dir, last)
     manifests = [m for name in recipe.stages if (m := read_manifest(run_dir / name)) is not None]
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
-    summary["wall_seconds"] = round(sum(m["seconds"] for m in manifests) + besides, 1)
+    summary["wall_seconds"] = round(sum(m.seconds for m in manifests) + besides, 1)
     write_json(run_dir / "summary.json", summary)
     write_json(run_dir / "samples.json", _samples(recipe, run_dir))
     return summary
 
 
-def _model_figures(manifest: Figures) -> Figures:
-    spec, metrics = spec_of(manifest), manifest["metrics"]
+def _model_figures(manifest: Manifest) -> Figures:
+    spec, metrics = manifest.spec, manifest.metrics
     return {
         "parameters": spec.parameters,
         "decoder_parameters": spec.decoder_parameters,
         "flops_per_token": spec.flops_per_token(1),
-        "tokens": manifest["tokens"],
+        "tokens": manifest.tokens,
         "bits_per_byte": metrics.get("bits_per_byte"),
         "digit_accuracy": metrics.get("digit_accuracy"),
     }
@@ -54,23 +54,23 @@ def lineage(recipe: Recipe, last: str) -> list[str]:
 def _child_figures(recipe: Recipe, run_dir: Path, last: str) -> Figures:
     names = lineage(recipe, last)
     distilled = [name for name in names if isinstance(recipe.stages[name], DistillStage)]
-    manifests = {name: read_manifest(run_dir / name) or {} for name in names}
+    manifests = {name: finished(run_dir / name) for name in names}
     scratch = [scratch_name(name) for name in distilled]
     finished_scratch = bool(scratch) and all(read_manifest(run_dir / name) for name in scratch)
     stages = {"pruned": names[0], "short": distilled[0], "base": distilled[-1]}
     figures: Figures = {
         **_model_figures(manifests[last]),
-        "tokens": sum(manifests[name]["tokens"] for name in distilled),
+        "tokens": sum(manifests[name].tokens for name in distilled),
         "tokens_lineage": _tokens_of_ancestors(recipe, run_dir, last),
         "kl_after_surgery": _evaluations(run_dir, distilled[0])[0]["kl"],
-        "kl_final": manifests[last]["metrics"]["kl"],
+        "kl_final": manifests[last].metrics["kl"],
         "kl_scratch": None,
         "token_speedup": None,
     }
     if finished_scratch:
         stages |= {"scratch_short": scratch[0], "scratch_base": scratch[-1]}
-        final = read_manifest(run_dir / scratch[-1]) or {}
-        figures["kl_scratch"] = final["metrics"]["kl"]
+        final = finished(run_dir / scratch[-1])
+        figures["kl_scratch"] = final.metrics["kl"]
         figures["token_speedup"] = token_speedup(_evaluations(run_dir, distilled[0]), _evaluations(run_dir, scratch[0]))
     return {**figures, "stages": stages}
 
@@ -80,7 +80,8 @@ def _tokens_of_ancestors(recipe: Recipe, run_dir: Path, name: str | None) -> int
     total = 0
     while name is not None:
         if isinstance(recipe.stages[name], DistillStage):
-            total += (read_manifest(run_dir / name) or {"tokens": 0})["tokens"]
+            made = read_manifest(run_dir / name)
+            total += made.tokens if made else 0
         name = recipe.stages[name].source
     return total
 

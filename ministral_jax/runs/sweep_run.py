@@ -29,7 +29,7 @@ from ministral_jax.runs.cascade import run_cascade
 from ministral_jax.runs.run import cache_compilations
 from ministral_jax.runs.summary import write_summary
 from ministral_jax.runs.sweep import METRICS, Point, Sweep, expand, measured, short_keys, users
-from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.stages.manifest import Manifest, read_manifest
 
 Record = dict[str, Any]
 """`sweep.json`."""
@@ -142,7 +142,7 @@ def _run_point(point: Point, sweep: Sweep, sweep_dir: Path, broken: dict[str, st
     return None
 
 
-def _manifest(directory: Path) -> dict[str, Any] | None:
+def _manifest(directory: Path) -> Manifest | None:
     try:
         return read_manifest(directory)
     except UserError:
@@ -163,11 +163,11 @@ def refresh(record: Record, sweep_dir: Path) -> None:
             m["stage"]: {
                 metric: value
                 for metric in m["metrics"] or METRICS
-                if (value := ((made[m["stage"]] or {}).get("metrics") or {}).get(metric)) is not None
+                if (stage := made[m["stage"]]) and (value := stage.metrics.get(metric)) is not None
             }
             for m in record["measure"]
         }
-    record["seconds"] = round(sum(manifest["seconds"] for manifest in manifests.values() if manifest), 1)
+    record["seconds"] = round(sum(manifest.seconds for manifest in manifests.values() if manifest), 1)
     write_json(sweep_dir / "sweep.json", record)
 
 

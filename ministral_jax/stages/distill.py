@@ -19,7 +19,7 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, param_shardings
 from ministral_jax.stages.job import Job, Params, Result, fresh_params, load_stage
 from ministral_jax.stages.looped import open_data, run_loop
-from ministral_jax.stages.manifest import digest, read_manifest
+from ministral_jax.stages.manifest import digest, finished
 from ministral_jax.teachers.store import open_store
 from ministral_jax.teachers.teacher import Teacher, online, stored
 from ministral_jax.training.goodput import Clock
@@ -76,7 +76,7 @@ def _online(job: Job) -> Teacher:
 
 def _stored(job: Job, data: PackedData) -> Teacher:
     recorder = job.run_dir / job.stage.teacher_stage
-    settings = (read_manifest(recorder) or {})["config"]
+    settings = finished(recorder).config
     reader = open_store(settings["store"] or str(recorder / "store"))
     reader.check(
         teacher_digest=digest(_teacher_directory(job)),
@@ -93,7 +93,7 @@ def _teacher_directory(job: Job) -> Path:
     directory = job.run_dir / job.stage.teacher_stage
     if isinstance(job.stage.teacher, str):
         return directory
-    return job.run_dir / (read_manifest(directory) or {})["config"]["from"]
+    return job.run_dir / finished(directory).config["from"]
 
 
 def _student(job: Job, teacher: Teacher) -> Params:
@@ -116,8 +116,9 @@ def _student(job: Job, teacher: Teacher) -> Params:
 def check_same_tokenizer(job: Job, data: PackedData) -> None:
     """A teacher that was trained on other token ids teaches noise."""
     name = _teacher_directory(job).name
-    taught = (read_manifest(job.run_dir / name) or {}).get("data", {}).get("tokenizer_digest")
+    data_of_teacher = finished(job.run_dir / name).data
     ours = data.tokenizer.digest
+    taught = data_of_teacher.tokenizer_digest if data_of_teacher else None
     if taught is not None and taught != ours:
         raise UserError(
             f"stages.{job.name}.data.tokenizer has digest {ours[:12]}, teacher {name!r} was trained with "

@@ -10,7 +10,7 @@ from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.stages.manifest import finished
 
 
 def run(job: Job) -> Result:
@@ -22,11 +22,11 @@ def run(job: Job) -> Result:
 def export_stage(stage_directory: Path, destination: Path, dtype: str, placement: Placement | None = None) -> None:
     """Export a finished stage, with the tokenizer its data was made with. All processes call it, the first writes."""
     spec, params = load_stage(stage_directory, placement=placement)
-    manifest = read_manifest(stage_directory) or {}
+    manifest = finished(stage_directory)
     with TemporaryDirectory() as scratch:
         files = []
-        if "data" in manifest:
-            config = TokenizerConfig.model_validate(manifest["config"]["data"]["tokenizer"])
+        if manifest.data is not None:
+            config = TokenizerConfig.model_validate(manifest.config["data"]["tokenizer"])
             tokenizer = load_tokenizer(config, stage_directory.parent / "data")
             files.append(export_tokenizer(tokenizer, Path(scratch), spec.vision))
         export_hf(params, spec, destination, dtype, files)

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 
 from ministral_jax.distributed.placement import Placement, make_mesh
 from ministral_jax.distributed.processes import saving
-from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import abstract_params, init_params, param_shardings, placed_params
-from ministral_jax.stages.manifest import read_manifest, spec_of
+from ministral_jax.stages.manifest import finished
 from ministral_jax.training.checkpoint import load_params, save_params
 
 Params = dict[str, Any]
@@ -92,9 +91,7 @@ def load_stage(
         UserError: the stage is not finished, its checkpoint does not have the sizes its manifest names, or a file of it
             is not as it was written.
     """
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise UserError(f"{directory} is not a finished stage: it has no manifest.json that says so")
-    spec = spec_of(manifest)
+    manifest = finished(directory)
+    spec = manifest.spec
     abstract = abstract_params(spec, dtype) if placement is None else placed_params(spec, placement, dtype)
-    return spec, load_params(directory / "params", abstract, manifest.get("files"))
+    return spec, load_params(directory / "params", abstract, manifest.files or None)

@@ -7,13 +7,64 @@ import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.pruning.report import PruneReport
+from ministral_jax.teachers.summary import SplitSummary
 
-Manifest = dict[str, Any]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Input(BaseModel):
+    """A stage that this one was made from, by the SHA-256 of its manifest."""
+
+    stage: str
+    digest: str
+
+
+class Devices(BaseModel):
+    count: int
+    kind: str
+    hosts: int = 1
+
+
+class DataIdentity(BaseModel):
+    """Of the packed rows (None where a stage reads prompts alone), and of the tokenizer."""
+
+    digest: str | None = None
+    tokenizer_digest: str
+
+
+class Manifest(BaseModel):
+    """A finished stage. What a verb adds beside these fields stands in `details`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    stage: str
+    do: str
+    status: Literal["finished"]
+    config: dict[str, Any]
+    """The stage's settings with every default filled in."""
+    spec: ModelSpec
+    inputs: dict[str, Input] = Field(default_factory=dict)
+    """By role; `parent` is the source."""
+    tokens: int = 0
+    """Trained on."""
+    steps: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, Any] = Field(default_factory=dict)
+    """Checksums of the parameters' files."""
+    devices: Devices | None = None
+    data: DataIdentity | None = None
+    prune: PruneReport | None = None
+    store: dict[str, SplitSummary] | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    git: str | None = None
 
 
 def read_manifest(stage_directory: Path) -> Manifest | None:
@@ -26,21 +77,35 @@ def read_manifest(stage_directory: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is not valid JSON; delete the stage's directory to run it again") from None
-    if not isinstance(manifest, dict) or "status" not in manifest:
+    if not isinstance(raw, dict) or "status" not in raw:
         raise UserError(f"{path} is not a stage's manifest")
-    return manifest if manifest["status"] == "finished" else None
+    if raw["status"] != "finished":
+        return None
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is not a stage's manifest: {where}: {first['msg'].lower()}") from None
+
+
+def finished(stage_directory: Path) -> Manifest:
+    """The manifest of a stage that must be finished.
+
+    Raises:
+        UserError: it is not.
+    """
+    if (manifest := read_manifest(stage_directory)) is None:
+        raise UserError(f"{stage_directory} is not a finished stage: it has no manifest.json that says so")
+    return manifest
 
 
 def digest(stage_directory: Path) -> str:
     """SHA-256 of a finished stage's manifest: what children name as their parent."""
     return hashlib.sha256((stage_directory / "manifest.json").read_bytes()).hexdigest()
-
-
-def spec_of(manifest: Manifest) -> ModelSpec:
-    return ModelSpec.model_validate(manifest["spec"])
 
 
 def environment() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import make_update
-from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.stages.manifest import finished
 from ministral_jax.stages.online import (
     Answers,
     HostMetrics,
@@ -124,7 +124,7 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _open_judge(job: Job, sampler: Sampler) -> tuple[Judge, Params]:
     directory = job.run_dir / job.stage.judge
-    temperature = (read_manifest(directory) or {})["metrics"]["judge_temperature"]
+    temperature = finished(directory).metrics["judge_temperature"]
     spec, params = load_stage(directory, jnp.dtype(job.stage.compute.dtype), job.placement)
     return Judge(spec, job.stage.compute, job.placement, sampler.tokenizer, temperature), params
 

@@ -12,7 +12,7 @@ from ministral_jax.data.pipeline import held_out, prepare
 from ministral_jax.files import read_jsonl
 from ministral_jax.losses.evaluation import model_inputs
 from ministral_jax.recipe.load import load_recipe
-from ministral_jax.stages.manifest import read_manifest, spec_of
+from ministral_jax.stages.manifest import finished, read_manifest
 
 pytestmark = pytest.mark.cascade
 
@@ -44,7 +44,7 @@ def test_fine_tuning_answers_held_out_questions():
 
 def test_a_judge_tells_right_from_wrong():
     """One pair in ten is mislabelled: nobody can be right about more than nine in ten."""
-    assert 0.65 < read_manifest(RUN / "14b-reward")["metrics"]["judge_accuracy"] <= 0.95
+    assert 0.65 < finished(RUN / "14b-reward").metrics["judge_accuracy"] <= 0.95
 
 
 def test_preferences_end_the_loops():
@@ -74,8 +74,8 @@ def test_children_still_read_digits(summary, child):
 
 
 def test_the_family_has_the_axis_pattern_of_the_real_one():
-    spec = {name: spec_of(read_manifest(RUN / f"{name}-base")) for name in CHILDREN}
-    parent = spec_of(read_manifest(RUN / "parent"))
+    spec = {name: finished(RUN / f"{name}-base").spec for name in CHILDREN}
+    parent = finished(RUN / "parent").spec
     assert parent.model_copy(update={"mlp_width": parent.mlp_width // 2, "rope": None}).layers == spec["14b"].layers
     assert (parent.width, parent.mlp_width // 2) == (spec["14b"].width, spec["14b"].mlp_width)
     for larger, smaller in (("14b", "8b"), ("8b", "3b")):
@@ -90,7 +90,7 @@ def test_the_family_has_the_axis_pattern_of_the_real_one():
 def rows():
     """Held-out rows of the long stage, text and images."""
     stage = load_recipe("configs/tiny.yaml").stages["14b-base"]
-    data = prepare(stage.data, stage.batch.length, spec_of(read_manifest(RUN / "14b-base")).vision, RUN / "data")
+    data = prepare(stage.data, stage.batch.length, finished(RUN / "14b-base").spec.vision, RUN / "data")
     batch = next(held_out(data, 2, 2))
     assert (batch["image_slot"] >= 0).any() and (batch["text_bytes"] > 0).any()
     return data, batch

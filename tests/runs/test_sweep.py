@@ -28,7 +28,7 @@ from ministral_jax.recipe.load import load_recipe
 from ministral_jax.runs import sweep_run
 from ministral_jax.runs.sweep import Axis, as_yaml, expand, label, measured, read_sweep, short_keys, stage_directories
 from ministral_jax.stages.job import load_stage
-from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.stages.manifest import finished, read_manifest
 
 CACHE = Path(jax.config.jax_compilation_cache_dir)
 MICRO = str(TESTS.joinpath("micro.yaml"))
@@ -158,8 +158,8 @@ def test_a_point_is_what_its_own_run_would_be(swept):
     point, plain = swept.dir / "seed=10_mlp-score=random", swept.root / "plain"
     for stage in STAGES:
         assert not (plain / stage).is_symlink() and same(plain / stage, point / stage), stage
-    ours, theirs = (read_manifest(directory / "14b-short") or {} for directory in (point, plain))
-    assert ours["metrics"] == theirs["metrics"] and ours["metrics"]["kl"] > 0
+    ours, theirs = (finished(directory / "14b-short").metrics for directory in (point, plain))
+    assert ours == theirs and ours["kl"] > 0
     assert not same(plain / "14b-short", swept.dir / "seed=1_mlp-score=random" / "14b-short")
 
 
@@ -199,7 +199,7 @@ def test_the_report_has_a_table_and_the_figures(swept, capsys):
     assert [m["stage"] for m in record["measure"]] == ["14b-short"]
     kl = {p["name"]: p["figures"]["14b-short"]["kl"] for p in record["points"]}
     for name, value in kl.items():
-        assert value == (read_manifest(swept.dir / name / "14b-short") or {})["metrics"]["kl"]
+        assert value == finished(swept.dir / name / "14b-short").metrics["kl"]
         assert name in page and f"{value:.4f}" in page
     assert f'<td class="best">{min(kl.values()):.4f}</td>' in page
     assert page.count('<svg class="plot"') >= 3 and "<script" not in page and "http" not in page

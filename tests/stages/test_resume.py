@@ -136,9 +136,9 @@ def test_a_finished_run_does_nothing(unbroken):
 
 def test_a_manifest_names_what_it_was_made_from(unbroken):
     manifest = read_manifest(unbroken / "14b-short")
-    assert manifest["inputs"]["parent"]["stage"] == "14b-pruned" and manifest["inputs"]["teacher"]["stage"] == "parent"
-    assert manifest["versions"]["jax"] == jax.__version__
-    assert (manifest["tokens"], manifest["steps"]) == (6 * 4 * 64, 6)
+    assert manifest.inputs["parent"].stage == "14b-pruned" and manifest.inputs["teacher"].stage == "parent"
+    assert manifest.versions["jax"] == jax.__version__
+    assert (manifest.tokens, manifest.steps) == (6 * 4 * 64, 6)
 
 
 def test_the_vision_tower_is_the_parents(unbroken):
