@@ -49,7 +49,7 @@ def model():
     """The model of the benchmark: sizes, mesh, parameters."""
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.models.spec import ModelSpec
-    from ministral_jax.stages.job import fresh_params
+    from ministral_jax.stages.base import fresh_params
 
     sizes = dict(layers=LAYERS, width=WIDTH, mlp_width=MLP, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH)
     spec = ModelSpec(vocab=VOCAB, context=PROMPT + NEW, vision=None, **sizes)
@@ -65,14 +65,13 @@ def share():
     import numpy as np
 
     from ministral_jax.alignment.rollout import begun as episode
-    from ministral_jax.config import OptimizerConfig
     from ministral_jax.losses.head import LossHead
     from ministral_jax.losses.policy import PolicyOptions
     from ministral_jax.models.vlm import Compute
     from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate
     from ministral_jax.stages.grpo import minibatches, objective
     from ministral_jax.stages.online import Answers
-    from ministral_jax.training.optimizer import learning_rate, make_optimizer
+    from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
     from ministral_jax.training.state import init_state, make_step, state_shardings
 
     spec, place, params = model()

@@ -41,16 +41,15 @@ import numpy as np
 from jax.experimental import topologies
 
 from hardware import processor
-from ministral_jax.config import OptimizerConfig
 from ministral_jax.distributed.placement import AXES, MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.stages.distill import distillation
-from ministral_jax.stages.job import fresh_params
+from ministral_jax.stages.base import fresh_params
+from ministral_jax.stages.teaching import distillation
 from ministral_jax.teachers.teacher import online_targets
-from ministral_jax.training.optimizer import learning_rate, make_optimizer
+from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ministral_jax.training.state import abstract_state, init_state, make_step, state_shardings
 from traffic import Collective, by_kind, collectives
 

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ministral_jax.config import Recipe
 from ministral_jax.losses.head import LossHead
 from ministral_jax.recipe.load import resolve_specs
-from ministral_jax.stages.distill import FROZEN, distillation
-from ministral_jax.stages.job import Job, fresh_params, load_stage
-from ministral_jax.stages.looped import open_data, train_batches
+from ministral_jax.recipe.types import Recipe
+from ministral_jax.stages.base import Job, fresh_params, load_stage
+from ministral_jax.stages.distill import FROZEN
+from ministral_jax.stages.rows import open_data, train_batches
+from ministral_jax.stages.teaching import distillation
 from ministral_jax.teachers.store import open_store
 from ministral_jax.teachers.teacher import online, stored
-from ministral_jax.training.metrics import mean
+from ministral_jax.training.log import mean
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import init_state, make_step, split_frozen, state_shardings
 

@@ -46,9 +46,9 @@ import yaml
 from students import make_side
 
 from hardware import processor
-from ministral_jax.config import Recipe
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.recipe.load import load_recipe
+from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import run_cascade
 from ministral_jax.teachers import statistics as stored_statistics
 from ministral_jax.teachers.codecs import (

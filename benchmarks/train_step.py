@@ -30,16 +30,15 @@ def ours():
     """A function that runs one step of this project's own training state, loss and update."""
     import numpy as np
 
-    from ministral_jax.config import OptimizerConfig
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.losses.chunked import LossOptions
     from ministral_jax.losses.head import LossHead
     from ministral_jax.models.spec import ModelSpec
     from ministral_jax.models.vlm import Compute
-    from ministral_jax.stages.distill import distillation
-    from ministral_jax.stages.job import fresh_params
+    from ministral_jax.stages.base import fresh_params
+    from ministral_jax.stages.teaching import distillation
     from ministral_jax.teachers.teacher import online_targets
-    from ministral_jax.training.optimizer import learning_rate, make_optimizer
+    from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
     from ministral_jax.training.state import init_state, make_step
 
     sizes = dict(layers=LAYERS, width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH, vocab=VOCAB)

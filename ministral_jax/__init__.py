@@ -25,7 +25,7 @@ def load(path: str | Path, dtype: Any = "float32") -> tuple[VLM, dict[str, Any]]
     from ministral_jax.errors import UserError
     from ministral_jax.interop.hf import import_hf
     from ministral_jax.models.vlm import VLM, Compute
-    from ministral_jax.stages.job import load_stage
+    from ministral_jax.stages.base import load_stage
 
     path = Path(path)
     if (path / "manifest.json").is_file():

@@ -7,8 +7,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ministral_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ministral_jax.recipe.types import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from ministral_jax.distributed.collectives import barrier, is_first
     from ministral_jax.distributed.processes import join, use_cpu
     from ministral_jax.recipe.load import load_recipe
     from ministral_jax.runs.run import run_recipe
@@ -137,7 +144,31 @@ def _run(args: argparse.Namespace) -> None:
         use_cpu(args.cpu_devices)
     join(recipe.limits, args.distributed, args.coordinator, args.process_count, args.process_index)
     stages = list(recipe.stages) if args.all else [word for word in args.rest if "=" not in word]
-    run_recipe(recipe, args.run_dir or Path("runs") / recipe.name, stages)
+    run_dir = args.run_dir or Path("runs") / recipe.name
+    run_recipe(recipe, run_dir, stages)
+    if is_first():
+        _finish_run(recipe, run_dir)
+    barrier("reported")
+
+
+def _finish_run(recipe: Recipe, run_dir: Path) -> None:
+    """The summary, the table and the page of what a run has made."""
+    from ministral_jax.report import build_report
+    from ministral_jax.runs.run import family_table
+    from ministral_jax.runs.summary import write_summary
+
+    summary = write_summary(recipe, run_dir)
+    page = build_report(run_dir)
+    if summary.parent or summary.children:
+        _print_table(family_table(summary))
+    print(f"report: {page}", file=sys.stderr)
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120  # in a log, rich would cut the columns at 80
+    Console(width=width).print(table)
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -167,9 +198,9 @@ def _report(args: argparse.Namespace) -> None:
         from ministral_jax.runs.sweep_run import report_sweep
 
         return report_sweep(args.run_dir)
-    from ministral_jax.runs.run import report_run
+    from ministral_jax.runs.run import recipe_of
 
-    report_run(args.run_dir)
+    _finish_run(recipe_of(args.run_dir), args.run_dir)
 
 
 def _export(args: argparse.Namespace) -> None:

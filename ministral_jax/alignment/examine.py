@@ -10,20 +10,34 @@ from typing import Any
 
 import jax
 import numpy as np
+from pydantic import Field
 
+from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
-from ministral_jax.config import GenerateConfig
 from ministral_jax.data.prompts import PromptData
 from ministral_jax.distributed.collectives import first_problem, gathered, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
+from ministral_jax.settings import Frozen
 
 SHOWN = 12
 """Answers kept for the report."""
 _SALT = 1
 """The random numbers of an evaluation are others than those of any step."""
+
+
+class GenerateConfig(Frozen):
+    """Held-out prompts, answered at every evaluation, and how the answers are scored."""
+
+    prompts: int = Field(default=64, ge=1)
+    """Held-out ones, in a fixed order, the sources by their weights."""
+    completions: int = Field(default=1, ge=1)
+    """Of each prompt."""
+    max_completion_length: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    rewards: RewardsConfig
 
 
 class Examiner:

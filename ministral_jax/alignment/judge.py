@@ -60,8 +60,7 @@ class Judge:
 
     def logits(self, params: Params, questions: Sequence[np.ndarray]) -> np.ndarray:
         """float64 `[N]`: of A over B after each question."""
-        shards = int(np.prod([self.placement.mesh.shape[axis] for axis in self.placement.rules.batch]))
-        count = -(-ROWS // shards) * shards
+        count = rows_of_questions(self.placement)
         found = []
         for first in range(0, len(questions), count):
             poll(f"judging pair {first}", slow=True)
@@ -72,17 +71,28 @@ class Judge:
 
     @cached_property
     def _read(self) -> Any:
-        model = VLM(self.spec, self.compute)
-        ids = np.array([self.tokenizer.encode(letter)[0] for letter in "AB"])
+        a, b = (self.tokenizer.encode(letter)[0] for letter in "AB")
+        return judge_reader(self.spec, self.compute, self.placement, (a, b))
 
-        def read(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-            states = hidden(model, params, batch)
-            last = jnp.einsum("btd,bt->bd", states, batch["loss_mask"].astype(states.dtype))
-            columns = head_matrix(params)[:, ids].astype(states.dtype)
-            logits = jnp.einsum("bd,dk->bk", last, columns, preferred_element_type=jnp.float32)
-            return logits[:, 0] - logits[:, 1]
 
-        return jax.jit(self.placement.rules.scoped(read), out_shardings=self.placement.replicated)
+def judge_reader(spec: ModelSpec, compute: Compute, placement: Placement, choices: tuple[int, int]) -> Any:
+    """Compiled `(params, batch) -> [N]`: the logit of the first choice over the second after each question."""
+    model, ids = VLM(spec, compute), np.array(choices)
+
+    def read(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        states = hidden(model, params, batch)
+        last = jnp.einsum("btd,bt->bd", states, batch["loss_mask"].astype(states.dtype))
+        columns = head_matrix(params)[:, ids].astype(states.dtype)
+        logits = jnp.einsum("bd,dk->bk", last, columns, preferred_element_type=jnp.float32)
+        return logits[:, 0] - logits[:, 1]
+
+    return jax.jit(placement.rules.scoped(read), out_shardings=placement.replicated)
+
+
+def rows_of_questions(placement: Placement) -> int:
+    """Questions in a batch: as many as the devices share evenly."""
+    shards = int(np.prod([placement.mesh.shape[axis] for axis in placement.rules.batch]))
+    return -(-ROWS // shards) * shards
 
 
 def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.ndarray:

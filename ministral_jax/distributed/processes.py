@@ -13,7 +13,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -23,6 +25,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
 RETRY = 75
+T = TypeVar("T")
 _LEAVE_SECONDS = 10
 
 
@@ -135,6 +138,13 @@ def poll(doing: str, slow: bool = False) -> None:
     # Of several processes, JAX's notifier has the SIGTERM of any; they learn of it and agree on a count to stop at.
     if multihost_utils.reached_preemption_sync_point(_job.polls) if jax.process_count() > 1 else _job.asked:
         raise Preempted(doing)
+
+
+def polled(items: Iterable[T], doing: str) -> Iterator[T]:
+    """The items, with a `poll` once each is there and before it is worked on; the first is slow, since it compiles."""
+    for number, item in enumerate(items, 1):
+        poll(f"{doing} {number}", slow=number == 1)
+        yield item
 
 
 def poll_alone(doing: str) -> None:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.distributed.placement import Placement, Rules
-from ministral_jax.distributed.processes import poll
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Hidden
 from ministral_jax.models.spec import ModelSpec
@@ -53,13 +52,13 @@ def _compile_reading(head: LossHead) -> Callable[..., tuple[dict[str, jax.Array]
 
 
 # Once for all stages of a process that evaluate the size. Any: a type checker takes frozen models for unhashable.
-_forward: Any = cache(_compile)
-_reading: Any = cache(_compile_reading)
+forward: Any = cache(_compile)
+reading: Any = cache(_compile_reading)
 
 
 def taught_by(spec: ModelSpec, compute: Compute, placement: Placement) -> Taught:
     """A model as a teacher: its parameters are the constants."""
-    return lambda params, batch: (_forward(spec, compute, placement)(params, batch), params)
+    return lambda params, batch: (forward(spec, compute, placement)(params, batch), params)
 
 
 def make_evaluate(
@@ -83,14 +82,13 @@ def make_evaluate(
 
     def evaluate(params: Params, constants: Params | None, batches: Iterable[Batch]):
         outputs, predictions = [], []
-        for number, batch in enumerate(batches, 1):
-            poll(f"evaluating batch {number}", slow=number == 1)
+        for batch in batches:
             targets = None
             if taught is not None and constants is not None:
                 their_states, theirs = taught(constants, batch)
                 targets = (their_states, head(theirs))
-            states = _forward(spec, compute, placement)(params, batch)
-            read = _reading(LossHead(placement, teacher_rules or placement.rules))
+            states = forward(spec, compute, placement)(params, batch)
+            read = reading(LossHead(placement, teacher_rules or placement.rules))
             total, predicted = jax.device_get(read(states, head(params), targets, batch))
             outputs.append(total)
             predictions.append(predicted[:, np.argsort(placement.order(predicted.shape[1]))])

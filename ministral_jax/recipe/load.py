@@ -10,29 +10,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ministral_jax.config import (
-    KINDS,
-    DataStage,
-    DistillStage,
-    ExportStage,
-    ImportStage,
-    ModelRef,
-    ODPOStage,
-    OnlineStage,
-    PruneStage,
-    Recipe,
-    RecordStage,
-    RewardStage,
-    SFTStage,
-    Stage,
-    TrainStage,
-)
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.errors import UserError
-from ministral_jax.losses.targets import check_options
-from ministral_jax.models.spec import PRESETS, ModelSpec
-from ministral_jax.recipe.explain import explain, suggest
+from ministral_jax.explain import explain, suggest
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.recipe.types import Recipe
+from ministral_jax.settings import merge
+from ministral_jax.stages import Graph, Stage, verbs
 
 PACKAGED_CONFIGS = Path(__file__).parents[1] / "configs"
 """Where a wheel keeps the recipes of the repository's `configs/`."""
@@ -51,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     raw = _read_yaml(find_recipe(path))
     for override in overrides:
         _override(raw, override)
-    recipe = expand_baselines(_validate(_apply_defaults(raw), str(path)))
+    recipe = add_companions(_validate(_apply_defaults(raw), str(path)))
     order(recipe)
     return recipe
 
@@ -85,13 +70,6 @@ def _unshare(node: Any) -> Any:
     return [_unshare(value) for value in node] if isinstance(node, list) else node
 
 
-def merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`: mappings key by key, anything else replaced."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
-    return over
-
-
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -122,17 +100,18 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:  # said once here, not once for every stage that inherits it
         problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
         raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    kinds = verbs()
     shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
     for kind in defaults:
-        if kind not in KINDS:
-            raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, KINDS)}")
+        if kind not in kinds:
+            raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, kinds)}")
     stages = {}
     for name, stage in raw["stages"].items():
-        if not isinstance(stage, dict) or stage.get("do") not in KINDS:
+        if not isinstance(stage, dict) or stage.get("do") not in kinds:
             got = stage.get("do") if isinstance(stage, dict) else stage
-            raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(KINDS)}{suggest(str(got), KINDS)}")
+            raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(kinds)}{suggest(str(got), kinds)}")
         stage = merge(defaults.get(stage["do"], {}), stage)
-        if data is not None and stage["do"] not in ("import", "export"):
+        if data is not None and "data" in kinds[stage["do"]].model_fields:
             stage["data"] = _without_nulls(merge(data, stage.get("data", {})))
         for key, value in shared.items():
             stage[key] = merge(value, stage.get(key, {}))
@@ -165,43 +144,13 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: " + "; ".join(explain(problem, Recipe) for problem in error.errors())) from None
 
 
-def scratch_name(stage: str) -> str:
-    return f"{stage}-scratch"
-
-
-def expand_baselines(recipe: Recipe) -> Recipe:
-    """Add `<stage>-scratch` after every distil stage that asks for a baseline: equal but for its first weights."""
-    stages: dict[str, Any] = {}
+def add_companions(recipe: Recipe) -> Recipe:
+    """Add what stages bring along, each behind its stage: `<stage>-scratch` after a distil stage with a baseline."""
+    stages: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
         stages[name] = stage
-        if not (isinstance(stage, DistillStage) and stage.baseline):
-            continue
-        before = recipe.stages.get(stage.source or "")
-        if isinstance(before, DistillStage) and before.baseline:
-            changes = {"source": scratch_name(stage.source or "")}
-        else:
-            spec = resolve_specs(recipe, [name])[name]
-            changes = {"source": None, "model": spec.model_dump(mode="json")}
-        stages[scratch_name(name)] = stage.model_copy(update={"baseline": False, **changes})
+        stages |= stage.companions(name, recipe.stages, lambda name=name: resolve_specs(recipe, [name])[name])
     return recipe.model_copy(update={"stages": stages})
-
-
-def guide(stage: Stage) -> tuple[str, str] | None:
-    """The other stage that a stage needs beside its source, after what it does there: ("teacher", name) or ("judge",
-    name)."""
-    if isinstance(stage, (DistillStage, SFTStage)) and stage.teacher_stage is not None:
-        return "teacher", stage.teacher_stage
-    if isinstance(stage, ODPOStage) and stage.judge is not None:
-        return "judge", stage.judge
-    return None
-
-
-def inputs(stage: Stage) -> dict[str, str]:
-    """Stages that must be finished first, by their role: the source is the parent."""
-    needed = {} if stage.source is None else {"parent": stage.source}
-    if (other := guide(stage)) is not None and other[1] != stage.source:
-        needed[other[0]] = other[1]
-    return needed
 
 
 def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
@@ -211,7 +160,7 @@ def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
     Raises:
         UserError: a stage that does not exist, or a cycle.
     """
-    graph = {name: list(inputs(stage).values()) for name, stage in recipe.stages.items()}
+    graph = {name: list(stage.inputs().values()) for name, stage in recipe.stages.items()}
     for name, needed in graph.items():
         for other in needed:
             if other not in graph:
@@ -249,129 +198,25 @@ def _file_order(recipe: Recipe, graph: dict[str, list[str]], chosen: set[str]) -
     return list(done)
 
 
-def resolve_model(ref: ModelRef | None, source: ModelSpec | None, where: str) -> ModelSpec:
-    """The sizes a stage works on: a preset, or the source's sizes with overrides.
-
-    Raises:
-        UserError: unknown preset or key, inconsistent sizes, overrides without anything to override.
-    """
-    if ref is None:
-        if source is None:
-            raise UserError(f"{where}.model is required when the stage has no `from`")
-        return source
-    if isinstance(ref, str):
-        return _preset(ref, where)
-    changes = dict(ref)
-    preset = changes.pop("preset", None)
-    base = _preset(preset, where) if preset is not None else source
-    raw = merge(base.model_dump(mode="json"), changes) if base is not None else changes
-    try:
-        return ModelSpec.model_validate(raw)
-    except ValidationError as error:
-        problems = (explain(problem, ModelSpec, f"{where}.model.") for problem in error.errors())
-        raise UserError("; ".join(problems)) from None
-
-
-def _preset(name: str, where: str) -> ModelSpec:
-    if name not in PRESETS:
-        raise UserError(f"{where}.model: no preset {name!r}{suggest(name, PRESETS)}")
-    return PRESETS[name]
-
-
 def resolve_specs(recipe: Recipe, wanted: Iterable[str] = ()) -> dict[str, ModelSpec]:
     """Sizes of the results of the wanted stages (all when none is named) and of what they need, by walking the graph;
     an imported model's are read from its `config.json`.
 
     Raises:
-        UserError: see `resolve_model`; also a prune target larger than its source, a teacher with another vocabulary,
-            one that was not or not so recorded, a source that is no model.
+        UserError: a source that is no model, or what a stage finds wrong with its inputs, see `Stage.resolve`.
     """
     specs: dict[str, ModelSpec] = {}
     for name in order(recipe, wanted or recipe.stages):
-        stage = recipe.stages[name]
-        source = specs[stage.source] if stage.source is not None else None
-        where = f"stages.{name}"
-        if stage.source is not None and isinstance(recipe.stages[stage.source], (RecordStage, ExportStage)):
+        stage, where = recipe.stages[name], f"stages.{name}"
+        if stage.source is not None and not recipe.stages[stage.source].makes_model:
             raise UserError(f"{where}.from = {stage.source!r} must be a stage that makes a model")
-        if isinstance(stage, ImportStage):
-            from ministral_jax.interop.hf import read_spec
-
-            specs[name] = read_spec(Path(stage.path))
-        elif isinstance(stage, (TrainStage, PruneStage, DistillStage, SFTStage)):
-            specs[name] = resolve_model(stage.model, source, where)
-            _check_sizes(stage, specs[name], source, where)
-        else:
-            assert source is not None
-            specs[name] = source
-            _check_sizes(stage, source, source, where)
-        if (other := guide(stage)) is not None:
-            role, guiding = other
-            if isinstance(stage, (DistillStage, SFTStage)):
-                _check_teacher(stage, guiding, recipe.stages[guiding], where)
-            elif not isinstance(recipe.stages[guiding], RewardStage):
-                raise UserError(f"{where}.judge = {guiding!r} must be a reward stage")
-            theirs = specs[guiding].vocab
-            if theirs != specs[name].vocab:
-                raise UserError(
-                    f"{where}: its vocabulary of {specs[name].vocab} differs from the {theirs} of {role} {guiding!r}; "
-                    "both need the same one"
-                )
+        specs[name] = stage.resolve(Graph(recipe.stages, specs), where)
     return specs
 
 
-def _check_teacher(stage: DistillStage | SFTStage, name: str, teacher: Stage, where: str) -> None:
-    """A model teaches directly, a record stage as a store that holds what the student will read."""
-    if isinstance(stage.teacher, str):
-        if isinstance(teacher, RecordStage):
-            raise UserError(f"{where}.teacher = {name!r} is a record stage; write it as {{store: {name}}}")
-        if isinstance(teacher, ExportStage):
-            raise UserError(f"{where}.teacher = {name!r} must be a stage that makes a model")
-        return
-    if not isinstance(teacher, RecordStage):
-        raise UserError(
-            f"{where}.teacher.store = {name!r} must be a record stage; a model is named as `teacher: {name}`"
-        )
-    try:
-        check_options(stage.loss, teacher.codec.kind)
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from None
-    if stage.batch.length != teacher.batch.length:
-        raise UserError(
-            f"{where}.batch.length = {stage.batch.length} differs from the {teacher.batch.length} of the rows that "
-            f"{name!r} records"
-        )
-    if stage.evaluate.rows > teacher.held_out_rows:
-        raise UserError(
-            f"{where}.evaluate.rows = {stage.evaluate.rows} is more than stages.{name}.held_out_rows = "
-            f"{teacher.held_out_rows}"
-        )
-    needed = stage.steps * stage.batch.sequences
-    if teacher.rows is not None and (stage.seed != teacher.seed or needed > teacher.rows):
-        raise UserError(
-            f"{where} reads {needed} rows in the order of seed {stage.seed}, {name!r} records the first {teacher.rows} "
-            f"in the order of seed {teacher.seed}; raise stages.{name}.rows, leave it out (all rows), or use one seed"
-        )
-
-
-_SHAPE_KEYS = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width", "vocab", "tied", "vision")
-
-
-def _check_sizes(stage: Stage, spec: ModelSpec, source: ModelSpec | None, where: str) -> None:
-    if isinstance(stage, PruneStage) and source is not None:
-        from ministral_jax.pruning.prune import check_target
-
-        check_target(source, spec, where)
-    elif source is not None:
-        for key in _SHAPE_KEYS:
-            if getattr(spec, key) != getattr(source, key):
-                raise UserError(
-                    f"{where}.model.{key} = {getattr(spec, key)} differs from the {getattr(source, key)} of its source "
-                    f"{stage.source!r}; only a prune stage changes sizes"
-                )
-    if isinstance(stage, DataStage) and stage.batch.length > spec.context:
-        raise UserError(f"{where}.batch.length = {stage.batch.length} exceeds the model's context of {spec.context}")
-    if isinstance(stage, OnlineStage) and stage.max_prompt_length >= spec.context:
-        raise UserError(
-            f"{where}.max_prompt_length = {stage.max_prompt_length} leaves no room in the model's context of "
-            f"{spec.context}"
-        )
+def lineage(recipe: Recipe, last: str) -> list[str]:
+    """A child's stages from its surgery (or its first stage) to `last`."""
+    names = [last]
+    while not recipe.stages[names[0]].prunes and (source := recipe.stages[names[0]].source) is not None:
+        names.insert(0, source)
+    return names

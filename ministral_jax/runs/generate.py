@@ -25,7 +25,7 @@ from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import param_shardings
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, stream
-from ministral_jax.stages.job import load_stage
+from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.manifest import read_manifest
 
 ROWS = 16

@@ -6,32 +6,77 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.config import DistillStage, PruneStage, Recipe
+from pydantic import BaseModel, Field
+
 from ministral_jax.files import read_jsonl, write_json
-from ministral_jax.recipe.load import scratch_name
+from ministral_jax.recipe.load import lineage
+from ministral_jax.recipe.types import Recipe
+from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.manifest import Manifest, finished, read_manifest
 
-Figures = dict[str, Any]
+Rows = list[dict[str, Any]]
 
 
-def write_summary(recipe: Recipe, run_dir: Path) -> Figures:
+class Member(BaseModel):
+    """A model of the family: its size, what it was trained on, and held-out figures."""
+
+    parameters: int
+    decoder_parameters: int
+    flops_per_token: int
+    """Forward, of a token that sees no other."""
+    tokens: int
+    bits_per_byte: float | None
+    digit_accuracy: float | None
+
+
+class Parent(Member):
+    stage: str
+
+
+class Child(Member):
+    """`tokens` are those of the distil stages of its own; KL is to the teacher, nats per token."""
+
+    tokens_lineage: int
+    """Distillation tokens on the whole path from the family's parent."""
+    kl_after_surgery: float
+    kl_final: float
+    kl_scratch: float | None = None
+    """Of the baseline: same shape, data, tokens and teacher, from random weights."""
+    token_speedup: float | None = None
+    stages: dict[str, str]
+    """By role: `pruned`, `short`, `base`, and with a baseline `scratch_short`, `scratch_base`."""
+
+
+class Summary(BaseModel):
+    """`summary.json`."""
+
+    name: str
+    parent: Parent | None = None
+    children: dict[str, Child] = Field(default_factory=dict)
+    wall_seconds: float
+    """Of all finished stages, and of packing data."""
+
+
+def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     """Write `summary.json` and `samples.json` from whatever is finished, and return the summary."""
-    family = recipe.family
-    summary: Figures = {"name": recipe.name, "parent": None, "children": {}}
+    family, parent = recipe.family, None
     if family is not None and (manifest := read_manifest(run_dir / family.parent)) is not None:
-        summary["parent"] = {"stage": family.parent, **_model_figures(manifest)}
-    for child, last in (family.children if family else {}).items():
-        if read_manifest(run_dir / last) is not None:
-            summary["children"][child] = _child_figures(recipe, run_dir, last)
+        parent = Parent(stage=family.parent, **_member(manifest))
+    children = {
+        child: _child(recipe, run_dir, last)
+        for child, last in (family.children if family else {}).items()
+        if read_manifest(run_dir / last) is not None
+    }
     manifests = [m for name in recipe.stages if (m := read_manifest(run_dir / name)) is not None]
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
-    summary["wall_seconds"] = round(sum(m.seconds for m in manifests) + besides, 1)
-    write_json(run_dir / "summary.json", summary)
+    wall = round(sum(m.seconds for m in manifests) + besides, 1)
+    summary = Summary(name=recipe.name, parent=parent, children=children, wall_seconds=wall)
+    write_json(run_dir / "summary.json", summary.model_dump(mode="json"))
     write_json(run_dir / "samples.json", _samples(recipe, run_dir))
     return summary
 
 
-def _model_figures(manifest: Manifest) -> Figures:
+def _member(manifest: Manifest) -> dict[str, Any]:
     spec, metrics = manifest.spec, manifest.metrics
     return {
         "parameters": spec.parameters,
@@ -43,54 +88,41 @@ def _model_figures(manifest: Manifest) -> Figures:
     }
 
 
-def lineage(recipe: Recipe, last: str) -> list[str]:
-    """A child's stages from its surgery (or its first stage) to `last`."""
-    names = [last]
-    while not isinstance(recipe.stages[names[0]], PruneStage) and recipe.stages[names[0]].source is not None:
-        names.insert(0, recipe.stages[names[0]].source or "")
-    return names
-
-
-def _child_figures(recipe: Recipe, run_dir: Path, last: str) -> Figures:
+def _child(recipe: Recipe, run_dir: Path, last: str) -> Child:
     names = lineage(recipe, last)
-    distilled = [name for name in names if isinstance(recipe.stages[name], DistillStage)]
+    distilled = [name for name in names if recipe.stages[name].distils]
     manifests = {name: finished(run_dir / name) for name in names}
-    scratch = [scratch_name(name) for name in distilled]
-    finished_scratch = bool(scratch) and all(read_manifest(run_dir / name) for name in scratch)
-    stages = {"pruned": names[0], "short": distilled[0], "base": distilled[-1]}
-    figures: Figures = {
-        **_model_figures(manifests[last]),
+    figures = {
+        **_member(manifests[last]),
         "tokens": sum(manifests[name].tokens for name in distilled),
         "tokens_lineage": _tokens_of_ancestors(recipe, run_dir, last),
         "kl_after_surgery": _evaluations(run_dir, distilled[0])[0]["kl"],
         "kl_final": manifests[last].metrics["kl"],
-        "kl_scratch": None,
-        "token_speedup": None,
     }
-    if finished_scratch:
+    stages = {"pruned": names[0], "short": distilled[0], "base": distilled[-1]}
+    scratch = [scratch_name(name) for name in distilled]
+    if scratch and all(read_manifest(run_dir / name) for name in scratch):
         stages |= {"scratch_short": scratch[0], "scratch_base": scratch[-1]}
-        final = finished(run_dir / scratch[-1])
-        figures["kl_scratch"] = final.metrics["kl"]
+        figures["kl_scratch"] = finished(run_dir / scratch[-1]).metrics["kl"]
         figures["token_speedup"] = token_speedup(_evaluations(run_dir, distilled[0]), _evaluations(run_dir, scratch[0]))
-    return {**figures, "stages": stages}
+    return Child(**figures, stages=stages)
 
 
 def _tokens_of_ancestors(recipe: Recipe, run_dir: Path, name: str | None) -> int:
     """Distillation tokens spent on the whole path from the family's parent to a stage."""
     total = 0
     while name is not None:
-        if isinstance(recipe.stages[name], DistillStage):
-            made = read_manifest(run_dir / name)
-            total += made.tokens if made else 0
+        made = read_manifest(run_dir / name)
+        total += made.tokens if made is not None and recipe.stages[name].distils else 0
         name = recipe.stages[name].source
     return total
 
 
-def _evaluations(run_dir: Path, stage: str) -> list[Figures]:
+def _evaluations(run_dir: Path, stage: str) -> Rows:
     return [r for r in read_jsonl(run_dir / stage / "metrics.jsonl") if r["kind"] == "eval"]
 
 
-def token_speedup(pruned: list[Figures], scratch: list[Figures]) -> float | None:
+def token_speedup(pruned: Rows, scratch: Rows) -> float | None:
     """Tokens of the scratch run over the tokens after which the pruned start had reached the scratch run's final KL.
 
     Both are the short-context stage, evaluated on the same held-out rows. The crossing is interpolated linearly between
@@ -108,13 +140,13 @@ def token_speedup(pruned: list[Figures], scratch: list[Figures]) -> float | None
     return None
 
 
-def _samples(recipe: Recipe, run_dir: Path) -> Figures:
-    """The parent's held-out image questions with every model's answer beside the right one."""
+def _samples(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """The parent's held-out image questions with every model's answers beside the right one."""
     family = recipe.family
     if family is None or not (run_dir / family.parent / "samples.json").is_file():
         return {"images": []}
     models = {"parent": family.parent, **family.children}
-    found: dict[str, dict[str, Figures]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for model, stage in models.items():
         if (path := run_dir / stage / "samples.json").is_file():
             found[model] = {s["png"]: s for s in json.loads(path.read_text(encoding="utf-8"))["images"]}

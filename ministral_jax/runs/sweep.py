@@ -22,34 +22,16 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from ministral_jax.config import DistillStage, ExportStage, Recipe
 from ministral_jax.errors import UserError
-from ministral_jax.recipe.explain import explain, suggest
-from ministral_jax.recipe.load import find_recipe, inputs, load_recipe, order, resolve_specs
+from ministral_jax.explain import explain, suggest
+from ministral_jax.recipe.load import find_recipe, load_recipe, order, resolve_specs
+from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import identity
 from ministral_jax.settings import Frozen
+from ministral_jax.stages import figures
 
-METRICS = (
-    "kl",
-    "ce",
-    "ece",
-    "bits_per_byte",
-    "digit_accuracy",
-    "reward_accuracy",
-    "reward",
-    "win_rate",
-    "loop_rate",
-    "judge_accuracy",
-    "judge_ece_before",
-    "judge_ece",
-    "kl_to_source",
-    "bytes_per_token",
-    "tail_mass",
-)
-"""Figures of a manifest. Held-out: of the loop `kl` (distil stages), `ce`, `ece`, `bits_per_byte`, `digit_accuracy`; of
-answers `reward_accuracy`, `reward`, `loop_rate` and, of an odpo stage, `win_rate`; of a judge its accuracy and its
-calibration error, raw and calibrated; of a prune stage `kl_to_source`. Of a record stage `bytes_per_token` and, for
-topk, `tail_mass`."""
+METRICS = tuple(figures())
+"""Held-out figures of the verbs, as manifests have them."""
 
 LONGEST_NAME = 120
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -325,8 +307,8 @@ def stage_directories(recipe: Recipe, wanted: Iterable[str]) -> dict[str, str]:
     names, specs, hashes = order(recipe, wanted), resolve_specs(recipe), {}
     for name in names:
         made_of = [
-            identity(recipe, name, specs[name]),
-            [hashes[other] for other in inputs(recipe.stages[name]).values()],
+            identity(recipe.stages[name], specs[name]),
+            [hashes[other] for other in recipe.stages[name].inputs().values()],
         ]
         hashes[name] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return {name: f"{name}-{hashes[name][:10]}" for name in names}
@@ -384,8 +366,8 @@ def _last_stages(recipe: Recipe, names: list[str]) -> list[str]:
     children = recipe.family.children.values() if recipe.family else ()
     if found := [name for name in children if name in names]:
         return found
-    models = [name for name in names if not isinstance(recipe.stages[name], ExportStage)]
-    used = {other for name in models for other in inputs(recipe.stages[name]).values()}
+    models = [name for name in names if recipe.stages[name].makes_model or recipe.stages[name].figures]
+    used = {other for name in models for other in recipe.stages[name].inputs().values()}
     last = [name for name in models if name not in used]
     return [name for name in last if not name.endswith("-scratch")] or last
 
@@ -393,7 +375,7 @@ def _last_stages(recipe: Recipe, names: list[str]) -> list[str]:
 def _curve(recipe: Recipe, last: str) -> tuple[str, ...]:
     chain: list[str] = []
     name: str | None = last
-    while name is not None and isinstance(recipe.stages[name], DistillStage):
+    while name is not None and recipe.stages[name].distils:
         chain.insert(0, name)
         name = recipe.stages[name].source
     return tuple(chain)

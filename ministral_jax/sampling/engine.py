@@ -133,7 +133,7 @@ def stream(
         _check(prompt, spec, f"prompt {number}")
     if options.stop_strings and decode is None:
         raise UserError(f"stop strings {list(options.stop_strings)} need a tokenizer, `decode`")
-    place = _by_rows(placement)
+    place = by_rows(placement)
     choice = Choice(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
     run = programs(spec, compute, place, choice, options.stop_ids, options.chunk)
     shards = int(np.prod([place.mesh.shape[axis] for axis in place.rules.batch]))
@@ -166,7 +166,7 @@ def stream(
         yield list(texts)
 
 
-def _by_rows(placement: Placement) -> Placement:
+def by_rows(placement: Placement) -> Placement:
     """Rows over the devices that else cut the tokens of a row, which here come one by one."""
     rules = placement.rules
     update = {"batch": (*rules.batch, *rules.length), "length": ()}

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.interop.hf import export_hf
-from ministral_jax.stages.job import Job, Result, load_stage
+from ministral_jax.stages.base import Job, Result, Stage, load_stage
 from ministral_jax.stages.manifest import finished
 
 
-def run(job: Job) -> Result:
-    assert job.source is not None
-    export_stage(job.source, job.directory / "hf", job.stage.dtype, job.placement)
-    return Result()
+class Export(Stage):
+    """Write `from` as a Hugging Face directory, tokenizer included."""
+
+    makes_model: ClassVar = False
+
+    do: Literal["export"]
+    source: str = Field(alias="from")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def run(self, job: Job[Export]) -> Result:
+        export_stage(job.source, job.directory / "hf", self.dtype, job.placement)
+        return Result()
 
 
 def export_stage(stage_directory: Path, destination: Path, dtype: str, placement: Placement | None = None) -> None:

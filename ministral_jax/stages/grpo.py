@@ -3,59 +3,113 @@ each other; no critic, no reference, no KL."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, field_validator
 
+from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Arrays, Sampler, training_rows
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, token_weights
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix
-from ministral_jax.stages.distill import FROZEN
-from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.looped import make_update
+from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
+from ministral_jax.stages.base import Job, Program, Result, load_stage
+from ministral_jax.stages.figures import ANSWERS, Curve
+from ministral_jax.stages.looped import FROZEN, update_program
 from ministral_jax.stages.online import (
     Answers,
-    Online,
-    Prompts,
+    OnlineLearner,
+    OnlineStage,
     added,
     conduct_metrics,
-    open_stage_prompts,
+    policy_batch,
     reward_metrics,
 )
+from ministral_jax.stages.prompts import open_stage_prompts, sampler_programs
 from ministral_jax.training.goodput import Clock
-from ministral_jax.training.state import LossFn, split_frozen
+from ministral_jax.training.state import LossFn, State, split_frozen
+from ministral_jax.training.train import StepMetrics
 
 
-def run(job: Job) -> Result:
-    stage, clock, prompts = job.stage, Clock(), open_stage_prompts(job)
-    sampler = Sampler(job.spec, stage.compute, job.placement, prompts.tokenizer, stage.temperature)
-    assert job.source is not None
-    trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
-    loss = objective(job.spec, stage.compute, stage.loss, stage.temperature, LossHead(job.placement))
-    updates = stage.steps * stage.steps_per_generation * stage.num_iterations
-    update = make_update(job, loss, trainable, updates, stage.microbatches)
-    with Online(job, prompts, sampler, clock) as online:
+class GRPO(OnlineStage):
+    """Group relative policy optimisation, as in Magistral: no reference, no KL."""
 
-        def step(state: Any, asked: Prompts) -> tuple[Any, Any]:
-            answers = online.answers({**state["params"], **fixed}, asked, stage.num_generations)
-            scores = online.scores(answers.samples)
-            clock.switch("step")
-            batches, signal = minibatches(stage, job.spec, answers, scores.total)
-            metrics = []
-            for batch in batches * stage.num_iterations:
-                state, found = update(state, fixed, job.placement.place_whole(batch))
-                metrics.append(found)
-            host = {**reward_metrics(scores), **conduct_metrics(answers.samples), "groups_with_signal": signal}
-            return state, {**host, **added(metrics)}
+    figures: ClassVar = ANSWERS
+    curve: ClassVar = Curve("reward", "reward", "step")
 
-        def evaluate(state: Any) -> dict[str, float]:
-            return online.examiner.figures({**state["params"], **fixed})
+    do: Literal["grpo"]
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    num_generations: int = Field(default=8, ge=2)
+    """Completions of each prompt, compared with each other."""
+    steps_per_generation: int = Field(default=1, ge=1)
+    """Updates into which the prompts of a step are split."""
+    num_iterations: int = Field(default=1, ge=1)
+    """How often a step goes over its completions."""
+    mask_truncated_completions: bool = False
+    """Whether the tokens of completions that reached the limit are left out of the loss."""
+    rewards: RewardsConfig
+    loss: PolicyOptions = PolicyOptions()
 
-        return online.run(trainable, updates, step, evaluate, fixed)
+    @field_validator("steps_per_generation")
+    @classmethod
+    def _divides(cls, value: int, info: Any) -> int:
+        if info.data.get("prompts", value) % value:
+            raise ValueError(f"must divide prompts = {info.data['prompts']}")
+        return value
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_generations
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.steps_per_generation
+
+    def programs(self, job: Job[GRPO]) -> dict[str, Program]:
+        trainable, fixed = split_frozen(placed_params(job.spec, job.placement), FROZEN)
+        loss = objective(job.spec, self.compute, self.loss, self.temperature, LossHead(job.placement))
+        updates = self.steps * self.steps_per_generation * self.num_iterations
+        step = update_program(job, loss, trainable, updates, self.microbatches)
+        rows = self.prompts * self.num_generations // self.steps_per_generation
+        batch = policy_batch(job, rows, ("old_logprobs", "advantages", "weights"))
+        return {
+            **sampler_programs(job, self.temperature, self.prompts, self.num_generations, self.max_prompt_length),
+            "step": Program(step.function, (*step.arguments, fixed, batch)),
+        }
+
+    def run(self, job: Job[GRPO]) -> Result:
+        clock, prompts = Clock(), open_stage_prompts(job)
+        job = job.with_tokens(prompts.tokenizer)
+        sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature)
+        trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
+        with _Learner(job, prompts, sampler, fixed, clock) as learner:
+            return learner.run(trainable)
+
+
+class _Learner(OnlineLearner):
+    stage: GRPO
+
+    def __init__(self, job: Job[GRPO], *args: Any):
+        super().__init__(job, *args)
+        self.update = self.stage.programs(job)["step"].function
+
+    @property
+    def updates(self) -> int:
+        return super().updates * self.stage.num_iterations
+
+    def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
+        scores = self.scores(answers.samples)
+        self.clock.switch("step")
+        batches, signal = minibatches(self.stage, self.job.spec, answers, scores.total)
+        metrics = []
+        for batch in batches * self.stage.num_iterations:
+            state, found = self.update(state, self.fixed, self.job.placement.place_whole(batch))
+            metrics.append(found)
+        host = {**reward_metrics(scores), **conduct_metrics(answers.samples), "groups_with_signal": signal}
+        return state, {**host, **added(metrics)}
 
 
 def objective(spec: ModelSpec, compute: Compute, options: PolicyOptions, temperature: float, heads: LossHead) -> LossFn:
@@ -75,7 +129,7 @@ def objective(spec: ModelSpec, compute: Compute, options: PolicyOptions, tempera
 
 
 def minibatches(
-    stage: Any, spec: ModelSpec, answers: Answers, rewards: np.ndarray
+    stage: GRPO, spec: ModelSpec, answers: Answers, rewards: np.ndarray
 ) -> tuple[list[Arrays], tuple[float, float]]:
     """The batches of a step's updates, each of whole groups, and how many groups had a signal, as (sum, count).
 

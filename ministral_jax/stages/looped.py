@@ -1,174 +1,164 @@
-"""What the stages that train share: data, evaluation, resume state and the loop around an objective."""
+"""A stage that trains on packed rows: the programs of its objective, and the learner that the loop drives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-
-from ministral_jax.config import DataStage, Looped, PruneStage, Steps
-from ministral_jax.data.pipeline import Join, PackedData, batches, held_out, prepare
-from ministral_jax.distributed.placement import Placement
-from ministral_jax.losses.evaluation import make_evaluate
+from ministral_jax.data.pipeline import Join, PackedData
+from ministral_jax.distributed.processes import polled
+from ministral_jax.losses.evaluation import Evaluate, make_evaluate
+from ministral_jax.models.vlm import placed_params
+from ministral_jax.stages.base import Job, Params, Program, Result
 from ministral_jax.stages.image_answers import write_samples
-from ministral_jax.stages.job import Job, Params, Result
+from ministral_jax.stages.rows import (
+    Batches,
+    EvaluateConfig,
+    RowStage,
+    abstract_batch,
+    data_details,
+    evaluation_programs,
+    held_out_batches,
+    train_batches,
+)
 from ministral_jax.teachers.teacher import Teacher
-from ministral_jax.training.checkpoint import ResumeStore
 from ministral_jax.training.goodput import Clock
-from ministral_jax.training.loop import Outcome, Schedule, fit, restore
-from ministral_jax.training.metrics import StageLog
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import (
     LossFn,
+    Metrics,
+    State,
     abstract_state,
-    init_state,
     make_step,
     split_frozen,
     state_shardings,
 )
+from ministral_jax.training.train import Outcome, Schedule, Steps, train
 
-Batches = Iterator[dict[str, Any]]
-
-
-def open_data(job: Job) -> PackedData:
-    """The packed rows of the stage's length; the cascade had them made before its first stage."""
-    stage = job.stage
-    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root)
+FROZEN = ("vision",)
+"""What a student keeps of its teacher as it is."""
 
 
-def data_details(data: PackedData) -> dict[str, str]:
-    """What the manifest says of the data."""
-    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest}
+class Looped(RowStage, Steps):
+    """A stage that trains on packed rows."""
+
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
-def train_batches(
-    job: Job, data: PackedData, start: int = 0, stop: int | None = None, join: Join | None = None
-) -> Batches:
-    """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
-    stage: DataStage = job.stage
-    count = stage.batch.sequences
-    rows = batches(data, "train", count, stage.seed, start, stop, job.placement.rows(count), join)
-    return _placed(job.placement, rows, count)
+@dataclass(frozen=True)
+class Objective:
+    """What is learnt from a batch.
 
-
-def held_out_batches(job: Job, data: PackedData, join: Join | None = None) -> Batches:
-    """A pass over the held-out rows."""
-    stage: Looped | PruneStage = job.stage
-    count = stage.batch.sequences
-    rows = held_out(data, count, stage.evaluate.rows, job.placement.rows(count), join)
-    return _placed(job.placement, rows, count)
-
-
-def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
-    """The next batch goes to the devices, in a thread, while they work on this one."""
-
-    def fetch() -> dict[str, Any] | None:
-        batch = next(rows, None)
-        return None if batch is None else placement.place(batch, count)
-
-    try:
-        with ThreadPoolExecutor(1, "placing") as ahead:
-            coming = ahead.submit(fetch)
-            while (batch := coming.result()) is not None:
-                coming = ahead.submit(fetch)
-                yield batch
-    finally:
-        getattr(rows, "close", lambda: None)()
-
-
-def run_loop(
-    job: Job,
-    data: PackedData,
-    params: Params,
-    loss: LossFn,
-    flops_per_token: float,
-    frozen: tuple[str, ...] = (),
-    teacher: Teacher | None = None,
-    clock: Clock | None = None,
-    examine: Callable[[Params], dict[str, float]] | None = None,
-) -> Result:
-    """Train `params` by `loss` for the stage's steps, then save them.
-
-    `loss` is called with the frozen part of the parameters and, under `"teacher"`, the teacher's constants. What
-    `examine` finds joins the figures of every evaluation.
+    loss: `(trainable, frozen, batch)`, with the teacher's arrays under `frozen["teacher"]`.
+    frozen: top-level keys of the parameters that stay as they are.
+    teacher: of which the arrays may be abstract.
     """
-    stage: Looped = job.stage
-    trainable, fixed = split_frozen(params, frozen)
-    del params
-    taught = teacher.constants if teacher else None
-    join, held_out_join = (teacher.join, teacher.held_out_join) if teacher else (None, None)
-    constants = {**fixed, "teacher": taught}
-    update = make_update(job, loss, trainable, stage.steps, stage.batch.microbatches)
-    held_out_teacher = teacher.held_out if teacher else None
-    evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out_teacher, job.teacher_placement.rules)
-    predictions: list[Any] = []
 
-    def evaluate(state: Any) -> dict[str, float]:
-        params = {**state["params"], **fixed}
-        figures, predictions[:] = evaluator(params, taught, held_out_batches(job, data, held_out_join))
-        return figures | (examine(params) if examine else {})
+    loss: LossFn
+    frozen: tuple[str, ...] = ()
+    teacher: Teacher | None = None
 
-    outcome, store = run_steps(
-        job,
-        trainable,
-        stage.steps,
-        lambda state, batch: update(state, constants, batch),
-        lambda first: train_batches(job, data, first, join=join),
-        evaluate,
-        _schedule(stage, flops_per_token),
-        clock,
-    )
-    files = job.save({**outcome.state["params"], **fixed})
-    write_samples(job.directory / "samples.json", data, stage.batch.sequences, stage.evaluate.rows, predictions)
-    store.delete()
-    tokens = stage.steps * stage.batch.tokens
-    return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, files, {"data": data_details(data)})
+    def flops_per_token(self, job: Job[Looped]) -> float:
+        """Forward and backward through the model, and what the teacher adds."""
+        own = 3 * job.spec.flops_per_token(job.stage.batch.length)
+        return own + (self.teacher.flops_per_token if self.teacher else 0)
 
 
-def make_update(job: Job, loss: LossFn, trainable: Params, updates: int, microbatches: int) -> Any:
-    """One update of the stage's optimiser, `updates` of which its learning rate spans: see `make_step`."""
+def loop_programs(job: Job[Looped], objective: Objective) -> dict[str, Program]:
+    """The update, and the held-out evaluation."""
+    stage, teacher = job.stage, objective.teacher
+    trainable, fixed = split_frozen(placed_params(job.spec, job.placement), objective.frozen)
+    constants = {**fixed, "teacher": teacher.constants if teacher else None}
+    batch = abstract_batch(job) | (teacher.train_arrays if teacher else {})
+    step = update_program(job, objective.loss, trainable, stage.steps, stage.batch.microbatches)
+    return {
+        "step": Program(step.function, (*step.arguments, constants, batch)),
+        **evaluation_programs(job, job.spec, teacher),
+    }
+
+
+def update_program(job: Job[Any], loss: LossFn, trainable: Params, updates: int, microbatches: int) -> Program:
+    """One update of the stage's optimiser, `updates` of which its learning rate spans: see `make_step`. Of its
+    arguments the state alone; `trainable` may be abstract."""
     config = job.stage.optimizer
     rate, optimizer = learning_rate(config, updates), make_optimizer(config, updates)
     shardings = state_shardings(trainable, optimizer)
-    return make_step(job.placement.rules.scoped(loss), optimizer, rate, microbatches, shardings)
+    step = make_step(job.placement.rules.scoped(loss), optimizer, rate, microbatches, shardings)
+    return Program(step, (abstract_state(trainable, optimizer),))
 
 
-def run_steps(
-    job: Job,
-    trainable: Params,
-    updates: int,
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    batches: Callable[[int], Iterator[Any]],
-    evaluate: Callable[[Any], dict[str, float]],
-    schedule: Schedule,
-    clock: Clock | None = None,
-) -> tuple[Outcome, ResumeStore]:
-    """`fit` from the newest saved state of the stage, or from `trainable`. The store is to be deleted when the result
-    is saved."""
-    stage: Steps = job.stage
-    optimizer = make_optimizer(stage.optimizer, updates)
-    store = ResumeStore(job.directory / "state", stage.checkpoint.keep, stage.checkpoint.keep_every)
-    try:
-        abstract = abstract_state(trainable, optimizer)
-        if (found := restore(store, abstract)) is not None:
-            state, start = found
-            jax.tree.map(lambda x: x.delete(), trainable)  # else it would lie beside the state until the end
-        else:
-            state, start = init_state(trainable, optimizer), None
-        log = partial(StageLog, job.directory)
-        return fit(job.name, state, start, step, batches, evaluate, schedule, stage.guard, log, store, clock), store
-    finally:
-        store.close()
+@dataclass
+class RowLearner:
+    """Learns from packed rows; see `training.train.Learner`."""
+
+    job: Job[Looped]
+    data: PackedData
+    update: Callable[..., tuple[State, Metrics]]
+    schedule: Schedule
+    fixed: Params
+    teacher: Teacher | None
+    evaluator: Evaluate
+    examine: Callable[[Params], dict[str, float]] | None
+    predictions: list[Any] = field(default_factory=list)
+    """Of the last evaluation, `[B, T]` per batch: the most probable next tokens."""
+
+    def batches(self, first: int) -> Batches:
+        return train_batches(self.job, self.data, first, join=self._join("train"))
+
+    def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        return self.update(state, {**self.fixed, "teacher": self._constants}, batch)
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        params = {**state["params"], **self.fixed}
+        rows = polled(held_out_batches(self.job, self.data, self._join("held_out")), "evaluating batch")
+        figures, self.predictions = self.evaluator(params, self._constants, rows)
+        return figures | (self.examine(params) if self.examine else {})
+
+    @property
+    def _constants(self) -> Params | None:
+        return self.teacher.constants if self.teacher else None
+
+    def _join(self, split: str) -> Join | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.join if split == "train" else self.teacher.held_out_join
 
 
-def _schedule(stage: Looped, flops_per_token: float) -> Schedule:
-    return Schedule(
-        steps=stage.steps,
+def run_loop(
+    job: Job[Any],
+    data: PackedData,
+    objective: Objective,
+    params: Params,
+    clock: Clock,
+    examine: Callable[[Params], dict[str, float]] | None = None,
+) -> Result:
+    """Train `params` for the stage's steps, then save them. What `examine` finds joins the figures of every
+    evaluation."""
+    stage: Looped = job.stage
+    programs = stage.programs(job)
+    trainable, fixed = split_frozen(params, objective.frozen)
+    del params
+    teacher = objective.teacher
+    schedule = Schedule(
         evaluate_every=stage.evaluate.every,
-        save_every=stage.checkpoint.every,
+        updates=stage.steps,
         tokens_per_step=stage.batch.tokens,
-        flops_per_step=flops_per_token * stage.batch.tokens,
+        flops_per_step=objective.flops_per_token(job) * stage.batch.tokens,
     )
+    held_out = teacher.held_out if teacher else None
+    evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out, job.teacher_placement.rules)
+    update = programs["step"].function
+    learner = RowLearner(job, data, update, schedule, fixed, teacher, evaluator, examine)
+    outcome = train(learner, trainable, stage, job.directory, clock)
+    return _finish(job, learner, outcome)
+
+
+def _finish(job: Job[Any], learner: RowLearner, outcome: Outcome) -> Result:
+    stage, data = job.stage, learner.data
+    files = job.save({**outcome.state["params"], **learner.fixed})
+    path = job.directory / "samples.json"
+    write_samples(path, data, stage.batch.sequences, stage.evaluate.rows, learner.predictions)
+    outcome.store.delete()
+    tokens = stage.steps * stage.batch.tokens
+    return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, files, {"data": data_details(data)})

@@ -3,79 +3,177 @@ a judge prefers becomes more likely, by how sure the judge is."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, model_validator
 from scipy.special import expit
 
 from ministral_jax.alignment.judge import Judge
+from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Params, Sampler, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
+from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.preference import PreferenceOptions, decide, preference_loss
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix
-from ministral_jax.stages.distill import FROZEN
-from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.looped import make_update
+from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
+from ministral_jax.stages.base import Graph, Job, Program, Result, load_stage
+from ministral_jax.stages.figures import ANSWERS, Curve, Figure
+from ministral_jax.stages.looped import FROZEN, update_program
 from ministral_jax.stages.manifest import finished
 from ministral_jax.stages.online import (
     Answers,
     HostMetrics,
-    Online,
-    Prompts,
+    OnlineLearner,
+    OnlineStage,
     conduct_metrics,
-    open_stage_prompts,
+    policy_batch,
     reward_metrics,
 )
+from ministral_jax.stages.prompts import open_stage_prompts, sampler_programs
+from ministral_jax.stages.reward import Reward, judge_program
+from ministral_jax.stages.rows import Packing
+from ministral_jax.stages.teaching import check_vocabulary
 from ministral_jax.training.goodput import Clock
-from ministral_jax.training.state import LossFn, split_frozen
+from ministral_jax.training.state import LossFn, State, split_frozen
+from ministral_jax.training.train import StepMetrics
 
 Batch = dict[str, Any]
+WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher")
 
 
-def run(job: Job) -> Result:
-    stage, clock, prompts = job.stage, Clock(), open_stage_prompts(job)
-    tools = None
-    if stage.tools is not None:
-        tools = ToolBox(resolve(stage.tools, f"stages.{job.name}.tools"), stage.tool_rounds)
-    sampler = Sampler(job.spec, stage.compute, job.placement, prompts.tokenizer, stage.temperature, tools)
-    judge = None if stage.judge is None else _open_judge(job, sampler)
-    assert job.source is not None
-    trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
-    # In the dtype it computes in: the parameters would be cast to that at every use.
-    reference = load_stage(job.source, jnp.dtype(stage.compute.dtype), job.placement)[1]
-    heads = LossHead(job.placement)
-    update = make_update(
-        job, objective(job.spec, stage.compute, stage.loss, heads), trainable, stage.steps, stage.microbatches
-    )
-    rules = job.placement.rules
-    of_reference = jax.jit(rules.scoped(answer_logprobs(job.spec, stage.compute, heads)))
-    with Online(job, prompts, sampler, clock) as online:
+class ODPO(OnlineStage):
+    """Online DPO: of two answers to a prompt, make the one that the judge prefers more likely."""
 
-        def step(state: Any, asked: Prompts) -> tuple[Any, Any]:
-            answers = online.answers({**state["params"], **fixed}, asked, 2)
-            probability, host = _judged(online, judge, answers)
-            clock.switch("step")
-            batch, kept = pairs(answers, probability, job.spec)
-            placed = job.placement.place_whole(batch)
-            placed["reference"] = of_reference(reference, placed)
-            state, metrics = update(state, fixed, placed)
-            return state, {**host, **conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
+    figures: ClassVar = (WIN_RATE, *ANSWERS)
+    curve: ClassVar = Curve("win_rate", None, "step")
 
-        examined: dict[str, np.ndarray] = {}
+    do: Literal["odpo"]
+    temperature: float = Field(default=0.7, gt=0, allow_inf_nan=False)
+    judge: str | None = None
+    """A reward stage; or none, and `rewards` decide."""
+    rewards: RewardsConfig | None = None
+    reward_temperature: float = Field(default=1.0, gt=0)
+    """The first answer wins with probability sigmoid of the rewards' difference over this."""
+    tools: str | None = None
+    """`package.module:function`, called with a tool's name and its arguments: what it returns is the tool's result."""
+    tool_rounds: int = Field(default=2, ge=1)
+    """How often an answer may call tools."""
+    loss: PreferenceOptions = PreferenceOptions()
 
-        def evaluate(state: Any) -> dict[str, float]:
-            if not examined:  # before the answers of the policy: those are what is left to be looked at
-                examined["initial"] = online.examiner.examine(reference)[1]
-            figures, rewards = online.examiner.examine({**state["params"], **fixed})
-            return figures | {"win_rate": win_rate(rewards, examined["initial"])}
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if (self.judge is None) == (self.rewards is None):
+            raise ValueError("needs either a `judge`, the name of a reward stage, or `rewards`")
+        return self
 
-        return online.run(trainable, stage.steps, step, evaluate, fixed)
+    def inputs(self) -> dict[str, str]:
+        needed = super().inputs()
+        if self.judge is not None and self.judge != self.source:
+            needed["judge"] = self.judge
+        return needed
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        if self.judge is not None:
+            if not isinstance(graph.stages[self.judge], Reward):
+                raise UserError(f"{where}.judge = {self.judge!r} must be a reward stage")
+            check_vocabulary(spec, self.judge, "judge", graph, where)
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        if self.tools is not None:
+            resolve(self.tools, f"{job.where}.tools")
+        super().prepare(job, packing)
+
+    def programs(self, job: Job[ODPO]) -> dict[str, Program]:
+        placement, heads = job.placement, LossHead(job.placement)
+        whole = placed_params(job.spec, placement)
+        trainable, fixed = split_frozen(whole, FROZEN)
+        loss = objective(job.spec, self.compute, self.loss, heads)
+        step = update_program(job, loss, trainable, self.steps, self.microbatches)
+        rows = 2 * self.prompts
+        batch = policy_batch(job, rows, ("old_logprobs",))
+        per_row = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=placement.batch_sharding("weights", 1))
+        batch |= {"probability": per_row, "weights": per_row}
+        reference = jax.jit(placement.rules.scoped(answer_logprobs(job.spec, self.compute, heads)))
+        theirs = placed_params(job.spec, placement, jnp.dtype(self.compute.dtype))
+        found = {
+            **sampler_programs(job, self.temperature, self.prompts, 2, self.max_prompt_length),
+            "reference": Program(reference, (theirs, batch)),
+            "step": Program(step.function, (*step.arguments, fixed, batch | {"reference": per_row})),
+        }
+        if self.judge is not None:
+            found["judge"] = judge_program(job, job.graph.specs[self.judge])
+        return found
+
+    def run(self, job: Job[ODPO]) -> Result:
+        clock, prompts = Clock(), open_stage_prompts(job)
+        job = job.with_tokens(prompts.tokenizer)
+        tools = None
+        if self.tools is not None:
+            tools = ToolBox(resolve(self.tools, f"{job.where}.tools"), self.tool_rounds)
+        sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature, tools)
+        trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
+        with _Learner(job, prompts, sampler, fixed, clock) as learner:
+            return learner.run(trainable)
+
+
+class _Learner(OnlineLearner):
+    """With the policy as it was before, the reference, and a judge if there is one."""
+
+    stage: ODPO
+
+    def __init__(self, job: Job[ODPO], *args: Any):
+        super().__init__(job, *args)
+        programs = self.stage.programs(job)
+        self.update, self.logprobs = programs["step"].function, programs["reference"].function
+        # In the dtype it computes in: the parameters would be cast to that at every use.
+        self.reference = load_stage(job.source, jnp.dtype(self.stage.compute.dtype), job.placement)[1]
+        self.judge = None if self.stage.judge is None else _open_judge(job, self.sampler)
+        self.initial_rewards: np.ndarray | None = None
+
+    def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
+        probability, host = self._judged(answers)
+        self.clock.switch("step")
+        batch, kept = pairs(answers, probability, self.job.spec)
+        placed = self.job.placement.place_whole(batch)
+        placed["reference"] = self.logprobs(self.reference, placed)
+        state, metrics = self.update(state, self.fixed, placed)
+        return state, {**host, **conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        if self.initial_rewards is None:  # before the answers of the policy: those are what is left to be looked at
+            self.initial_rewards = self.examiner.examine(self.reference)[1]
+        figures, rewards = self.examiner.examine(self.params(state))
+        return figures | {WIN_RATE.name: win_rate(rewards, self.initial_rewards)}
+
+    def _judged(self, answers: Answers) -> tuple[np.ndarray, HostMetrics]:
+        """`[P]`: that answer a is better than b, and figures. Reasoning is not judged."""
+        samples = answers.samples
+        if self.judge is None:
+            scores = self.scores(samples)
+            found = expit((scores.total[0::2] - scores.total[1::2]) / self.stage.reward_temperature)
+            host = reward_metrics(scores)
+        else:
+            model, params = self.judge
+            a, b = ([sample.answer for sample in samples[place::2]] for place in (0, 1))
+            found = model.win_probability(params, [row.messages for row in answers.rows[0::2]], a, b)
+            host = {}
+        sure = np.abs(found - 0.5) + 0.5
+        return found, {**host, "judge_confidence": (float(np.nansum(sure)), float((~np.isnan(sure)).sum()))}
+
+
+def _open_judge(job: Job[ODPO], sampler: Sampler) -> tuple[Judge, Params]:
+    assert job.stage.judge is not None
+    directory = job.run_dir / job.stage.judge
+    temperature = finished(directory).metrics["judge_temperature"]
+    spec, params = load_stage(directory, jnp.dtype(job.stage.compute.dtype), job.placement)
+    return Judge(spec, job.stage.compute, job.placement, sampler.tokenizer, temperature), params
 
 
 def answer_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Any:
@@ -120,26 +218,3 @@ def pairs(answers: Answers, probability: np.ndarray, spec: ModelSpec) -> tuple[B
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Share of answers with a higher reward than the other's to the same prompt, ties as half."""
     return float(np.mean((ours > theirs) + (ours == theirs) / 2))
-
-
-def _open_judge(job: Job, sampler: Sampler) -> tuple[Judge, Params]:
-    directory = job.run_dir / job.stage.judge
-    temperature = finished(directory).metrics["judge_temperature"]
-    spec, params = load_stage(directory, jnp.dtype(job.stage.compute.dtype), job.placement)
-    return Judge(spec, job.stage.compute, job.placement, sampler.tokenizer, temperature), params
-
-
-def _judged(online: Online, judge: tuple[Judge, Params] | None, answers: Answers) -> tuple[np.ndarray, HostMetrics]:
-    """`[P]`: that answer a is better than b, and figures. Reasoning is not judged."""
-    samples = answers.samples
-    if judge is None:
-        scores = online.scores(samples)
-        found = expit((scores.total[0::2] - scores.total[1::2]) / online.stage.reward_temperature)
-        host = reward_metrics(scores)
-    else:
-        model, params = judge
-        a, b = ([sample.answer for sample in samples[place::2]] for place in (0, 1))
-        found = model.win_probability(params, [row.messages for row in answers.rows[0::2]], a, b)
-        host = {}
-    sure = np.abs(found - 0.5) + 0.5
-    return found, {**host, "judge_confidence": (float(np.nansum(sure)), float((~np.isnan(sure)).sum()))}

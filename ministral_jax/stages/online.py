@@ -3,34 +3,121 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, field_validator
 
-from ministral_jax.alignment.examine import Examiner, conduct, score_together
-from ministral_jax.alignment.rewards import RewardsConfig
+from ministral_jax.alignment.examine import Examiner, GenerateConfig, conduct, score_together
 from ministral_jax.alignment.rollout import Episode, Params, Sampler, seeds
 from ministral_jax.alignment.sample import Sample
-from ministral_jax.alignment.scoring import Scorer, Scores, resolve
-from ministral_jax.config import OnlineStage, RewardStage, SFTStage
-from ministral_jax.data.conversation import Document
-from ministral_jax.data.pipeline import check_vocab
-from ministral_jax.data.prompts import Progress, PromptData, PromptRow, open_prompts
-from ministral_jax.distributed.placement import Placement
+from ministral_jax.alignment.scoring import Scorer, Scores
+from ministral_jax.data.config import DataConfig
+from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.stages.job import Job, Result
-from ministral_jax.stages.looped import run_steps
+from ministral_jax.models.vlm import Compute
+from ministral_jax.sampling.engine import bucket
+from ministral_jax.stages.base import Graph, Job, Result, Stage
+from ministral_jax.stages.prompts import check_prompts
+from ministral_jax.stages.rows import Packing
 from ministral_jax.training.goodput import Clock
-from ministral_jax.training.loop import Schedule
+from ministral_jax.training.state import State
+from ministral_jax.training.train import Schedule, StepMetrics, Steps, train
 
-_SAID = 3
+_SHOWN_PROBLEMS = 3
 """Problems of rewards told of a step."""
 
 HostMetrics = dict[str, tuple[float, float]]
+
+
+class OnlineEvaluateConfig(GenerateConfig):
+    """When held-out prompts are answered: as the evaluations of the other loops."""
+
+    every: int = Field(default=50, ge=1)
+
+
+class OnlineStage(Stage, Steps):
+    """A stage that learns from what its own model answers. A step samples, judges and then updates.
+
+    A prompt is a conversation of the sources up to the assistant's last turn. The vision tower is frozen.
+    """
+
+    source: str = Field(alias="from")
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    compute: Compute = Compute()
+    prompts: int = Field(default=16, ge=1)
+    """New ones in every step."""
+    microbatches: int = Field(default=1, ge=1)
+    """Over which the gradient of an update is accumulated."""
+    max_prompt_length: int = Field(default=512, ge=1)
+    """Tokens; a longer prompt is an error that names its row."""
+    max_completion_length: int | dict[int, int] = 256
+    """Tokens; or by the step from which it holds, the first of them 0: `{0: 16384, 400: 24576}`."""
+    on_error: Literal["drop", "stop"] = "drop"
+    """What becomes of a run when a reward raises, times out or is not a number; `drop` leaves the completion out."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that score completions, on each host."""
+    reward_seconds: float = Field(default=10, gt=0)
+    """For one completion."""
+    evaluate: OnlineEvaluateConfig
+
+    @field_validator("max_completion_length")
+    @classmethod
+    def _from_the_first_step(cls, value: int | dict[int, int]) -> int | dict[int, int]:
+        lengths = {0: value} if isinstance(value, int) else value
+        if 0 not in lengths or min(lengths) < 0 or min(lengths.values()) < 1:
+            raise ValueError("must be at least 1, and say what holds from step 0 on")
+        return value
+
+    def completion_length(self, step: int) -> int:
+        """Tokens that the completions of a step (counted from 0) may have."""
+        if isinstance(self.max_completion_length, int):
+            return self.max_completion_length
+        return self.max_completion_length[max(first for first in self.max_completion_length if first <= step)]
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return 2
+
+    @property
+    def updates_per_step(self) -> int:
+        """Into which the prompts of a step are split."""
+        return 1
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        lengths = self.max_completion_length
+        return self.max_prompt_length + (lengths if isinstance(lengths, int) else max(lengths.values()))
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        if self.max_prompt_length >= spec.context:
+            raise UserError(
+                f"{where}.max_prompt_length = {self.max_prompt_length} leaves no room in the model's context of "
+                f"{spec.context}"
+            )
+
+    def check_mesh(self, job: Job[Any]) -> None:
+        """A step's answers must split evenly over the mesh and the microbatches."""
+        each, parts = self.answers_per_prompt, self.updates_per_step
+        rows = self.prompts * each // parts
+        placement = job.placement
+        devices = int(np.prod([placement.mesh.shape[axis] for axis in placement.rules.batch]))
+        if rows % (devices * self.microbatches) or self.prompts // parts % self.microbatches:
+            raise UserError(
+                f"{job.where}.prompts = {self.prompts} with {each} answers each makes updates of {rows} rows, which "
+                f"must be a multiple of {devices * self.microbatches} ({devices} devices * {self.microbatches} "
+                "microbatches), and the prompts of an update a multiple of the microbatches"
+            )
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        check_prompts(job, packing.progress)
 
 
 class Prompts(NamedTuple):
@@ -48,82 +135,59 @@ class Answers(NamedTuple):
     samples: list[Sample]
 
 
-def open_stage_prompts(job: Job) -> PromptData:
-    """The prompts of a stage; SFT is examined by those of its own sources, and a reward model asked about its pairs."""
-    return prompts_of(job.stage, job.spec, job.data_root, f"stages.{job.name}")
+class OnlineLearner:
+    """Learns from its own answers; see `training.train.Learner`. A context manager: rewards run in other processes.
 
-
-def prompts_of(stage: Any, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None) -> PromptData:
-    """See `open_stage_prompts`."""
-    if isinstance(stage, OnlineStage):
-        bound = f"{where}.max_prompt_length"
-        return open_prompts(stage.data, spec.vision, root, stage.max_prompt_length, bound, progress)
-    bound, answered = "the model's context less one", isinstance(stage, RewardStage)
-    return open_prompts(stage.data, spec.vision, root, spec.context - 1, bound, progress, answered)
-
-
-def check_prompts(
-    stage: OnlineStage | SFTStage, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None
-) -> None:
-    """Every fault of the prompts, of rewards that could not judge them and of tools, before anything is computed.
-
-    Raises:
-        UserError: naming the row.
+    A verb says how answers become an update (`learn`) and what is measured (`evaluate`).
     """
-    if (tools := getattr(stage, "tools", None)) is not None:
-        resolve(tools, f"{where}.tools")
-    prompts = prompts_of(stage, spec, root, where, progress)
-    check_vocab(prompts.tokenizer, spec)
-    examined = stage.generate if isinstance(stage, SFTStage) else stage.evaluate
-    if examined is not None:
-        _check_rewards(examined.rewards, prompts.evaluation(examined.prompts))
-    if rewards := getattr(stage, "rewards", None):
-        _check_rewards(rewards, [document for documents in prompts.train.values() for document in documents])
 
+    def __init__(self, job: Job[Any], prompts: PromptData, sampler: Sampler, fixed: Params, clock: Clock):
+        stage: OnlineStage = job.stage
+        self.job, self.stage, self.prompts, self.sampler = job, stage, prompts, sampler
+        self.fixed, self.clock = fixed, clock
+        examined = (stage.evaluate, job.directory, stage.workers, stage.reward_seconds)
+        self.examiner = Examiner(sampler, prompts, *examined)
+        rewards = getattr(stage, "rewards", None) or {}
+        self.scorer = Scorer(rewards, stage.workers, stage.reward_seconds, stage.on_error)
 
-def _check_rewards(rewards: RewardsConfig, rows: Sequence[PromptRow | Document]) -> None:
-    with Scorer(rewards, 1) as scorer:
-        for row in rows:
-            scorer.check(row.columns, row.where)
-
-
-def check_rows(stage: OnlineStage, placement: Placement, where: str) -> None:
-    """A step's answers must split evenly over the mesh and the microbatches.
-
-    Raises:
-        UserError: they do not.
-    """
-    each, parts = getattr(stage, "num_generations", 2), getattr(stage, "steps_per_generation", 1)
-    rows = stage.prompts * each // parts
-    devices = int(np.prod([placement.mesh.shape[axis] for axis in placement.rules.batch]))
-    if rows % (devices * stage.microbatches) or stage.prompts // parts % stage.microbatches:
-        raise UserError(
-            f"{where}.prompts = {stage.prompts} with {each} answers each makes updates of {rows} rows, which must be a "
-            f"multiple of {devices * stage.microbatches} ({devices} devices * {stage.microbatches} microbatches), and "
-            "the prompts of an update a multiple of the microbatches"
-        )
-
-
-class Online:
-    """A stage at work. `step` is `(state, Prompts) -> (state, metrics)`."""
-
-    def __init__(self, job: Job, prompts: PromptData, sampler: Sampler, clock: Clock):
-        self.job, self.stage, self.prompts, self.sampler, self.clock = job, job.stage, prompts, sampler, clock
-        self.examiner = Examiner(
-            sampler, prompts, self.stage.evaluate, job.directory, self.stage.workers, self.stage.reward_seconds
-        )
-        self.scorer = Scorer(
-            self.stage.rewards or {}, self.stage.workers, self.stage.reward_seconds, self.stage.on_error
-        )
-
-    def __enter__(self) -> Online:
+    def __enter__(self) -> OnlineLearner:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.examiner.__exit__()
         self.scorer.close()
 
-    def answers(self, params: Params, prompts: Prompts, each: int) -> Answers:
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.stage.evaluate.every, self.updates)
+
+    @property
+    def updates(self) -> int:
+        """Of all steps."""
+        return self.stage.steps * self.stage.updates_per_step
+
+    def batches(self, first: int) -> Iterator[Prompts]:
+        step = first
+        while True:
+            yield Prompts(step, self.prompts.batch(self.stage.seed, step, self.stage.prompts))
+            step += 1
+
+    def step(self, state: State, batch: Prompts) -> tuple[State, StepMetrics]:
+        answers = self._answers(self.params(state), batch, self.stage.answers_per_prompt)
+        return self.learn(state, answers)
+
+    def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
+        """Judge the answers of a step, and update."""
+        raise NotImplementedError
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        return self.examiner.figures(self.params(state))
+
+    def params(self, state: State) -> Params:
+        """All parameters of the policy."""
+        return {**state["params"], **self.fixed}
+
+    def _answers(self, params: Params, prompts: Prompts, each: int) -> Answers:
         """`each` answers to every prompt of a step."""
         jax.block_until_ready(params)  # the last update, whose time is not that of sampling
         self.clock.switch("generate")
@@ -138,33 +202,38 @@ class Online:
     def scores(self, samples: list[Sample]) -> Scores:
         """Rewards of answers; what went wrong with some is told."""
         scores = score_together(self.scorer, samples)
-        for problem in scores.problems[:_SAID]:
+        for problem in scores.problems[:_SHOWN_PROBLEMS]:
             print(f"{self.job.name:>18}  left out: {problem}", file=sys.stderr, flush=True)
         return scores
 
-    def run(
-        self,
-        trainable: Params,
-        updates: int,
-        step: Callable[[Any, Prompts], tuple[Any, Any]],
-        evaluate: Callable[[Any], dict[str, float]],
-        fixed: Params,
-    ) -> Result:
-        """The loop, then the result is saved. `updates` are those of all steps; `fixed` parameters are saved as they
-        are."""
+    def run(self, trainable: Params) -> Result:
+        """The loop, then the result is saved."""
         stage, job = self.stage, self.job
-        schedule = Schedule(stage.steps, stage.evaluate.every, stage.checkpoint.every, 0, 0.0)
-        outcome, store = run_steps(job, trainable, updates, step, self._prompts, evaluate, schedule, self.clock)
-        files = job.save({**outcome.state["params"], **fixed})
-        store.delete()
+        outcome = train(self, trainable, stage, job.directory, self.clock)
+        files = job.save(self.params(outcome.state))
+        outcome.store.delete()
         details = {"data": {"tokenizer_digest": self.prompts.tokenizer.digest}}
         return Result(outcome.metrics, 0, stage.steps, outcome.seconds, files, details)
 
-    def _prompts(self, first: int) -> Iterator[Prompts]:
-        step = first
-        while True:
-            yield Prompts(step, self.prompts.batch(self.stage.seed, step, self.stage.prompts))
-            step += 1
+
+def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The largest batch that `training_rows` makes of a step's answers, with `more` float32 arrays `[N, T]` beside it:
+    shapes, dtypes and where they lie."""
+    stage: OnlineStage = job.stage
+    vision, patches, length = job.spec.vision, stage.data.patches, bucket(stage.longest_row)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        **dict.fromkeys(("tokens", "positions", "segments", "labels"), ((rows, length), jnp.int32)),
+        **dict.fromkeys(("loss_mask", *more), ((rows, length), jnp.float32)),
+    }
+    if patches and vision is not None:
+        width = bucket(patches)
+        shapes |= {"image_slot": ((rows, length), jnp.int32)}
+        shapes |= {"patches": ((rows, width, vision.patch_width), jnp.float32)}
+        shapes |= dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((rows, width), jnp.int32))
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=job.placement.batch_sharding(name, len(shape)))
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def reward_metrics(scores: Scores) -> HostMetrics:

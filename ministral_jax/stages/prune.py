@@ -2,48 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
 import jax
+from pydantic import Field
 
-from ministral_jax.config import PruneStage
-from ministral_jax.distributed.processes import poll
+from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import make_evaluate, taught_by
-from ministral_jax.pruning.prune import prune
-from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.looped import data_details, held_out_batches, open_data, train_batches
-from ministral_jax.training.metrics import ProgressLine
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, placed_params
+from ministral_jax.pruning.prune import PruneOptions, check_target, prune
+from ministral_jax.pruning.statistics import _batch_sums
+from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, load_stage
+from ministral_jax.stages.figures import Figure
+from ministral_jax.stages.rows import (
+    EvaluateConfig,
+    RowStage,
+    abstract_batch,
+    data_details,
+    evaluation_programs,
+    held_out_batches,
+    open_data,
+    train_batches,
+)
+from ministral_jax.teachers.teacher import online
+from ministral_jax.training.progress import ProgressLine
 
 
-def run(job: Job) -> Result:
-    stage: PruneStage = job.stage
-    assert job.source is not None
-    spec, params = load_stage(job.source, placement=job.placement)
-    data = open_data(job)
+class Prune(RowStage):
+    """Calibrate, score and cut `from` to the sizes of `model`."""
 
-    def calibration():
-        for number, batch in enumerate(train_batches(job, data, stop=stage.calibration), 1):
-            poll(f"calibration batch {number}", slow=number == 1)
-            yield batch
+    figures: ClassVar = (Figure("kl_to_source", "KL to the source", "nats per token", "lower"),)
+    prunes: ClassVar = True
 
-    def kl_to_source(pruned, pruned_spec) -> float:
-        evaluate = make_evaluate(
-            pruned_spec, stage.compute, job.placement, taught_by(spec, stage.compute, job.placement)
-        )
-        return evaluate(pruned, params, held_out_batches(job, data))[0]["kl"]
+    do: Literal["prune"]
+    source: str = Field(alias="from")
+    model: ModelRef
+    calibration: int = Field(default=16, ge=1)
+    """Batches of calibration data."""
+    options: PruneOptions = PruneOptions()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
-    with job.placement.rules.active():
-        pruned, pruned_spec, report = prune(
-            params,
-            spec,
-            job.spec,
-            calibration,
-            stage.options,
-            jax.random.key(stage.seed),
-            ProgressLine(job.name, 0).say,
-            compute=stage.compute,
-            measure=kl_to_source,
-            placement=job.placement,
-        )
-    files = job.save(pruned)
-    metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
-    details = {"prune": report, "data": data_details(data)}
-    return Result(metrics, files=files, details=details, spec=pruned_spec)
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        check_target(graph.specs[self.source], spec, where)
+        self.check_length(spec, where)
+
+    def programs(self, job: Job[Prune]) -> dict[str, Program]:
+        source = job.graph.specs[self.source]
+        params = placed_params(source, job.placement)
+        teacher = online(source, params, self.compute, job.placement, self.batch.length)
+        keys = ("tokens", "positions", "segments", *IMAGE_KEYS)
+        batch = {name: array for name, array in abstract_batch(job).items() if name in keys}
+        return {
+            "calibrate": Program(_batch_sums, (VLM(source, self.compute), True, params, batch)),
+            **evaluation_programs(job, job.spec, teacher),
+        }
+
+    def run(self, job: Job[Prune]) -> Result:
+        spec, params = load_stage(job.source, placement=job.placement)
+        data = open_data(job)
+
+        def calibration() -> Iterator[Any]:
+            return polled(train_batches(job, data, stop=self.calibration), "calibration batch")
+
+        def kl_to_source(pruned: Params, pruned_spec: ModelSpec) -> float:
+            taught = taught_by(spec, self.compute, job.placement)
+            evaluate = make_evaluate(pruned_spec, self.compute, job.placement, taught)
+            return evaluate(pruned, params, polled(held_out_batches(job, data), "evaluating batch"))[0]["kl"]
+
+        with job.placement.rules.active():
+            pruned, pruned_spec, report = prune(
+                params,
+                spec,
+                job.spec,
+                calibration,
+                self.options,
+                jax.random.key(self.seed),
+                ProgressLine(job.name, 0).say,
+                compute=self.compute,
+                measure=kl_to_source,
+                placement=job.placement,
+            )
+        files = job.save(pruned)
+        metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
+        details = {"prune": report, "data": data_details(data)}
+        return Result(metrics, files=files, details=details, spec=pruned_spec)

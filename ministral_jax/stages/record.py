@@ -8,35 +8,119 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from pydantic import Field
 
-from ministral_jax.config import RecordStage
 from ministral_jax.data.pipeline import PackedData, chosen_rows, training_order
 from ministral_jax.distributed.collectives import barrier, is_first
 from ministral_jax.distributed.processes import poll, saving
+from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, head_matrix
-from ministral_jax.stages.job import Job, Params, Result, load_stage
-from ministral_jax.stages.looped import data_details, open_data
+from ministral_jax.models.vlm import VLM, head_matrix, placed_params
+from ministral_jax.stages.base import Job, Params, Program, Result, load_stage
+from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.manifest import digest
-from ministral_jax.teachers.codecs import Codec, HiddenCodec, Layout, layout, pack, uniforms
+from ministral_jax.stages.rows import Packing, RowStage, abstract_batch, data_details, open_data
+from ministral_jax.teachers.codecs import Codec, HiddenCodec, Layout, SampledCodec, layout, pack, uniforms, unpack
+from ministral_jax.teachers.codecs import check as check_codec
 from ministral_jax.teachers.encode import encoder
 from ministral_jax.teachers.statistics import EDGES, merge, statistics, summarise
-from ministral_jax.teachers.store import StoreInfo, Teacher, Writer, open_for_writing
+from ministral_jax.teachers.store import StoreInfo, Writer, open_for_writing
+from ministral_jax.teachers.store import Teacher as RecordedTeacher
 from ministral_jax.teachers.store_format import row_bytes
-from ministral_jax.training.metrics import ProgressLine
+from ministral_jax.teachers.teacher import Teacher, recorded
+from ministral_jax.training.progress import ProgressLine
 
 _LARGEST_FILE = 2**29
 """Bytes before compression: each batch that adds to a file writes it anew."""
+
+
+class Record(RowStage):
+    """Run `from`, a teacher, over the training rows once and write what students need of its distribution."""
+
+    figures: ClassVar = (
+        Figure("bytes_per_token", "size of the store", "bytes per token", "lower"),
+        Figure("tail_mass", "probability outside the stored entries", "share", "lower"),
+        Figure("teacher_entropy", "entropy of the teacher", "nats per token"),
+    )
+    makes_model: ClassVar = False
+
+    do: Literal["record"]
+    source: str = Field(alias="from")
+    rows: int | None = Field(default=None, ge=1)
+    """Training rows, the first ones in the order of `seed`, as a student with that seed reads them; None is all."""
+    held_out_rows: int = Field(default=64, ge=1)
+    """Held-out rows, in file order, whose hidden states are kept for exact evaluations."""
+    codec: Codec = SampledCodec()
+    shard: int = Field(default=32, ge=1)
+    """Rows in one file."""
+    store: str | None = None
+    """Where the store is written: a path, or a URL such as gs://bucket/name; None is in the stage's directory."""
+
+    def check_reader(self, student: Any, name: str, where: str) -> None:
+        """Raise `UserError` when a student would read rows that this stage, `name`, does not record."""
+        if student.batch.length != self.batch.length:
+            raise UserError(
+                f"{where}.batch.length = {student.batch.length} differs from the {self.batch.length} of the rows that "
+                f"{name!r} records"
+            )
+        if student.evaluate.rows > self.held_out_rows:
+            raise UserError(
+                f"{where}.evaluate.rows = {student.evaluate.rows} is more than stages.{name}.held_out_rows = "
+                f"{self.held_out_rows}"
+            )
+        needed = student.steps * student.batch.sequences
+        if self.rows is not None and (student.seed != self.seed or needed > self.rows):
+            raise UserError(
+                f"{where} reads {needed} rows in the order of seed {student.seed}, {name!r} records the first "
+                f"{self.rows} in the order of seed {self.seed}; raise stages.{name}.rows, leave it out (all rows), or "
+                "use one seed"
+            )
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        """A store must have room for its entries."""
+        data = packing.rows(job)
+        try:
+            check_codec(self.codec, job.spec.vocab, data.tokenizer.control_ids)
+        except UserError as error:
+            raise UserError(f"{job.where}: {error}") from None
+
+    def programs(self, job: Job[Record]) -> dict[str, Program]:
+        params = placed_params(job.spec, job.placement, jnp.dtype(self.compute.dtype))
+        exact = HiddenCodec.model_validate({"dtype": self.compute.dtype})
+        found = {}
+        for split, codec, forced in (("train", self.codec, job.tokens.control), ("held_out", exact, ())):
+            batch = dict(abstract_batch(job))
+            if (drawn := uniforms(codec, self.seed, bytes(16), self.batch.length)) is not None:
+                shape = (self.batch.sequences, *drawn.shape)
+                lies = job.placement.batch_sharding("uniforms", len(shape))
+                batch["uniforms"] = jax.ShapeDtypeStruct(shape, drawn.dtype, sharding=lies)
+            found[f"record/{split}"] = Program(_compile(job, job.spec, codec, forced), (params, batch))
+        return found
+
+    def run(self, job: Job[Record]) -> Result:
+        spec, params = load_stage(job.source, jnp.dtype(self.compute.dtype), job.placement)
+        data = open_data(job)
+        job = job.with_tokens(data.tokenizer)
+        programs = self.programs(job)
+        splits = _splits(self, spec, data)
+        writer = _open(job, spec, data, splits)
+        _write_head(writer, params)
+        for split in splits:
+            _record(job, programs[f"record/{split.name}"].function, params, data, split, writer)
+        merged = _seal(job, splits, writer)
+        tokens = sum(len(split.order) for split in splits) * data.length
+        details = {"data": data_details(data), "store": merged}
+        return Result(_figures(merged["train"]), tokens, details=details)
 
 
 @dataclass(frozen=True)
@@ -53,23 +137,7 @@ class Split:
     """Rows in one file."""
 
 
-def run(job: Job) -> Result:
-    stage: RecordStage = job.stage
-    assert job.source is not None
-    spec, params = load_stage(job.source, jnp.dtype(stage.compute.dtype), job.placement)
-    data = open_data(job)
-    splits = _splits(stage, spec, data)
-    writer = _open(job, spec, data, splits)
-    _write_head(writer, params)
-    for split in splits:
-        _record(job, spec, params, data, split, writer)
-    merged = _seal(job, splits, writer)
-    tokens = sum(len(split.order) for split in splits) * data.length
-    details = {"data": data_details(data), "store": merged}
-    return Result(_figures(merged["train"]), tokens, details=details)
-
-
-def _splits(stage: RecordStage, spec: ModelSpec, data: PackedData) -> list[Split]:
+def _splits(stage: Record, spec: ModelSpec, data: PackedData) -> list[Split]:
     """Training rows by the stage's codec; held-out rows exactly, as hidden states in the dtype of the computation."""
     train = training_order(data, stage.seed)[: stage.rows]
     held_out = np.arange(data.counts["held_out"]["rows"])[: stage.held_out_rows]
@@ -84,11 +152,10 @@ def _splits(stage: RecordStage, spec: ModelSpec, data: PackedData) -> list[Split
 
 
 def _open(job: Job, spec: ModelSpec, data: PackedData, splits: list[Split]) -> Writer:
-    stage: RecordStage = job.stage
-    assert job.source is not None
+    stage = job.stage
     info = StoreInfo(
         codec=stage.codec.model_dump(mode="json"),
-        teacher=Teacher(stage=job.source.name, digest=digest(job.source)),
+        teacher=RecordedTeacher(stage=job.source.name, digest=digest(job.source)),
         tokenizer_digest=data.tokenizer.digest,
         data_digest=data.digest,
         length=data.length,
@@ -118,7 +185,7 @@ def _write_head(writer: Writer, params: Params) -> None:
             writer.put_head(np.asarray(shard.data), shard.index)
 
 
-def _record(job: Job, spec: ModelSpec, params: Params, data: PackedData, split: Split, writer: Writer) -> None:
+def _record(job: Job[Record], encode: Any, params: Params, data: PackedData, split: Split, writer: Writer) -> None:
     """Bring all rows of a split into the store, a global batch at a time."""
     stage, placement = job.stage, job.placement
     count = stage.batch.sequences
@@ -129,7 +196,6 @@ def _record(job: Job, spec: ModelSpec, params: Params, data: PackedData, split: 
     barrier(f"what of {split.name} is there")  # every process plans by the same, before one of them writes
     plan = plan_batches(len(split.order), split.shard, len(owners), count // len(owners))
     steps = [step for step in plan if not done[step[step >= 0]].all()]
-    encode = _compile(job, spec, split)
     line = ProgressLine(f"{job.name} {split.name}", len(plan), len(plan) - len(steps))
     written, began = 0, 0.0
 
@@ -194,11 +260,11 @@ def _read(job: Job, data: PackedData, split: Split, steps: list[np.ndarray]) -> 
         stream.close()  # type: ignore[attr-defined]
 
 
-def _compile(job: Job, spec: ModelSpec, split: Split) -> Any:
+def _compile(job: Job[Record], spec: ModelSpec, codec: Codec, forced: tuple[int, ...]) -> Any:
     """`(parameters, batch)` to what `pack` takes, each row whole on the devices that hold it."""
     placement, rules = job.placement, job.placement.rules
     model = VLM(spec, job.stage.compute)
-    encode = encoder(split.codec, placement, rules, split.forced, DEFAULT_CHUNK)
+    encode = encoder(codec, placement, rules, forced, DEFAULT_CHUNK)
 
     def record(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         states = hidden(model, params, batch)
@@ -257,3 +323,31 @@ def _figures(train: dict[str, Any]) -> dict[str, float]:
     """The summary's means: what a sweep and a table compare."""
     means = {key: value.get("mean") if isinstance(value, dict) else value for key, value in train.items()}
     return {key: value for key, value in means.items() if isinstance(value, float)}
+
+
+def recorded_teacher(job: Job[Any], recorder: Record) -> Teacher:
+    """What was recorded as the teacher of another stage, `job`, with abstract arrays."""
+    stage, placement = job.stage, job.placement
+    spec = job.graph.specs[recorder.source]
+    exact = HiddenCodec.model_validate({"dtype": recorder.compute.dtype})
+
+    def added(codec: Codec, forced: tuple[int, ...]) -> dict[str, Any]:
+        stored = layout(codec, stage.batch.length, spec.width, spec.vocab, forced)
+        one = unpack(codec, {name: np.zeros((1, *array.shape), array.dtype) for name, array in stored.items()})
+        return {
+            name: jax.ShapeDtypeStruct(
+                (stage.batch.sequences, *array.shape[1:]),
+                array.dtype,
+                sharding=placement.batch_sharding(name, array.ndim),
+            )
+            for name, array in one.items()
+        }
+
+    head = jax.ShapeDtypeStruct(
+        (spec.width, spec.vocab),
+        jnp.dtype(recorder.compute.dtype),
+        sharding=job.teacher_placement.lies((spec.width, spec.vocab), ("embed", "vocab")),
+    )
+    forced = job.tokens.control
+    teacher = recorded(recorder.codec, exact, forced, head)
+    return replace(teacher, train_arrays=added(recorder.codec, forced), held_out_arrays=added(exact, ()))

@@ -2,50 +2,83 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
 from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
-from ministral_jax.alignment.judge import Judge, both_orders
+from ministral_jax.alignment.judge import Judge, both_orders, judge_reader, rows_of_questions
 from ministral_jax.alignment.rollout import Params
-from ministral_jax.config import RewardStage
 from ministral_jax.data.conversation import spell
 from ministral_jax.data.pairwise import CHOICES
-from ministral_jax.data.prompts import Progress, PromptRow
+from ministral_jax.data.prompts import PromptRow
 from ministral_jax.errors import UserError
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.stages.distill import FROZEN
-from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.looped import open_data, run_loop
-from ministral_jax.stages.online import open_stage_prompts, prompts_of
+from ministral_jax.models.vlm import placed_params
+from ministral_jax.stages.base import Job, Program, Result, load_stage
+from ministral_jax.stages.figures import HELD_OUT, Curve, Figure
+from ministral_jax.stages.looped import FROZEN, Looped, Objective, loop_programs, run_loop
+from ministral_jax.stages.prompts import open_stage_prompts
+from ministral_jax.stages.rows import Packing, open_data
 from ministral_jax.stages.train import next_token_loss
 from ministral_jax.training.goodput import Clock
 
 
-def run(job: Job) -> Result:
-    stage, clock, data = job.stage, Clock(), open_data(job)
-    loss = next_token_loss(job.spec, stage.compute, LossHead(job.placement))
-    judge = Judge(job.spec, stage.compute, job.placement, data.tokenizer)
-    pairs = held_out_pairs(open_stage_prompts(job).rows("held_out"), stage.pairs, f"stages.{job.name}")
-    assert job.source is not None
-    params = load_stage(job.source, placement=job.placement)[1]
-    flops = 3 * job.spec.flops_per_token(stage.batch.length)
-    return run_loop(job, data, params, loss, flops, FROZEN, None, clock, lambda params: examine(judge, params, pairs))
+class Reward(Looped):
+    """A pairwise judge: learn to say which of two answers is better, then calibrate how sure it is."""
+
+    figures: ClassVar = (
+        Figure("judge_accuracy", "pairs judged right", "share", "higher"),
+        Figure("judge_ece_before", "calibration error of the judge, raw", "share", "lower"),
+        Figure("judge_ece", "calibration error of the judge", "share", "lower"),
+        *HELD_OUT,
+    )
+    curve: ClassVar = Curve("judge_accuracy", None, "step")
+
+    do: Literal["reward"]
+    source: str = Field(alias="from")
+    pairs: int = Field(default=256, ge=4)
+    """Held-out pairs: every other one fits the temperature, the rest measure it."""
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        """Every row must be one of a pair, and enough of them held out."""
+        prompts = open_stage_prompts(job, packing.progress, answered=True)
+        for documents in prompts.train.values():
+            for document in documents:
+                _check_pair(spell(document.messages[-1]), document.where)
+        held_out_pairs(prompts.rows("held_out"), self.pairs, job.where)
+        super().prepare(job, packing)
+
+    def objective(self, job: Job[Reward]) -> Objective:
+        return Objective(next_token_loss(job.spec, self.compute, LossHead(job.placement)), FROZEN)
+
+    def programs(self, job: Job[Reward]) -> dict[str, Program]:
+        return loop_programs(job, self.objective(job)) | {"judge": judge_program(job, job.spec)}
+
+    def run(self, job: Job[Reward]) -> Result:
+        clock, data = Clock(), open_data(job)
+        job = job.with_tokens(data.tokenizer)
+        judge = Judge(job.spec, self.compute, job.placement, data.tokenizer)
+        pairs = held_out_pairs(open_stage_prompts(job, answered=True).rows("held_out"), self.pairs, job.where)
+        params = load_stage(job.source, placement=job.placement)[1]
+        return run_loop(job, data, self.objective(job), params, clock, lambda params: examine(judge, params, pairs))
 
 
-def check_pairs(stage: RewardStage, spec: ModelSpec, root: Path, where: str, progress: Progress | None = None) -> None:
-    """Every row must be one of a pair, and enough of them held out.
-
-    Raises:
-        UserError: naming the row.
-    """
-    prompts = prompts_of(stage, spec, root, where, progress)
-    for documents in prompts.train.values():
-        for document in documents:
-            _check_pair(spell(document.messages[-1]), document.where)
-    held_out_pairs(prompts.rows("held_out"), stage.pairs, where)
+def judge_program(job: Job[Any], spec: ModelSpec) -> Program:
+    """Reading a batch of the longest questions that a judge of `spec` can be asked."""
+    placement, compute = job.placement, job.stage.compute
+    read = judge_reader(spec, compute, placement, job.tokens.choices)
+    count, length = rows_of_questions(placement), spec.context
+    shapes = dict.fromkeys(("tokens", "positions", "segments"), jnp.int32) | {"loss_mask": jnp.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct((count, length), dtype, sharding=placement.batch_sharding(name, 2))
+        for name, dtype in shapes.items()
+    }
+    return Program(read, (placed_params(spec, placement, jnp.dtype(compute.dtype)), batch))
 
 
 def _check_pair(answer: str, where: str) -> None:

@@ -3,35 +3,68 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any, ClassVar, Literal
 
-from ministral_jax.alignment.examine import Examiner
+from pydantic import Field
+
+from ministral_jax.alignment.examine import Examiner, GenerateConfig
 from ministral_jax.alignment.rollout import Sampler
+from ministral_jax.distributed.placement import Rules
+from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.head import LossHead
-from ministral_jax.stages.distill import FROZEN, check_same_tokenizer, distillation, open_teacher
-from ministral_jax.stages.job import Job, Result, load_stage
-from ministral_jax.stages.looped import open_data, run_loop
-from ministral_jax.stages.online import open_stage_prompts
+from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
+from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
+from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
+from ministral_jax.stages.prompts import check_prompts, open_stage_prompts, sampler_programs
+from ministral_jax.stages.rows import Packing, open_data
+from ministral_jax.stages.teaching import Taught, described_teacher, open_teacher, teacher_loss
 from ministral_jax.stages.train import next_token_loss
+from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
 
 
-def run(job: Job) -> Result:
-    stage, clock, data = job.stage, Clock(), open_data(job)
-    heads = LossHead(job.placement, job.teacher_placement.rules)
-    flops = 3 * job.spec.flops_per_token(stage.batch.length)
-    if stage.teacher is None:
-        teacher, loss = None, next_token_loss(job.spec, stage.compute, heads)
-    else:
-        check_same_tokenizer(job, data)
-        teacher = open_teacher(job, data)
-        loss = distillation(job.spec, stage.compute, stage.loss, heads, teacher.targets)
-        flops += teacher.flops_per_token
-    assert job.source is not None
-    params = load_stage(job.source, placement=job.placement)[1]
-    with ExitStack() as stack:
-        examine = None
-        if stage.generate is not None:
-            prompts, given = open_stage_prompts(job), stage.generate
-            sampler = Sampler(job.spec, stage.compute, job.placement, prompts.tokenizer, given.temperature)
-            examine = stack.enter_context(Examiner(sampler, prompts, given, job.directory)).figures
-        return run_loop(job, data, params, loss, flops, FROZEN, teacher, clock, examine)
+class SFT(Taught):
+    """Learn what the assistant says in conversations, with or without a teacher. The vision tower is frozen.
+
+    With a teacher the loss is the distillation loss, `loss.ce_weight` the share of the cross-entropy.
+    """
+
+    figures: ClassVar = (*ANSWERS, *HELD_OUT, KL)
+    curve: ClassVar = Curve("ce", "ce")
+
+    do: Literal["sft"]
+    source: str = Field(alias="from")
+    model: ModelRef | None = None
+    teacher_sharding: Rules | None = None
+    loss: LossOptions = LossOptions(ce_weight=0.5)
+    generate: GenerateConfig | None = None
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        if self.generate is not None:
+            check_prompts(job, packing.progress)
+        super().prepare(job, packing)
+
+    def objective(self, job: Job[SFT], teacher: Teacher | None) -> Objective:
+        heads = LossHead(job.placement, job.teacher_placement.rules)
+        loss = next_token_loss(job.spec, self.compute, heads) if teacher is None else teacher_loss(job, teacher)
+        return Objective(loss, FROZEN, teacher)
+
+    def programs(self, job: Job[SFT]) -> dict[str, Program]:
+        found = loop_programs(job, self.objective(job, None if self.teacher is None else described_teacher(job)))
+        if (given := self.generate) is not None:
+            rows, length = given.prompts, job.spec.context - 1
+            found |= sampler_programs(job, given.temperature, rows, given.completions, length)
+        return found
+
+    def run(self, job: Job[SFT]) -> Result:
+        clock, data = Clock(), open_data(job)
+        job = job.with_tokens(data.tokenizer)
+        objective = self.objective(job, None if self.teacher is None else open_teacher(job, data))
+        params = load_stage(job.source, placement=job.placement)[1]
+        with ExitStack() as stack:
+            examine = None
+            if (given := self.generate) is not None:
+                prompts = open_stage_prompts(job)
+                sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, given.temperature)
+                examine = stack.enter_context(Examiner(sampler, prompts, given, job.directory)).figures
+            return run_loop(job, data, objective, params, clock, examine)

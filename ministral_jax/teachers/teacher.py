@@ -6,7 +6,7 @@ A distil stage, its evaluation and its data only see `Teacher`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -43,6 +43,10 @@ class Teacher:
     flops_per_token: float = 0.0
     join: Join | None = None
     held_out_join: Join | None = None
+    train_arrays: Batch = field(default_factory=dict)
+    """What `join` adds to a global batch, as shapes; and"""
+    held_out_arrays: Batch = field(default_factory=dict)
+    """what `held_out_join` adds."""
 
 
 def online(spec: ModelSpec, params: Params, compute: Compute, placement: Placement, length: int) -> Teacher:
@@ -66,12 +70,24 @@ def stored(reader: Reader, placement: Placement) -> Teacher:
     codec: Codec = TypeAdapter(Codec).validate_python(info.codec)
     forced, exact = info.forced, HiddenCodec.model_validate({"dtype": info.dtype})
     train, held_out = reader.split("train"), reader.split("held_out")
-    return Teacher(
-        {"decoder": {"head": _stored_head(reader, placement, info.dtype)}},
-        lambda params, batch: targets(codec, batch, head_matrix(params), forced),
-        lambda params, batch: (_as_hidden(exact, batch, params), params),
+    return replace(
+        recorded(codec, exact, forced, _stored_head(reader, placement, info.dtype)),
         join=lambda hashes: unpack(codec, train.read(hashes)),
         held_out_join=lambda hashes: unpack(exact, held_out.read(hashes)),
+    )
+
+
+def recorded(codec: Codec, exact: HiddenCodec, forced: tuple[int, ...], head: Any) -> Teacher:
+    """What a store of `codec` for training rows and `exact` for held-out ones teaches, its batches joined or not.
+
+    Args:
+        forced: ids that `codec` always keeps.
+        head: the teacher's output matrix `[D', V]`, an array or its shape.
+    """
+    return Teacher(
+        {"decoder": {"head": head}},
+        lambda params, batch: targets(codec, batch, head_matrix(params), forced),
+        lambda params, batch: (_as_hidden(exact, batch, params), params),
     )
 
 

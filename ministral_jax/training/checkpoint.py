@@ -17,14 +17,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
+from pydantic import Field
 
 from ministral_jax.distributed.collectives import barrier, first_problem, from_first, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
+from ministral_jax.settings import Frozen
 from ministral_jax.training.checksums import Files, checksums, damage
 from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
 
 Tree = Any
+
+
+class CheckpointConfig(Frozen):
+    """Resume state every `every` steps, the newest `keep` kept, and for good those of multiples of `keep_every`."""
+
+    every: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+
+
 _LEAVE_SECONDS = 60
 
 

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 from optax import contrib
+from pydantic import Field
 
-from ministral_jax.config import OptimizerConfig
+from ministral_jax.settings import Frozen
 
 Params = dict[str, Any]
+
+
+class OptimizerConfig(Frozen):
+    """Optax optimiser, with the learning rate as a function of the step."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0)
+    warmup: int = Field(default=20, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """The last step's learning rate as a share of `lr`; `wsd` decays linearly over the last fifth of the steps."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Applied to matrices only, never to norm gains."""
+    clip: float = Field(default=1.0, gt=0)
+    """Global gradient norm above which the gradient is scaled down."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

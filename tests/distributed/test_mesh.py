@@ -8,7 +8,6 @@ import pytest
 from hlo import collectives
 
 import ministral_jax.pruning.prune as pruning
-from ministral_jax.config import OptimizerConfig
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
@@ -17,10 +16,10 @@ from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.pruning.statistics import collect
-from ministral_jax.stages.distill import distillation
-from ministral_jax.stages.job import fresh_params
+from ministral_jax.stages.base import fresh_params
+from ministral_jax.stages.teaching import distillation
 from ministral_jax.teachers.teacher import online_targets
-from ministral_jax.training.optimizer import make_optimizer
+from ministral_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ministral_jax.training.state import init_state, make_step, split_frozen, state_shardings
 
 VISION = VisionSpec(layers=1, width=16, mlp_width=32, heads=2, head_width=8, patch_size=2, max_image_size=16)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ministral_jax.stages.job import load_stage
+from ministral_jax.stages.base import load_stage
 
 RECIPE = Path(__file__).parent.parent / "chaos" / "chaos.yaml"
 WORKER = Path(__file__).with_name("worker.py")

@@ -6,10 +6,11 @@ import pytest
 import yaml
 from paths import ROOT
 
-from ministral_jax.config import Recipe
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS
-from ministral_jax.recipe.load import load_recipe, order, resolve_specs, scratch_name
+from ministral_jax.recipe.load import load_recipe, order, resolve_specs
+from ministral_jax.recipe.types import Recipe
+from ministral_jax.stages.distill import scratch_name
 
 CONFIGS = ROOT / "configs"
 TINY = CONFIGS / "tiny.yaml"

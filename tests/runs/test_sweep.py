@@ -27,7 +27,7 @@ from ministral_jax.launching.sweep_jobs import plan
 from ministral_jax.recipe.load import load_recipe
 from ministral_jax.runs import sweep_run
 from ministral_jax.runs.sweep import Axis, as_yaml, expand, label, measured, read_sweep, short_keys, stage_directories
-from ministral_jax.stages.job import load_stage
+from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.manifest import finished, read_manifest
 
 CACHE = Path(jax.config.jax_compilation_cache_dir)

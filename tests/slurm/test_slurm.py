@@ -18,7 +18,7 @@ import pytest
 from cluster import managers, missing, processes, say, slurm, wait_for
 
 from ministral_jax.cli import main
-from ministral_jax.stages.job import load_stage
+from ministral_jax.stages.base import load_stage
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 

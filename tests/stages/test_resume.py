@@ -16,7 +16,7 @@ import yaml
 from paths import TESTS
 
 import ministral_jax
-from ministral_jax.stages.job import load_stage
+from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.manifest import read_manifest
 
 MICRO = TESTS.joinpath("micro.yaml")

@@ -20,7 +20,8 @@ from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import LossOptions
 from ministral_jax.models.vlm import Compute
 from ministral_jax.recipe.load import load_recipe, resolve_specs
-from ministral_jax.stages.distill import FROZEN, distillation
+from ministral_jax.stages.distill import FROZEN
+from ministral_jax.stages.teaching import distillation
 from ministral_jax.stages.train import next_token_loss
 from ministral_jax.teachers.teacher import online_targets
 from ministral_jax.training.state import split_frozen

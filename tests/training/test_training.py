@@ -2,14 +2,15 @@
 
 import json
 import math
-from functools import partial
+import sys
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ministral_jax.config import GuardConfig, OptimizerConfig
+import ministral_jax.training.train as training
 from ministral_jax.distributed.processes import Preempted
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_jsonl
@@ -18,17 +19,17 @@ from ministral_jax.losses.evaluation import figures, hidden, sums
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
 from ministral_jax.runs.summary import token_speedup
-from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
-from ministral_jax.training.goodput import goodput
-from ministral_jax.training.loop import Diverged, Schedule, _Reporter, fit, restore
-from ministral_jax.training.metrics import StageLog
-from ministral_jax.training.optimizer import learning_rate, make_optimizer
+from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore, load_params, save_params
+from ministral_jax.training.goodput import Clock, goodput
+from ministral_jax.training.hooks import BadLoss, Guard, GuardConfig, ProfileConfig
+from ministral_jax.training.log import check_tracker
+from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ministral_jax.training.state import abstract_state, init_state, make_step, split_frozen
+from ministral_jax.training.train import Diverged, Schedule, Steps, train
 
 SPEC = ModelSpec(layers=2, width=12, mlp_width=16, heads=2, kv_heads=1, head_width=4, vocab=32, context=16, vision=None)
 MODEL = VLM(SPEC)
 CONFIG = OptimizerConfig(lr=1e-2, warmup=2)
-STOP = GuardConfig()
 
 
 def batch(n: int, rows: int = 4) -> dict:
@@ -124,25 +125,25 @@ def test_muon_makes_the_updates_of_every_layer_orthogonal(params):
     assert singular.max() / singular.min() < 2.5
 
 
-def run(tmp_path, params, steps=6, batches=None, evaluate=None, guard=STOP):
-    (tmp_path / "stage").mkdir(exist_ok=True)
-    step = step_fn()
-    schedule = Schedule(steps=steps, evaluate_every=4, save_every=2, tokens_per_step=32, flops_per_step=1.0)
-    store = ResumeStore(tmp_path / "stage" / "state", 2)
-    try:
-        return fit(
-            "stage",
-            *(restore(store, abstract_state(params, make_optimizer(CONFIG, 10))) or (fresh(params), None)),
-            lambda state, b: step(state, {}, b),
-            batches or (lambda start: (batch(n) for n in range(start, 100))),
-            evaluate or (lambda state: {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))}),
-            schedule,
-            guard,
-            partial(StageLog, tmp_path / "stage"),
-            store,
-        )
-    finally:
-        store.close()
+class Learner:
+    """A model of two layers on random batches."""
+
+    schedule = Schedule(evaluate_every=4, updates=10, tokens_per_step=32, flops_per_step=1.0)
+
+    def __init__(self, batches=None, evaluate=None):
+        self._update = step_fn()
+        self.batches = batches or (lambda start: (batch(n) for n in range(start, 100)))
+        self.evaluate = evaluate or (lambda state: {"kl": float(jnp.sum(state["params"]["decoder"]["norm"]))})
+
+    def step(self, state, batch):
+        return self._update(state, {}, batch)
+
+
+def run(tmp_path, params, batches=None, evaluate=None, **settings):
+    directory = tmp_path / "stage"
+    directory.mkdir(exist_ok=True)
+    config = Steps(steps=6, optimizer=CONFIG, checkpoint=CheckpointConfig(every=2), **settings)
+    return train(Learner(batches, evaluate), jax.tree.map(jnp.copy, params), config, directory, Clock())
 
 
 def test_every_step_and_evaluation_is_logged_once(tmp_path, params):
@@ -279,23 +280,14 @@ def test_rolling_back_ends_when_there_is_nothing_to_go_back_to_or_it_was_done_of
 
 
 def test_a_spike_is_a_multiple_of_the_recent_median():
-    class Log:
-        write = staticmethod(lambda *args: None)
-
-    class Line:
-        update = staticmethod(lambda *args: None)
-
-    schedule = Schedule(steps=9, evaluate_every=9, save_every=9, tokens_per_step=1, flops_per_step=1.0)
-    report = _Reporter(Log(), Line(), schedule, GuardConfig(spike=3, window=3))
+    guard = Guard(GuardConfig(spike=3, window=3))
     for step, loss in enumerate([9.0, 1.0, 1.1, 2.9], 1):  # the first ones have no median yet
-        report.train(step, {"loss": (loss, 1)})
-    with pytest.raises(Exception, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
-        report.train(5, {"loss": (9.0, 1)})
+        guard.check(step, loss)
+    with pytest.raises(BadLoss, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
+        guard.check(5, 9.0)
 
 
 def test_a_loop_asked_to_stop_saves_there_and_goes_on_to_the_same_end(tmp_path, params, monkeypatch):
-    import ministral_jax.training.loop as loop
-
     unbroken = run(tmp_path, params)
     for number, what in enumerate(("step 4", "step 6", "saving step 2", "evaluating")):
         directory = tmp_path / str(number)
@@ -309,10 +301,10 @@ def test_a_loop_asked_to_stop_saves_there_and_goes_on_to_the_same_end(tmp_path, 
             if doing == what:
                 raise Preempted(doing)
 
-        monkeypatch.setattr(loop, "poll", ask)
+        monkeypatch.setattr(training, "poll", ask)
         with pytest.raises(Preempted):
             run(directory, params, evaluate=evaluate)
-        monkeypatch.setattr(loop, "poll", lambda doing, slow=False: None)
+        monkeypatch.setattr(training, "poll", lambda doing, slow=False: None)
         again = run(directory, params)
         records = read_jsonl(directory / "stage" / "metrics.jsonl")
         assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 1, 2, 4, 6], what
@@ -333,3 +325,43 @@ def test_goodput_counts_what_was_done_again_as_lost():
     ]
     assert goodput(records) == {"start": 14.0, "data": 1.0, "step": 19.0, "lost": 6.0, "down": 10.0}
     assert goodput([]) == {}
+
+
+def test_a_profile_is_a_trace_of_the_steps_that_were_asked_for(tmp_path, params):
+    run(tmp_path, params, profile=ProfileConfig(start=2, steps=2))
+    assert list((tmp_path / "stage" / "profile").rglob("*.xplane.pb"))
+
+
+class Service:
+    """Stands in for wandb and trackio."""
+
+    calls: ClassVar[list] = []
+
+    @classmethod
+    def init(cls, **settings):
+        cls.calls.append(("init", settings))
+
+    @classmethod
+    def log(cls, values, step):
+        cls.calls.append(("log", step, values))
+
+    @classmethod
+    def finish(cls):
+        cls.calls.append(("finish",))
+
+
+@pytest.mark.parametrize("track", ["wandb", "trackio"])
+def test_figures_are_shown_by_a_service_where_it_is_installed(tmp_path, params, monkeypatch, track):
+    monkeypatch.setitem(sys.modules, track, Service)
+    Service.calls.clear()
+    run(tmp_path, params, track=track)
+    (_, settings), *logged, finish = Service.calls
+    assert (settings["project"], settings["name"], settings["resume"]) == (tmp_path.name, "stage", "allow")
+    assert [step for _, step, values in logged if "train/loss" in values] == [1, 2, 3, 4, 5, 6]
+    assert [step for _, step, values in logged if "eval/kl" in values] == [0, 1, 2, 4, 6] and finish == ("finish",)
+    assert not (tmp_path / "stage" / "events").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused():
+    with pytest.raises(UserError, match=r"stages\.a\.track = wandb is not installed; pip install wandb"):
+        check_tracker("wandb", "stages.a")

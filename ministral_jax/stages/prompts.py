@@ -1,0 +1,93 @@
+"""What the stages that answer prompts share: the prompts, their faults, and the sampler's programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ministral_jax.alignment.rewards import RewardsConfig
+from ministral_jax.alignment.scoring import Scorer
+from ministral_jax.data.conversation import Document
+from ministral_jax.data.documents import Progress
+from ministral_jax.data.pipeline import check_vocab
+from ministral_jax.data.prompts import PromptData, PromptRow, open_prompts
+from ministral_jax.models.vlm import placed_params
+from ministral_jax.sampling.decoding import Choice, Rows, programs
+from ministral_jax.sampling.engine import SLOTS, SamplingOptions, bucket, by_rows
+from ministral_jax.stages.base import Job, Program
+
+
+def open_stage_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
+    """The prompts of a stage: of its own sources, each short enough for the model to answer.
+
+    Args:
+        answered: rows are asked for with the answer that the data gives.
+    """
+    longest: int | None = getattr(job.stage, "max_prompt_length", None)
+    bound = "the model's context less one" if longest is None else f"{job.where}.max_prompt_length"
+    limit = job.spec.context - 1 if longest is None else longest
+    return open_prompts(job.stage.data, job.spec.vision, job.data_root, limit, bound, progress, answered)
+
+
+def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
+    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed.
+
+    Raises:
+        UserError: naming the row.
+    """
+    stage = job.stage
+    prompts = open_stage_prompts(job, progress)
+    check_vocab(prompts.tokenizer, job.spec)
+    examined = getattr(stage, "generate", None) or stage.evaluate
+    _check_rewards(examined.rewards, prompts.evaluation(examined.prompts))
+    if rewards := getattr(stage, "rewards", None):
+        _check_rewards(rewards, [document for documents in prompts.train.values() for document in documents])
+
+
+def _check_rewards(rewards: RewardsConfig, rows: Sequence[PromptRow | Document]) -> None:
+    with Scorer(rewards, 1) as scorer:
+        for row in rows:
+            scorer.check(row.columns, row.where)
+
+
+def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int, length: int) -> dict[str, Program]:
+    """What sampling compiles to answer `prompts` prompts of at most `length` tokens `each` so often: reading them,
+    branching into the answers, and a chunk of tokens. Shorter prompts are padded to fewer tokens."""
+    spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
+    options, choice = SamplingOptions(), Choice(temperature=temperature, top_p=1.0, top_k=0)
+    run = programs(spec, compute, place, choice, (job.tokens.eos,), options.chunk)
+    shards = int(np.prod([place.mesh.shape[axis] for axis in place.rules.batch]))
+    count, total = (-(-n // shards) * shards for n in (prompts, prompts * each))
+    params, width = placed_params(spec, place), bucket(length)
+
+    def shape(name: str, *sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place.batch_sharding(name, len(sizes)))
+
+    batch = {name: shape(name, count, width) for name in ("tokens", "segments")}
+    if spec.vision is not None and job.stage.data.patches:
+        patches = bucket(job.stage.data.patches)
+        batch |= {name: shape(name, count, patches) for name in ("patch_image", "patch_row", "patch_col")}
+        batch["patches"] = shape("patches", count, patches, spec.vision.patch_width, dtype=jnp.float32)
+        batch["image_slot"] = shape("image_slot", count, width)
+    lengths = jax.ShapeDtypeStruct((count,), jnp.int32)
+    per_row = {name: jax.ShapeDtypeStruct((total,), jnp.int32) for name in ("parents", "lengths", "ends", "samples")}
+    rows = Rows(
+        per_row["lengths"],
+        per_row["ends"],
+        jax.ShapeDtypeStruct((total,), jnp.bool_),
+        jax.ShapeDtypeStruct((total,), jnp.uint32),
+        per_row["samples"],
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(place.mesh):
+        hidden, cache = jax.eval_shape(run.start, params, batch, lengths)
+        branched = jax.eval_shape(lambda *args: run.fork(*args, SLOTS), hidden, cache, per_row["parents"])
+    return {
+        "sample/start": Program(run.start, (params, batch, lengths)),
+        "sample/fork": Program(run.fork, (hidden, cache, per_row["parents"], SLOTS)),
+        "sample/chunk": Program(run.chunk, (params, *branched, rows, scalar, scalar, scalar)),
+    }

@@ -1,0 +1,199 @@
+"""What the stages that read packed rows share: settings, data, batches, and held-out evaluation of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field, field_validator
+
+from ministral_jax.data.config import DataConfig
+from ministral_jax.data.documents import Progress
+from ministral_jax.data.pipeline import Join, PackedData, batches, check_vocab, held_out, prepare
+from ministral_jax.distributed.placement import Placement
+from ministral_jax.errors import UserError
+from ministral_jax.losses.evaluation import forward, reading
+from ministral_jax.losses.head import LossHead
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import Compute, placed_params
+from ministral_jax.settings import Frozen
+from ministral_jax.stages.base import Graph, Job, Params, Program, Stage
+from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.teachers.teacher import Teacher
+
+Batches = Iterator[dict[str, Any]]
+
+
+class BatchConfig(Frozen):
+    """Global batch: `sequences` packed rows of `length` tokens, its gradient accumulated over `microbatches`."""
+
+    sequences: int = Field(default=16, ge=1)
+    length: int = Field(default=256, ge=2)
+    microbatches: int = Field(default=1, ge=1)
+
+    @field_validator("microbatches")
+    @classmethod
+    def _divides(cls, value: int, info: Any) -> int:
+        if info.data.get("sequences", value) % value:
+            raise ValueError(f"must divide batch.sequences = {info.data['sequences']}")
+        return value
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+class EvaluateConfig(Frozen):
+    """Held-out evaluation at step 0, at powers of two below `every`, at multiples of `every`, and at the last step."""
+
+    every: int = Field(default=100, ge=1)
+    rows: int = Field(default=64, ge=1)
+    """Held-out rows, in file order."""
+
+
+class Packing:
+    """Packed rows of the stages of a run, made once for those that read the same."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self._packed: dict[Any, PackedData] = {}
+        self._digests: dict[str, str] = {}
+
+    @property
+    def used(self) -> bool:
+        return bool(self._packed)
+
+    def rows(self, job: Job[RowStage]) -> PackedData:
+        """Tokenised and packed, unless that was done already."""
+        stage = job.stage
+        wanted = (stage.data.model_dump_json(), stage.batch.length, job.spec.vision)
+        if wanted not in self._packed:
+            self._packed[wanted] = prepare(
+                stage.data, stage.batch.length, job.spec.vision, job.data_root, self.progress
+            )
+        data = self._packed[wanted]
+        self._digests[job.name] = data.digest
+        check_vocab(data.tokenizer, job.spec)
+        return data
+
+    def digest(self, job: Job[Any], stage: str) -> str | None:
+        """Of the rows that another stage of the run reads, or has read when it was made."""
+        if stage in self._digests:
+            return self._digests[stage]
+        made = read_manifest(job.run_dir / stage)
+        return made.data.digest if made is not None and made.data is not None else None
+
+
+class RowStage(Stage):
+    """A stage that reads packed rows."""
+
+    seed: int = 0
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    compute: Compute = Compute()
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        self.check_length(spec, where)
+
+    def check_length(self, spec: ModelSpec, where: str) -> None:
+        """Raise `UserError` when rows are longer than the model's context."""
+        if self.batch.length > spec.context:
+            raise UserError(f"{where}.batch.length = {self.batch.length} exceeds the model's context of {spec.context}")
+
+    def check_mesh(self, job: Job[Any]) -> None:
+        job.placement.check_batch(self.batch.sequences, self.batch.length, job.where, self.batch.microbatches)
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        packing.rows(job)
+
+
+def open_data(job: Job[RowStage]) -> PackedData:
+    """The packed rows of the stage's length; the cascade had them made before its first stage."""
+    stage = job.stage
+    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root)
+
+
+def data_details(data: PackedData) -> dict[str, str]:
+    """What the manifest says of the data."""
+    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest}
+
+
+def train_batches(
+    job: Job[RowStage], data: PackedData, start: int = 0, stop: int | None = None, join: Join | None = None
+) -> Batches:
+    """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
+    stage = job.stage
+    count = stage.batch.sequences
+    rows = batches(data, "train", count, stage.seed, start, stop, job.placement.rows(count), join)
+    return _placed(job.placement, rows, count)
+
+
+def held_out_batches(job: Job[Any], data: PackedData, join: Join | None = None) -> Batches:
+    """A pass over the held-out rows."""
+    count = job.stage.batch.sequences
+    rows = held_out(data, count, job.stage.evaluate.rows, job.placement.rows(count), join)
+    return _placed(job.placement, rows, count)
+
+
+def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
+    """The next batch goes to the devices, in a thread, while they work on this one."""
+
+    def fetch() -> dict[str, Any] | None:
+        batch = next(rows, None)
+        return None if batch is None else placement.place(batch, count)
+
+    try:
+        with ThreadPoolExecutor(1, "placing") as ahead:
+            coming = ahead.submit(fetch)
+            while (batch := coming.result()) is not None:
+                coming = ahead.submit(fetch)
+                yield batch
+    finally:
+        getattr(rows, "close", lambda: None)()
+
+
+def abstract_batch(job: Job[Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch of the stage as `data.pipeline.batches` gives it: shapes, dtypes and where they lie."""
+    stage, vision, placement = job.stage, job.spec.vision, job.placement
+    rows, length, patches = stage.batch.sequences, stage.batch.length, stage.data.patches
+    integers, floats = ("tokens", "positions", "segments", "labels"), ("loss_mask", "answer_mask", "text_bytes")
+    shapes = dict.fromkeys(integers, ((rows, length), jnp.int32))
+    shapes |= dict.fromkeys(floats, ((rows, length), jnp.float32))
+    if patches and vision is not None:
+        shapes |= {"image_slot": ((rows, length), jnp.int32)}
+        shapes |= {"patches": ((rows, patches, vision.patch_width), jnp.float32)}
+        shapes |= dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((rows, patches), jnp.int32))
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch_sharding(name, len(shape)))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def evaluation_programs(job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None) -> dict[str, Program]:
+    """What `losses.evaluation.make_evaluate` compiles for a model of `spec`: its states, and what is read off them."""
+    placement, compute = job.placement, job.stage.compute
+    params, batch = placed_params(spec, placement), abstract_batch(job)
+    run = forward(spec, compute, placement)
+    targets = None
+    with jax.set_mesh(placement.mesh):
+        states = _as_rows(placement, jax.eval_shape(run, params, batch))
+        if teacher is not None:
+            theirs, _ = jax.eval_shape(teacher.held_out, teacher.constants, batch | teacher.held_out_arrays)
+            targets = (_as_rows(placement, theirs), _head(teacher.constants))
+    read = reading(LossHead(placement, job.teacher_placement.rules))
+    return {
+        "evaluate/states": Program(run, (params, batch)),
+        "evaluate/figures": Program(read, (states, _head(params), targets, batch)),
+    }
+
+
+def _as_rows(placement: Placement, states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(states.shape, states.dtype, sharding=placement.batch_sharding("states", 3))
+
+
+def _head(params: Params) -> Params:
+    return {"decoder": {key: params["decoder"][key] for key in ("embed", "head") if key in params["decoder"]}}

@@ -1,0 +1,211 @@
+"""Who teaches a stage: a model that runs beside the student, or what a record stage has written of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from pydantic import Discriminator, Tag
+
+from ministral_jax.data.pipeline import PackedData
+from ministral_jax.errors import UserError
+from ministral_jax.losses.chunked import LossOptions
+from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.head import LossHead
+from ministral_jax.losses.targets import Targets, check_options
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, Compute, head_matrix, param_shardings, placed_params
+from ministral_jax.settings import Frozen
+from ministral_jax.stages.base import Graph, Job, Params, load_stage
+from ministral_jax.stages.looped import FROZEN, Looped
+from ministral_jax.stages.manifest import digest, finished
+from ministral_jax.stages.record import Record, recorded_teacher
+from ministral_jax.stages.rows import Packing
+from ministral_jax.teachers.store import open_store
+from ministral_jax.teachers.teacher import Teacher, online, stored
+from ministral_jax.training.state import LossFn
+
+
+class StoredTeacher(Frozen):
+    """A teacher whose distribution a record stage has written."""
+
+    store: str
+    """The record stage."""
+
+
+def _kind_of_teacher(value: Any) -> str:
+    return "str" if isinstance(value, str) else "StoredTeacher"
+
+
+AnyTeacher = Annotated[
+    Annotated[str, Tag("str")] | Annotated[StoredTeacher, Tag("StoredTeacher")], Discriminator(_kind_of_teacher)
+]
+"""A stage's name, or `{store: the record stage}`."""
+
+
+class Taught(Looped):
+    """A stage that may learn from a teacher. The vision tower is frozen."""
+
+    teacher: AnyTeacher | None = None
+    loss: LossOptions = LossOptions()
+
+    @property
+    def teacher_stage(self) -> str | None:
+        """The stage that the targets come from: the teacher itself, or the one that recorded it."""
+        return self.teacher.store if isinstance(self.teacher, StoredTeacher) else self.teacher
+
+    def inputs(self) -> dict[str, str]:
+        needed = super().inputs()
+        if (teacher := self.teacher_stage) is not None and teacher != self.source:
+            needed["teacher"] = teacher
+        return needed
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        if (name := self.teacher_stage) is not None:
+            self._check_teacher(name, graph, where)
+            check_vocabulary(spec, name, "teacher", graph, where)
+
+    def _check_teacher(self, name: str, graph: Graph, where: str) -> None:
+        """A model teaches directly, a record stage as a store that holds what the student will read."""
+        teacher = graph.stages[name]
+        if self.teacher == name:
+            if isinstance(teacher, Record):
+                raise UserError(f"{where}.teacher = {name!r} is a record stage; write it as {{store: {name}}}")
+            if not teacher.makes_model:
+                raise UserError(f"{where}.teacher = {name!r} must be a stage that makes a model")
+            return
+        if not isinstance(teacher, Record):
+            raise UserError(
+                f"{where}.teacher.store = {name!r} must be a record stage; a model is named as `teacher: {name}`"
+            )
+        try:
+            check_options(self.loss, teacher.codec.kind)
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
+        teacher.check_reader(self, name, where)
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        """A student must read the rows that are, or will be, in the store."""
+        super().prepare(job, packing)
+        if isinstance(self.teacher, StoredTeacher):
+            recorder = self.teacher.store
+            if packing.digest(job, recorder) != packing.digest(job, job.name):
+                raise UserError(
+                    f"{job.where}.data differs from that of {recorder!r}, whose rows are recorded; both must have the "
+                    "same sources, tokenizer, held_out and patches"
+                )
+
+
+def check_vocabulary(spec: ModelSpec, name: str, role: str, graph: Graph, where: str) -> None:
+    """Raise `UserError` when another stage's model knows other tokens."""
+    if (theirs := graph.specs[name].vocab) != spec.vocab:
+        raise UserError(
+            f"{where}: its vocabulary of {spec.vocab} differs from the {theirs} of {role} {name!r}; "
+            "both need the same one"
+        )
+
+
+def distillation(
+    student_spec: ModelSpec,
+    compute: Compute,
+    options: LossOptions,
+    heads: LossHead,
+    targets: Callable[[Params, dict[str, Any]], Targets],
+) -> LossFn:
+    """The objective: `(trainable, frozen, batch)`, with the teacher's arrays under `frozen["teacher"]`, of which and of
+    the batch `targets` makes what to learn."""
+    student = VLM(student_spec, compute)
+
+    def loss(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
+        constants = dict(frozen)
+        taught = targets(constants.pop("teacher"), batch)
+        states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
+        mask = batch["loss_mask"]
+        total, metrics = heads.distillation_loss(states, head, taught, batch["labels"], mask, options)
+        return total, {**metrics, "loss": (total, mask.sum())}
+
+    return loss
+
+
+def teacher_loss(job: Job[Any], teacher: Teacher) -> LossFn:
+    """`distillation` as the stage's settings say."""
+    heads = LossHead(job.placement, job.teacher_placement.rules)
+    return distillation(job.spec, job.stage.compute, job.stage.loss, heads, teacher.targets)
+
+
+def described_teacher(job: Job[Any]) -> Teacher:
+    """The stage's teacher with abstract arrays: all that its programs need."""
+    stage: Taught = job.stage
+    name = stage.teacher_stage
+    assert name is not None
+    recorder = job.graph.stages[name]
+    if isinstance(recorder, Record):
+        return recorded_teacher(job, recorder)
+    spec, placement = job.graph.specs[name], job.teacher_placement
+    params = placed_params(spec, placement, jnp.dtype(stage.compute.dtype))
+    return online(spec, params, stage.compute, placement, stage.batch.length)
+
+
+def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
+    """The stage's teacher: a model beside the student, or what was recorded of one."""
+    _check_same_tokenizer(job, data)
+    return _stored(job, data) if isinstance(job.stage.teacher, StoredTeacher) else _online(job)
+
+
+def _online(job: Job[Any]) -> Teacher:
+    stage = job.stage
+    # In the dtype it computes in: the parameters would be cast to that at every use.
+    dtype = jnp.dtype(stage.compute.dtype)
+    spec, params = load_stage(_teacher_directory(job), dtype, job.teacher_placement)
+    return online(spec, params, stage.compute, job.teacher_placement, stage.batch.length)
+
+
+def _stored(job: Job[Any], data: PackedData) -> Teacher:
+    recorder = job.run_dir / job.stage.teacher_stage
+    reader = open_store(finished(recorder).config["store"] or str(recorder / "store"))
+    reader.check(
+        teacher_digest=digest(_teacher_directory(job)),
+        tokenizer_digest=data.tokenizer.digest,
+        data_digest=data.digest,
+        length=data.length,
+        vocab=job.spec.vocab,
+    )
+    return stored(reader, job.teacher_placement)
+
+
+def _teacher_directory(job: Job[Any]) -> Path:
+    """The finished stage whose model teaches."""
+    directory = job.run_dir / job.stage.teacher_stage
+    if isinstance(job.stage.teacher, str):
+        return directory
+    return job.run_dir / finished(directory).config["from"]
+
+
+def vision_of_teacher(job: Job[Any], teacher: Teacher, params: Params) -> Params:
+    """Fresh parameters around the teacher's vision tower, which a student keeps."""
+    shardings = param_shardings(job.spec, job.placement)
+    lender = teacher.constants
+    if any(part in params and part not in lender for part in FROZEN):
+        lender = load_stage(_teacher_directory(job), jnp.dtype(job.stage.compute.dtype), job.teacher_placement)[1]
+
+    def lend(taught: Any, ours: Any, sharding: Any) -> Any:
+        return jax.device_put(taught.astype(ours.dtype), sharding)
+
+    lent = {k: jax.tree.map(lend, lender[k], params[k], shardings[k]) for k in FROZEN if k in params}
+    return {**params, **lent}
+
+
+def _check_same_tokenizer(job: Job[Any], data: PackedData) -> None:
+    """A teacher that was trained on other token ids teaches noise."""
+    directory = _teacher_directory(job)
+    theirs = finished(directory).data
+    taught, ours = theirs.tokenizer_digest if theirs else None, data.tokenizer.digest
+    if taught is not None and taught != ours:
+        raise UserError(
+            f"{job.where}.data.tokenizer has digest {ours[:12]}, teacher {directory.name!r} was trained with "
+            f"{taught[:12]}; both must use the same vocabulary"
+        )

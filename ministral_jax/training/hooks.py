@@ -1,0 +1,127 @@
+"""What the loop does beside its steps: measure speed, watch the loss, take a profile."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from pydantic import Field
+
+from ministral_jax.settings import Frozen
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bf16 FLOP/s of one chip, by the start of its `device_kind`; vendors' data sheets."""
+
+
+def peak_flops() -> float | None:
+    """Peak of all devices together, or None where it is not known (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    matches = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    return matches[0] * jax.device_count() if matches else None
+
+
+class GuardConfig(Frozen):
+    """What happens when a step's loss is NaN, infinite, or above `spike` times the median of the last `window`.
+
+    `stop` ends the run. `rollback` goes back to the newest saved state and leaves out the batches since then, at most
+    `rollbacks` times in a row of a process's life.
+    """
+
+    action: Literal["stop", "rollback"] = "stop"
+    spike: float | None = Field(default=None, gt=1)
+    window: int = Field(default=50, ge=1)
+    rollbacks: int = Field(default=3, ge=0)
+
+
+class BadLoss(Exception):
+    """A step's loss that must not be trained on."""
+
+    def __init__(self, step: int, loss: float, usual: float | None):
+        much = "" if usual is None else f", over {loss / usual:.1f} times its usual {usual:.4g}"
+        super().__init__(f"the loss is {loss} at step {step}{much}")
+        self.step, self.loss = step, loss
+
+
+class Guard:
+    """Watches the loss of every step."""
+
+    def __init__(self, config: GuardConfig):
+        self._config = config
+        self._recent: deque[float] = deque(maxlen=config.window)
+
+    def check(self, step: int, loss: float) -> None:
+        """Raise `BadLoss` when it is not finite, or a spike."""
+        if not math.isfinite(loss):
+            raise BadLoss(step, loss, None)
+        if self._config.spike is not None and len(self._recent) == self._config.window:
+            usual = statistics.median(self._recent)
+            if loss > self._config.spike * usual:
+                raise BadLoss(step, loss, usual)
+        self._recent.append(loss)
+
+
+class Speed:
+    """Tokens per second and MFU between two steps whose figures were read, without what stood between others."""
+
+    def __init__(self, tokens_per_step: int, flops_per_step: float):
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops()
+        self.restart()
+
+    def restart(self) -> None:
+        """Speed is measured from the next step's figures on: what happened before them was not a step."""
+        self._since: tuple[int, float] | None = None
+
+    def of(self, step: int, tokens_drawn: float = 0.0) -> dict[str, float]:
+        """`tokens_per_second`, `tokens_per_second_per_device` and, where the peak is known, `mfu`."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = (step, now)
+            return {}
+        rate = (step - self._since[0]) / (now - self._since[1])
+        tokens = (self._tokens or tokens_drawn) * rate
+        found = {"tokens_per_second": tokens, "tokens_per_second_per_device": tokens / jax.device_count()}
+        if self._peak is not None and self._flops:
+            found["mfu"] = self._flops * rate / self._peak
+        return found
+
+
+class ProfileConfig(Frozen):
+    """A trace of `steps` steps from step `start` on (counted from 1), by `jax.profiler`, in `<stage>/profile`."""
+
+    start: int = Field(default=5, ge=1)
+    steps: int = Field(default=3, ge=1)
+
+
+class Profiler:
+    """Takes the trace that was asked for."""
+
+    def __init__(self, config: ProfileConfig | None, directory: Path):
+        self._config, self._directory, self._tracing = config, directory / "profile", False
+
+    def before(self, step: int) -> None:
+        if self._config is not None and step == self._config.start:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._tracing and self._config is not None and step >= self._config.start + self._config.steps - 1:
+            jax.block_until_ready(state)  # else the trace would end before what it is of
+            self.close()
+
+    def close(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
