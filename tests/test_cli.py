@@ -49,7 +49,7 @@ def finished_parent(tmp_path) -> Path:
     recipe = load_recipe(MICRO)
     directory = tmp_path / "run" / "parent"
     directory.mkdir(parents=True)
-    stage = identity(recipe, "parent", resolve_specs(recipe)["parent"])
+    stage = identity(recipe.stages["parent"], resolve_specs(recipe)["parent"])
     write_json(directory / "stage.json", stage)
     manifest = {"stage": "parent", "do": "train", "status": "finished", "inputs": {}, **stage}
     write_json(directory / "manifest.json", manifest)
@@ -122,7 +122,7 @@ def test_a_stage_made_from_another_parent_than_the_one_there(capsys, finished_pa
     recipe = load_recipe(MICRO)
     pruned = finished_parent / "14b-pruned"
     pruned.mkdir()
-    stage = identity(recipe, "14b-pruned", resolve_specs(recipe)["14b-pruned"])
+    stage = identity(recipe.stages["14b-pruned"], resolve_specs(recipe)["14b-pruned"])
     write_json(pruned / "stage.json", stage)
     inputs = {"parent": {"stage": "parent", "digest": digest(finished_parent / "parent")}}
     write_json(pruned / "manifest.json", {"status": "finished", "inputs": inputs, **stage})

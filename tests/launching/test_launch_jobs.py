@@ -198,7 +198,7 @@ def test_settings_of_the_launch_stay_out_of_the_command_and_of_a_stage(tmp_path)
     plain, other = load_recipe(RECIPE), load_recipe(RECIPE, ["launch.slurm.nodes=4"])
     assert plain != other
     spec = resolve_specs(plain)["parent"]
-    assert identity(plain, "parent", spec) == identity(other, "parent", spec)
+    assert identity(plain.stages["parent"], spec) == identity(other.stages["parent"], spec)
 
 
 def test_a_recipe_may_hold_the_block_and_a_template_in_it_stays_text(tmp_path):

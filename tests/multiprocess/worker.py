@@ -37,22 +37,22 @@ def note_what_is_not_polled() -> None:
     from ministral_jax.alignment import examine
     from ministral_jax.stages import grpo, looped, odpo, online
 
-    make_update, score_together = looped.make_update, examine.score_together
+    update_program, score_together = looped.update_program, examine.score_together
 
-    def noting_make_update(*args):
-        update = make_update(*args)
+    def noting_update_program(*args):
+        program = update_program(*args)
 
         def noting_update(*args):
             note(f"update {next(updates)}")
-            return update(*args)
+            return program.function(*args)
 
-        return noting_update
+        return program._replace(function=noting_update)
 
     def noting_score_together(*args):
         note("scoring")
         return score_together(*args)
 
-    grpo.make_update = odpo.make_update = noting_make_update
+    grpo.update_program = odpo.update_program = noting_update_program
     examine.score_together = online.score_together = noting_score_together
 
 

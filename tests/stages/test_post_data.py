@@ -27,8 +27,8 @@ def one_device(monkeypatch):
 def no_stage_runs(monkeypatch):
     """A fault that comes late fails here, not after a training."""
 
-    def begun(recipe, run_dir, name, specs):
-        pytest.fail(f"{name} was begun")
+    def begun(job):
+        pytest.fail(f"{job.name} was begun")
 
     monkeypatch.setattr(cascade, "_run_stage", begun)
 
