@@ -125,7 +125,10 @@ def test_a_stage_made_from_another_parent_than_the_one_there(capsys, finished_pa
     stage = identity(recipe.stages["14b-pruned"], resolve_specs(recipe)["14b-pruned"])
     write_json(pruned / "stage.json", stage)
     inputs = {"parent": {"stage": "parent", "digest": digest(finished_parent / "parent")}}
-    write_json(pruned / "manifest.json", {"status": "finished", "inputs": inputs, **stage})
+    write_json(
+        pruned / "manifest.json",
+        {"stage": "14b-pruned", "do": "prune", "status": "finished", "inputs": inputs, **stage},
+    )
     (finished_parent / "parent" / "manifest.json").write_text(
         (finished_parent / "parent" / "manifest.json").read_text().replace("train", "trained")
     )

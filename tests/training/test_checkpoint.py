@@ -163,7 +163,7 @@ def test_the_newest_and_every_nth_are_kept(tmp_path):
 _KILLED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
 from test_checkpoint import ResumeStore, state
 store = ResumeStore(Path({directory!r}), keep=2)
 for step in range(1, 1000):
