@@ -1,0 +1,139 @@
+"""Verbs: what each says of itself, one that a user's package adds, and programs without data or devices of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+from paths import ROOT, TESTS
+
+from ministral_jax.distributed.placement import make_mesh
+from ministral_jax.recipe.load import load_recipe, resolve_specs
+from ministral_jax.stages import Graph, Job, figures, verbs
+
+TOY = """
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ministral_jax.stages import Figure, Job, Result, Stage
+from ministral_jax.stages.base import load_stage
+from ministral_jax.training.log import StageLog
+from ministral_jax.stages.figures import Curve
+
+
+class Shrink(Stage):
+    \"\"\"Multiply every parameter by a factor.\"\"\"
+
+    figures: ClassVar = (Figure("largest", "largest weight", "", "lower"),)
+    curve: ClassVar = Curve("largest", None, "step")
+
+    do: Literal["shrink"]
+    source: str = Field(alias="from")
+    factor: float = Field(default=0.5, gt=0)
+
+    def run(self, job: Job) -> Result:
+        import jax
+        import jax.numpy as jnp
+
+        params = jax.tree.map(lambda x: x * self.factor, load_stage(job.source, placement=job.placement)[1])
+        largest = float(max(jnp.abs(x).max() for x in jax.tree.leaves(params)))
+        log = StageLog(job.directory, None)
+        log.write("eval", 0, {"largest": 2 * largest})
+        log.write("eval", 1, {"largest": largest})
+        log.close()
+        return Result({"largest": largest}, files=job.save(params))
+"""
+RECIPE = """
+name: toy
+data:
+  tokenizer: {file: bundled, vocab: 512, special: 64}
+  sources: {code: {kind: python-library, limit: 12}}
+  held_out: 0.2
+stages:
+  parent:
+    do: train
+    steps: 1
+    batch: {sequences: 1, length: 32}
+    evaluate: {rows: 1}
+    model: {layers: 1, width: 8, mlp_width: 8, heads: 1, kv_heads: 1, head_width: 8, vocab: 512, context: 32, vision: null}
+  small: {do: shrink, from: parent}
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A package of a user's, installed, and a recipe with its verb."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy_verbs.py").write_text(TOY)
+    (folder / "toy.yaml").write_text(RECIPE)
+    metadata = folder / "toy_verbs-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-verbs\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[ministral_jax.stages]\nshrink = toy_verbs:Shrink\n")
+    return folder
+
+
+def command(toy, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{toy}", "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-m", "ministral_jax", *words]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=toy)
+
+
+def test_a_verb_of_one_file_runs_resumes_sweeps_and_is_reported(toy):
+    first = command(toy, "run", "toy.yaml", "--run-dir", "run")
+    assert first.returncode == 0 and "[2/2] small: shrink" in first.stderr, first.stderr
+    again = command(toy, "run", "toy.yaml", "--run-dir", "run")
+    assert again.returncode == 0 and again.stderr.count("finished already") == 2, again.stderr
+    page = (toy / "run" / "report.html").read_text()
+    assert "small" in page and "largest weight" in page
+    swept = command(toy, "sweep", "toy.yaml", "stages.small.factor=0.5,0.25", "--run-dir", "swept")
+    assert swept.returncode == 0 and "largest" in swept.stdout, swept.stderr
+    assert len(list((toy / "swept" / "shared").glob("parent-*"))) == 1
+    assert "largest weight" in (toy / "swept" / "report.html").read_text()
+
+
+def test_a_fault_of_a_users_verb_is_said_like_any_other(toy):
+    wrong = command(toy, "run", "toy.yaml", "stages.small.factr=2", "--run-dir", "run")
+    assert wrong.returncode == 2 and "unknown key stages.small.factr (did you mean factor?)" in wrong.stderr
+
+
+def test_every_verb_says_what_it_is_called_and_what_it_measures():
+    for name, verb in verbs().items():
+        assert verb.model_fields["do"].annotation.__args__ == (name,) and verb.__doc__
+        assert verb.curve is None or verb.curve.figure in {figure.name for figure in verb.figures}
+    assert {"kl", "ce", "win_rate", "judge_accuracy", "bytes_per_token", "kl_to_source"} <= figures().keys()
+
+
+@pytest.fixture
+def opened():
+    """Files that were opened while it was there, but for those of Python and of its packages."""
+    paths: list[str] = []
+    watching = [True]
+
+    def note(event, args):
+        if watching[0] and event == "open" and isinstance(args[0], str):
+            if not args[0].endswith((".py", ".pyc")) and not args[0].startswith((sys.prefix, sys.base_prefix)):
+                paths.append(args[0])
+
+    sys.addaudithook(note)
+    yield paths
+    watching[0] = False
+
+
+@pytest.mark.parametrize("recipe", ["micro.yaml", "micro_stored.yaml", "micro_post.yaml"])
+def test_programs_lower_for_described_devices_without_a_file_being_read(recipe, tmp_path, opened):
+    loaded = load_recipe(TESTS.joinpath(recipe), ["mesh.fsdp=2", "mesh.tensor=2", "mesh.context=2"])
+    specs, devices = resolve_specs(loaded), jax.devices()[:8]
+    opened.clear()
+    for name, stage in loaded.stages.items():
+        graph = Graph(loaded.stages, specs)
+        job = Job(name, stage, specs[name], graph, tmp_path / "none", make_mesh(stage.mesh, devices))
+        programs = stage.programs(job)
+        assert programs or stage.do in ("import", "export"), name
+        for label, program in programs.items():
+            with jax.set_mesh(job.mesh):
+                assert "module @" in program.lower().as_text(), (name, label)
+    assert opened == []
