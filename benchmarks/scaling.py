@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import os
 
-from ministral_jax.models.vlm import placed_params
-
 # Before JAX is imported. No host is asked for its chips: the topology is named.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
@@ -42,15 +40,13 @@ from jax.experimental import topologies
 
 from hardware import processor
 from ministral_jax.distributed.placement import AXES, MeshConfig, Placement, Rules, make_mesh
-from ministral_jax.losses.chunked import LossOptions
-from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.stages.base import fresh_params
-from ministral_jax.stages.teaching import distillation
-from ministral_jax.teachers.teacher import online_targets
-from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from ministral_jax.training.state import abstract_state, init_state, make_step, state_shardings
+from ministral_jax.stages.base import Graph, Job, fresh_params
+from ministral_jax.stages.distill import Distill
+from ministral_jax.stages.import_ import Import
+from ministral_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ministral_jax.training.state import init_state
 from traffic import Collective, by_kind, collectives
 
 DEVICES = (1, 2, 4, 8)
@@ -61,6 +57,7 @@ MESHES = {
     "data_fsdp_context": {1: {}, 2: dict(context=2), 4: dict(fsdp=2, context=2), 8: dict(data=2, fsdp=2, context=2)},
 }
 ROUNDS = 5
+STEPS = 1000
 OPTIMIZER = OptimizerConfig(lr=1e-4)
 
 
@@ -92,22 +89,26 @@ def real(length: int) -> Setting:
 
 
 def compile_step(setting: Setting, place: Placement, rows: int, **options: Any) -> Any:
-    """The compiled step `(state, frozen, batch) -> (state, metrics)`; nothing is allocated. Call it with `place.mesh`
-    set."""
-    place.check_batch(rows, setting.length, "benchmark")
-    heads = LossHead(place, place.rules)
-    objective = LossOptions(chunk=setting.chunk)
-    teaching = online_targets(setting.teacher, setting.compute, place.rules)
-    loss = distillation(setting.student, setting.compute, objective, heads, teaching)
-    params = placed_params(setting.student, place)
-    frozen = {"teacher": placed_params(setting.teacher, place, setting.compute.dtype)}
-    rate, optimizer = learning_rate(OPTIMIZER, 1000), make_optimizer(OPTIMIZER, 1000)
-    batch = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place.batch_sharding(name, array.ndim))
-        for name, array in batch_of(setting, rows).items()
-    }
-    step = make_step(place.rules.scoped(loss), optimizer, rate, 1, state_shardings(params, optimizer))
-    return step.lower(abstract_state(params, optimizer), frozen, batch).compile(options)
+    """The compiled step `(state, frozen, batch) -> (state, metrics)` of a distil stage; nothing is allocated. Call it
+    with `place.mesh` set."""
+    stage = Distill.model_validate(
+        {
+            "do": "distill",
+            "from": "student",
+            "teacher": "teacher",
+            "steps": STEPS,
+            "data": {"sources": {"text": {"kind": "python-library"}}},
+            "batch": {"sequences": rows, "length": setting.length},
+            "compute": setting.compute,
+            "loss": {"chunk": setting.chunk},
+            "optimizer": OPTIMIZER,
+            "sharding": place.rules,
+        }
+    )
+    graph = Graph({"teacher": Import(do="import", path="none")}, {"teacher": setting.teacher})
+    job = Job("benchmark", stage, setting.student, graph, Path("none"), place.mesh)
+    stage.check_mesh(job)
+    return stage.programs(job)["step"].lower().compile(options)
 
 
 def batch_of(setting: Setting, rows: int) -> dict[str, np.ndarray]:
@@ -120,6 +121,8 @@ def batch_of(setting: Setting, rows: int) -> dict[str, np.ndarray]:
         "segments": np.ones(shape, np.int32),
         "labels": np.roll(tokens, -1, 1),
         "loss_mask": np.ones(shape, np.float32),
+        "answer_mask": np.zeros(shape, np.float32),
+        "text_bytes": np.ones(shape, np.float32),
     }
 
 
@@ -149,7 +152,7 @@ def figures_of(memory: Any, text: str, setting: Setting, rows: int, devices: int
 
 def seconds_of(compiled: Any, setting: Setting, place: Placement, rows: int) -> list[float]:
     """Wall-clock seconds of each of `ROUNDS` steps after a first."""
-    state = init_state(fresh_params(setting.student, 0, place), make_optimizer(OPTIMIZER, 1000))
+    state = init_state(fresh_params(setting.student, 0, place), make_optimizer(OPTIMIZER, STEPS))
     frozen = {"teacher": fresh_params(setting.teacher, 1, place)}
     batch, spent = place.place(batch_of(setting, rows), rows), []
     for _ in range(ROUNDS + 1):
