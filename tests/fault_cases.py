@@ -17,14 +17,6 @@ def raises(sample) -> float:
     return _value(sample)
 
 
-def not_a_number(sample) -> float:
-    return float("nan") if _fails(sample) else _value(sample)
-
-
-def text(sample):
-    return "good" if _fails(sample) else _value(sample)
-
-
 def sleeps(sample) -> float:
     if _fails(sample):
         time.sleep(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ministral_jax.alignment.rewards import CodeReward
@@ -15,7 +16,16 @@ MAX_TESTS = 20
 _FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
-def check_code(settings: CodeReward) -> None:
+def check_code(columns: Mapping[str, Any], settings: CodeReward, where: str) -> None:
+    """
+    Raises:
+        UserError: not enabled, no sandbox on this machine, or a row without proper tests.
+    """
+    check_sandbox(settings)
+    check_tests(columns, where)
+
+
+def check_sandbox(settings: CodeReward) -> None:
     """
     Raises:
         UserError: not enabled, or no sandbox on this machine.
@@ -25,27 +35,28 @@ def check_code(settings: CodeReward) -> None:
             "the reward code runs programs that the model wrote, in a sandbox that is no proof against all of them; "
             "`enabled: true` says that you want that"
         )
-    reason = refusal(settings.isolation)
-    if reason is not None:
-        needs = "Linux 5.12 with unprivileged user namespaces; inside a sandbox of your own say `isolation: none`"
+    if (reason := refusal(settings.isolation)) is not None:
+        needs = {
+            "bubblewrap": "the package bubblewrap, 0.8 or later, and a kernel that lets any user make namespaces; "
+            "inside a sandbox of your own say `isolation: none`",
+            "none": "Linux with util-linux",
+        }
         raise UserError(
             f"the reward code cannot run programs with isolation {settings.isolation!r} on this machine ({reason}); "
-            + (f"it needs {needs}" if settings.isolation == "namespaces" else "it needs Linux")
+            f"it needs {needs[settings.isolation]}"
         )
 
 
-def check_tests(columns: dict[str, Any], settings: CodeReward, where: str) -> list[dict[str, str]]:
+def check_tests(columns: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     """The row's tests.
 
     Raises:
         UserError: none, too many, or one that is neither input and output nor an assertion.
     """
-    tests = columns.get(settings.column)
+    tests = columns.get("tests")
     if not isinstance(tests, list) or not 1 <= len(tests) <= MAX_TESTS:
         found = f"{len(tests)} tests" if isinstance(tests, list) else repr(tests)
-        raise UserError(
-            f"{where}: {settings.column} is {found}; the reward code needs a list of 1 to {MAX_TESTS} tests"
-        )
+        raise UserError(f"{where}: tests is {found}; the reward code needs a list of 1 to {MAX_TESTS} tests")
     for test in tests:
         if (
             not isinstance(test, dict)
@@ -70,7 +81,7 @@ def program_of(answer: str) -> str:
 
 def code_seconds(settings: CodeReward) -> float:
     """The most that `code_reward` takes, what it takes to start processes included."""
-    return settings.compile_seconds + MAX_TESTS * settings.seconds + 30
+    return MAX_TESTS * settings.seconds + 30
 
 
 def code_reward(sample: Sample, settings: CodeReward) -> float:
@@ -84,36 +95,24 @@ def code_reward(sample: Sample, settings: CodeReward) -> float:
         sandbox.SandboxError: nothing is known about the program.
     """
     if not settings.enabled:
-        check_code(settings)
-    tests = check_tests(sample.columns, settings, sample.where)
+        check_sandbox(settings)
+    tests = check_tests(sample.columns, sample.where)
     program = program_of(sample.answer)
-    memory, isolation = settings.memory_mb, settings.isolation
-    compiles = f"compile({program!r}, '<program>', 'exec')"
-    if not program.strip() or not _encodable(program):
-        return 0.0
-    outcome = run(compiles, check="", seconds=settings.compile_seconds, memory_mb=memory, isolation=isolation)
-    if not outcome.checked:
-        return 0.0
-    for test in tests:
-        stdin, check = test.get("input", ""), test.get("assert")
-        outcome = run(
-            program, stdin=stdin, check=check, seconds=settings.seconds, memory_mb=memory, isolation=isolation
-        )
-        if check is not None:
-            passed = outcome.checked
-        else:
-            ended_well = (outcome.ended, outcome.code) == ("exit", 0)
-            passed = ended_well and _lines(outcome.output) == _lines(test["output"])
-        if not passed:
-            return 0.0
-    return 1.0
+    return float(bool(program.strip()) and all(_passes(program, test, settings) for test in tests))
 
 
-def _encodable(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+def _passes(program: str, test: dict[str, str], settings: CodeReward) -> bool:
+    outcome = run(
+        program,
+        stdin=test.get("input", ""),
+        check=test.get("assert"),
+        seconds=settings.seconds,
+        memory_mb=settings.memory_mb,
+        isolation=settings.isolation,
+    )
+    if "assert" in test:
+        return outcome.checked
+    return (outcome.ended, outcome.code) == ("exit", 0) and _lines(outcome.output) == _lines(test["output"])
 
 
 def _lines(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ministral_jax.alignment.rewards import AccuracyReward
@@ -23,34 +24,34 @@ _FUNCTION = re.compile(r"(?<!\\)\b(sin|cos|tan|log|ln|exp)\b")
 _APART = re.compile(r"\w\s+\w")
 
 
-def gold_answer(columns: dict[str, Any], settings: AccuracyReward, where: str) -> str:
-    """The row's answer as stripped text.
+def gold_answer(columns: Mapping[str, Any], where: str) -> str:
+    """The row's `answer` as stripped text.
 
     Raises:
         UserError: no such column, or neither text that is not empty nor a finite number.
     """
-    gold = columns.get(settings.column)
+    gold = columns.get("answer")
     if isinstance(gold, str) and gold.strip():
         return gold.strip()
     if isinstance(gold, int | float) and not isinstance(gold, bool) and math.isfinite(gold):
         return str(gold)
-    found = f"{settings.column} is {gold!r}" if settings.column in columns else f"there is no column {settings.column}"
+    found = f"answer is {gold!r}" if "answer" in columns else "there is no column answer"
     raise UserError(f"{where}: {found}; the reward accuracy needs text that is not empty or a number there")
 
 
-def check_gold(columns: dict[str, Any], settings: AccuracyReward, where: str) -> None:
+def check_gold(columns: Mapping[str, Any], settings: AccuracyReward, where: str) -> None:
     """
     Raises:
         UserError: the row has no answer, or one that is no mathematics where text is not asked for (`exact`).
     """
-    gold = gold_answer(columns, settings, where)
+    gold = gold_answer(columns, where)
     if not settings.exact and not _NUMBER.fullmatch(gold):
         _parse_gold(gold, settings, where)
 
 
 def quick_accuracy(sample: Sample, settings: AccuracyReward) -> float | None:
     """The reward where it needs no mathematics; None elsewhere."""
-    gold, answer = gold_answer(sample.columns, settings, sample.where), sample.answer.strip()
+    gold, answer = gold_answer(sample.columns, sample.where), sample.answer.strip()
     sure = settings.exact or _NUMBER.fullmatch(gold) is not None
     if sure and (answer == gold or not answer):
         return float(answer == gold)
@@ -72,12 +73,12 @@ def accuracy(sample: Sample, settings: AccuracyReward) -> float:
     quick = quick_accuracy(sample, settings)
     if quick is not None:
         return quick
-    gold, answer = gold_answer(sample.columns, settings, sample.where), sample.answer.strip()
+    gold, answer = gold_answer(sample.columns, sample.where), sample.answer.strip()
     expected = _parse_gold(gold, settings, sample.where)
     if answer == gold:
         return 1.0
     given = _parse(_last_boxed(answer))
-    if not expected or not given or (_is_number(expected[0]) and not _is_worked_out(given[0])):
+    if not expected or not given or (getattr(expected[0], "is_Number", False) and not _is_worked_out(given[0])):
         return 0.0
     from math_verify import verify
 
@@ -88,7 +89,7 @@ def _parse_gold(gold: str, settings: AccuracyReward, where: str) -> list[Any]:
     found = _parse(gold)
     if not found and not settings.exact:
         raise UserError(
-            f"{where}: {settings.column} is {gold!r}, which is no mathematical expression; "
+            f"{where}: answer is {gold!r}, which is no mathematical expression; "
             f"`exact: true` of the reward accuracy compares such answers as text"
         )
     return found
@@ -99,12 +100,10 @@ def _parse(text: str) -> list[Any]:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
     from math_verify import parse
 
-    if not _MARKED.search(text) and not _WORD.search(_COMMAND.sub(" ", text)) and not _APART.search(text):
-        marked = _FUNCTION.sub(r"\\\1", text)
-        found = parse(f"${marked}$", fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
-        if found:
-            return found
-    return parse(text, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
+    options: dict[str, Any] = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
+    bare = not (_MARKED.search(text) or _WORD.search(_COMMAND.sub(" ", text)) or _APART.search(text))
+    marked = _FUNCTION.sub(r"\\\1", text)
+    return (bare and parse(f"${marked}$", **options)) or parse(text, **options)
 
 
 def _last_boxed(text: str) -> str:
@@ -118,10 +117,6 @@ def _last_boxed(text: str) -> str:
         if depth == 0:
             return text[start : end + 1]
     return ""
-
-
-def _is_number(expression: Any) -> bool:
-    return bool(getattr(expression, "is_Number", False))
 
 
 def _is_worked_out(expression: Any) -> bool:

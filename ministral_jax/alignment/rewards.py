@@ -29,10 +29,9 @@ class Reward(Frozen):
 
 
 class AccuracyReward(Reward):
-    """1 for the answer in the row's column, by text or by mathematics, else 0. See `mathematics.accuracy`."""
+    """1 for the row's `answer`, by text or by mathematics, else 0. See `mathematics.accuracy`."""
 
     kind: Literal["accuracy"] = "accuracy"
-    column: str = "answer"
     exact: bool = False
     """Compare answers that are no mathematics as text; without it such a row is refused."""
 
@@ -64,16 +63,17 @@ class LengthReward(Reward):
 
 
 class CodeReward(Reward):
-    """1 for a program that passes the row's tests, else 0. Runs what the model wrote: off unless asked."""
+    """1 for a program that passes the row's `tests`, else 0. Runs what the model wrote: off unless asked.
+
+    The limits are Magistral's (arXiv 2506.10910, §2.2).
+    """
 
     kind: Literal["code"] = "code"
     enabled: bool = False
-    column: str = "tests"
     seconds: float = Field(default=4, gt=0, le=600)
     """Of a test."""
     memory_mb: int = Field(default=300, ge=64)
-    compile_seconds: float = Field(default=10, gt=0, le=600)
-    isolation: Isolation = "namespaces"
+    isolation: Isolation = "bubblewrap"
 
 
 class RubricReward(Reward):

@@ -6,14 +6,12 @@ comes out depends neither on the number of workers nor on the order of the sampl
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import math
 import multiprocessing
 import numbers
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, suppress
@@ -23,26 +21,16 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from ministral_jax.alignment import code_reward, mathematics, reward_functions
-from ministral_jax.alignment.rewards import (
-    AccuracyReward,
-    AnyReward,
-    CodeReward,
-    ConstraintsReward,
-    FormatReward,
-    LanguageReward,
-    LengthReward,
-    RubricReward,
-    UserReward,
-)
+from ministral_jax.alignment.rewards import AnyReward, RubricReward
 from ministral_jax.alignment.sample import Sample
+from ministral_jax.distributed.lifetime import die_with
 from ministral_jax.errors import UserError
 
-_CHEAP: dict[type, Callable[[Sample, Any], float]] = {
-    FormatReward: reward_functions.format_reward,
-    ConstraintsReward: reward_functions.constraints_reward,
-    LanguageReward: reward_functions.language_reward,
-    LengthReward: reward_functions.length_reward,
-}
+Judged = tuple[float | None, str | None]
+"""A reward and None, or None and what went wrong."""
+
+_CHEAP = ("format", "constraints", "language", "length")
+"""Kinds that need no worker."""
 
 
 class Scores(NamedTuple):
@@ -105,16 +93,8 @@ class Scorer:
             UserError: a row that a reward could not judge, or a reward that cannot be given on this machine.
         """
         for reward in self._rewards.values():
-            match reward:
-                case AccuracyReward():
-                    mathematics.check_gold(dict(columns), reward, where)
-                case ConstraintsReward():
-                    reward_functions.check_constraints(columns.get("constraints"), where)
-                case CodeReward():
-                    code_reward.check_code(reward)
-                    code_reward.check_tests(dict(columns), reward, where)
-                case RubricReward():
-                    _rubrics(columns, where)
+            if reward.kind in _CHECKS:
+                _CHECKS[reward.kind](columns, reward, where)
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """
@@ -151,19 +131,12 @@ class Scorer:
         return Scores(total, parts, problems)
 
     def _allowed(self, reward: AnyReward) -> float:
-        return code_reward.code_seconds(reward) if isinstance(reward, CodeReward) else self._seconds
+        return code_reward.code_seconds(reward) if reward.kind == "code" else self._seconds
 
-    def _start(self, reward: AnyReward, sample: Sample) -> Future | tuple[Any, str | None]:
-        """A reward that is known already (`_evaluate`'s result), or that a worker will know."""
-        if type(reward) in _CHEAP:
+    def _start(self, reward: AnyReward, sample: Sample) -> Future | Judged:
+        """A reward that is known already, or that a worker will know."""
+        if _is_cheap(reward, sample):
             return _evaluate(reward, sample)
-        if isinstance(reward, AccuracyReward):
-            try:
-                quick = mathematics.quick_accuracy(sample, reward)
-            except UserError as error:
-                return None, _raised(error)
-            if quick is not None:
-                return quick, None
         if self._pool is None:
             self._pool = _start_pool(self._workers, tuple(self._rewards.values()))
         with _stops_held_back():  # the first task starts the workers
@@ -197,12 +170,9 @@ def resolve(path: str, where: str) -> Callable[..., Any]:
 
 
 def _paths(reward: AnyReward) -> tuple[str, ...]:
-    match reward:
-        case UserReward():
-            return (reward.function,)
-        case RubricReward():
-            return (reward.judge,)
-    return ()
+    if reward.kind == "user":
+        return (reward.function,)
+    return (reward.judge,) if reward.kind == "rubric" else ()
 
 
 def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
@@ -213,7 +183,7 @@ def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
         max_workers=workers,
         context=multiprocessing.get_context("spawn"),  # a fork of a process that runs JAX may deadlock
         initializer=_prepare_worker,
-        initargs=(rewards,),
+        initargs=(os.getpid(), rewards),
     )
 
 
@@ -228,23 +198,26 @@ def _stops_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(rewards: tuple[AnyReward, ...]) -> None:
+def _prepare_worker(job: int, rewards: tuple[AnyReward, ...]) -> None:
     # A job that is to stop sends SIGTERM to all of its processes, and still has this batch to finish.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: never outlive the job
-    job = multiprocessing.parent_process()
-    if job is None or os.getppid() != job.pid:  # it ended before that
-        os._exit(1)
+    die_with(job)
     # Imports now, since the time of a sample counts from when a worker takes it.
-    if any(isinstance(reward, AccuracyReward) for reward in rewards):
-        import math_verify
-
-        assert math_verify
+    if any(reward.kind == "accuracy" for reward in rewards):
+        importlib.import_module("math_verify")
     for path in (path for reward in rewards for path in _paths(reward)):
         with suppress(Exception):  # said when it is called
             resolve(path, "rewards")
+
+
+def _is_cheap(reward: AnyReward, sample: Sample) -> bool:
+    if reward.kind != "accuracy":
+        return reward.kind in _CHEAP
+    try:
+        return mathematics.quick_accuracy(sample, reward) is not None
+    except UserError:  # `_evaluate` says it
+        return True
 
 
 def _rubrics(columns: Mapping[str, Any], where: str) -> list[str]:
@@ -265,20 +238,10 @@ def _rubric_reward(sample: Sample, settings: RubricReward) -> float:
     return math.fsum(verdicts) / len(verdicts)
 
 
-def _evaluate(reward: AnyReward, sample: Sample) -> tuple[Any, str | None]:
-    """A reward and None, or None and what went wrong. Never raises: not every exception can be sent."""
+def _evaluate(reward: AnyReward, sample: Sample) -> Judged:
+    """Never raises: not every exception can be sent."""
     try:
-        match reward:
-            case AccuracyReward():
-                value = mathematics.accuracy(sample, reward)
-            case CodeReward():
-                value = code_reward.code_reward(sample, reward)
-            case RubricReward():
-                value = _rubric_reward(sample, reward)
-            case UserReward():
-                value = resolve(reward.function, "rewards")(sample, **reward.options)
-            case _:
-                value = _CHEAP[type(reward)](sample, reward)
+        value = _FUNCTIONS[reward.kind](sample, reward)
     except BaseException as error:  # a function may call exit()
         return None, _raised(error)
     if not isinstance(value, bool | np.bool_ | numbers.Real) or not math.isfinite(value):
@@ -286,11 +249,31 @@ def _evaluate(reward: AnyReward, sample: Sample) -> tuple[Any, str | None]:
     return float(value), None
 
 
+_CHECKS: dict[str, Callable[[Mapping[str, Any], Any, str], object]] = {
+    "accuracy": mathematics.check_gold,
+    "constraints": lambda columns, _, where: reward_functions.check_constraints(columns.get("constraints"), where),
+    "code": code_reward.check_code,
+    "rubric": lambda columns, _, where: _rubrics(columns, where),
+}
+"""Of a row's columns, by settings, at a place: what cannot be judged is refused."""
+
+_FUNCTIONS: dict[str, Callable[[Sample, Any], Any]] = {
+    "accuracy": mathematics.accuracy,
+    "format": reward_functions.format_reward,
+    "constraints": reward_functions.constraints_reward,
+    "language": reward_functions.language_reward,
+    "length": reward_functions.length_reward,
+    "code": code_reward.code_reward,
+    "rubric": _rubric_reward,
+    "user": lambda sample, reward: resolve(reward.function, "rewards")(sample, **reward.options),
+}
+
+
 def _raised(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
-def _outcome(job: Future | tuple[Any, str | None], seconds: float) -> tuple[Any, str | None]:
+def _outcome(job: Future | Judged, seconds: float) -> Judged:
     if not isinstance(job, Future):
         return job
     from pebble import ProcessExpired

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -11,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from ministral_jax.distributed.lifetime import die_with
 from ministral_jax.distributed.processes import RETRY
 from ministral_jax.launching.job import LocalJob
 
@@ -93,20 +94,8 @@ def _start(words: Sequence[str], index: int, environment: dict[str, str]) -> sub
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE if index else None,
         start_new_session=True,
-        preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+        preexec_fn=partial(die_with, os.getpid()) if sys.platform == "linux" else None,
     )
-
-
-def _die_with(launcher: int) -> Callable[[], None]:
-    """The kernel ends a worker when the launcher is gone, even by SIGKILL."""
-    prctl, pdeathsig = ctypes.CDLL(None).prctl, 1
-
-    def set_up() -> None:
-        prctl(pdeathsig, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != launcher:  # gone before the line above
-            os._exit(1)
-
-    return set_up
 
 
 def _relay(process: subprocess.Popen[bytes], index: int) -> None:

@@ -65,6 +65,7 @@ def test_the_calibration_error_by_hand():
     assert expected_calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
 
 
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])  # on a busy machine
 @hypothesis.given(hnp.arrays(np.float64, 9, elements=st.floats(0, 1)), st.integers(0, 2**9 - 1), st.integers(1, 20))
 def test_the_calibration_error_equals_a_loop_over_bins_and_does_not_know_a_from_b(p, bits, bins):
     outcomes = bits >> np.arange(9) & 1

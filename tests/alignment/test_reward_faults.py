@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from fault_cases import _fails
 from paths import TESTS
 
 from ministral_jax.cli import main
@@ -31,45 +30,34 @@ def begun(tmp_path_factory, one_device) -> Path:
     return run_dir
 
 
-def words(function: str, on_error: str) -> list[str]:
-    return [
+def run(begun: Path, run_dir: Path, function: str, on_error: str) -> int:
+    """Two steps of GRPO on a copy of the run, rewarded by a function that fails."""
+    shutil.copytree(begun, run_dir)
+    words = [
         "stages.rl.steps=2",
         f"defaults.grpo.rewards={{mine: {{kind: user, function: 'fault_cases:{function}'}}}}",
         f"stages.rl.on_error={on_error}",
         "stages.rl.reward_seconds=2",
     ]
+    return main(["run", RECIPE, "rl", *words, "--run-dir", str(run_dir)])
 
 
-def train_records(run_dir: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run_dir / "rl" / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"]
-
-
-@pytest.mark.parametrize(
-    ("function", "what"),
-    [
-        ("raises", "ValueError: cannot judge that"),
-        ("not_a_number", "nan"),
-        ("text", "good"),
-        ("sleeps", "2 s"),
-    ],
-)
+@pytest.mark.parametrize(("function", "what"), [("raises", "ValueError: cannot judge that"), ("sleeps", "2 s")])
 def test_stop_names_the_reward_and_the_row(begun, tmp_path, capsys, function, what):
-    run_dir = Path(shutil.copytree(begun, tmp_path / "run"))
-    before = {p: p.read_bytes() for p in (run_dir / "sft").rglob("*") if p.is_file()}
-    assert main(["run", RECIPE, "rl", *words(function, "stop"), "--run-dir", str(run_dir)]) == 2
+    assert run(begun, tmp_path / "run", function, "stop") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("ministral-jax: the reward mine of ") and what in line, line
     assert "arithmetic" in line or "digit-sum" in line  # the row
-    assert {p: p.read_bytes() for p in (run_dir / "sft").rglob("*") if p.is_file()} == before
-    assert not (run_dir / "rl" / "manifest.json").exists()
+    for file in (begun / "sft").rglob("*"):
+        assert file.is_dir() or (tmp_path / "run" / file.relative_to(begun)).read_bytes() == file.read_bytes()
+    assert not (tmp_path / "run" / "rl" / "manifest.json").exists()
 
 
 def test_drop_leaves_the_answer_out_and_counts_it(begun, tmp_path, capsys):
-    run_dir = Path(shutil.copytree(begun, tmp_path / "run"))
-    assert main(["run", RECIPE, "rl", *words("raises", "drop"), "--run-dir", str(run_dir)]) == 0
+    assert run(begun, tmp_path / "run", "raises", "drop") == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    records = train_records(run_dir)
+    lines = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     assert any(record["reward_errors"] > 0 for record in records) == bool(said) and said
     assert all("cannot judge that" in line for line in said)
     # the others' mean: zeros for those that failed would pull it down
@@ -78,8 +66,7 @@ def test_drop_leaves_the_answer_out_and_counts_it(begun, tmp_path, capsys):
 
 
 def test_drop_stops_when_most_fail(begun, tmp_path, capsys):
-    run_dir = Path(shutil.copytree(begun, tmp_path / "run"))
-    assert main(["run", RECIPE, "rl", *words("always_raises", "drop"), "--run-dir", str(run_dir)]) == 2
+    assert run(begun, tmp_path / "run", "always_raises", "drop") == 2
     assert "16 of 16 samples could not be scored" in capsys.readouterr().err
 
 
@@ -97,10 +84,3 @@ def test_optional_stages_are_run_when_named_or_with_all(tmp_path, capsys, monkey
     ran.clear()
     main([*base, "--all"])
     assert ran == ["parent", "sft", "reward", "instruct", "rl", "hf"]
-
-
-def test_the_cases_fail_for_some():
-    from types import SimpleNamespace
-
-    failing = [_fails(SimpleNamespace(tokens=(n,))) for n in range(99)]
-    assert sum(failing) == 20

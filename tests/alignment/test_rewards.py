@@ -10,23 +10,10 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from ministral_jax.alignment import scoring
+from ministral_jax.alignment import reward_functions as cheap
+from ministral_jax.alignment import rewards, scoring
 from ministral_jax.alignment.mathematics import accuracy, check_gold
-from ministral_jax.alignment.reward_functions import (
-    check_constraints,
-    constraints_reward,
-    format_reward,
-    language_reward,
-    length_reward,
-)
-from ministral_jax.alignment.rewards import (
-    AccuracyReward,
-    ConstraintsReward,
-    FormatReward,
-    LanguageReward,
-    LengthReward,
-    RewardsConfig,
-)
+from ministral_jax.alignment.rewards import AccuracyReward, FormatReward, LengthReward
 from ministral_jax.alignment.sample import Sample, split_thinking
 from ministral_jax.errors import UserError
 
@@ -64,16 +51,18 @@ FUNCTIONS = """
 """
 
 
-def sample(
-    text="42", *, prompt="What is 40 + 2?", stopped="stop", tokens=(5,), limit=64, where="rows.jsonl:1", **columns
-):
+def sample(text="42", prompt="What is 4 + 2?", stopped="stop", tokens=(5,), limit=64, where="rows.jsonl:1", **columns):
     thinking, answer = split_thinking(text)
     messages = ({"role": "user", "content": prompt},)
     return Sample(messages, text, thinking, answer, tuple(tokens), stopped, False, columns, where, limit)
 
 
-def settings(**rewards):
-    return TypeAdapter(RewardsConfig).validate_python(rewards)
+def validate(given):
+    return TypeAdapter(rewards.RewardsConfig).validate_python(given)
+
+
+def settings(**given):
+    return validate(given)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,20 +77,19 @@ def functions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_order(functions):
-    rewards = settings(orders={"kind": "user", "function": f"{functions}:by_order"})
-    with scoring.Scorer(rewards, workers=2, seconds=1.0, on_error="drop") as scorer:
+    orders = settings(orders={"kind": "user", "function": f"{functions}:by_order"})
+    with scoring.Scorer(orders, workers=2, seconds=1.0, on_error="drop") as scorer:
         scorer.score([sample("warm")])
         yield scorer
 
 
 def test_settings_of_a_recipe():
-    rewards = settings(accuracy={"weight": 0.9}, format=None, brevity={"kind": "length", "cache": 16})
-    assert rewards["accuracy"] == AccuracyReward(weight=0.9) and rewards["format"] == FormatReward()
-    assert rewards["brevity"] == LengthReward(cache=16)
+    found = settings(accuracy={"weight": 0.9}, format=None, brevity={"kind": "length", "cache": 16})
+    assert found == dict(accuracy=AccuracyReward(weight=0.9), format=FormatReward(), brevity=LengthReward(cache=16))
 
 
 @pytest.mark.parametrize(
-    ("rewards", "at", "said"),
+    ("given", "at", "said"),
     [
         ({"accuracy": {"wieght": 1}}, ("accuracy", "accuracy", "wieght"), "Extra inputs"),
         ({"accuracy": {"weight": math.nan}}, ("accuracy", "accuracy", "weight"), "finite"),
@@ -113,16 +101,15 @@ def test_settings_of_a_recipe():
         (["accuracy"], (), "valid dictionary"),
     ],
 )
-def test_settings_that_are_refused(rewards, at, said):
+def test_settings_that_are_refused(given, at, said):
     with pytest.raises(ValidationError) as refused:
-        TypeAdapter(RewardsConfig).validate_python(rewards)
+        validate(given)
     (error,) = refused.value.errors()
     assert error["loc"] == at and said in error["msg"]
 
 
 def test_jax_is_not_imported():
-    names = "rewards, scoring, reward_functions, mathematics, code_reward"
-    code = f"import sys; from ministral_jax.alignment import {names}; sys.exit('jax' in sys.modules)"
+    code = "import sys; from ministral_jax.alignment import rewards, scoring; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -162,10 +149,10 @@ def test_accuracy(gold, answer, expected):
     assert accuracy(sample(answer, answer=gold), AccuracyReward()) == expected
 
 
-def test_accuracy_of_text_and_of_another_column():
-    exact = AccuracyReward(exact=True, column="label")
-    assert [accuracy(sample(text, label="cat dog"), exact) for text in ("cat dog ", "dog cat", "cat")] == [1, 0, 0]
-    assert accuracy(sample("It is $7$", label="7"), exact) == 1
+def test_accuracy_of_text():
+    exact = AccuracyReward(exact=True)
+    assert [accuracy(sample(text, answer="cat dog"), exact) for text in ("cat dog ", "dog cat", "cat")] == [1, 0, 0]
+    assert accuracy(sample("It is $7$", answer="7"), exact) == 1
 
 
 def test_accuracy_needs_no_alarm():
@@ -212,8 +199,8 @@ def test_gold_that_cannot_be_parsed_is_an_error_and_no_reward(gold):
 )
 def test_format(text, stopped, with_thinking, without):
     judged = sample(text, stopped=stopped)
-    assert format_reward(judged, FormatReward()) == with_thinking
-    assert format_reward(judged, FormatReward(thinking=False)) == without
+    assert cheap.format_reward(judged, FormatReward()) == with_thinking
+    assert cheap.format_reward(judged, FormatReward(thinking=False)) == without
 
 
 @pytest.mark.parametrize(
@@ -221,37 +208,25 @@ def test_format(text, stopped, with_thinking, without):
     [("Yes SIR\n\nOF COURSE", 4 / 7), ("YES\nNO", 6 / 7), ("yes or\nno", 3 / 7), ("", 0), ("cat " * 9, 1 / 7)],
 )
 def test_constraints(answer, expected):
-    constraints = [
-        {"kind": "max_words", "value": 4},
-        {"kind": "starts_with", "value": "Y"},
-        {"kind": "ends_with", "value": "O"},
-        {"kind": "contains", "value": "O"},
-        {"kind": "lines", "value": 2},
-        {"kind": "uppercase"},
-        {"kind": "lowercase", "value": True},
-    ]
+    values = dict(max_words=4, starts_with="Y", ends_with="O", contains="O", lines=2, uppercase=None, lowercase=True)
+    constraints = [{"kind": kind, "value": value} for kind, value in values.items()]
     judged = sample(f"[THINK]hm[/THINK]{answer}", constraints=constraints)
-    assert constraints_reward(judged, ConstraintsReward()) == pytest.approx(expected, abs=1e-15)
-    assert constraints_reward(judged._replace(columns={"constraints": []}), ConstraintsReward()) == 1
+    assert cheap.constraints_reward(judged, rewards.ConstraintsReward()) == pytest.approx(expected, abs=1e-15)
+    assert cheap.constraints_reward(judged._replace(columns={"constraints": []}), rewards.ConstraintsReward()) == 1
+
+
+@pytest.mark.parametrize("constraints", [None, {"kind": "uppercase"}, ["uppercase"], [{"kind": "rhymes"}]])
+def test_constraints_that_are_no_list_of_known_ones_are_refused(constraints):
+    with pytest.raises(UserError, match=r"^rows\.jsonl:7: "):
+        cheap.check_constraints(constraints, "rows.jsonl:7")
 
 
 @pytest.mark.parametrize(
-    "constraints",
-    [
-        None,
-        {"kind": "uppercase"},
-        ["uppercase"],
-        [{"kind": "rhymes"}],
-        [{"kind": "max_words"}],
-        [{"kind": "max_words", "value": True}],
-        [{"kind": "lines", "value": 0}],
-        [{"kind": "contains", "value": ""}],
-        [{"kind": "uppercase", "value": False}],
-    ],
+    ("kind", "value"), [("max_words", None), ("max_words", True), ("lines", 0), ("contains", ""), ("uppercase", False)]
 )
-def test_constraints_that_are_refused(constraints):
-    with pytest.raises(UserError, match=r"^rows\.jsonl:7: "):
-        check_constraints(constraints, "rows.jsonl:7")
+def test_values_of_constraints_that_are_refused(kind, value):
+    with pytest.raises(UserError, match=rf"^rows\.jsonl:7: constraint {kind} has the value {value!r}"):
+        cheap.check_constraints([{"kind": kind, "value": value}], "rows.jsonl:7")
 
 
 @pytest.mark.parametrize(
@@ -271,43 +246,39 @@ def test_constraints_that_are_refused(constraints):
     ],
 )
 def test_language(prompt, text, expected):
-    assert language_reward(sample(text, prompt=prompt), LanguageReward()) == expected
+    assert cheap.language_reward(sample(text, prompt=prompt), rewards.LanguageReward()) == expected
     parts = [{"type": "image"}, {"type": "text", "text": prompt}]
     messages = ({"role": "user", "content": "Привет"}, {"role": "assistant", "content": "你好"})
     judged = sample(text)._replace(prompt=(*messages, {"role": "user", "content": parts}))
-    assert language_reward(judged, LanguageReward()) == expected
+    assert cheap.language_reward(judged, rewards.LanguageReward()) == expected
 
 
 def test_length():
     def of(n, stopped="stop"):
-        return length_reward(sample(tokens=range(n), limit=10, stopped=stopped), LengthReward(cache=4))
+        return cheap.length_reward(sample(tokens=range(n), limit=10, stopped=stopped), LengthReward(cache=4))
 
     assert [of(n) for n in (0, 5, 6, 7, 8, 9, 10)] == [0, 0, 0, -0.25, -0.5, -0.75, -1]
     assert of(10, "length") == -1
     with pytest.raises(UserError, match="more than the 10 tokens"):
-        length_reward(sample(limit=10), LengthReward(cache=11))
+        cheap.length_reward(sample(limit=10), LengthReward(cache=11))
 
 
 def test_cheap_rewards_and_plain_numbers_start_no_process(monkeypatch):
     monkeypatch.setattr(scoring, "_start_pool", lambda *_: pytest.fail("a pool was started"))
-    rewards = settings(
-        accuracy={"weight": 0.5},
-        format={"weight": 2, "thinking": False},
-        language={},
-        length={"cache": 8, "weight": 0.25},
-    )
+    given = dict(accuracy={"weight": 0.5}, format={"weight": 2, "thinking": False}, language={})
+    wanted = settings(**given, length={"cache": 8, "weight": 0.25})
     samples = [sample("42", answer="42"), sample("41", answer=42, tokens=range(60)), sample("", answer="42")]
-    with scoring.Scorer(rewards, workers=1) as scorer:
+    with scoring.Scorer(wanted, workers=1) as scorer:
         scores = scorer.score(samples)
         empty = scorer.score([])
     np.testing.assert_array_equal(scores.total, [0.5 + 2 + 1, 2 + 1 - 0.125, 1])
-    assert scores.parts.keys() == rewards.keys() and scores.problems == [] and scores.total.dtype == np.float64
+    assert scores.parts.keys() == wanted.keys() and scores.problems == [] and scores.total.dtype == np.float64
     np.testing.assert_array_equal(scores.parts["length"], [0, -0.5, 0])
     assert empty.total.shape == (0,)
 
 
 def test_workers_and_order_change_nothing(functions):
-    rewards = settings(
+    wanted = settings(
         accuracy={},
         scaled={"kind": "user", "function": f"{functions}:first_number", "options": {"scale": 0.1}, "weight": -0.3},
         clean={"kind": "user", "function": f"{functions}:without_jax"},
@@ -317,7 +288,7 @@ def test_workers_and_order_change_nothing(functions):
     samples = [sample(a, answer=f"{n}\\frac12", rubrics=["half", "1", ".5"]) for n, a in enumerate(answers)]
     by_hand = [1 - 0.3 * (0.1 * float(a)) + 1 + (0.5 + ("1" in a) + 1) / 3 for a in answers]
     order = np.random.default_rng(0).permutation(24)
-    with scoring.Scorer(rewards, workers=2) as two, scoring.Scorer(rewards, workers=1) as one:
+    with scoring.Scorer(wanted, workers=2) as two, scoring.Scorer(wanted, workers=1) as one:
         first, again = two.score(samples), one.score([samples[n] for n in order])
     np.testing.assert_allclose(first.total, by_hand, rtol=1e-14)
     np.testing.assert_array_equal(first.total[order], again.total)
@@ -367,7 +338,6 @@ def test_a_failure_stops_unless_asked_otherwise(functions):
 
 
 def test_rows_that_cannot_be_judged_are_no_zeros(functions):
-    rewards = settings(rubric={"judge": f"{functions}:judge"}, accuracy={})
     good = dict(answer="x", rubrics=["4"])
     bad = [
         sample("4", answer="x", rubrics=["beyond"]),
@@ -381,7 +351,8 @@ def test_rows_that_cannot_be_judged_are_no_zeros(functions):
         "accuracy of rows.jsonl:1 raised UserError: rows.jsonl:1: answer is 'cat', which is no mathematical",
         "accuracy of rows.jsonl:1 raised UserError: rows.jsonl:1: there is no column answer",
     ]
-    with scoring.Scorer(rewards, workers=1, on_error="drop") as scorer:
+    wanted = settings(rubric={"judge": f"{functions}:judge"}, accuracy={})
+    with scoring.Scorer(wanted, workers=1, on_error="drop") as scorer:
         scores = scorer.score([sample("4", **good)] * 4 + bad)
         for problem, start in zip(scores.problems, said, strict=True):
             assert problem.startswith(f"the reward {start}")
