@@ -20,9 +20,9 @@ from ministral_jax.teachers.codecs import (
     SampledCodec,
     TopKCodec,
     curve_sizes,
+    encode_float8,
     uniforms,
 )
-from ministral_jax.teachers.quantise import encode_float8
 
 EXPONENTS = np.linspace(1.1, 6.0, 128)
 CANDIDATES = 256

@@ -18,7 +18,7 @@ from ministral_jax.stages.base import Job, fresh_params, load_stage
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.rows import open_data, train_batches
 from ministral_jax.stages.teaching import distillation
-from ministral_jax.teachers.store import open_store
+from ministral_jax.teachers.store import Store
 from ministral_jax.teachers.teacher import online, stored
 from ministral_jax.training.log import mean
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
@@ -56,7 +56,7 @@ def make_side(recipe: Recipe, student: str, teacher: str | None, run_dir: Path) 
     job = Job(student, recipe.stages[student], resolve_specs(recipe)[student], run_dir)
     stage, place, data = job.stage, job.placement, open_data(job)
     if teacher is None:
-        taught = stored(open_store(str(run_dir / stage.teacher.store / "store")), place)
+        taught = stored(Store(str(run_dir / stage.teacher.store / "store")), place)
     else:
         spec, params = load_stage(run_dir / teacher, jnp.dtype(stage.compute.dtype), place)
         taught = online(spec, params, stage.compute, place, stage.batch.length)

@@ -50,19 +50,19 @@ from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.recipe.load import load_recipe
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import run_cascade
-from ministral_jax.teachers import statistics as stored_statistics
 from ministral_jax.teachers.codecs import (
     Codec,
     HiddenCodec,
-    Layout,
     SampledCodec,
     TopKCodec,
     layout,
     pack,
     unpack,
 )
-from ministral_jax.teachers.store import Reader, StoreInfo, Teacher, open_for_writing, open_store
-from ministral_jax.teachers.store_format import row_bytes
+from ministral_jax.teachers.statistics import statistics as statistics_of
+from ministral_jax.teachers.statistics import summarise
+from ministral_jax.teachers.store import Store, open_for_writing
+from ministral_jax.teachers.store_format import Description, StoreInfo, TeacherIdentity, split_spec
 
 SECTIONS = ("store", "wait", "throughput")
 WAIT_BAR, THROUGHPUT_BAR = 0.02, 2.0
@@ -101,8 +101,9 @@ def one_store(codec: Codec, teacher: drawn_teacher.Teacher, rows: int, root: str
     """Write, seal and read a store of as many rows at `root`."""
     forced = tuple(range(teacher.forced)) if isinstance(codec, TopKCodec) else ()
     arrays = layout(codec, teacher.length, teacher.width, teacher.vocab, forced)
-    info, shard = info_of(codec, teacher, forced), rows_of_file(arrays)
-    writer = open_for_writing(root, info, {"train": (rows, arrays)}, {"train": shard}, create=True)
+    spec = split_spec(rows, SHARD, arrays)
+    description = Description(info=info_of(codec, teacher, forced), splits={"train": spec})
+    writer = open_for_writing(root, description, create=True)
     hashes = [hashlib.sha256(str(row).encode()).digest()[:16] for row in range(rows)]
     spent = {"write": 0.0, "seal": 0.0}
     for first in range(0, rows, CALL):
@@ -112,32 +113,27 @@ def one_store(codec: Codec, teacher: drawn_teacher.Teacher, rows: int, root: str
         writer.write("train", numbers, [hashes[i] for i in numbers], pack(codec, encoded))
         spent["write"] += time.perf_counter() - begun
     begun = time.perf_counter()
-    count = partial(stored_statistics.statistics, codec, forced=forced)
-    records = [writer.seal_shard("train", shard, count) for shard in range(writer.shards("train"))]
+    records = [writer.seal_shard("train", shard, partial(statistics_of, codec)) for shard in range(spec.shards)]
     writer.finish({"train": records})
     spent["seal"] = time.perf_counter() - begun
-    reader, tokens = open_store(root), rows * teacher.length
-    spent |= read_seconds(reader, codec, hashes)
-    size = {name: count / tokens for name, count in reader.totals["train"]["bytes"].items()}
-    summary = stored_statistics.summarise(stored_statistics.merge([record["statistics"] for record in records]))
+    tokens = rows * teacher.length
+    spent |= read_seconds(Store(root), hashes)
+    summary = summarise(codec, records)
+    size = {name: count / tokens for name, count in summary.bytes.items()}
+    taught = summary.model_dump(mode="json", include={"teacher_entropy", "tail_mass", "unique_ids"}, exclude_none=True)
     return {
         "bytes_per_token": sum(size.values()),
         "by_array": size,
         "tokens": tokens,
         "tokens_per_second": {what: tokens / seconds for what, seconds in spent.items()},
-        "teacher": {key: summary[key] for key in ("teacher_entropy", "tail_mass", "unique_ids") if key in summary},
+        "teacher": taught,
     }
-
-
-def rows_of_file(arrays: dict[str, Layout]) -> int:
-    """As the record stage has it."""
-    return min(SHARD, 2**29 // max(map(row_bytes, arrays.values())))
 
 
 def info_of(codec: Codec, teacher: drawn_teacher.Teacher, forced: tuple[int, ...]) -> StoreInfo:
     return StoreInfo(
         codec=codec.model_dump(mode="json"),
-        teacher=Teacher(stage="drawn", digest="0" * 64),
+        teacher=TeacherIdentity(stage="drawn", digest="0" * 64),
         tokenizer_digest="0" * 64,
         data_digest="0" * 64,
         length=teacher.length,
@@ -149,16 +145,16 @@ def info_of(codec: Codec, teacher: drawn_teacher.Teacher, forced: tuple[int, ...
     )
 
 
-def read_seconds(reader: Reader, codec: Codec, hashes: list[bytes]) -> dict[str, float]:
+def read_seconds(store: Store, hashes: list[bytes]) -> dict[str, float]:
     """Of reading all rows once, the median of some times; the two orders in turns."""
-    split, rng = reader.split("train"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     spent: dict[str, list[float]] = {"read_random": [], "read_in_order": []}
     for _ in range(PASSES):
         for order, seconds in spent.items():
             rows = rng.permutation(len(hashes)) if order == "read_random" else np.arange(len(hashes))
             begun = time.perf_counter()
             for first in range(0, len(rows), CALL):
-                unpack(codec, split.read([hashes[i] for i in rows[first : first + CALL]]))
+                unpack(store.read("train", [hashes[i] for i in rows[first : first + CALL]]))
             seconds.append(time.perf_counter() - begun)
     return {order: statistics.median(seconds) for order, seconds in spent.items()}
 

@@ -6,15 +6,14 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from ministral_jax.models.spec import PRESETS, ModelSpec
-from ministral_jax.stages import record
 from ministral_jax.teachers.codecs import Codec, HiddenCodec, SampledCodec, TopKCodec, curve_sizes
-from ministral_jax.teachers.statistics import EDGES
+from ministral_jax.teachers.statistics import EDGES, summarise
+from ministral_jax.teachers.store_format import ShardRecord
 
 CHILDREN = {"14b": ("parent", 0.9, 0.011), "8b": ("14b-short", 2.1, 0.034), "3b": ("8b-short", 3.4, 0.093)}
 """Source, KL right after surgery and KL after the short stage."""
@@ -368,14 +367,14 @@ def write_record(run: Path, name: str, codec: Codec, shards: int = 5) -> Path:
     write_json(run / "recipe.json", raw)
     splits = {}
     for split, kept, many in (("train", codec, shards), ("held_out", HiddenCodec(), 1)):
-        told: Any = SimpleNamespace(codec=kept, order=range(32 * many))
-        splits[split] = record._summary(told, [shard(kept, i) for i in range(many)])
+        summary = summarise(kept, [shard(kept, i) for i in range(many)])
+        splits[split] = summary.model_dump(mode="json", exclude_defaults=True)
     manifest = {"do": "record", "status": "finished", "tokens": 4096 * (shards + 1), "seconds": 83.0, "store": splits}
     write_json(run / name / "manifest.json", manifest)
     return run / name / "manifest.json"
 
 
-def shard(codec: Codec, index: int, tokens: int = 4000) -> dict[str, Any]:
+def shard(codec: Codec, index: int, tokens: int = 4000) -> ShardRecord:
     """A file's record in a store: what is left out grows from one shard to the next."""
     found: dict[str, Any] = {"tokens": tokens}
     size = {"counted": 3_000, "hash": 512}
@@ -395,4 +394,4 @@ def shard(codec: Codec, index: int, tokens: int = 4000) -> dict[str, Any]:
             size |= {"ids": 20 * tokens, "counts": 9 * tokens}
         case _:
             size |= {"states": 128 * tokens}
-    return {"rows": 32, "bytes": size, "sha256": {}, "statistics": found}
+    return ShardRecord(rows=32, bytes=size, sha256={}, statistics=found)

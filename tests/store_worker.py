@@ -2,23 +2,22 @@
 
 import hashlib
 import sys
-from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 
-from ministral_jax.teachers.store import StoreInfo, Teacher, open_for_writing
+from ministral_jax.teachers.store import open_for_writing
+from ministral_jax.teachers.store_format import ArraySpec, Description, SplitSpec, StoreInfo, TeacherIdentity
 
 ROWS = {"train": 42, "held_out": 5}
 SHARD_ROWS = 8
 DTYPES = ("uint8", "uint16", "uint32", "float32", "bfloat16", "float8_e4m3fn")
-LAYOUT = {dtype: SimpleNamespace(shape=(6, 3), dtype=dtype) for dtype in DTYPES} | {
-    "scalar": SimpleNamespace(shape=(), dtype="float32")
-}
-HEAD = SimpleNamespace(shape=(5, 5000), dtype="bfloat16")
+LAYOUT = {dtype: ArraySpec(shape=(6, 3), dtype=dtype) for dtype in DTYPES}
+LAYOUT["scalar"] = ArraySpec(shape=(), dtype="float32")
+HEAD = ArraySpec(shape=(5, 5000), dtype="bfloat16")
 INFO = StoreInfo(
     codec={"kind": "topk", "entries": 64},
-    teacher=Teacher(stage="parent", digest="a1" * 32),
+    teacher=TeacherIdentity(stage="parent", digest="a1" * 32),
     tokenizer_digest="b2" * 32,
     data_digest="c3" * 32,
     length=6,
@@ -56,16 +55,22 @@ def statistics(parts):
     return {"tokens": float(parts["uint32"].astype(np.float64).sum()), "first": parts["scalar"][:1].tolist()}
 
 
-def writer(root, create=True, info=INFO, rows=ROWS, shard_rows=SHARD_ROWS, layout=LAYOUT):
-    splits = {split: (count, layout) for split, count in rows.items()}
-    return open_for_writing(str(root), info, splits, dict.fromkeys(splits, shard_rows), create=create, head=HEAD)
+def writer(root, create=True, info=INFO, rows=ROWS, shard_rows=SHARD_ROWS, layout=LAYOUT, head=HEAD):
+    splits = {split: SplitSpec(rows=count, shard_rows=shard_rows, arrays=layout) for split, count in rows.items()}
+    return open_for_writing(str(root), Description(info=info, splits=splits, head=head), create=create)
 
 
-def finish(store):
-    store.put_head(head())
-    store.finish(
-        {split: [store.seal_shard(split, k, statistics) for k in range(store.shards(split))] for split in ROWS}
-    )
+def write(store, split, rows, of=None):
+    """Write `rows`, or in their place what belongs to the rows `of`."""
+    store.write(split, rows, hashes(split, rows if of is None else of), arrays(split, rows if of is None else of))
+
+
+def seal(*stores):
+    """Records of all shards by split, sealed in turns."""
+    return {
+        split: [stores[k % len(stores)].seal_shard(split, k, statistics) for k in range(spec.shards)]
+        for split, spec in stores[0].description.splits.items()
+    }
 
 
 def record(root, groups, create=True):
@@ -73,8 +78,9 @@ def record(root, groups, create=True):
     store = writer(root, create)
     for split in ROWS:
         for rows in groups(np.flatnonzero(~store.done(split))):
-            store.write(split, rows, hashes(split, rows), arrays(split, rows))
-    finish(store)
+            write(store, split, rows)
+    store.put_head(head())
+    store.finish(seal(store))
 
 
 def shuffled(seed, most=3):

@@ -24,7 +24,7 @@ from ministral_jax.stages.looped import FROZEN, Looped
 from ministral_jax.stages.manifest import digest, finished
 from ministral_jax.stages.record import Record, recorded_teacher
 from ministral_jax.stages.rows import Packing
-from ministral_jax.teachers.store import open_store
+from ministral_jax.teachers.store import Store
 from ministral_jax.teachers.teacher import Teacher, online, stored
 from ministral_jax.training.state import LossFn
 
@@ -166,15 +166,15 @@ def _online(job: Job[Any]) -> Teacher:
 
 def _stored(job: Job[Any], data: PackedData) -> Teacher:
     recorder = job.run_dir / job.stage.teacher_stage
-    reader = open_store(finished(recorder).config["store"] or str(recorder / "store"))
-    reader.check(
+    store = Store(finished(recorder).config["store"] or str(recorder / "store"))
+    store.check(
         teacher_digest=digest(_teacher_directory(job)),
         tokenizer_digest=data.tokenizer.digest,
         data_digest=data.digest,
         length=data.length,
         vocab=job.spec.vocab,
     )
-    return stored(reader, job.teacher_placement)
+    return stored(store, job.teacher_placement)
 
 
 def _teacher_directory(job: Job[Any]) -> Path:

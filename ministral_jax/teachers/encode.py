@@ -1,6 +1,6 @@
 """What is kept of a teacher (`codecs.py`), computed from its final hidden states on the mesh.
 
-As in the loss head (`sharded.py`), tokens lie over the batch and length axes and V over the others that cut it; the
+As in the loss head (`losses/head.py`), tokens lie over the batch and length axes and V over the others that cut it; the
 head is gathered over the axes that cut D once, then the sequence goes through it chunk by chunk, so that no
 `[tokens, V]` array outlives one. Arithmetic is float32, or float64 for float64 states.
 
@@ -21,22 +21,22 @@ from einops import rearrange
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from ministral_jax.distributed.placement import Placement, Rules, partition
-from ministral_jax.losses.chunked import Axis, cut_tokens, join_tokens
+from ministral_jax.distributed.placement import Placement, partition
+from ministral_jax.losses.chunked import cut_tokens, join_tokens
+from ministral_jax.losses.divergences import Axis, across, logsumexp, top
 from ministral_jax.losses.head import mesh_axes, whole_head
-from ministral_jax.teachers.codecs import Codec, HiddenCodec, SampledCodec, TopKCodec, curve_sizes
-from ministral_jax.teachers.quantise import encode_float8
+from ministral_jax.teachers import codecs
+from ministral_jax.teachers.codecs import Codec, DenseCodec, HiddenCodec, SampledCodec, TopKCodec
 
 Encoder = Callable[[Array, Array, Array, Array | None], dict[str, Array]]
-Reader = Callable[[Array, Array | None, Axis], dict[str, Array]]
+Keep = Callable[[Array, Array | None, Axis], dict[str, Array]]
 
 
-def encoder(codec: Codec, placement: Placement, teacher_rules: Rules, forced: tuple[int, ...], chunk: int) -> Encoder:
+def encoder(codec: Codec, placement: Placement, forced: tuple[int, ...], chunk: int) -> Encoder:
     """A function of a batch, to be traced under `jit`, that gives the arrays for `codecs.pack`.
 
     Args:
-        placement: where tokens lie.
-        teacher_rules: where the teacher's head lies.
+        placement: where tokens and the teacher's head lie.
         forced: ids that are always kept (`topk`), ascending; `codecs.check` has passed them.
         chunk: tokens, over the rows of one device, whose logits are in memory at once.
 
@@ -57,20 +57,20 @@ def encoder(codec: Codec, placement: Placement, teacher_rules: Rules, forced: tu
     mesh, rules = placement.mesh, placement.rules
 
     def encode(states: Array, head: Array, mask: Array, uniforms: Array | None) -> dict[str, Array]:
+        counted = mask != 0
         if isinstance(codec, HiddenCodec):
-            return _hidden(codec, states, mask != 0)
-        read = _reader(codec, head.shape[1], forced)
+            return _hidden(codec, states, counted)
+        keep, head = _keep(codec, head.shape[1], forced), head.astype(states.dtype)
         if mesh.size == 1:
-            return _in_chunks(read, states, head, mask, uniforms, chunk, None)
+            return _in_chunks(keep, states, head, counted, uniforms, chunk, None)
         tokens = partition(mask.shape, ("batch", "length"), rules, mesh)
-        cut = partition(head.shape, ("embed", "vocab"), teacher_rules, mesh)
+        cut = partition(head.shape, ("embed", "vocab"), rules, mesh)
         over, length = mesh_axes(*tokens), mesh_axes(tokens[1])
         vocab = tuple(axis for axis in mesh_axes(cut[1]) if axis not in over)
         own = P(tuple(axis for axis in mesh_axes(cut[0]) if axis in over), vocab)
 
-        def local(states, head, mask, uniforms):
-            head = whole_head(head.astype(states.dtype), own)
-            arrays = _in_chunks(read, states, head, mask, uniforms, chunk, vocab or None)
+        def local(states, head, counted, uniforms):
+            arrays = _in_chunks(keep, states, whole_head(head, own), counted, uniforms, chunk, vocab or None)
             return {name: jax.lax.psum(x, length) if name == "curve" and length else x for name, x in arrays.items()}
 
         rows: Any = P(*tokens, None)
@@ -83,7 +83,7 @@ def encoder(codec: Codec, placement: Placement, teacher_rules: Rules, forced: tu
             out_specs={name: specs.get(name, tokens) for name in _RESULTS[codec.kind]},
             check_vma=False,
         )
-        return mapped(states, head, mask, uniforms)
+        return mapped(states, head, counted, uniforms)
 
     return encode
 
@@ -96,48 +96,48 @@ _RESULTS = {
 
 
 def _hidden(codec: HiddenCodec, states: Array, counted: Array) -> dict[str, Array]:
-    states = jnp.where(counted[..., None], states, 0)
-    kept = {"counted": counted.astype(jnp.uint8)}
+    kept = {"counted": counted.astype(jnp.uint8), "states": jnp.where(counted[..., None], states, 0)}
     if codec.dtype != "float8":
-        return kept | {"states": states.astype(codec.dtype)}
-    codes, scale = encode_float8(states)
+        return kept | {"states": kept["states"].astype(codec.dtype)}
+    codes, scale = codecs.encode_float8(kept["states"])
     return kept | {"states": codes, "scale": jnp.where(counted, scale, 0)}
 
 
-def _reader(codec: Codec, vocab: int, forced: tuple[int, ...]) -> Reader:
+def _keep(codec: TopKCodec | SampledCodec | DenseCodec, vocab: int, forced: tuple[int, ...]) -> Keep:
     """`(logits [B, c, v], uniforms [B, c, S], axis that cuts V) -> arrays [B, c, ..]`."""
     match codec:
         case TopKCodec(entries=entries):
             is_forced = np.zeros(vocab, bool)
             is_forced[list(forced)] = True
-            sizes = curve_sizes(codec, vocab)
+            sizes = codecs.curve_sizes(codec, vocab)
             return lambda logits, _, axis: _top_k(logits, entries, sizes, forced, is_forced, axis)
         case SampledCodec():
             block = 2 ** round(math.log2(vocab) / 2)
 
             def sample(logits, uniforms, axis):
-                lse = _logsumexp(logits, axis)
+                lse = logsumexp(logits, axis)
                 return {"draws": _draw(logits, uniforms, block, axis), "entropy": _entropy(logits, lse, axis)}
 
             return sample
-    return lambda logits, *_: {"logits": logits.astype(jnp.float32)}
+        case DenseCodec():
+            return lambda logits, *_: {"logits": logits.astype(jnp.float32)}
 
 
-def _in_chunks(read: Reader, states, head, mask, uniforms, chunk: int, axis: Axis) -> dict[str, Array]:
-    kernel, dtype = head.astype(states.dtype), jnp.promote_types(states.dtype, jnp.float32)
+def _in_chunks(keep: Keep, states, head, counted, uniforms, chunk: int, axis: Axis) -> dict[str, Array]:
+    dtype = jnp.promote_types(states.dtype, jnp.float32)
 
     def step(_, arrays):
         states, counted, uniforms = arrays
         only = lambda x: jnp.where(counted.reshape(counted.shape + (1,) * (x.ndim - 2)), x, 0)
-        logits = jnp.einsum("bcd,dv->bcv", only(states), kernel, preferred_element_type=dtype)
-        return None, {name: only(x) for name, x in read(logits, uniforms, axis).items()}
+        logits = jnp.einsum("bcd,dv->bcv", only(states), head, preferred_element_type=dtype)
+        return None, {name: only(x) for name, x in keep(logits, uniforms, axis).items()}
 
     with jax.named_scope("encode"):
-        _, arrays = jax.lax.scan(step, None, cut_tokens((states, mask != 0, uniforms), chunk))
-    arrays = {name: join_tokens(x, mask.shape[1]) for name, x in arrays.items()}
+        _, arrays = jax.lax.scan(step, None, cut_tokens((states, counted, uniforms), chunk))
+    arrays = {name: join_tokens(x, counted.shape[1]) for name, x in arrays.items()}
     if "curve" in arrays:
         arrays["curve"] = arrays["curve"].sum(axis=1)
-    return arrays | {"counted": (mask != 0).astype(jnp.uint8)}
+    return arrays | {"counted": counted.astype(jnp.uint8)}
 
 
 # ---- the most probable ids and the rest -----------------------------------------------------------------------------
@@ -152,14 +152,14 @@ def _top_k(
     always = jax.lax.dynamic_slice_in_dim(jnp.asarray(is_forced), first, own)
     free = jnp.where(always, -jnp.inf, logits)
     size = min(max(entries, sizes[-1]), len(is_forced) - len(forced))
-    values, top = _largest(free, ids, size, axis)
-    lse = _logsumexp(logits, axis)
+    values, best = _largest(free, ids, size, axis)
+    lse = logsumexp(logits, axis)
     log_probs = values - lse[..., None]
 
     # The rest is what comes after the last of these. It is summed by itself, as 1 - sum would have no digits left.
-    after = (free < values[..., -1:]) | ((free == values[..., -1:]) & (ids > top[..., -1:]))
+    after = (free < values[..., -1:]) | ((free == values[..., -1:]) & (ids > best[..., -1:]))
     rest = jnp.where(after & ~always, logits, -jnp.inf)
-    rest_lse = _logsumexp(rest, axis)
+    rest_lse = logsumexp(rest, axis)
     rest_entropy = _entropy(rest, rest_lse, axis)
     groups = jnp.concatenate([log_probs, (rest_lse - lse)[..., None]], axis=-1)
     tail = jax.nn.logsumexp(groups[..., entries:], axis=-1)
@@ -168,7 +168,7 @@ def _top_k(
     tail_entropy = _entropy(groups[..., entries:], tail, None) + share * rest_entropy
     left = [jnp.exp(jax.nn.logsumexp(groups[..., min(s, size) :], axis=-1)) for s in sizes]
 
-    kept, kept_log_probs = jax.lax.sort((top[..., :entries], log_probs[..., :entries]), num_keys=1)
+    kept, kept_log_probs = jax.lax.sort((best[..., :entries], log_probs[..., :entries]), num_keys=1)
     forced_log_probs = _at(jnp.asarray(forced, jnp.int32) - first, logits, axis) - lse[..., None]
     return {
         "ids": kept,
@@ -182,13 +182,13 @@ def _top_k(
 def _largest(values: Array, ids: Array, size: int, axis: Axis) -> tuple[Array, Array]:
     """The `size` largest of values [..., v] over all devices, descending, and their ids; of equal ones the lower id."""
     found, index = _largest_here(values, min(size, values.shape[-1]))
-    top = ids[0] + index
+    best = ids[0] + index
     if axis is not None:
         # Devices come in the order of their ids, and top_k takes the first of equal ones.
-        found, top = (jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True) for x in (found, top))
+        found, best = (jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True) for x in (found, best))
         found, index = jax.lax.top_k(found, size)
-        top = jnp.take_along_axis(top, index, axis=-1)
-    return found, top
+        best = jnp.take_along_axis(best, index, axis=-1)
+    return found, best
 
 
 def _largest_here(values: Array, size: int) -> tuple[Array, Array]:
@@ -198,37 +198,31 @@ def _largest_here(values: Array, size: int) -> tuple[Array, Array]:
     by its place, has a value that precedes it.
     """
     block = 2 ** max(0, round(math.log2(values.shape[-1] / size) / 2))
-    padded = jnp.pad(values, [(0, 0), (0, 0), (0, -values.shape[-1] % block)], constant_values=-jnp.inf)
-    blocks = rearrange(padded, "b c (n k) -> b c n k", k=block)
+    blocks = _blocks(values, block, -jnp.inf)
     which = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), size)[1], axis=-1)
     within = jnp.take_along_axis(blocks, which[..., None], axis=2)
     found, index = jax.lax.top_k(rearrange(within, "b c n k -> b c (n k)"), size)
     return found, jnp.take_along_axis(which, index // block, axis=-1) * block + index % block
 
 
+def _blocks(values: Array, block: int, fill: float) -> Array:
+    """[B, c, v] as [B, c, n, block], padded by `fill`."""
+    padded = jnp.pad(values, [(0, 0), (0, 0), (0, -values.shape[-1] % block)], constant_values=fill)
+    return rearrange(padded, "b c (n k) -> b c n k", k=block)
+
+
 def _at(index: Array, logits: Array, axis: Axis) -> Array:
     """Values [..., f] of logits [..., v] at indices [f] that count from the first column of this device."""
     here = (index >= 0) & (index < logits.shape[-1])
-    values = jnp.where(here, logits[..., jnp.where(here, index, 0)], 0)
-    return values if axis is None else jax.lax.psum(values, axis)
-
-
-def _logsumexp(logits: Array, axis: Axis) -> Array:
-    """Over all of V; -inf where all logits are."""
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    if axis is None:
-        return lse
-    top = jax.lax.pmax(lse, axis)
-    top = jnp.where(top > -jnp.inf, top, 0)
-    return top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
+    return across(jax.lax.psum, jnp.where(here, logits[..., jnp.where(here, index, 0)], 0), axis)
 
 
 def _entropy(logits: Array, lse: Array, axis: Axis) -> Array:
     """-Σ p log p, with p = exp(logits - lse); of nothing it is 0. Dividing by Σ p takes out the rounding of `lse`."""
     lse = jnp.where(lse > -jnp.inf, lse, 0)[..., None]
     p = jnp.exp(logits - lse)
-    sums = jnp.sum(jnp.where(p > 0, p * (lse - logits), 0), axis=-1), jnp.sum(p, axis=-1)
-    total, mass = sums if axis is None else jax.lax.psum(sums, axis)
+    total = across(jax.lax.psum, jnp.sum(jnp.where(p > 0, p * (lse - logits), 0), axis=-1), axis)
+    mass = across(jax.lax.psum, jnp.sum(p, axis=-1), axis)
     return total / jnp.where(mass > 0, mass, 1)
 
 
@@ -241,12 +235,8 @@ def _draw(logits: Array, uniforms: Array, block: int, axis: Axis) -> Array:
     In two levels, blocks of ids and ids of a block, so that float32 sums are short. Weights are taken relative to the
     largest logit, which is the same however V is cut, and so are the sums over a block where it divides the device's V.
     """
-    top = jnp.max(logits, axis=-1)
-    top = top if axis is None else jax.lax.pmax(top, axis)
-    weights = jnp.exp(logits - top[..., None])
-    own = weights.shape[-1]
-    weights = jnp.pad(weights, [(0, 0), (0, 0), (0, -own % block)])
-    weights = rearrange(weights, "b c (n k) -> b c n k", k=block)
+    own = logits.shape[-1]
+    weights = _blocks(jnp.exp(logits - top(logits, axis)[..., None]), block, 0)
     masses, count = weights.sum(axis=-1), weights.shape[2]
     if axis is not None:
         masses = jax.lax.all_gather(masses, axis, axis=2, tiled=True)

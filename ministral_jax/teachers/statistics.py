@@ -1,7 +1,7 @@
 """What a logit store says about its teacher: sums per shard, added up, and summarised.
 
-With a tail of mass t, the loss on S entries and a tail (`sparse.py`) has a gradient in the student's logits whose L1
-error against that of the full KL is 2 t TV(p(.|tail), q(.|tail)) <= 2 t per token.
+With a tail of mass t, the loss on S entries and a tail (`losses/sparse.py`) has a gradient in the student's logits
+whose L1 error against that of the full KL is 2 t TV(p(.|tail), q(.|tail)) <= 2 t per token.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ministral_jax.teachers.codecs import SMALLEST_SIZE, Arrays, Codec, SampledCodec, TopKCodec
-from ministral_jax.teachers.quantise import decode_entropy, decode_log_probs, decode_tail
+from ministral_jax.teachers import codecs
+from ministral_jax.teachers.codecs import Codec, SampledCodec, TopKCodec
+from ministral_jax.teachers.store_format import Arrays, ShardRecord
+from ministral_jax.teachers.summary import Histogram, SplitSummary, TailMass
 
 _LOOKED_UP = 4096  # tokens at a time, float64 for each of their ids
 _DECADES, _PER_DECADE = 9, 20
@@ -21,7 +23,7 @@ _DECADES, _PER_DECADE = 9, 20
 EDGES = 10 ** (np.arange(_DECADES * _PER_DECADE + 1) / _PER_DECADE - _DECADES)
 
 
-def statistics(codec: Codec, arrays: Arrays, forced: tuple[int, ...]) -> dict[str, Any]:
+def statistics(codec: Codec, arrays: Arrays) -> dict[str, Any]:
     """Sums over the counted tokens of n rows as they lie on disk (`codecs.layout`): plain numbers and lists.
 
     `tokens` for every codec. topk: `tail_mass`, its histogram `tail_histogram` over `EDGES`, `entropy` of the teacher
@@ -31,11 +33,11 @@ def statistics(codec: Codec, arrays: Arrays, forced: tuple[int, ...]) -> dict[st
     sums: dict[str, Any] = {"tokens": int(counted.sum())}
     match codec:
         case TopKCodec(bits=bits):
-            tail = np.exp(decode_tail(arrays["tail"][counted], np.float64))
-            tail_entropy = decode_entropy(arrays["tail_entropy"][counted], np.float64)
+            tail = np.exp(codecs.decode_tail(arrays["tail"][counted], np.float64))
+            tail_entropy = codecs.decode_entropy(arrays["tail_entropy"][counted], np.float64)
             codes = [arrays[name][counted] for name in ("logprobs", "forced") if name in arrays]
             bins = np.minimum(np.searchsorted(EDGES, tail), len(EDGES) - 1)
-            sums |= {
+            return sums | {
                 "tail_mass": float(tail.sum()),
                 "tail_histogram": np.bincount(bins, minlength=len(EDGES)).tolist(),
                 "entropy": _entropy(np.concatenate(codes, axis=-1), bits, tail, tail_entropy),
@@ -43,48 +45,53 @@ def statistics(codec: Codec, arrays: Arrays, forced: tuple[int, ...]) -> dict[st
                 "curve": arrays["curve"].sum(axis=0, dtype=np.float64).tolist(),
             }
         case SampledCodec():
-            sums |= {
-                "entropy": float(decode_entropy(arrays["entropy"][counted], np.float64).sum()),
-                "unique_ids": int((arrays["counts"][counted] > 0).sum()),
-            }
+            entropy = float(codecs.decode_entropy(arrays["entropy"][counted], np.float64).sum())
+            return sums | {"entropy": entropy, "unique_ids": int((arrays["counts"][counted] > 0).sum())}
     return sums
 
 
-def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The statistics of all shards together; {} of none."""
+def summarise(codec: Codec, records: Sequence[ShardRecord]) -> SplitSummary:
+    """Means per counted token, percentiles and bounds of all shards of a split together.
 
-    add = lambda a, b: {name: np.add(a[name], b[name]).tolist() for name in a}
-    return reduce(add, parts) if parts else {}
-
-
-def summarise(merged: dict[str, Any]) -> dict[str, Any]:
-    """Means per counted token, percentiles and bounds.
-
-    `tokens`; `teacher_entropy` and `tail_entropy` in nats; `unique_ids`; `tail_mass` as mean, p50, p90, p99 and max;
-    `gradient_error_bound`, twice its mean and p99; `curve`, {entries: mean tail mass} with the entries as text, as in
-    JSON. Percentiles are upper edges of bins, at most 12 % (a twentieth of a decade) too large.
+    Percentiles are upper edges of bins, at most 12 % (a twentieth of a decade) too large.
     """
-    tokens = max(merged.get("tokens", 0), 1)
-    mean = lambda name: merged[name] / tokens
-    result: dict[str, Any] = {"tokens": merged.get("tokens", 0)}
-    if "entropy" in merged:
-        result["teacher_entropy"] = mean("entropy")
-    if "unique_ids" in merged:
-        result["unique_ids"] = mean("unique_ids")
-    if "tail_mass" in merged:
-        below = np.cumsum(merged["tail_histogram"])
-        percentile = lambda q: float(EDGES[np.searchsorted(below, q * below[-1])])
-        tail = {"mean": mean("tail_mass")} | {f"p{q}": percentile(q / 100) for q in (50, 90, 99)}
-        result["tail_mass"] = tail | {"max": percentile(1)}
-        result["gradient_error_bound"] = {"mean": 2 * tail["mean"], "p99": 2 * tail["p99"]}
-        result["tail_entropy"] = mean("tail_entropy")
-        result["curve"] = {str(SMALLEST_SIZE * 2**i): total / tokens for i, total in enumerate(merged["curve"])}
-    return result
+    add = lambda a, b: {name: np.add(a[name], b[name]).tolist() for name in a}
+    sums: dict[str, Any] = reduce(add, [record.statistics for record in records]) if records else {"tokens": 0}
+    size: dict[str, int] = reduce(add, [record.bytes for record in records]) if records else {}
+    tokens = max(sums["tokens"], 1)
+    found: dict[str, Any] = {name: sums[name] / tokens for name in ("tail_entropy", "unique_ids") if name in sums}
+    if "entropy" in sums:
+        found["teacher_entropy"] = sums["entropy"] / tokens
+    if "tail_mass" in sums:
+        tail, by_shard = _tail_mass(sums), [_tail_mass(record.statistics) for record in records]
+        found |= {
+            "tail_mass": tail,
+            "gradient_error_bound": {"mean": 2 * tail.mean, "p99": 2 * tail.p99},
+            "curve": {codecs.SMALLEST_SIZE * 2**i: total / tokens for i, total in enumerate(sums["curve"])},
+            "tail_histogram": Histogram(at_most=tuple(EDGES.tolist()), tokens=tuple(sums["tail_histogram"])),
+            "tail_by_shard": {"mean": tuple(t.mean for t in by_shard), "p99": tuple(t.p99 for t in by_shard)},
+        }
+    return SplitSummary(
+        codec=codec.model_dump(mode="json"),
+        rows=sum(record.rows for record in records),
+        shards=len(records),
+        bytes=size,
+        bytes_per_token=sum(size.values()) / tokens,
+        tokens=sums["tokens"],
+        **found,
+    )
+
+
+def _tail_mass(sums: dict[str, Any]) -> TailMass:
+    below = np.cumsum(sums["tail_histogram"])
+    percentile = lambda q: float(EDGES[np.searchsorted(below, q * below[-1])])
+    mean = sums["tail_mass"] / max(sums["tokens"], 1)
+    return TailMass(mean=mean, p50=percentile(0.5), p90=percentile(0.9), p99=percentile(0.99), max=percentile(1))
 
 
 def _entropy(codes: np.ndarray, bits: int, tail: np.ndarray, tail_entropy: np.ndarray) -> float:
     """Sum over tokens [n] of -Σ p log p, p normalised over W ids [n, W] and the tail. Sums are looked up per code."""
-    log_p = decode_log_probs(np.arange(2**bits, dtype=np.uint32), bits, np.float64)
+    log_p = codecs.decode_log_probs(np.arange(2**bits, dtype=np.uint32), bits, np.float64)
     p = np.exp(log_p)
     summed = lambda table: np.concatenate([table[part].sum(axis=-1) for part in np.array_split(codes, parts)])
     parts = 1 + len(codes) // _LOOKED_UP

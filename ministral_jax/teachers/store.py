@@ -1,43 +1,40 @@
 """A logit store: what the teacher says about every row of a data recipe, on a local path or in an object store.
 
-Rows are found by the content hash of their tokens, never by their place: batch size, order and number of hosts of
-the training that reads them are free. `store_format` says what is on disk; `store_writing` writes it.
+Rows are found by the content hash of their tokens, never by their place: batch size, order and number of hosts of the
+training that reads them are free. They are written in any order and grouping, from several processes, and killing one
+does no harm. `store_format` says what is on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+import tensorstore as ts
 
 from ministral_jax.errors import UserError
 from ministral_jax.teachers.store_format import (
     FINISHED,
     HASH_BYTES,
     RECORDING,
+    SEALED,
+    Arrays,
     Description,
-    Place,
-    StoreInfo,
-    Teacher,
-    decode,
+    Files,
+    Finished,
+    ShardRecord,
+    as_user_error,
+    differences,
     reason,
-    said,
-    short,
 )
-from ministral_jax.teachers.store_writing import Record, Writer, open_for_writing
 
-__all__ = [
-    "Reader",
-    "Record",
-    "SplitReader",
-    "StoreInfo",
-    "Teacher",
-    "Writer",
-    "open_for_writing",
-    "open_store",
-    "verify",
-]
+Statistics = Callable[[Arrays], dict[str, Any]]
+_WHOLE = (slice(None), slice(None))
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class HashIndex:
@@ -45,121 +42,95 @@ class HashIndex:
 
     def __init__(self, hashes: np.ndarray):
         """`hashes` uint8 [N, 16]."""
-        words = np.ascontiguousarray(hashes).view(np.uint64)
-        order = np.lexsort((words[:, 1], words[:, 0]))
-        self._order, self._first, self._second = order, words[order, 0], words[order, 1]
+        keys = _keys(hashes)
+        order = np.argsort(keys, kind="stable")
+        self._sorted, self._order = keys[order], np.append(order, -1)
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Places int64 [n] of `hashes` uint8 [n, 16], -1 where there is none, any of them where there are several."""
-        words = np.ascontiguousarray(hashes).view(np.uint64)
-        starts = np.searchsorted(self._first, words[:, 0], "left")
-        stops = np.searchsorted(self._first, words[:, 0], "right")
-        found = np.full(len(words), -1, np.int64)
-        for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            at = start + np.searchsorted(self._second[start:stop], words[i, 1])
-            if at < stop and self._second[at] == words[i, 1]:
-                found[i] = self._order[at]
-        return found
+        """Places int64 [n] of `hashes` uint8 [n, 16], -1 where there is none, the first where there are several."""
+        keys = _keys(hashes)
+        start, stop = (np.searchsorted(self._sorted, keys, side) for side in ("left", "right"))
+        return np.where(start < stop, self._order[start], -1)
 
 
-class SplitReader:
-    """Rows of one split by hash. Serves several threads at once, and pickles: the copy opens the files again."""
+def _keys(hashes: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(hashes).view(f"S{HASH_BYTES}")[:, 0]
 
-    def __init__(self, root: str, split: str, description: Description):
-        self._place, self._split, self._description = Place(root), split, description
-        prefix = f"{split}/"
-        arrays = {name: one for name, one in description.arrays().items() if name.startswith(prefix)}
-        self._arrays = {name.removeprefix(prefix): one for name, one in self._place.open(arrays).items()}
-        with said(f"store {root}: the hashes of {split} are damaged or missing"):
-            self._index = HashIndex(self._arrays.pop("hash").read().result())
+
+class Store:
+    """A finished store at a path or URL. Serves several threads at once, and pickles: the copy opens the files again.
+
+    `info` says what its rows were made from, `record` is all of `store.json`. Small files are verified when it is
+    opened, the others as they are read.
+
+    Raises:
+        UserError: there is no store, it is not finished, or it has another format; or `store.json`, `recording.json`,
+            the metadata of an array or a row's hash is damaged.
+    """
+
+    def __init__(self, root: str):
+        self._files = files = Files(root)
+        self.record = _finished(files)
+        self.info, self._description = self.record.description.info, self.record.description
+        for file, digest in self.record.metadata.items():
+            if files.sha256(file)[0] != digest:
+                raise UserError(f"store {self._files.root}: {file} is damaged: its sha256 is not what {FINISHED} says")
+        self._arrays = files.open(self._description.metadata())
+        self._index = {}
+        for split in self._description.splits:
+            with self._files.fault(f"the hashes of {split} are damaged or missing"):
+                self._index[split] = HashIndex(self._arrays.pop(f"{split}/hash").read().result())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SplitReader, (self._place.root, self._split, self._description)
+        return Store, (self._files.root,)
 
-    def find(self, hashes: Sequence[bytes]) -> np.ndarray:
-        """Rows int64 [n] of `hashes`, 16 bytes each.
+    def read(self, split: str, hashes: Sequence[bytes]) -> Arrays:
+        """Arrays [n, ..] of the rows of a split with these hashes, 16 bytes each, in their order.
 
         Raises:
-            UserError: one of them is not there.
+            UserError: there is no such split, a hash is not there, or a file is damaged or missing (says which).
         """
-        wanted = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), HASH_BYTES)
-        rows = self._index.find(wanted)
+        if split not in self._index:
+            raise UserError(f"store {self._files.root} has no split {split!r}, it has {', '.join(self._index)}")
+        rows = self._index[split].find(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES))
         if (missing := np.flatnonzero(rows < 0)).size:
             raise UserError(
-                f"store {self._place.root} has no row {hashes[missing[0]].hex()[:12]}… in {self._split} "
-                f"({missing.size} of {len(hashes)} are not there): it was recorded from other data, another packing or "
-                "another tokenizer than are read here; record it again from these"
+                f"store {self._files.root} has no row {hashes[missing[0]].hex()[:12]}… in {split} ({missing.size} of "
+                f"{len(hashes)} are not there): it was recorded from other data, another packing or another tokenizer "
+                "than are read here; record it again from these"
             )
-        return rows
-
-    def read(self, hashes: Sequence[bytes]) -> dict[str, np.ndarray]:
-        """Arrays [n, ..] of the rows with these hashes, in their order.
-
-        Raises:
-            UserError: a hash is not there, or a file is damaged or missing (says which).
-        """
-        rows = self.find(hashes)
         index = rows if len(rows) else slice(0, 0)  # TensorStore reads a chunk for an empty array of indices
-        reads = {name: array[index].read() for name, array in self._arrays.items()}
+        names = self._description.splits[split].arrays
+        reads = {name: self._arrays[f"{split}/{name}"][index].read() for name in names}
         try:
             return {name: read.result() for name, read in reads.items()}
         except (ValueError, RuntimeError, OSError) as error:
-            self._blame(rows, error)
+            self._blame(split, rows, error)
 
-    def _blame(self, rows: np.ndarray, error: Exception) -> NoReturn:
+    def _blame(self, split: str, rows: np.ndarray, error: Exception) -> NoReturn:
         """A read of many rows failed: which one is it?"""
+        spec = self._description.splits[split]
         for row in rows.tolist():
-            shard = row // self._description.splits[self._split].shard_rows
-            for name, file in self._description.shard_files(self._split, shard).items():
-                if name != "hash":
-                    where = f"row {row} of {self._split} (shard {shard}, array {name}, file {file})"
-                    with said(f"store {self._place.root}: {where} is damaged or missing"):
-                        self._arrays[name][row].read().result()
-        raise UserError(f"store {self._place.root}: {self._split} could not be read: {reason(error)}") from error
+            shard = row // spec.shard_rows
+            for name in spec.arrays:
+                file = self._description.shard_files(split, shard)[name]
+                where = f"row {row} of {split} (shard {shard}, array {name}, file {file})"
+                with self._files.fault(f"{where} is damaged or missing"):
+                    self._arrays[f"{split}/{name}"][row].read().result()
+        raise UserError(f"store {self._files.root}: {split} could not be read: {reason(error)}") from error
 
-
-class Reader:
-    """A finished store, from `open_store`.
-
-    `info` says what its rows were made from, `totals` {split: {rows, bytes: {array: n}}, head: {bytes}} their sizes on
-    disk.
-    """
-
-    def __init__(self, place: Place, record: Record):
-        self._place, self._record = place, record
-        self.description = Description.model_validate(record["description"])
-        self.info: StoreInfo = self.description.info
-        self.totals: dict[str, Any] = record["totals"]
-
-    def shards(self, split: str) -> list[Record]:
-        """Records of a split's shards, as `Writer.seal_shard` gave them."""
-        return self._record["shards"][self._known(split)]
-
-    def split(self, name: str) -> SplitReader:
-        """Raises UserError: there is no such split, or its hashes are damaged or missing."""
-        return SplitReader(self._place.root, self._known(name), self.description)
-
-    def head(self, index: tuple[slice, ...] = (slice(None), slice(None))) -> np.ndarray:
+    def head(self, index: tuple[slice, ...] = _WHOLE) -> np.ndarray:
         """The part at `index` of the teacher's output matrix [D', V].
 
         Raises:
             UserError: none was stored, or a file of it is damaged or missing.
         """
-        if self.description.head is None:
-            raise UserError(f"store {self._place.root} has no head: its codec {self.info.codec} needs none")
-        array = self._place.open({"head": self.description.arrays()["head"]})["head"]
-        with said(f"store {self._place.root}: the head is damaged or missing"):
-            return array[index].read().result()
+        if "head" not in self._arrays:
+            raise UserError(f"store {self._files.root} has no head: its codec {self.info.codec} needs none")
+        with self._files.fault("the head is damaged or missing"):
+            return self._arrays["head"][index].read().result()
 
-    def check(
-        self,
-        *,
-        teacher_digest: str | None = None,
-        tokenizer_digest: str | None = None,
-        data_digest: str | None = None,
-        length: int | None = None,
-        vocab: int | None = None,
-    ) -> None:
+    def check(self, teacher_digest: str, tokenizer_digest: str, data_digest: str, length: int, vocab: int) -> None:
         """Refuse a store that was recorded from something else than what is given.
 
         Raises:
@@ -173,45 +144,19 @@ class Reader:
             "length of a row": (info.length, length),
             "vocabulary": (info.vocab, vocab),
         }
-        other = {what: pair for what, pair in pairs.items() if pair[1] is not None and pair[0] != pair[1]}
-        if other:
-            listed = "; ".join(f"{what} {short(old)}, not {short(new)}" for what, (old, new) in other.items())
+        if other := differences(pairs):
             raise UserError(
-                f"store {self._place.root} was recorded with another {next(iter(other))}: it has {listed}; "
-                "record it again with what is used here, or use what it was recorded with"
+                f"store {self._files.root} was recorded with another {next(iter(other))}: it has "
+                f"{'; '.join(other.values())}; record it again with what is used here, or use what it was recorded with"
             )
 
-    def _known(self, split: str) -> str:
-        if split not in self.description.splits:
-            raise UserError(
-                f"store {self._place.root} has no split {split!r}, it has {', '.join(self.description.splits)}"
-            )
-        return split
 
-
-def open_store(root: str) -> Reader:
-    """Open a finished store at a path or URL. Small files are verified here, the others as they are read.
-
-    Raises:
-        UserError: there is no store, it is not finished, or it has another format; or `store.json`, `recording.json` or
-            the metadata of an array is damaged.
-    """
-    place = Place(root)
-    record = _finished(place)
-    for file, digest in record["metadata"].items():
-        if place.sha256(file)[0] != digest:
-            raise UserError(f"store {root}: {file} is damaged: its sha256 is not what {FINISHED} says")
-    return Reader(place, record)
-
-
-def _finished(place: Place) -> Record:
-    """Content of `store.json`."""
-    content = place.read(FINISHED)
-    if content is None and place.read(RECORDING) is not None:
-        raise UserError(f"store {place.root} is not finished: run the stage that records it again, it goes on")
-    if content is None:
-        raise UserError(f"{place.root} is not a logit store: it has no {FINISHED}")
-    return decode(content, f"store {place.root}: {FINISHED}")
+def _finished(files: Files) -> Finished:
+    if (record := files.load(Finished, FINISHED)) is not None:
+        return record
+    if files.read(RECORDING) is not None:
+        raise UserError(f"store {files.root} is not finished: run the stage that records it again, it goes on")
+    raise UserError(f"{files.root} is not a logit store: it has no {FINISHED}")
 
 
 def verify(root: str) -> list[str]:
@@ -220,16 +165,214 @@ def verify(root: str) -> list[str]:
     Raises:
         UserError: there is no finished store, or `store.json` is damaged.
     """
-    place = Place(root)
-    record = _finished(place)
-    description = Description.model_validate(record["description"])
-    expected = record["metadata"] | record["head"]
-    for split, sealed in record["shards"].items():
-        for shard, one in enumerate(sealed):
-            files = description.shard_files(split, shard)
-            expected |= {file: one["sha256"][name] for name, file in files.items()}
-    there = set(place.list())
+    files = Files(root)
+    expected, there = _finished(files).digests(), files.list()
     problems = [f"{file} is missing" for file in sorted(expected.keys() - there)]
     problems += [f"{file} is not of this store" for file in sorted(there - expected.keys() - {FINISHED})]
-    damaged = [file for file, digest in expected.items() if file in there and place.sha256(file)[0] != digest]
+    damaged = [file for file, digest in expected.items() if file in there and files.sha256(file)[0] != digest]
     return problems + [f"{file} is damaged: its sha256 is not what {FINISHED} says" for file in damaged]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """A store being written, from `open_for_writing`. Each shard has one process that writes and seals it.
+
+    A file is replaced whole or not at all, and a row's hash is written after its data: a row whose hash is there is
+    whole, and one that is not there is written again. The bytes of a shard depend on its rows alone, not on how many
+    calls they came in.
+    """
+
+    def __init__(self, files: Files, description: Description, finished: Finished | None):
+        self.description = description
+        self._files, self._finished = files, finished
+        self._arrays = files.open(description.metadata(), sparse=[f"{split}/hash" for split in description.splits])
+
+    def done(self, split: str, rows: slice = slice(None)) -> np.ndarray:
+        """Which rows are there, bool [N]."""
+        if self._finished is not None:
+            return np.ones(self.description.splits[split].rows, bool)[rows]
+        with self._files.fault(f"the hashes of {split} cannot be read"):
+            return self._arrays[f"{split}/hash"][rows].read().result().any(axis=1)
+
+    def write(self, split: str, rows: Sequence[int] | np.ndarray, hashes: Sequence[bytes], arrays: Arrays) -> None:
+        """Write `rows` [n] with their hashes (16 bytes each) and `arrays` [n, ..]; they are there when this returns.
+
+        Each shard that they lie in is read and written once per array: few calls with many rows cost less.
+
+        Raises:
+            UserError: a file cannot be written. The rows that were there before still are.
+        """
+        self._check(split, rows, hashes, arrays)
+        if not len(rows):
+            return
+        rows = np.asarray(rows, np.int64)
+        for shard in np.unique(rows // self.description.splits[split].shard_rows):
+            self._files.write(_record_file(split, shard), None)
+        stored = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(rows), HASH_BYTES)
+        what = f"{len(rows)} rows of {split} (the first is {rows[0]}) could not be written"
+        with self._files.fault(f"{what} (the same command goes on from there)"):
+            self._commit({f"{split}/{name}": array for name, array in arrays.items()}, rows)
+            self._commit({f"{split}/hash": stored}, rows)
+
+    def put_head(self, part: np.ndarray, index: tuple[slice, ...] = _WHOLE) -> None:
+        """Write `part` of the teacher's output matrix [D', V] at `index`; several processes may, each its part.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        if self._finished is None:
+            with self._files.fault("the head could not be written"):
+                self._commit({"head": part}, index)
+
+    def seal_shard(self, split: str, shard: int, statistics: Statistics) -> ShardRecord:
+        """The record of a shard whose rows are all there, with `statistics` of the arrays [rows, ..] as they are read
+        from disk. A shard that was sealed before, by whatever process, gives its record without being read.
+
+        Raises:
+            UserError: rows of it are missing, or a file of it cannot be read.
+        """
+        if self._finished is not None:
+            return self._finished.shards[split][shard]
+        record_file = _record_file(split, shard)
+        if (known := self._files.read(record_file)) is not None:
+            return ShardRecord.model_validate(json.loads(known))
+        spec, where = self.description.splits[split], f"store {self._files.root}, shard {shard} of {split}"
+        rows = spec.rows_of(shard)
+        part = slice(rows.start, rows.stop)
+        if missing := int((~self.done(split, part)).sum()):
+            raise UserError(f"{where}: {missing} of its {len(rows)} rows are not there; record them before sealing it")
+        with as_user_error(f"{where} is damaged; delete its files, its hashes first, and record it again"):
+            reads = {name: self._arrays[f"{split}/{name}"][part].read() for name in spec.arrays}
+            arrays = {name: read.result() for name, read in reads.items()}
+        found = {name: self._files.sha256(file) for name, file in self.description.shard_files(split, shard).items()}
+        record = ShardRecord(
+            rows=len(rows),
+            bytes={name: size for name, (_, size) in found.items()},
+            sha256={name: digest for name, (digest, _) in found.items()},
+            statistics=statistics(arrays),
+        )
+        self._files.write(record_file, json.dumps(record.model_dump()).encode())
+        return record
+
+    def finish(self, records: Mapping[str, Sequence[ShardRecord]]) -> None:
+        """Write `store.json` with the records of every split's shards, in their order. One process does, when all have
+        sealed their shards.
+
+        Raises:
+            UserError: a file of the store is missing or cannot be written.
+        """
+        if self._finished is None:
+            _clean(self._files)
+            finished = self._summed(records)
+            if missing := sorted(finished.digests().keys() - self._files.list()):
+                raise UserError(
+                    f"store {self._files.root} cannot be finished: {missing[0]} is missing; record its rows again"
+                )
+            self._files.save(FINISHED, finished)
+        _clean(self._files, sealed=True)
+
+    def _summed(self, records: Mapping[str, Sequence[ShardRecord]]) -> Finished:
+        totals: dict[str, Any] = {}
+        for split, spec in self.description.splits.items():
+            if sum(record.rows for record in records[split]) != spec.rows:
+                raise ValueError(f"{len(records[split])} records of {split} for its {spec.shards} shards")
+            names = (*spec.arrays, "hash")
+            size = {name: sum(record.bytes[name] for record in records[split]) for name in names}
+            totals[split] = {"rows": spec.rows, "bytes": size}
+        small = [RECORDING, *(f"{array}/zarr.json" for array in self.description.metadata())]
+        head = {file: self._files.sha256(file) for file in self.description.head_files()}
+        return Finished(
+            description=self.description,
+            metadata={file: self._files.sha256(file)[0] for file in small},
+            shards={split: tuple(sealed) for split, sealed in records.items()},
+            head={file: digest for file, (digest, _) in head.items()},
+            totals=totals | ({"head": {"bytes": sum(size for _, size in head.values())}} if head else {}),
+        )
+
+    def _commit(self, parts: Arrays, index: Any) -> None:
+        """One write per file, in a transaction: without it a file might be replaced once per row."""
+        with ts.Transaction() as together:
+            for name, part in parts.items():
+                self._arrays[name].with_transaction(together)[index] = part
+
+    def _check(self, split: str, rows: Any, hashes: Sequence[bytes], arrays: Arrays) -> None:
+        if self._finished is not None:
+            raise ValueError(f"store {self._files.root} is finished: it takes no more rows")
+        found = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
+        layout = self.description.splits[split].arrays
+        expected = {name: ((len(rows), *one.shape), one.dtype) for name, one in layout.items()}
+        if found != expected:
+            raise ValueError(f"arrays {found} given for {split}, whose layout is {expected}")
+        if len(hashes) != len(rows) or any(len(one) != HASH_BYTES or not any(one) for one in hashes):
+            raise ValueError(f"{len(rows)} hashes of {HASH_BYTES} bytes, not all zero, are needed")
+
+
+def open_for_writing(root: str, description: Description, *, create: bool) -> Writer:
+    """Create a store at `root`, a path or a URL, or go on with the one that is there.
+
+    One process of a job calls it with `create`, the others without it, after that one. A finished store gives a Writer
+    with nothing left to write.
+
+    Raises:
+        UserError: `root` holds a store of something else (says what differs), or files that are no store; or it cannot
+            be written.
+    """
+    files = Files(root)
+    if (finished := files.load(Finished, FINISHED)) is not None:
+        _compare(files, finished.description, description)
+        if create:
+            _clean(files, sealed=True)
+        return Writer(files, description, finished)
+    if (started := files.load(Description, RECORDING)) is not None:
+        _compare(files, started, description)
+    elif not create:
+        raise UserError(f"store {root} is not there: {RECORDING} is missing; do all processes see the same files?")
+    elif files.list():
+        raise UserError(f"{root} holds files, and no logit store: give the store a place of its own")
+    if create:
+        _clean(files)
+        if started is None:
+            files.save(RECORDING, description)
+        files.open(description.metadata(), create=True)
+    return Writer(files, description, None)
+
+
+def _clean(files: Files, sealed: bool = False) -> None:
+    """Delete what a killed process left of a file that it was writing, and what a finished store does not need.
+
+    TensorStore writes `<file>.__lock`, never lists it and renames it to `<file>`; object stores have no such thing.
+    """
+    if sealed:
+        with files.fault(f"{SEALED} could not be deleted"):
+            (files.kvstore / SEALED).delete_range(ts.KvStore.KeyRange()).result()
+    if (local := files.local) is not None:
+        for left in local.rglob("*.__lock"):
+            left.unlink(missing_ok=True)
+        if sealed:
+            shutil.rmtree(local / SEALED, ignore_errors=True)
+
+
+def _record_file(split: str, shard: int) -> str:
+    return f"{SEALED}{split}/{shard}.json"
+
+
+def _compare(files: Files, before: Description, now: Description) -> None:
+    """Refuse to go on with a store of something else."""
+    old, new = (_flat(one.model_dump(mode="json")) for one in (before, now))
+    other = differences({key: (old.get(key), new.get(key)) for key in {**old, **new}})
+    # what the rows were made from explains the rest: another codec has other arrays
+    other = {key: text.removeprefix("info.") for key, text in other.items() if key.startswith("info.")} or other
+    if other:
+        raise UserError(
+            f"store {files.root} is of something else than is to be recorded: it has "
+            f"{'; '.join(list(other.values())[:4])}; delete it or give the new one another place"
+        )
+
+
+def _flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(record, dict):
+        return {prefix: record}
+    parts = [_flat(value, f"{prefix}.{name}".strip(".")) for name, value in record.items()]
+    return {key: value for part in parts for key, value in part.items()}

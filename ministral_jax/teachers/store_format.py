@@ -1,11 +1,11 @@
-"""What a logit store looks like on disk: its description, the metadata of its arrays, and files at a path or a URL.
+"""What a logit store looks like on disk, and its files at a path or a URL.
 
-    recording.json              what the store is to hold, written first: a Description
+    recording.json              a `Description`: what the store is to hold, written first
     <split>/<array>/            zarr3 array [N, ..]: a shard (file) holds `shard_rows` rows, an inner chunk one row
     <split>/hash/               zarr3 array [N, 16] uint8: content hash of each row, all zero where the row is not there
     head/                       zarr3 array [D', V]: the teacher's output matrix, where the codec needs it
-    recording/<split>/<n>.json  records of sealed shards, until the store is finished
-    store.json                  the description and the records of all shards, written last: its presence means finished
+    recording/<split>/<n>.json  the `ShardRecord` of each sealed shard, until the store is finished
+    store.json                  `Finished`, written last: its presence means finished
 
 Arrays are zarr3 (https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html), cut by `sharding_indexed`. Every
 chunk and index carries a crc32c, `store.json` the SHA-256 of every file, and both JSON files one of themselves.
@@ -17,12 +17,12 @@ import hashlib
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import tensorstore as ts
 
 from ministral_jax.errors import UserError
@@ -31,23 +31,47 @@ from ministral_jax.settings import Frozen
 FORMAT = "ministral-jax logit store 1"
 HASH_BYTES = 16
 RECORDING, FINISHED, SEALED = "recording.json", "store.json", "recording/"
+Arrays = dict[str, np.ndarray]
 _HEAD_CHUNK = (1024, 4096)
 _CRC = {"name": "crc32c"}
 # A row is read once an epoch: a cache would only cost memory.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
 
-class ArrayLayout(Protocol):
+class ArraySpec(Frozen):
     """Shape and dtype of one row of an array, or of the head."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    shape: tuple[int, ...]
+    dtype: str
 
     @property
-    def dtype(self) -> str: ...
+    def itemsize(self) -> int:
+        return ts.dtype(self.dtype).numpy_dtype.itemsize
 
 
-class Teacher(Frozen):
+class SplitSpec(Frozen):
+    """N rows, how many of them a file holds, and what one row of each array is."""
+
+    rows: int
+    shard_rows: int
+    arrays: dict[str, ArraySpec]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        return range(self.rows)[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+
+
+def split_spec(rows: int, shard_rows: int, arrays: dict[str, ArraySpec]) -> SplitSpec:
+    """With fewer rows in a file where it would hold more than 2^29 bytes before compression: each batch that adds to a
+    file writes it anew."""
+    largest = max(math.prod(one.shape) * one.itemsize for one in arrays.values())
+    return SplitSpec(rows=rows, shard_rows=min(shard_rows, max(2**29 // largest, 1)), arrays=arrays)
+
+
+class TeacherIdentity(Frozen):
     """The stage that the teacher's parameters come from, and their digest."""
 
     stage: str
@@ -62,7 +86,7 @@ class StoreInfo(Frozen):
     """
 
     codec: dict[str, Any]
-    teacher: Teacher
+    teacher: TeacherIdentity
     tokenizer_digest: str
     data_digest: str
     length: int
@@ -73,179 +97,173 @@ class StoreInfo(Frozen):
     dtype: str
 
 
-class Layout(Frozen):
-    """An `ArrayLayout` as the JSON files say it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class Split(Frozen):
-    """N rows, how many of them a file holds, and what one row of each array is."""
-
-    rows: int
-    shard_rows: int
-    arrays: dict[str, Layout]
-
-
 class Description(Frozen):
-    """Everything about a store that is known before its first row."""
+    """`recording.json`: everything about a store that is known before its first row."""
 
     format: str = FORMAT
     info: StoreInfo
-    splits: dict[str, Split]
-    head: Layout | None = None
+    splits: dict[str, SplitSpec]
+    head: ArraySpec | None = None
 
-    def shards(self, split: str) -> int:
-        return -(-self.splits[split].rows // self.splits[split].shard_rows)
-
-    def rows_of(self, split: str, shard: int) -> range:
-        rows, of_shard = self.splits[split].rows, self.splits[split].shard_rows
-        return range(shard * of_shard, min((shard + 1) * of_shard, rows))
-
-    def arrays(self) -> dict[str, dict[str, Any]]:
-        """zarr3 metadata of every array, by its directory."""
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """zarr3 metadata of every array, by its directory. TensorStore fills in what it does not say: little-endian
+        bytes, and a shard's index at its end, with a crc32c."""
         found = {}
         for name, split in self.splits.items():
-            for array, (shape, dtype) in ((array, (one.shape, one.dtype)) for array, one in split.arrays.items()):
-                found[f"{name}/{array}"] = _sharded(split.rows, shape, dtype, split.shard_rows)
-            hashes = (split.shard_rows, HASH_BYTES)
-            found[f"{name}/hash"] = _zarr((split.rows, HASH_BYTES), "uint8", hashes, [_endian("uint8"), _CRC])
+            for array, one in split.arrays.items():
+                row = {"chunk_shape": (1, *one.shape), "codecs": [_compressed(one), _CRC]}
+                codec = {"name": "sharding_indexed", "configuration": row}
+                chunk = (split.shard_rows, *one.shape)
+                found[f"{name}/{array}"] = _zarr((split.rows, *one.shape), chunk, one.dtype, codec)
+            found[f"{name}/hash"] = _zarr((split.rows, HASH_BYTES), (split.shard_rows, HASH_BYTES), "uint8", _CRC)
         if self.head is not None:
-            chunk = tuple(min(size, most) for size, most in zip(self.head.shape, _HEAD_CHUNK, strict=True))
-            found["head"] = _zarr(self.head.shape, self.head.dtype, chunk, _compressed(self.head.dtype))
+            chunk = tuple(map(min, self.head.shape, _HEAD_CHUNK))
+            found["head"] = _zarr(self.head.shape, chunk, self.head.dtype, _compressed(self.head), _CRC)
         return found
 
     def shard_files(self, split: str, shard: int) -> dict[str, str]:
         """The file of a shard by array, `hash` among them."""
-        arrays = self.splits[split].arrays
-        files = {array: f"{split}/{array}/c/{shard}" + "/0" * len(one.shape) for array, one in arrays.items()}
-        return files | {"hash": f"{split}/hash/c/{shard}/0"}
+        dims = {array: len(one.shape) for array, one in self.splits[split].arrays.items()} | {"hash": 1}
+        return {array: f"{split}/{array}/c/{shard}" + "/0" * count for array, count in dims.items()}
 
     def head_files(self) -> list[str]:
         """The files of the head's chunks."""
         if self.head is None:
             return []
-        down, across = (-(-size // min(size, most)) for size, most in zip(self.head.shape, _HEAD_CHUNK, strict=True))
+        down, across = (math.ceil(size / most) for size, most in zip(self.head.shape, _HEAD_CHUNK, strict=True))
         return [f"head/c/{i}/{j}" for i in range(down) for j in range(across)]
 
 
-def itemsize(dtype: str) -> int:
-    return ts.dtype(dtype).numpy_dtype.itemsize
+class ShardRecord(Frozen):
+    """A sealed shard: size and SHA-256 of its file by array, `hash` among them, and sums over its rows."""
+
+    rows: int
+    bytes: dict[str, int]
+    sha256: dict[str, str]
+    statistics: dict[str, Any]
 
 
-def row_bytes(layout: ArrayLayout) -> int:
-    """Of one row, before compression."""
-    return math.prod(layout.shape) * itemsize(layout.dtype)
+class Finished(Frozen):
+    """`store.json`. `metadata` and `head` are SHA-256 by file; `totals` {split: {rows, bytes: {array: n}}, head:
+    {bytes}} are sizes on disk."""
+
+    format: str = FORMAT
+    status: Literal["finished"] = "finished"
+    description: Description
+    metadata: dict[str, str]
+    shards: dict[str, tuple[ShardRecord, ...]]
+    head: dict[str, str]
+    totals: dict[str, Any]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every other file of the store."""
+        found = self.metadata | self.head
+        for split, records in self.shards.items():
+            for shard, record in enumerate(records):
+                files = self.description.shard_files(split, shard)
+                found |= {file: record.sha256[name] for name, file in files.items()}
+        return found
 
 
-def _zarr(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], codecs: list[dict[str, Any]]) -> dict[str, Any]:
+def _zarr(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, *codecs: dict[str, Any]) -> dict[str, Any]:
     grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-    return {"shape": shape, "data_type": dtype, "fill_value": 0, "chunk_grid": grid, "codecs": codecs}
+    return {"shape": shape, "data_type": dtype, "chunk_grid": grid, "codecs": codecs}
 
 
-def _sharded(rows: int, shape: tuple[int, ...], dtype: str, shard_rows: int) -> dict[str, Any]:
-    row = {
-        "chunk_shape": (1, *shape),
-        "codecs": _compressed(dtype),
-        "index_codecs": [_endian("uint64"), _CRC],
-        "index_location": "end",
-    }
-    shard = {"name": "sharding_indexed", "configuration": row}
-    return _zarr((rows, *shape), dtype, (shard_rows, *shape), [shard])
-
-
-def _compressed(dtype: str) -> list[dict[str, Any]]:
+def _compressed(array: ArraySpec) -> dict[str, Any]:
     """What packs each kind best: integers leave their high bits unused, floats repeat their sign and exponent."""
-    shuffle = "noshuffle" if itemsize(dtype) == 1 else "bitshuffle" if dtype.startswith("uint") else "shuffle"
-    blosc = {"cname": "zstd", "clevel": 3, "shuffle": shuffle, "typesize": itemsize(dtype), "blocksize": 0}
-    return [_endian(dtype), {"name": "blosc", "configuration": blosc}, _CRC]
+    shuffle = "noshuffle" if array.itemsize == 1 else "bitshuffle" if array.dtype.startswith("uint") else "shuffle"
+    return {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, "shuffle": shuffle}}
 
 
-def _endian(dtype: str) -> dict[str, Any]:
-    return {"name": "bytes"} | ({"configuration": {"endian": "little"}} if itemsize(dtype) > 1 else {})
+Record = TypeVar("Record", Description, Finished)
 
 
-class Place:
+class Files:
     """The files of a store at a local path or at a URL that TensorStore knows (file://, gs://, s3://)."""
 
     def __init__(self, root: str):
         self.root = root.rstrip("/")
-        url = "://" in root
-        with said(f"{root} is not a place for a logit store"):
-            self._files = ts.KvStore.open(
-                f"{self.root}/" if url else {"driver": "file", "path": f"{Path(root).absolute()}/"}
-            ).result()
-        spec = self._files.spec().to_json()
-        self._local = Path(spec["path"]) if spec["driver"] == "file" else None
+        spec = f"{self.root}/" if "://" in root else {"driver": "file", "path": f"{Path(root).absolute()}/"}
+        with as_user_error(f"{root} is not a place for a logit store"):
+            self.kvstore = ts.KvStore.open(spec).result()
+
+    @property
+    def local(self) -> Path | None:
+        """Their directory, where they are on a local disk."""
+        spec = self.kvstore.spec().to_json()
+        return Path(spec["path"]) if spec["driver"] == "file" else None
+
+    def fault(self, what: str) -> AbstractContextManager[None]:
+        """Errors of TensorStore within it as a UserError that says what of the store is at fault."""
+        return as_user_error(f"store {self.root}: {what}")
 
     def read(self, file: str) -> bytes | None:
-        with said(f"store {self.root}: {file} cannot be read"):
-            found = self._files.read(file).result()
-            return found.value if found.state == "value" else None
+        with self.fault(f"{file} cannot be read"):
+            found = self.kvstore.read(file).result()
+        return found.value if found.state == "value" else None
 
-    def write(self, file: str, content: bytes) -> None:
-        """Replace a file at once."""
-        with said(f"store {self.root}: {file} could not be written"):
-            self._files.write(file, content).result()
+    def write(self, file: str, content: bytes | None) -> None:
+        """Replace a file at once; None deletes it."""
+        with self.fault(f"{file} could not be written"):
+            self.kvstore.write(file, content).result()
 
-    def list(self, prefix: str = "") -> list[str]:
-        with said(f"store {self.root}: its files cannot be listed"):
-            found = self._files.list(_beginning_with(prefix)).result()
-        return sorted(key.decode() for key in found)
-
-    def delete(self, prefix: str) -> None:
-        """All files whose names begin with `prefix`."""
-        with said(f"store {self.root}: {prefix} could not be deleted"):
-            self._files.delete_range(_beginning_with(prefix)).result()
-        if self._local is not None and prefix.endswith("/"):
-            shutil.rmtree(self._local / prefix, ignore_errors=True)
-
-    def sweep(self) -> None:
-        """Delete what a killed process left of a file that it was writing. TensorStore writes `<file>.__lock`, never
-        lists it and renames it to `<file>`; object stores have no such thing."""
-        if self._local is not None:
-            for left in self._local.rglob("*.__lock"):
-                left.unlink(missing_ok=True)
+    def list(self) -> set[str]:
+        with self.fault("its files cannot be listed"):
+            return {key.decode() for key in self.kvstore.list().result()}
 
     def sha256(self, file: str) -> tuple[str, int]:
-        """Digest and size of a file.
-
-        Raises:
-            UserError: it is missing.
-        """
-        content = self.read(file)
-        if content is None:
+        """Digest and size of a file. Raises UserError: it is missing."""
+        if (content := self.read(file)) is None:
             raise UserError(f"store {self.root}: {file} is missing")
         return hashlib.sha256(content).hexdigest(), len(content)
 
-    def open(self, arrays: dict[str, dict[str, Any]], *, create: bool = False, sparse: bool = False) -> dict[str, Any]:
-        """TensorStore handles of arrays (metadata by directory). Chunks that are missing read as zeros where `sparse`,
-        and are an error elsewhere: then a chunk of nothing but zeros is written like any other."""
-        handles, open_spec = {}, {"fill_missing_data_reads": sparse, "store_data_equal_to_fill_value": True}
-        for directory, metadata in arrays.items():
-            kvstore = (self._files / f"{directory}/").spec().to_json()
-            spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata} | open_spec
-            handles[directory] = ts.open(spec, open=True, create=create, context=_CONTEXT)
-        for directory, future in handles.items():
-            with said(f"store {self.root}: {directory}/zarr.json does not serve"):
-                handles[directory] = future.result()
+    def load(self, kind: type[Record], file: str) -> Record | None:
+        """The record in a JSON file that holds a digest of itself, None where there is no such file.
+
+        Raises:
+            UserError: a byte of it differs, or it has another format.
+        """
+        if (content := self.read(file)) is None:
+            return None
+        where = f"store {self.root}: {file}"
+        try:
+            plain = json.loads(content)
+            found = plain["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{where} is damaged: it is not the JSON of a logit store") from error
+        if found != FORMAT:
+            raise UserError(f"{where} has the format {found!r}, this version reads {FORMAT!r}")
+        plain.pop("sha256", None)
+        if content != _signed(plain):
+            raise UserError(f"{where} is damaged: its content is not what its sha256 says")
+        return kind.model_validate(plain)
+
+    def save(self, file: str, record: Record) -> None:
+        self.write(file, _signed(record.model_dump(mode="json")))
+
+    def open(self, metadata: dict[str, Any], create: bool = False, sparse: Sequence[str] = ()) -> dict[str, Any]:
+        """TensorStore handles of arrays by directory. Chunks that are missing read as zeros in those named `sparse`, an
+        error in others: then a chunk of nothing but zeros is written like any other."""
+        handles = {}
+        for name, one in metadata.items():
+            spec = {"driver": "zarr3", "kvstore": (self.kvstore / f"{name}/").spec().to_json(), "metadata": one}
+            missing = {"fill_missing_data_reads": name in sparse, "store_data_equal_to_fill_value": True}
+            handles[name] = ts.open(spec | missing, open=True, create=create, context=_CONTEXT)
+        for name, future in handles.items():
+            with self.fault(f"{name}/zarr.json does not serve"):
+                handles[name] = future.result()
         return handles
 
 
-def _beginning_with(prefix: str) -> Any:
-    """Keys that begin with `prefix`, whose last character is ASCII."""
-    return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else "")
-
-
 @contextmanager
-def said(sentence: str) -> Iterator[None]:
+def as_user_error(sentence: str) -> Iterator[None]:
     """Errors of TensorStore as a UserError that begins with `sentence`."""
     try:
         yield
-    except UserError:
-        raise
     except (ValueError, RuntimeError, OSError, LookupError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{sentence}: {reason(error)}") from error
 
 
@@ -254,39 +272,16 @@ def reason(error: Exception) -> str:
     return " ".join(re.sub(r" \[[a-z_ ]+='.*", "", str(error), flags=re.DOTALL).split())
 
 
-def encode(record: dict[str, Any]) -> bytes:
-    """JSON with a digest of itself."""
-    return _text(record | {"sha256": _own_digest(record)})
+def _signed(plain: dict[str, Any]) -> bytes:
+    text = lambda one: (json.dumps(one, sort_keys=True, indent=1) + "\n").encode()
+    return text(plain | {"sha256": hashlib.sha256(text(plain)).hexdigest()})
 
 
-def decode(content: bytes, where: str) -> dict[str, Any]:
-    """The record that `encode` wrote.
+def differences(pairs: dict[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Of {what: (there, wanted)} those that differ, as "what there, not wanted"; digests by their beginning."""
 
-    Raises:
-        UserError: a byte of it differs, or it has another format; begins with `where`.
-    """
-    try:
-        record = json.loads(content)
-        found = record["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where} is damaged: it is not the JSON of a logit store") from error
-    if found != FORMAT:
-        raise UserError(f"{where} has the format {found!r}, this version reads {FORMAT!r}")
-    digest = record.pop("sha256", None)
-    if digest != _own_digest(record) or content != encode(record):
-        raise UserError(f"{where} is damaged: its content is not what its sha256 says")
-    return record
+    def short(value: Any) -> str:
+        text = str(value)
+        return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{32,}", text) else repr(value)
 
-
-def _text(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, sort_keys=True, indent=1) + "\n").encode()
-
-
-def _own_digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(_text(record)).hexdigest()
-
-
-def short(value: Any) -> str:
-    """A value for a message; digests by their beginning."""
-    text = str(value)
-    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{32,}", text) else repr(value)
+    return {what: f"{what} {short(a)}, not {short(b)}" for what, (a, b) in pairs.items() if a != b}

@@ -39,14 +39,26 @@ class SplitSummary(Frozen):
     """Counted ones."""
     teacher_entropy: float | None = None
     """nats per token."""
-    tail_entropy: float | None = None
     unique_ids: float | None = None
     """Different ids among the draws of a token."""
     tail_mass: TailMass | None = None
     gradient_error_bound: dict[str, float] | None = None
     """`mean` and `p99` of twice the tail mass."""
+    tail_entropy: float | None = None
     curve: dict[int, float] = Field(default_factory=dict)
     """Mean tail mass by how many entries would be kept."""
     tail_histogram: Histogram | None = None
     tail_by_shard: dict[str, tuple[float, ...]] | None = None
     """`mean` and `p99` of each file."""
+
+    def figures(self) -> dict[str, float]:
+        """Means per token: what a sweep and a table compare."""
+        means = {
+            "bytes_per_token": self.bytes_per_token,
+            "teacher_entropy": self.teacher_entropy,
+            "unique_ids": self.unique_ids,
+            "tail_mass": self.tail_mass and self.tail_mass.mean,
+            "gradient_error_bound": self.gradient_error_bound and self.gradient_error_bound["mean"],
+            "tail_entropy": self.tail_entropy,
+        }
+        return {name: mean for name, mean in means.items() if mean is not None}

@@ -10,17 +10,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from pydantic import TypeAdapter
 
 from ministral_jax.data.pipeline import Join
-from ministral_jax.distributed.placement import Placement, Rules, partition
-from ministral_jax.losses.evaluation import hidden, taught_by
+from ministral_jax.distributed.placement import Placement, Rules
+from ministral_jax.losses.evaluation import Taught, hidden, taught_by
 from ministral_jax.losses.targets import Hidden, Targets
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
-from ministral_jax.teachers.codecs import Codec, HiddenCodec, targets, unpack
-from ministral_jax.teachers.store import Reader
+from ministral_jax.teachers.codecs import Codec, exact, targets, unpack
+from ministral_jax.teachers.store import Store
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -39,7 +40,7 @@ class Teacher:
 
     constants: Params
     targets: Callable[[Params, Batch], Targets]
-    held_out: Callable[[Params, Batch], tuple[Array, Params]]
+    held_out: Taught
     flops_per_token: float = 0.0
     join: Join | None = None
     held_out_join: Join | None = None
@@ -61,48 +62,39 @@ def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[
     return lambda params, batch: Hidden(taught(model, params, batch), head_matrix(params))
 
 
-def stored(reader: Reader, placement: Placement) -> Teacher:
+def stored(store: Store, placement: Placement) -> Teacher:
     """A teacher that was recorded: only its output matrix is in memory, for what is stored as hidden states.
 
     Each host reads the targets of its own rows, in the threads that read these.
     """
-    info = reader.info
+    info = store.info
     codec: Codec = TypeAdapter(Codec).validate_python(info.codec)
-    forced, exact = info.forced, HiddenCodec.model_validate({"dtype": info.dtype})
-    train, held_out = reader.split("train"), reader.split("held_out")
+
+    def part(index: Any) -> np.ndarray:
+        return store.head(index).astype(info.dtype)
+
+    shape = (info.width, info.vocab)
+    head = jax.make_array_from_callback(shape, placement.lies(shape, ("embed", "vocab")), part)
     return replace(
-        recorded(codec, exact, forced, _stored_head(reader, placement, info.dtype)),
-        join=lambda hashes: unpack(codec, train.read(hashes)),
-        held_out_join=lambda hashes: unpack(exact, held_out.read(hashes)),
+        recorded(codec, info.forced, info.dtype, head),
+        join=lambda hashes: unpack(store.read("train", hashes)),
+        held_out_join=lambda hashes: unpack(store.read("held_out", hashes)),
     )
 
 
-def recorded(codec: Codec, exact: HiddenCodec, forced: tuple[int, ...], head: Any) -> Teacher:
-    """What a store of `codec` for training rows and `exact` for held-out ones teaches, its batches joined or not.
+def recorded(codec: Codec, forced: tuple[int, ...], dtype: str, head: Any) -> Teacher:
+    """What a store of `codec` for training rows teaches, its batches joined or not.
 
     Args:
         forced: ids that `codec` always keeps.
+        dtype: of the hidden states of held-out rows.
         head: the teacher's output matrix `[D', V]`, an array or its shape.
     """
-    return Teacher(
-        {"decoder": {"head": head}},
-        lambda params, batch: targets(codec, batch, head_matrix(params), forced),
-        lambda params, batch: (_as_hidden(exact, batch, params), params),
-    )
 
+    def whole(params: Params, batch: Batch) -> tuple[Array, Params]:
+        found = targets(exact(dtype), batch, head_matrix(params), ())
+        assert isinstance(found, Hidden)
+        return found.hidden, params
 
-def _as_hidden(codec: HiddenCodec, batch: Batch, params: Params) -> Array:
-    found = targets(codec, batch, head_matrix(params), ())
-    assert isinstance(found, Hidden)
-    return found.hidden
-
-
-def _stored_head(reader: Reader, placement: Placement, dtype: Any) -> Array:
-    shape = (reader.info.width, reader.info.vocab)
-    spec = partition(shape, ("embed", "vocab"), placement.rules, placement.mesh)
-    sharding = jax.sharding.NamedSharding(placement.mesh, spec)
-
-    def part(index: Any) -> Any:
-        return reader.head(index).astype(dtype)
-
-    return jax.make_array_from_callback(shape, sharding, part)
+    taught = lambda params, batch: targets(codec, batch, head_matrix(params), forced)
+    return Teacher({"decoder": {"head": head}}, taught, whole)

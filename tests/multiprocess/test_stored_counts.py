@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from harness import RETRY, Job, records
 
-from ministral_jax.teachers.store import open_store, verify
+from ministral_jax.teachers.store import Store, verify
 
 pytestmark = pytest.mark.multiprocess
 RECIPE = Path(__file__).parent.parent / "micro_stored.yaml"
@@ -31,8 +31,8 @@ def recorded(tmp_path_factory) -> Path:
 
 def read(run_dir: Path) -> dict[str, np.ndarray]:
     """All rows of the training split, in the store's order."""
-    split = open_store(str(run_dir / "logits" / "store")).split("train")
-    return {name: array.read().result() for name, array in split._arrays.items()}
+    arrays = Store(str(run_dir / "logits" / "store"))._arrays
+    return {name.removeprefix("train/"): one.read().result() for name, one in arrays.items() if "train/" in name}
 
 
 def test_students_of_any_number_of_processes_learn_the_same(recorded, tmp_path):

@@ -55,7 +55,7 @@ def test_what_topk_leaves_out(run):
     [left], [bound] = cells(made, "probability left out"), cells(made, "gradient error, at most")
     np.testing.assert_allclose([float(c.removesuffix("\u202f%")) for c in left], shares, rtol=5e-3)
     np.testing.assert_allclose([float(c) for c in bound], np.array(shares) / 50, rtol=2e-2)
-    by_shard = [100 * shard(TOPK, i)["statistics"]["tail_mass"] / 4000 for i in range(5)]
+    by_shard = [100 * shard(TOPK, i).statistics["tail_mass"] / 4000 for i in range(5)]
     assert f"Shard to shard the mean is {by_shard[0]:.2f} % to {by_shard[4]:.2f} %" in text
     assert made is not None and made.count("<svg") == 3
     # 48 bytes of entries, 12.88 of the rest

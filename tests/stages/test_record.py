@@ -17,10 +17,11 @@ from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, ma
 from ministral_jax.files import read_jsonl
 from ministral_jax.stages import record
 from ministral_jax.stages.record import plan_batches
-from ministral_jax.teachers.store import open_store
+from ministral_jax.teachers.store import Store
 
 DEVICES = jax.devices()
 RECIPE = str(TESTS / "micro_stored.yaml")
+STORE = "logits/store"
 
 
 @pytest.mark.parametrize(
@@ -49,54 +50,51 @@ def test_rows_of_a_mesh_and_their_owners():
 # ---- the stage, by the command line ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
     """As on a laptop; the suite's eight are for meshes."""
-    monkeypatch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
+        yield
+
+
+def run(run_dir: Path, *words: str) -> Path:
+    assert main(["run", RECIPE, *words, "--run-dir", str(run_dir)]) == 0
+    return run_dir
+
+
+def copy_of(made: Path, directory: Path, without: tuple[str, ...] = ()) -> Path:
+    return Path(shutil.copytree(made, directory / "run", ignore=shutil.ignore_patterns(*without)))
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory) -> Path:
     """A run directory with a parent and a pruned child."""
-    run_dir = tmp_path_factory.mktemp("stored") / "parent"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
-        assert main(["run", RECIPE, "parent", "pruned", "--run-dir", str(run_dir)]) == 0
-    return run_dir
-
-
-def copy_of(parent: Path, directory: Path) -> Path:
-    return Path(shutil.copytree(parent, directory))
-
-
-def run(run_dir: Path, *words: str) -> None:
-    assert main(["run", RECIPE, *words, "--run-dir", str(run_dir)]) == 0
-
-
-def curve(run_dir: Path, stage: str = "short") -> dict[str, np.ndarray]:
-    """Loss of every step, KL of every evaluation."""
-    lines = read_jsonl(run_dir / stage / "metrics.jsonl")
-    return {
-        "loss": np.array([line["loss"] for line in lines if line["kind"] == "train"]),
-        "kl": np.array([line["kl"] for line in lines if line["kind"] == "eval"]),
-    }
-
-
-def files(store: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(store.rglob("*"))
-        if path.is_file()
-    }
+    return run(tmp_path_factory.mktemp("stored") / "parent", "parent", "pruned")
 
 
 @pytest.fixture(scope="module")
 def online(parent, tmp_path_factory) -> dict[str, np.ndarray]:
-    run_dir = copy_of(parent, tmp_path_factory.mktemp("online") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
-        run(run_dir, "short", "stages.short.teacher=parent")
-    return curve(run_dir)
+    """What the student learns from the parent beside it."""
+    return curve(run(copy_of(parent, tmp_path_factory.mktemp("online")), "short", "stages.short.teacher=parent"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(parent, tmp_path_factory) -> Path:
+    """A run directory with a store and a student of it."""
+    return run(copy_of(parent, tmp_path_factory.mktemp("unbroken")), "short")
+
+
+def curve(run_dir: Path) -> dict[str, np.ndarray]:
+    """Loss of every step of the student, KL of every evaluation."""
+    lines = read_jsonl(run_dir / "short" / "metrics.jsonl")
+    figures = {"loss": "train", "kl": "eval"}
+    return {name: np.array([line[name] for line in lines if line["kind"] == kind]) for name, kind in figures.items()}
+
+
+def files(run_dir: Path) -> dict[str, str]:
+    found = [path for path in sorted((run_dir / STORE).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 @pytest.mark.parametrize(
@@ -110,57 +108,35 @@ def online(parent, tmp_path_factory) -> dict[str, np.ndarray]:
     ],
 )
 def test_the_whole_distribution_from_disk_is_the_online_teacher(parent, online, tmp_path, codec, tolerance):
-    run_dir = copy_of(parent, tmp_path / "run")
-    run(run_dir, "short", f"stages.logits.codec={codec}")
-    stored = curve(run_dir)
-    worst = {key: np.abs(stored[key] / online[key] - 1).max() for key in online}
-    print(codec, worst)
-    np.testing.assert_allclose(stored["loss"], online["loss"], rtol=tolerance)
-    np.testing.assert_allclose(stored["kl"], online["kl"], rtol=tolerance)
+    stored = curve(run(copy_of(parent, tmp_path), "short", f"stages.logits.codec={codec}"))
+    for name, values in online.items():
+        np.testing.assert_allclose(stored[name], values, rtol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("codec", ["{kind: topk, entries: 16}", "{kind: sampled, entries: 50}"])
 def test_part_of_the_distribution_teaches(parent, online, tmp_path, codec):
-    run_dir = copy_of(parent, tmp_path / "run")
-    run(run_dir, "short", f"stages.logits.codec={codec}")
-    stored = curve(run_dir)
+    run_dir = run(copy_of(parent, tmp_path), "short", f"stages.logits.codec={codec}")
+    kl = curve(run_dir)["kl"]
     # exact at evaluations, so the first one, before any step, is the online one
-    assert stored["kl"][0] == online["kl"][0]
-    assert stored["kl"][-1] < stored["kl"][0]
-    figures = json.loads((run_dir / "logits" / "manifest.json").read_text())
-    assert figures["metrics"]["bytes_per_token"] > 0
-    if "topk" in codec:
-        assert 0 < figures["metrics"]["gradient_error_bound"] <= 2
-
-
-@pytest.fixture(scope="module")
-def unbroken(parent, tmp_path_factory) -> Path:
-    run_dir = copy_of(parent, tmp_path_factory.mktemp("unbroken") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
-        run(run_dir, "short")
-    return run_dir
+    assert kl[0] == online["kl"][0] and kl[-1] < kl[0]
+    figures = json.loads((run_dir / "logits" / "manifest.json").read_text())["metrics"]
+    assert figures["bytes_per_token"] > 0
+    assert "topk" not in codec or 0 < figures["gradient_error_bound"] <= 2
 
 
 def test_on_a_mesh_that_cuts_everything(unbroken, tmp_path, monkeypatch):
     """Recorded and read where rows, tokens and vocabulary are cut: the same codes, and the same curve of a student."""
     monkeypatch.setattr(jax, "devices", lambda *backend: DEVICES)
-    mesh = ("mesh={fsdp: 2, tensor: 2, context: 2}",)
-    run_dir = Path(shutil.copytree(unbroken, tmp_path / "run", ignore=shutil.ignore_patterns("short", "logits")))
-    run(run_dir, "short", *mesh)
-    ours, theirs = (
-        {
-            name: array.read().result()
-            for name, array in open_store(str(path / "logits" / "store")).split("train")._arrays.items()
-        }
-        for path in (run_dir, unbroken)
-    )
-    np.testing.assert_array_equal(ours["counted"], theirs["counted"])
-    same = (ours["ids"] == theirs["ids"]).all(-1)  # all but where two ids tie to rounding
+    run_dir = copy_of(unbroken, tmp_path, without=("short", "logits"))
+    run(run_dir, "short", "mesh={fsdp: 2, tensor: 2, context: 2}")
+    stores = [Store(str(path / STORE))._arrays for path in (run_dir, unbroken)]
+    read = lambda name: [arrays[f"train/{name}"].read().result() for arrays in stores]
+    np.testing.assert_array_equal(*read("counted"))
+    same = np.equal(*read("ids")).all(-1)  # all but where two ids tie to rounding
     assert same.mean() > 0.99
     for name, codes in (("logprobs", 1), ("forced", 1), ("tail", 8), ("tail_entropy", 8)):
-        difference = ours[name][same].astype(int) - theirs[name][same].astype(int)
-        assert np.abs(difference).max() <= codes, name
+        ours, theirs = (array[same].astype(int) for array in read(name))
+        assert np.abs(ours - theirs).max() <= codes, name
     for key, values in curve(unbroken).items():
         # a code more or less of a few log-probabilities, 2 % of a probability each
         np.testing.assert_allclose(curve(run_dir)[key], values, rtol=2e-3, err_msg=key)
@@ -171,20 +147,19 @@ class Stop(BaseException):
 
 
 def test_interrupted_at_every_batch_it_ends_in_the_same_files(parent, unbroken, tmp_path, monkeypatch):
-    run_dir, real = copy_of(parent, tmp_path / "run"), record.Writer.write
-    count = 0
+    run_dir, real = copy_of(parent, tmp_path), record.Writer.write
+    writes, stops = 0, 0
 
     def write(self, split, rows, hashes, arrays):
-        nonlocal count
-        count += 1
-        if count % 2 == 0:  # half of what it was given, then gone
+        nonlocal writes
+        writes += 1
+        if writes % 2 == 0:  # half of what it was given, then gone
             half = len(rows) // 2
             real(self, split, rows[:half], hashes[:half], {name: array[:half] for name, array in arrays.items()})
             raise Stop
         real(self, split, rows, hashes, arrays)
 
     monkeypatch.setattr(record.Writer, "write", write)
-    stops = 0
     while True:
         try:
             run(run_dir, "logits")
@@ -192,30 +167,36 @@ def test_interrupted_at_every_batch_it_ends_in_the_same_files(parent, unbroken, 
         except Stop:
             stops += 1
     assert stops >= 4
-    assert files(run_dir / "logits" / "store") == files(unbroken / "logits" / "store")
+    assert files(run_dir) == files(unbroken)
 
 
 def test_a_finished_store_is_not_made_again(unbroken, capsys):
-    before = files(unbroken / "logits" / "store")
+    before = files(unbroken)
     run(unbroken, "logits")
     assert "logits: finished already" in capsys.readouterr().err
-    assert files(unbroken / "logits" / "store") == before
+    assert files(unbroken) == before
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taught(unbroken, tmp_path) -> Path:
+    """A run directory with a store and no student yet."""
+    return copy_of(unbroken, tmp_path, without=("short",))
 
 
 def refused(capsys, run_dir: Path, *words: str) -> str:
-    assert main(["run", RECIPE, *words, "--run-dir", str(run_dir)]) == 2
+    """What is said of the student."""
+    assert main(["run", RECIPE, "short", *words, "--run-dir", str(run_dir)]) == 2
+    assert not (run_dir / "short" / "manifest.json").exists()
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def without_student(unbroken: Path, directory: Path) -> Path:
-    return Path(shutil.copytree(unbroken, directory, ignore=shutil.ignore_patterns("short")))
-
-
-def test_other_data_is_refused_before_anything_is_written(unbroken, tmp_path, capsys):
-    run_dir = without_student(unbroken, tmp_path / "run")
-    error = refused(capsys, run_dir, "short", "stages.short.data.sources.digits.weight=0.5")
+def test_other_data_is_refused_before_anything_is_written(taught, capsys):
+    error = refused(capsys, taught, "stages.short.data.sources.digits.weight=0.5")
     assert "stages.short.data differs from that of 'logits', whose rows are recorded" in error
-    assert not (run_dir / "short").exists()
+    assert not (taught / "short").exists()
 
 
 @pytest.mark.parametrize(
@@ -227,28 +208,23 @@ def test_other_data_is_refused_before_anything_is_written(unbroken, tmp_path, ca
     ],
 )
 def test_another_teacher_tokenizer_or_packing_is_refused(parent, tmp_path, capsys, monkeypatch, key, value, message):
-    run_dir, real = copy_of(parent, tmp_path / "run"), record.StoreInfo
+    run_dir, real = copy_of(parent, tmp_path), record.StoreInfo
     monkeypatch.setattr(record, "StoreInfo", lambda **known: real.model_validate({**known, key: value}))
     run(run_dir, "logits")
-    error = refused(capsys, run_dir, "short")
-    assert message in error and "000000" in error and str(run_dir / "logits" / "store") in error, error
-    print(error)
+    error = refused(capsys, run_dir)
+    assert message in error and "000000" in error and str(run_dir / STORE) in error, error
 
 
-def test_a_flipped_byte_is_refused(unbroken, tmp_path, capsys):
-    run_dir = without_student(unbroken, tmp_path / "run")
-    shard = sorted((run_dir / "logits" / "store" / "train" / "logprobs" / "c").rglob("0"))[0]
-    shard = shard if shard.is_file() else next(p for p in shard.rglob("*") if p.is_file())
+def test_a_flipped_byte_is_refused(taught, capsys):
+    shard = taught / STORE / "train/logprobs/c/0/0/0"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
-    error = refused(capsys, run_dir, "short")
+    error = refused(capsys, taught)
     assert "damaged" in error and "logprobs" in error, error
-    assert not (run_dir / "short" / "manifest.json").exists()
 
 
-def test_a_parent_made_anew_is_another_teacher(unbroken, tmp_path, capsys):
-    run_dir = without_student(unbroken, tmp_path / "run")
-    manifest = run_dir / "parent" / "manifest.json"
+def test_a_parent_made_anew_is_another_teacher(taught, capsys):
+    manifest = taught / "parent" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seconds"', '"Seconds"'))
-    assert "was made from another parent 'parent' than the one there now" in refused(capsys, run_dir, "short")
+    assert "was made from another parent 'parent' than the one there now" in refused(capsys, taught)

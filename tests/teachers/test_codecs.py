@@ -12,28 +12,35 @@ from scipy.stats import chi2, ncx2
 
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
-from ministral_jax.teachers import codecs, quantise
+from ministral_jax.teachers import codecs
 from ministral_jax.teachers.codecs import DenseCodec, HiddenCodec, SampledCodec, TopKCodec
 from ministral_jax.teachers.encode import encoder, inverse_cdf
-from ministral_jax.teachers.statistics import EDGES, merge, statistics, summarise
+from ministral_jax.teachers.statistics import EDGES, statistics, summarise
+from ministral_jax.teachers.store_format import ShardRecord
 
 B, T, V = 4, 16, 96
 FORCED = (0, 2, 50, 95)
-MESHES = [MeshConfig(), MeshConfig(fsdp=2, tensor=4), MeshConfig(fsdp=2, tensor=2, context=2)]
-IDS = ["one device", "tensor 4", "fsdp x tensor x context"]
+ONE = MeshConfig()
+MESHES = {
+    "one device": ONE,
+    "tensor 4": MeshConfig(fsdp=2, tensor=4),
+    "fsdp x tensor x context": MeshConfig(fsdp=2, tensor=2, context=2),
+}
+CUT = MESHES["fsdp x tensor x context"]
+# Logits up to 20 and their logsumexp are off by some ulp, 2^-24 * 20 = 1.2e-6, each.
+FLOAT32 = 8e-6
 
 
-def encode(codec, states, head, mask, uniforms=None, mesh=MESHES[0], forced=FORCED, chunk=8, rules=None):
+def encode(codec, states, head, mask, uniforms=None, mesh=ONE, forced=FORCED, chunk=8, rules=None):
     """Arrays of the encoder on a mesh, as NumPy's."""
-    rules = rules or Rules()
-    mesh = make_mesh(mesh, jax.devices()[: 1 if mesh == MESHES[0] else 8])
-    run = jax.jit(encoder(codec, Placement(mesh, rules), rules, forced, chunk))
-    with jax.set_mesh(mesh):
-        return jax.device_get(run(states, head, mask, uniforms))
+    place = Placement(make_mesh(mesh, jax.devices()[: 1 if mesh == ONE else 8]), rules or Rules())
+    with jax.set_mesh(place.mesh):
+        return jax.device_get(jax.jit(encoder(codec, place, forced, chunk))(states, head, mask, uniforms))
 
 
-def from_logits(codec, logits, mask, **kwargs):
+def from_logits(codec, logits, mask=None, **kwargs):
     """As `encode`, of given logits: through the identity they come out as they are, on any mesh."""
+    mask = np.ones(logits.shape[:2], np.float32) if mask is None else mask
     return encode(codec, logits, np.eye(logits.shape[-1], dtype=logits.dtype), mask, **kwargs)
 
 
@@ -45,6 +52,7 @@ def teacher():
     mask = (rng.random((B, T)) > 0.2).astype(np.float32)
     mask[0] = 0
     logits = states.astype(np.float64) @ head
+    assert len(np.unique(logits[1, 0])) < V - 10, "there must be ties"
     return np.where(mask[..., None] > 0, states, np.nan), head, mask, logits
 
 
@@ -79,11 +87,11 @@ def top_k_of(logits, entries, sizes, forced):
     )
 
 
-def check_top_k(found, logits, mask, entries, forced, tolerance):
+def check_top_k(found, logits, mask, entries, forced, tolerance=FLOAT32):
     sizes = codecs.curve_sizes(TopKCodec(entries=entries), logits.shape[-1])
     curve = np.zeros((len(logits), len(sizes)))
-    for b, t in np.ndindex(mask.shape):
-        if mask[b, t] == 0:
+    for b, t in np.ndindex(logits.shape[:2]):
+        if mask is not None and mask[b, t] == 0:
             assert not any(np.any(found[name][b, t]) for name in found if name != "curve")
             continue
         wanted = top_k_of(logits[b, t], entries, sizes, forced)
@@ -92,28 +100,24 @@ def check_top_k(found, logits, mask, entries, forced, tolerance):
             np.testing.assert_allclose(found[name][b, t], wanted[name], rtol=0, atol=tolerance, err_msg=name)
         curve[b] += wanted["curve"]
     np.testing.assert_allclose(found["curve"], curve, rtol=logits.shape[1] * tolerance)
-    np.testing.assert_array_equal(found["counted"], mask > 0)
+    np.testing.assert_array_equal(found["counted"], 1 if mask is None else mask > 0)
 
 
 # ---- topk -----------------------------------------------------------------------------------------------------------
 
-# Logits up to 20 and their logsumexp are off by some ulp, 2^-24 * 20 = 1.2e-6, each.
-FLOAT32 = 8e-6
 
-
-@pytest.mark.parametrize("mesh", MESHES, ids=IDS)
-def test_top_k_is_the_oracles_on_any_mesh(teacher, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        *((mesh, None) for mesh in MESHES.values()),
+        (MeshConfig(data=2, fsdp=2, tensor=2), Rules(batch=("data",), length=(), embed=(), vocab=("fsdp", "tensor"))),
+    ],
+    ids=[*MESHES, "a vocabulary cut over two axes"],
+)
+def test_top_k_is_the_oracles_on_any_mesh(teacher, mesh, rules):
     states, head, mask, logits = teacher
-    found = encode(TopKCodec(entries=12), states, head, mask, mesh=mesh)
-    assert len(np.unique(logits[1, 0])) < V - 10, "there must be ties"
-    check_top_k(found, logits, mask, 12, FORCED, FLOAT32)
-
-
-def test_top_k_follows_rules_that_cut_the_vocabulary_over_two_axes(teacher):
-    states, head, mask, logits = teacher
-    rules = Rules(batch=("data",), length=(), embed=(), vocab=("fsdp", "tensor"))
-    found = encode(TopKCodec(entries=12), states, head, mask, mesh=MeshConfig(data=2, fsdp=2, tensor=2), rules=rules)
-    check_top_k(found, logits, mask, 12, FORCED, FLOAT32)
+    found = encode(TopKCodec(entries=12), states, head, mask, mesh=mesh, rules=rules)
+    check_top_k(found, logits, mask, 12, FORCED)
 
 
 def test_top_k_in_float64_is_exact(teacher):
@@ -123,39 +127,35 @@ def test_top_k_in_float64_is_exact(teacher):
     check_top_k(found, logits, mask, 5, FORCED, 1e-13)
 
 
-@pytest.mark.parametrize("mesh", MESHES[:2], ids=IDS[:2])
-def test_a_tail_of_1e_7_keeps_its_digits(mesh):
-    """1 - sum(p) would have none of them in float32, whose next number below 1 is 6e-8 away."""
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(B, T, V)).astype(np.float32)
+@pytest.mark.parametrize("mesh", ["one device", "tensor 4"])
+def test_a_tail_of_1e_7_keeps_its_digits_and_none_survives_to_the_loss(mesh):
+    """1 - sum(p) would have no digits left in float32, whose next number below 1 is 6e-8 away."""
+    logits = np.random.default_rng(1).normal(size=(B, T, V)).astype(np.float32)
     logits[..., 20:90] -= 17
-    mask = np.ones((B, T), np.float32)
-    found = from_logits(TopKCodec(entries=26), logits, mask, mesh=mesh, forced=())
+    found = from_logits(TopKCodec(entries=26), logits, mesh=MESHES[mesh], forced=())
     assert 1e-8 < np.exp(found["tail"]).max() < 3e-7
-    check_top_k(found, logits, mask, 26, (), FLOAT32)
+    check_top_k(found, logits, None, 26, ())
 
-
-@pytest.mark.parametrize("mesh", MESHES[:2], ids=IDS[:2])
-def test_no_tail_survives_to_the_loss(mesh):
-    rng = np.random.default_rng(2)
-    logits, mask = rng.normal(size=(B, T, 16)).astype(np.float32), np.ones((B, T), np.float32)
     codec, forced = TopKCodec(entries=14), (3, 4)
-    found = from_logits(codec, logits, mask, mesh=mesh, forced=forced)
-    assert np.all(found["tail"] == -np.inf)
-    check_top_k(found, logits, mask, 14, forced, FLOAT32)
-    batch = codecs.unpack(codec, codecs.pack(codec, found))
-    assert np.all(np.asarray(codecs.targets(codec, batch, None, forced).tail) == -np.inf)
+    found = from_logits(codec, logits[..., :16], mesh=MESHES[mesh], forced=forced)
+    check_top_k(found, logits[..., :16], None, 14, forced)
+    assert np.all(found["tail"] == -np.inf) and np.all(taught(codec, codecs.pack(codec, found)).tail == -np.inf)
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------------
+
+# A cumulative sum in two levels of 8 and 12 float32 numbers, scaled by u: some 2^-24 each.
+BOUNDARY = 1e-6
 
 
 def draws_of(codec, rows, length, seed=0):
     return np.stack([codecs.uniforms(codec, seed, bytes([i]) * 16, length) for i in range(rows)])
 
 
-# A cumulative sum in two levels of 8 and 12 float32 numbers, scaled by u: some 2^-24 each.
-BOUNDARY = 1e-6
+def one_token(rng, scale, vocab, times):
+    """Logits [1, times, vocab] of one token, again and again, and its distribution."""
+    logits = (scale * rng.normal(size=(1, 1, vocab))).astype(np.float32).repeat(times, axis=1)
+    return logits, np.exp(log_softmax(logits[0, 0]))
 
 
 @pytest.mark.parametrize("draws", ["systematic", "independent"])
@@ -169,22 +169,20 @@ def test_draws_are_where_the_cumulative_distribution_says_on_any_mesh(draws):
     uniforms = draws_of(codec, B, T)
     uniforms[0, 0] = np.linspace(0, 1 - 2**-24, 40)
     counted, p = mask > 0, np.exp(log_softmax(logits))
-    ends = np.cumsum(p, -1)
-    distance = np.abs(ends[:, :, None] - uniforms[..., None]).min(-1)[counted]
-    assert np.mean(distance < BOUNDARY) < 0.05
-    first = None
-    for mesh in MESHES:
+    ends, entropies = np.cumsum(p, -1), [entropy_of(one) for one in p[counted]]
+    clear = np.abs(ends[:, :, None] - uniforms[..., None]).min(-1)[counted] > BOUNDARY
+    assert np.mean(~clear) < 0.05
+    ids = {}
+    for name, mesh in MESHES.items():
         found = from_logits(codec, np.where(counted[..., None], logits, np.nan), mask, uniforms=uniforms, mesh=mesh)
-        ids = found["draws"]
-        assert np.all(ids[~counted] == 0) and np.all(found["entropy"][~counted] == 0)
-        stop = np.take_along_axis(ends, ids, -1)
-        start = stop - np.take_along_axis(p, ids, -1)
+        drawn = ids[name] = found["draws"]
+        assert np.all(drawn[~counted] == 0) and np.all(found["entropy"][~counted] == 0)
+        stop = np.take_along_axis(ends, drawn, -1)
+        start = stop - np.take_along_axis(p, drawn, -1)
         assert np.all(((start - BOUNDARY <= uniforms) & (uniforms <= stop + BOUNDARY))[counted])
-        assert np.all((np.take_along_axis(logits, ids, -1) > -200)[counted]) and np.all(np.diff(ids) >= 0)
-        entropies = [entropy_of(p[b, t]) for b, t in np.argwhere(counted)]
+        assert np.all((np.take_along_axis(logits, drawn, -1) > -200)[counted]) and np.all(np.diff(drawn) >= 0)
         np.testing.assert_allclose(found["entropy"][counted], entropies, atol=FLOAT32)
-        first = ids if first is None else first
-        np.testing.assert_array_equal(ids[counted][distance > BOUNDARY], first[counted][distance > BOUNDARY])
+        np.testing.assert_array_equal(drawn[counted][clear], ids["one device"][counted][clear])
 
 
 def test_a_draw_never_lands_on_an_id_without_probability():
@@ -197,14 +195,11 @@ def test_a_draw_never_lands_on_an_id_without_probability():
 
 def test_systematic_counts_are_the_expected_ones_rounded_down_or_up():
     """Floor or ceiling of S p, with p off by the rounding of two ends (where S p is next to an integer, one more)."""
-    rng = np.random.default_rng(4)
-    logits = (2 * rng.normal(size=(1, 1, V))).astype(np.float32).repeat(256, axis=1)
-    codec, p = SampledCodec(entries=50), np.exp(log_softmax(logits[0, 0]))
-    mask = np.ones((1, 256), np.float32)
+    logits, p = one_token(np.random.default_rng(4), 2, V, 256)
+    codec, mask = SampledCodec(entries=50), np.ones((1, 256), np.float32)
     mask[0, ::7] = 0
     found = from_logits(codec, logits, mask, uniforms=draws_of(codec, 1, 256), chunk=64)
-    batch = codecs.unpack(codec, codecs.pack(codec, found))
-    ids, counts = batch["teacher_ids"][0], batch["teacher_counts"][0].astype(int)
+    ids, counts, _ = (np.asarray(part)[0] for part in taught(codec, codecs.pack(codec, found)))
     np.testing.assert_array_equal(counts.sum(-1), np.where(mask[0] > 0, 50, 0))
     assert np.all(ids[counts == 0] == 0)
     dense = np.zeros((256, V))
@@ -219,11 +214,9 @@ def test_systematic_counts_are_the_expected_ones_rounded_down_or_up():
 
 def test_independent_draws_follow_the_teacher():
     """Pearson's χ² of 51200 draws, at level 1e-4; errors of 5 % in the probabilities would be seen with 99 %."""
-    rng = np.random.default_rng(5)
-    logits = rng.normal(size=(1, 1, 64)).astype(np.float32).repeat(1024, axis=1)
-    codec, p = SampledCodec(entries=50, draws="independent"), np.exp(log_softmax(logits[0, 0]))
-    mask = np.ones((1, 1024), np.float32)
-    found = from_logits(codec, logits, mask, uniforms=draws_of(codec, 1, 1024), chunk=256)
+    logits, p = one_token(np.random.default_rng(5), 1, 64, 1024)
+    codec = SampledCodec(entries=50, draws="independent")
+    found = from_logits(codec, logits, uniforms=draws_of(codec, 1, 1024), chunk=256)
     observed = np.bincount(found["draws"].ravel(), minlength=64)
     critical = chi2.isf(1e-4, 63)
     assert ncx2.sf(critical, 63, observed.sum() * 0.05**2) > 0.99
@@ -233,21 +226,34 @@ def test_independent_draws_follow_the_teacher():
     assert statistic(wrong / wrong.sum()) > critical
 
 
-def test_uniforms_depend_on_seed_and_row_alone():
-    for draws in ("systematic", "independent"):
-        codec = SampledCodec(entries=7, draws=draws)
-        u = codecs.uniforms(codec, 3, b"a" * 16, 500)
-        assert u is not None and u.dtype == np.float32 and u.shape == (500, 7)
-        assert np.all((u >= 0) & (u < 1)) and np.all(np.diff(u) >= 0)
-        np.testing.assert_array_equal(u, codecs.uniforms(codec, 3, b"a" * 16, 500))
-        np.testing.assert_array_equal(u[:9], codecs.uniforms(codec, 3, b"a" * 16, 9))
-        for other in (codecs.uniforms(codec, 4, b"a" * 16, 500), codecs.uniforms(codec, 3, b"a" * 15 + b"b", 500)):
-            assert np.mean(u == other) < 0.01
-        assert abs(u.mean() - 0.5) < 0.02
+@pytest.mark.parametrize("draws", ["systematic", "independent"])
+def test_uniforms_depend_on_seed_and_row_alone(draws):
+    codec = SampledCodec(entries=7, draws=draws)
+    draw = lambda seed=3, row=b"a" * 16, length=500: codecs.uniforms(codec, seed, row, length)
+    u = draw()
+    assert u.dtype == np.float32 and u.shape == (500, 7)
+    assert np.all((u >= 0) & (u < 1)) and np.all(np.diff(u) >= 0) and abs(u.mean() - 0.5) < 0.02
+    np.testing.assert_array_equal(u, draw())
+    np.testing.assert_array_equal(u[:9], draw(length=9))
+    assert np.mean(u == draw(seed=4)) < 0.01 and np.mean(u == draw(row=b"a" * 15 + b"b")) < 0.01
     assert codecs.uniforms(TopKCodec(), 0, b"a" * 16, 5) is None
 
 
 # ---- on disk and back -----------------------------------------------------------------------------------------------
+
+
+def on_disk(codec, found, vocab, forced, width=8):
+    """The arrays as they lie on disk, in the layout that is announced."""
+    disk = codecs.pack(codec, found)
+    expected = codecs.layout(codec, disk["counted"].shape[1], width, vocab, forced)
+    assert {n: (a.shape[1:], str(a.dtype)) for n, a in disk.items()} == {
+        n: (one.shape, one.dtype) for n, one in expected.items()
+    }
+    return disk
+
+
+def taught(codec, disk, head=None, forced=()):
+    return codecs.targets(codec, codecs.unpack(disk), head, forced)
 
 
 @settings(max_examples=30, deadline=None)
@@ -260,173 +266,155 @@ def test_ids_survive_the_disk(data, vocab, entries, count):
     zeros = np.zeros((1, 3), np.float32)
     curve = np.zeros((1, len(codecs.curve_sizes(codec, vocab))), np.float32)
     log_probs = -np.arange(3 * (entries + count), dtype=np.float32).reshape(1, 3, -1)
-    arrays = dict(ids=ids, logprobs=log_probs, tail=zeros, tail_entropy=zeros, curve=curve)
-    disk = codecs.pack(codec, arrays | {"counted": np.ones((1, 3), np.uint8)})
-    check_layout(codec, disk, vocab, forced)
-    batch = codecs.unpack(codec, disk)
-    np.testing.assert_array_equal(batch["teacher_ids"], ids)
-    kept = codecs.targets(codec, batch, None, forced)
+    arrays = dict(ids=ids, logprobs=log_probs, tail=zeros, tail_entropy=zeros, curve=curve, counted=np.uint8([[1] * 3]))
+    kept = taught(codec, on_disk(codec, arrays, vocab, forced), forced=forced)
     assert kept.ids.shape == kept.logprobs.shape == log_probs.shape
+    np.testing.assert_array_equal(kept.ids[..., :entries], ids)
     np.testing.assert_array_equal(kept.ids[0, :, entries:], np.tile(forced, (3, 1)))
-    assert np.all(np.abs(kept.logprobs - log_probs) <= quantise.log_prob_error(log_probs, codec.bits) + 1e-5)
+    assert np.all(np.abs(kept.logprobs - log_probs) <= log_prob_error(log_probs, codec.bits) + 1e-5)
 
     drawn = st.lists(st.integers(0, vocab - 1), min_size=entries, max_size=entries).map(sorted)
     draws = np.array([[data.draw(drawn), [0] * entries, data.draw(drawn)]], np.int32)
     codec, counted = SampledCodec(entries=entries), np.array([[1, 0, 1]], np.uint8)
-    disk = codecs.pack(codec, dict(draws=draws, entropy=zeros, counted=counted))
-    check_layout(codec, disk, vocab, forced)
-    batch = codecs.unpack(codec, disk)
-    found, counts = batch["teacher_ids"][0], batch["teacher_counts"][0]
+    disk = on_disk(codec, dict(draws=draws, entropy=zeros, counted=counted), vocab, forced)
+    found, counts, _ = (np.asarray(part)[0] for part in taught(codec, disk))
     for t in (0, 2):
         np.testing.assert_array_equal(np.repeat(found[t], counts[t]), draws[0, t])
         assert np.all(np.diff(found[t][counts[t] > 0]) > 0) and not np.any(found[t][counts[t] == 0])
     assert not np.any(found[1]) and not np.any(counts[1])
 
 
-def check_layout(codec, disk, vocab, forced, width=8):
-    expected = codecs.layout(codec, disk["counted"].shape[1], width, vocab, forced)
-    assert {name: (a.shape[1:], str(a.dtype)) for name, a in disk.items()} == expected
+def log_prob_error(log_probs, bits):
+    """Bound on |decoded - log p|, as `decode_log_probs` states it, without what floating point adds."""
+    h = 0.5 / (2**bits - 1)
+    return 64 * h * (-log_probs / 32) ** 0.5 + 32 * h**2
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_log_probabilities_are_as_close_as_stated(bits):
+@pytest.mark.parametrize(("bits", "at_one"), [(8, 0.0224), (16, 8.7e-5)])
+def test_log_probabilities_are_as_close_as_stated(bits, at_one):
     log_probs = -np.concatenate([np.linspace(0, 32, 40001), np.geomspace(1e-12, 32, 40001)])
-    codes = quantise.encode_log_probs(log_probs, bits)
-    assert codes.dtype == (np.uint8 if bits == 8 else np.uint16)
-    error = np.abs(quantise.decode_log_probs(codes, bits, np.float64) - log_probs)
-    bound = quantise.log_prob_error(log_probs, bits)
+    codes = codecs.encode_log_probs(log_probs, bits)
+    assert codes.dtype == f"uint{bits}"
+    error = np.abs(codecs.decode_log_probs(codes, bits, np.float64) - log_probs)
+    bound = log_prob_error(log_probs, bits)
     assert np.all(error <= bound * (1 + 1e-9)) and np.max(error / bound) > 0.95
-    at_one = quantise.log_prob_error(np.float64(-1), bits)
-    assert at_one < (0.0224 if bits == 8 else 8.7e-5)
-    assert quantise.decode_log_probs(quantise.encode_log_probs(np.float32([-99, -np.inf]), bits), bits, float)[1] == -32
-    on_device = quantise.encode_log_probs(jnp.asarray(log_probs, jnp.float32), bits)
+    assert log_prob_error(np.float64(-1), bits) < at_one
+    assert codecs.decode_log_probs(codecs.encode_log_probs(np.float32([-99, -np.inf]), bits), bits, float)[1] == -32
+    on_device = codecs.encode_log_probs(jnp.asarray(log_probs, jnp.float32), bits)
     assert np.max(np.abs(np.asarray(on_device, int) - codes.astype(int))) <= 1
 
 
 def test_tails_entropies_and_float8_are_as_close_as_stated():
     tails = -np.linspace(0, 31.99, 10001)
-    decoded = quantise.decode_tail(quantise.encode_tail(tails), np.float64)
-    assert np.all(np.abs(decoded - tails) <= quantise.log_prob_error(tails, 16) * (1 + 1e-9))
-    assert np.all(quantise.decode_tail(quantise.encode_tail(np.array([-np.inf, -32, -50])), float) == -np.inf)
+    decoded = codecs.decode_tail(codecs.encode_log_probs(tails, 16), np.float64)
+    assert np.all(np.abs(decoded - tails) <= log_prob_error(tails, 16) * (1 + 1e-9))
+    nothing = codecs.encode_log_probs(np.array([-np.inf, -32, -50]), 16)
+    assert np.all(codecs.decode_tail(nothing, float) == -np.inf)
     entropies = np.linspace(0, 16, 10001)
-    error = np.abs(quantise.decode_entropy(quantise.encode_entropy(entropies), np.float64) - entropies)
+    error = np.abs(codecs.decode_entropy(codecs.encode_entropy(entropies), np.float64) - entropies)
     assert np.all(error <= 16 / 65535 / 2 * (1 + 1e-9))
 
     rng = np.random.default_rng(6)
     x = (rng.normal(size=(64, 256)) * np.exp(3 * rng.normal(size=(64, 1)))).astype(np.float32)
     x[0], x[1, ::2] = 0, 1e-6
     for array in (x, jnp.asarray(x)):
-        codes, scale = (np.asarray(part) for part in quantise.encode_float8(array))
-        assert str(codes.dtype) == quantise.FLOAT8 and scale.dtype == np.float32
-        error = np.abs(quantise.decode_float8(codes, scale).astype(np.float64) - x)
+        codes, scale = (np.asarray(part) for part in codecs.encode_float8(array))
+        assert str(codes.dtype) == codecs.FLOAT8 and scale.dtype == np.float32
+        error = np.abs(codecs.decode_float8(codes, scale).astype(np.float64) - x)
         bound = np.maximum(np.abs(x) / 16, scale[:, None] / 1024) * (1 + 1e-6)
         assert np.all(error <= bound) and np.max(error / np.maximum(bound, 1e-30)) > 0.9
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8"])
-def test_hidden_states_come_back(teacher, dtype):
-    states, head, mask, _ = teacher
-    codec = HiddenCodec(dtype=dtype)
-    found = encode(codec, states, head, mask, mesh=MESHES[2])
-    disk = codecs.pack(codec, found)
-    check_layout(codec, disk, V, ())
-    kept = codecs.targets(codec, codecs.unpack(codec, disk), jnp.asarray(head), ())
-    assert kept.hidden.dtype == head.dtype and kept.head.shape == head.shape
-    wanted = np.where(mask[..., None] > 0, states, 0)
-    relative = {"float32": 0, "bfloat16": 2**-9, "float8": 2**-4}[dtype]
-    absolute = 1.5 / 448 / 1024 if dtype == "float8" else 0
-    assert np.all(np.abs(kept.hidden - wanted) <= np.maximum(relative * np.abs(wanted), absolute) * (1 + 1e-6))
-
-
-def test_dense_logits_come_back_exactly(teacher):
+@pytest.mark.parametrize(
+    ("codec", "relative"),
+    [(DenseCodec(), 0), *((HiddenCodec(dtype=d), r) for d, r in dict(float32=0, bfloat16=2**-9, float8=2**-4).items())],
+)
+def test_whole_distributions_come_back(teacher, codec, relative):
     states, head, mask, logits = teacher
-    found = encode(DenseCodec(), states, head, mask, mesh=MESHES[2])
-    disk = codecs.pack(DenseCodec(), found)
-    check_layout(DenseCodec(), disk, V, ())
-    kept = codecs.targets(DenseCodec(), codecs.unpack(DenseCodec(), disk), None, ())
-    np.testing.assert_array_equal(kept.logits, np.where(mask[..., None] > 0, logits, 0))
+    kept = taught(codec, on_disk(codec, encode(codec, states, head, mask, mesh=CUT), V, ()), jnp.asarray(head))
+    exact, found = (logits, kept.logits) if codec.kind == "dense" else (states, kept.hidden)
+    assert found.dtype == head.dtype and (codec.kind == "dense" or kept.head.shape == head.shape)
+    wanted = np.where(mask[..., None] > 0, exact, 0)
+    absolute = 1.5 / 448 / 1024 if codec == HiddenCodec(dtype="float8") else 0
+    assert np.all(np.abs(found - wanted) <= np.maximum(relative * np.abs(wanted), absolute) * (1 + 1e-6))
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_targets_are_the_teachers_distribution_to_the_quantisers_error(teacher, bits):
+@pytest.mark.parametrize(("bits", "divergence"), [(8, 1e-3), (16, 1e-7)])
+def test_targets_are_the_teachers_distribution_to_the_quantisers_error(teacher, bits, divergence):
     """Normalising shifts all by the p-weighted error at most: |log p' - log p| <= its own bound + the largest."""
     states, head, mask, logits = teacher
     codec = TopKCodec(entries=12, bits=bits)
-    disk = codecs.pack(codec, encode(codec, states, head, mask))
-    check_layout(codec, disk, V, FORCED)
-    kept = codecs.targets(codec, codecs.unpack(codec, disk), None, FORCED)
+    kept = taught(codec, on_disk(codec, encode(codec, states, head, mask), V, FORCED), forced=FORCED)
     found = np.concatenate([kept.logprobs, kept.tail[..., None]], -1)[mask > 0].astype(np.float64)
     found -= np.log(np.exp(found).sum(-1, keepdims=True))
-    wanted = []
-    for b, t in np.argwhere(mask > 0):
-        token = top_k_of(logits[b, t], 12, (), FORCED)
-        assert sorted(set(np.asarray(kept.ids)[b, t])) == sorted(list(token["ids"]) + list(FORCED))
-        wanted.append(np.append(token["logprobs"], token["tail"]))
-    wanted = np.array(wanted)
+    tokens = [top_k_of(z, 12, (), FORCED) for z in logits[mask > 0]]
+    for ids, token in zip(np.asarray(kept.ids)[mask > 0], tokens, strict=True):
+        assert sorted(set(ids)) == sorted([*token["ids"], *FORCED])
+    wanted = np.array([np.append(token["logprobs"], token["tail"]) for token in tokens])
     assert np.allclose(np.exp(wanted).sum(-1), 1)
-    error = quantise.log_prob_error(wanted, bits)
+    error = log_prob_error(wanted, bits)
     assert np.all(np.abs(found - wanted) <= error + error.max(-1, keepdims=True) + FLOAT32)
-    assert np.sum(np.exp(wanted) * (wanted - found), -1).max() < (1e-3 if bits == 8 else 1e-7)
+    assert np.sum(np.exp(wanted) * (wanted - found), -1).max() < divergence
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+def summary_of(codec, *parts):
+    """Of a split whose shards hold these arrays."""
+    record = lambda part: dict(rows=len(part["counted"]), bytes={}, sha256={}, statistics=statistics(codec, part))
+    return summarise(codec, [ShardRecord(**record(part)) for part in parts])
 
 
 def test_statistics_are_those_of_the_tokens(teacher):
     states, head, mask, logits = teacher
     codec = TopKCodec(entries=12, bits=16)
     disk = codecs.pack(codec, encode(codec, states, head, mask))
-    parts = [statistics(codec, {k: a[i : i + 1] for k, a in disk.items()}, FORCED) for i in range(B)]
-    merged, whole = merge(parts), statistics(codec, disk, FORCED)
-    assert merged.keys() == whole.keys() and parts[0]["tokens"] == 0
-    for name in whole:
-        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-12)
-    summary = summarise(merged)
-
+    parts = [{name: array[i : i + 1] for name, array in disk.items()} for i in range(B)]
+    whole, summary = summary_of(codec, disk), summary_of(codec, *parts)
+    assert (whole.shards, summary.shards) == (1, B) and whole.rows == summary.rows == B
+    assert statistics(codec, parts[0])["tokens"] == 0 and summary.tail_histogram == whole.tail_histogram
+    assert summary.figures() == pytest.approx(whole.figures(), rel=1e-12)
     counted = logits[mask > 0]
+    assert summary.tokens == sum(summary.tail_histogram.tokens) == len(counted)
+
     tokens = [top_k_of(z, 12, (8, 16, 32), FORCED) for z in counted]
     masses = np.exp([token["tail"] for token in tokens])
+    wanted = {
+        "teacher_entropy": np.mean([entropy_of(np.exp(log_softmax(z))) for z in counted]),
+        "tail_mass": masses.mean(),
+        "gradient_error_bound": 2 * masses.mean(),
+        "tail_entropy": np.mean([token["tail_entropy"] for token in tokens]),
+    }
     # 16 bits are 64 h √(-log p / 32) <= 5e-4 nats for what has any weight here
-    close = dict(rtol=5e-4)
-    assert summary["tokens"] == len(counted) and sum(whole["tail_histogram"]) == len(counted)
-    np.testing.assert_allclose(summary["tail_mass"]["mean"], masses.mean(), **close)
-    np.testing.assert_allclose(summary["gradient_error_bound"]["mean"], 2 * masses.mean(), **close)
-    np.testing.assert_allclose(summary["tail_entropy"], np.mean([t["tail_entropy"] for t in tokens]), **close)
-    exact_entropy = np.mean([entropy_of(np.exp(log_softmax(z))) for z in counted])
-    np.testing.assert_allclose(summary["teacher_entropy"], exact_entropy, **close)
-    assert summary["curve"].keys() == {"8", "16", "32"}
-    np.testing.assert_allclose(list(summary["curve"].values()), np.mean([t["curve"] for t in tokens], 0), rtol=1e-5)
-    for q in (50, 90, 99):
-        exact = np.quantile(masses, q / 100, method="inverted_cdf")
-        assert exact * (1 - 5e-4) <= summary["tail_mass"][f"p{q}"] <= exact * 1.123
-    assert masses.max() * (1 - 5e-4) <= summary["tail_mass"]["max"] <= masses.max() * 1.123
-    assert summary["gradient_error_bound"]["p99"] == 2 * summary["tail_mass"]["p99"]
+    assert summary.figures() == pytest.approx(wanted | {"bytes_per_token": 0}, rel=5e-4)
+    curve = dict(zip((8, 16, 32), np.mean([token["curve"] for token in tokens], 0), strict=True))
+    assert summary.curve == pytest.approx(curve, rel=1e-5)
+    for q, found in ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (1, "max")):
+        exact = np.quantile(masses, q, method="inverted_cdf")
+        assert exact * (1 - 5e-4) <= getattr(summary.tail_mass, found) <= exact * 1.123
+    assert summary.gradient_error_bound["p99"] == 2 * summary.tail_mass.p99
+    assert len(summary.tail_by_shard["mean"]) == len(summary.tail_by_shard["p99"]) == B
+    assert len(EDGES) == 181 and EDGES[-1] == 1
 
 
 def test_statistics_of_draws_and_of_nothing():
     codec = SampledCodec(entries=4)
     draws = np.array([[[1, 1, 2, 3], [0, 0, 0, 0], [5, 5, 5, 5]]], np.int32)
     arrays = dict(draws=draws, entropy=np.float32([[2, 0, 1]]), counted=np.uint8([[1, 0, 1]]))
-    summary = summarise(statistics(codec, codecs.pack(codec, arrays), ()))
-    assert summary["tokens"] == 2 and summary["unique_ids"] == 2
-    assert summary["teacher_entropy"] == pytest.approx(1.5, abs=1.3e-4)
-    assert merge([]) == {} and summarise({})["tokens"] == 0
-    empty = {
-        name: np.zeros((1, *shape), dtype) for name, (shape, dtype) in codecs.layout(TopKCodec(), 4, 8, V, (1,)).items()
-    }
-    assert summarise(statistics(TopKCodec(), empty, (1,)))["tail_mass"]["mean"] == 0
-    assert len(EDGES) == 181 and EDGES[-1] == 1
+    summary = summary_of(codec, codecs.pack(codec, arrays))
+    assert summary.tokens == 2 and summary.unique_ids == 2
+    assert summary.teacher_entropy == pytest.approx(1.5, abs=1.3e-4)
+    assert summary_of(codec).tokens == 0
+    layout = codecs.layout(TopKCodec(), 4, 8, V, (1,))
+    empty = {name: np.zeros((1, *one.shape), one.dtype) for name, one in layout.items()}
+    assert summary_of(TopKCodec(), empty).tail_mass.mean == 0
 
 
 @pytest.mark.parametrize(
     ("codec", "vocab", "forced", "says"),
     [
-        (
-            TopKCodec(entries=30),
-            32,
-            (1, 2, 3),
-            "entries = 30 and 3 forced ids exceed the vocabulary of 32; .* at most 29",
-        ),
+        (TopKCodec(entries=30), 32, (1, 2, 3), "= 30 and 3 forced ids exceed the vocabulary of 32; .* at most 29"),
         (SampledCodec(), 32, (4, 4), r"forced ids \[4, 4\] must be distinct and ascending"),
         (TopKCodec(entries=4), 32, (31, 32), "below the vocabulary 32"),
         (TopKCodec(entries=2), 7, (), "at least 8 tokens, not 7"),
