@@ -15,6 +15,7 @@ from ministral_jax.stages.image_answers import write_samples
 from ministral_jax.stages.rows import (
     Batches,
     EvaluateConfig,
+    Packing,
     RowStage,
     abstract_batch,
     data_details,
@@ -24,6 +25,7 @@ from ministral_jax.stages.rows import (
 )
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
+from ministral_jax.training.log import check_tracker
 from ministral_jax.training.optimizer import learning_rate, make_optimizer
 from ministral_jax.training.state import (
     LossFn,
@@ -44,6 +46,10 @@ class Looped(RowStage, Steps):
     """A stage that trains on packed rows."""
 
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def prepare(self, job: Job[Any], packing: Packing) -> None:
+        check_tracker(self.track, job.where)
+        super().prepare(job, packing)
 
 
 @dataclass(frozen=True)

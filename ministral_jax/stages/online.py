@@ -25,6 +25,7 @@ from ministral_jax.stages.base import Graph, Job, Result, Stage
 from ministral_jax.stages.prompts import check_prompts
 from ministral_jax.stages.rows import Packing
 from ministral_jax.training.goodput import Clock
+from ministral_jax.training.log import check_tracker
 from ministral_jax.training.state import State
 from ministral_jax.training.train import Schedule, StepMetrics, Steps, train
 
@@ -117,6 +118,7 @@ class OnlineStage(Stage, Steps):
             )
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
+        check_tracker(self.track, job.where)
         check_prompts(job, packing.progress)
 
 
