@@ -1,4 +1,4 @@
-"""Verbs: what each says of itself, one that a user's package adds, and programs without data or devices of their own."""
+"""Verbs: what each says of itself, one that a user's package adds, and programs without data or devices."""
 
 import os
 import subprocess
@@ -57,7 +57,8 @@ stages:
     steps: 1
     batch: {sequences: 1, length: 32}
     evaluate: {rows: 1}
-    model: {layers: 1, width: 8, mlp_width: 8, heads: 1, kv_heads: 1, head_width: 8, vocab: 512, context: 32, vision: null}
+    model:
+      {layers: 1, width: 8, mlp_width: 8, heads: 1, kv_heads: 1, head_width: 8, vocab: 512, context: 32, vision: null}
   small: {do: shrink, from: parent}
 """
 
@@ -112,10 +113,12 @@ def opened():
     paths: list[str] = []
     watching = [True]
 
+    packages = (sys.prefix, sys.base_prefix)
+
     def note(event, args):
-        if watching[0] and event == "open" and isinstance(args[0], str):
-            if not args[0].endswith((".py", ".pyc")) and not args[0].startswith((sys.prefix, sys.base_prefix)):
-                paths.append(args[0])
+        path = args[0] if watching[0] and event == "open" else None
+        if isinstance(path, str) and not path.endswith((".py", ".pyc")) and not path.startswith(packages):
+            paths.append(path)
 
     sys.addaudithook(note)
     yield paths
