@@ -34,27 +34,28 @@ def ours():
 
     from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate
 
-    spec, place, params = model()
+    vlm, place, params = model()
     options = SamplingOptions(max_completion_length=NEW, temperature=0)
     rng = np.random.default_rng(0)
 
     def run() -> int:
         prompts = [Prompt(row) for row in rng.integers(0, VOCAB, (BATCH, PROMPT)).tolist()]
-        return sum(len(c.tokens) for c in generate(spec, params, prompts, options, place))
+        return sum(len(c.tokens) for c in generate(vlm, params, prompts, options, place))
 
     return run
 
 
 def model():
-    """The model of the benchmark: sizes, mesh, parameters."""
+    """The model of the benchmark, its mesh and its parameters."""
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.models.spec import ModelSpec
+    from ministral_jax.models.vlm import VLM
     from ministral_jax.stages.base import fresh_params
 
     sizes = dict(layers=LAYERS, width=WIDTH, mlp_width=MLP, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH)
     spec = ModelSpec(vocab=VOCAB, context=PROMPT + NEW, vision=None, **sizes)
     place = Placement(make_mesh(MeshConfig()), Rules())
-    return spec, place, fresh_params(spec, 0, place)
+    return VLM(spec), place, fresh_params(spec, 0, place)
 
 
 def share():
@@ -74,30 +75,30 @@ def share():
     from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
     from ministral_jax.training.state import init_state, make_step, state_shardings
 
-    spec, place, params = model()
+    vlm, place, params = model()
     each, config, loss = 8, OptimizerConfig(lr=1e-6), PolicyOptions()
     stage = SimpleNamespace(num_generations=each, steps_per_generation=1, mask_truncated_completions=False, loss=loss)
     optimizer = make_optimizer(config, 1000)
     update = make_step(
-        objective(spec, Compute(), loss, 1.0, LossHead(place)),
+        objective(vlm.spec, Compute(), loss, 1.0, LossHead(place)),
         optimizer,
         learning_rate(config, 1000),
         1,
         state_shardings(params, optimizer),
     )
     state = init_state(params, optimizer)
-    options = SamplingOptions(max_completion_length=NEW, temperature=1)
+    options = SamplingOptions(completions_per_prompt=each, max_completion_length=NEW, temperature=1)
     rng = np.random.default_rng(0)
 
     def run() -> float:
         nonlocal state
         started = time.perf_counter()
         prompts = [Prompt(row) for row in rng.integers(0, VOCAB, (BATCH // each, PROMPT)).tolist()]
-        drawn = generate(spec, state["params"], prompts, options, place, Compute(), each)
+        drawn = generate(vlm, state["params"], prompts, options, place)
         sampled = time.perf_counter()
         episodes = [episode(prompts[c.prompt], c) for c in drawn]
         samples = [SimpleNamespace(stopped=c.stopped, limit=NEW) for c in drawn]
-        (batch,), _ = minibatches(stage, spec, Answers([], episodes, samples), rng.random(BATCH))
+        (batch,), _ = minibatches(stage, vlm.spec, Answers([], episodes, samples), rng.random(BATCH))
         state, _ = update(state, {}, place.place(batch, BATCH))
         jax.block_until_ready(state)
         return (sampled - started) / (time.perf_counter() - started)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from model_cases import BREAK, END, IMG, YARN, Case, Document, pack, random_params, vlm
 
-from ministral_jax.data.images import MEAN, STD, patchify
+from ministral_jax.data.images import MEAN, STD, to_patches
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.models.vlm import VLM, Compute, param_shardings
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions
@@ -24,11 +24,8 @@ def prompt(grids: list[tuple[int, int]], text: int, seed: int) -> tuple[Prompt, 
     for rows, columns in grids:
         layout = ([IMG] * columns + [BREAK]) * rows
         tokens += [*layout[:-1], END, *random.randint(14, SPEC.vocab, text)]
-    patches = (
-        np.concatenate([patchify(p, SPEC.vision.patch_size, SPEC.vision.merge) for p in pixels]) if grids else None
-    )
     images = tuple(((p / np.float32(255) - MEAN) / STD).transpose(2, 0, 1).astype(np.float32) for p in pixels)
-    return Prompt([int(t) for t in tokens], grids, patches, seed), images
+    return Prompt([int(t) for t in tokens], to_patches(pixels, SPEC.vision) if grids else None, seed), images
 
 
 # Lengths 4, 27, 12 and 58 with an original context of 12: two of them begin beyond it, all of them end there.

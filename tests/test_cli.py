@@ -85,7 +85,7 @@ def test_a_stage_that_does_not_exist(capsys, tmp_path):
     assert "no stage '14b-shrt' in recipe 'micro' (did you mean 14b-short?)" in run(capsys, tmp_path, "14b-shrt")
 
 
-def test_bad_data_is_found_before_anything_is_computed(capsys, tmp_path):
+def test_bad_data_is_found_before_anything_is_computed(capsys, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name in ("empty", "latin"):
@@ -97,7 +97,8 @@ def test_bad_data_is_found_before_anything_is_computed(capsys, tmp_path):
     source = f"data.sources.code={{kind: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
     assert "broken.png" in run(capsys, tmp_path / "run", source, "parent")
     Image.new("RGB", (40, 30)).save(tmp_path / "broken.png")
-    assert "40 x 30 = 1200 pixels" in run(capsys, tmp_path / "run", source, "data.max_pixels=1000", "parent")
+    monkeypatch.setattr("ministral_jax.data.images.MOST_PIXELS", 1000)
+    assert "40 x 30 = 1200 pixels" in run(capsys, tmp_path / "run", source, "parent")
     assert snapshot(tmp_path / "run") == {}
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import CodeReward
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.sandbox import refusal, run
 from ministral_jax.errors import UserError
 

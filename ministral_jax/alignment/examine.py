@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from pydantic import Field
 
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Params, Sampler, seeds
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
 from ministral_jax.data.prompts import PromptData
 from ministral_jax.distributed.collectives import first_problem, gathered, is_first
@@ -68,17 +68,14 @@ class Examiner:
 
     def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
         """Figures, and the rewards of all answers `[N]`."""
-        config = self._config
-        limit = config.max_completion_length
-        numbers = seeds(0, 0, len(self._rows), _SALT)
-        episodes = self._sampler.roll_out(params, self._rows, numbers, config.completions, limit)
-        rows = [row for row in self._rows for _ in range(config.completions)]
-        samples = [self._sampler.sample(row, episode, limit) for row, episode in zip(rows, episodes, strict=True)]
-        scores = score_together(self._scorer, samples)
+        config, rows = self._config, self._rows
+        numbers = seeds(0, 0, len(rows), _SALT)
+        answers = self._sampler.answers(params, rows, numbers, config.completions, config.max_completion_length)
+        samples, scores = answers.samples, score_together(self._scorer, answers.samples)
         if is_first():
             shown = range(0, len(samples), max(len(samples) // SHOWN, 1))
             write_json(self._directory / "answers.json", {"answers": [_shown(samples[i], scores, i) for i in shown]})
-        return figures_of(samples, scores, [row.source for row in rows]), scores.total
+        return figures_of(samples, scores, [row.source for row in answers.rows]), scores.total
 
 
 def figures_of(samples: Sequence[Sample], scores: Scores, sources: Sequence[str]) -> dict[str, float]:

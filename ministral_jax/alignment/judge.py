@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ministral_jax.data.batch import Batch, one_per_row
 from ministral_jax.data.chat import render
 from ministral_jax.data.conversation import Message
 from ministral_jax.data.pairwise import judge_messages
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.distributed.placement import Placement
-from ministral_jax.distributed.processes import poll
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, head_matrix
-from ministral_jax.sampling.engine import bucket
 
 Params = dict[str, Any]
 ROWS = 64
@@ -31,13 +30,16 @@ ROWS = 64
 @dataclass(frozen=True, eq=False)
 class Judge:
     """A pairwise reward model. Its probability that A is better is sigmoid(logit / temperature), the logit that of the
-    token A over B after the question `judge_messages` asks."""
+    token A over B after the question `judge_messages` asks. `on_step` is told of every batch of questions before it is
+    read: there a job may stop."""
 
     spec: ModelSpec
     compute: Compute
     placement: Placement
     tokenizer: Tokenizer
     temperature: float = 1.0
+    _: KW_ONLY
+    on_step: Callable[[str], None]
 
     def win_probability(
         self, params: Params, conversations: Sequence[tuple[Message, ...]], a: Sequence[str], b: Sequence[str]
@@ -52,7 +54,7 @@ class Judge:
 
     def tokens(self, messages: tuple[Message, ...]) -> np.ndarray:
         """A question as the judge reads it; cut in the middle where it is longer than the judge's context."""
-        tokens = render(messages, self.tokenizer, None, "a question to the judge", 1).tokens
+        tokens = render(messages, self.tokenizer, None, "a question to the judge").tokens
         if (over := len(tokens) - self.spec.context) > 0:
             half = (len(tokens) - over) // 2
             tokens = np.concatenate([tokens[:half], tokens[half + over :]])
@@ -63,7 +65,7 @@ class Judge:
         count = rows_of_questions(self.placement)
         found = []
         for first in range(0, len(questions), count):
-            poll(f"judging pair {first}", slow=True)
+            self.on_step(f"judging pair {first}")
             batch = _batch(questions[first : first + count], count)
             read = self._read(params, self.placement.place_whole(batch))
             found.append(np.asarray(read, np.float64)[: len(questions) - first])
@@ -102,13 +104,9 @@ def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.n
     return (expit(forth / temperature) + expit(-back / temperature)) / 2
 
 
-def _batch(questions: Sequence[np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """Rows `[count, T]` of questions, with a mark at the last token of each."""
-    length = bucket(max(len(question) for question in questions))
-    tokens, segments = np.zeros((2, count, length), np.int32)
-    last = np.zeros((count, length), np.float32)
-    for row, question in enumerate(questions):
-        tokens[row, : len(question)], segments[row, : len(question)] = question, 1
-        last[row, len(question) - 1] = 1
-    positions = np.where(segments > 0, np.arange(length, dtype=np.int32), 0)
-    return {"tokens": tokens, "positions": positions, "segments": segments, "loss_mask": last}
+def _batch(questions: Sequence[np.ndarray], count: int) -> Batch:
+    """Rows `[count, T]` of questions, `loss_mask` a mark at the last token of each."""
+    rows = one_per_row(questions, count)
+    mask = np.zeros(rows["tokens"].shape, np.float32)
+    mask[np.arange(len(questions)), [len(question) - 1 for question in questions]] = 1
+    return {name: rows[name] for name in ("tokens", "positions", "segments")} | {"loss_mask": mask}

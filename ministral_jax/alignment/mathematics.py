@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import AccuracyReward
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{1,300})?")

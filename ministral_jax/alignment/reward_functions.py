@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import ConstraintsReward, FormatReward, LanguageReward, LengthReward
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.errors import UserError
 
 SCRIPT_SHARE = 0.9

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ministral_jax.alignment.answer import Sample, split_thinking
 from ministral_jax.alignment.loops import is_looping
-from ministral_jax.alignment.sample import Sample, split_thinking
 from ministral_jax.alignment.tools import ToolBox
+from ministral_jax.data.batch import Batch, images_of_rows, one_per_row
 from ministral_jax.data.conversation import as_openai
 from ministral_jax.data.prompts import PromptRow
 from ministral_jax.data.tokenizer import Tokenizer, text_of
 from ministral_jax.distributed.placement import Placement
-from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.sampling.engine import (
-    Completion,
-    Prompt,
-    SamplingOptions,
-    as_prompt,
-    bucket,
-    generate,
-    image_arrays,
-)
+from ministral_jax.models.vlm import VLM, Compute
+from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
 
 Params = dict[str, Any]
-Arrays = dict[str, np.ndarray]
 
 
 class Episode(NamedTuple):
@@ -39,12 +31,23 @@ class Episode(NamedTuple):
     tokens: list[int]
     own: list[bool]
     logprobs: list[float]
-    stopped: str
+    stopped: Literal["stop", "string", "length"]
+
+
+class Answers(NamedTuple):
+    """Answers to prompts, prompt after prompt: of each its row, what was drawn, and what rewards and judges see."""
+
+    rows: list[PromptRow]
+    episodes: list[Episode]
+    samples: list[Sample]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy's mesh, sizes and tokenizer: all that sampling needs but its parameters."""
+    """A policy's mesh, sizes and tokenizer: all that sampling needs but its parameters.
+
+    `on_step` is told what comes next before every piece of work: there a job may stop.
+    """
 
     spec: ModelSpec
     compute: Compute
@@ -52,14 +55,22 @@ class Sampler:
     tokenizer: Tokenizer
     temperature: float
     tools: ToolBox | None = None
+    _: KW_ONLY
+    on_step: Callable[[str], None]
+
+    def answers(
+        self, params: Params, rows: Sequence[PromptRow], seeds: Sequence[int], each: int, limit: int
+    ) -> Answers:
+        """`each` answers of `limit` tokens at most to every prompt."""
+        episodes = self.roll_out(params, rows, seeds, each, limit)
+        asked = [row for row in rows for _ in range(each)]
+        samples = [self.sample(row, episode, limit) for row, episode in zip(asked, episodes, strict=True)]
+        return Answers(asked, episodes, samples)
 
     def roll_out(
         self, params: Params, rows: Sequence[PromptRow], seeds: Sequence[int], each: int, limit: int
     ) -> list[Episode]:
-        """`each` answers of `limit` tokens at most to every prompt, prompt after prompt.
-
-        Where an answer calls tools, what they return is appended and the answer goes on.
-        """
+        """See `answers`. Where an answer calls tools, what they return is appended and the answer goes on."""
         prompts = [as_prompt(row.rendered, self.spec.vision, seed) for row, seed in zip(rows, seeds, strict=True)]
         episodes = [begun(prompts[c.prompt], c) for c in self._generate(params, prompts, each, limit)]
         for _ in range(self.tools.rounds if self.tools else 0):
@@ -75,27 +86,31 @@ class Sampler:
 
     def sample(self, row: PromptRow, episode: Episode, limit: int) -> Sample:
         """What rewards and judges see."""
-        text = text_of(self.tokenizer, (self.tokenizer.eos,))(episode.tokens, final=True)
-        thinking, answer = split_thinking(text)
-        tokens = tuple(episode.tokens)
-        stopped: Any = episode.stopped
+        text, tokens = self._text(episode.tokens), tuple(episode.tokens)
         return Sample(
             as_openai(row.messages),
             text,
-            thinking,
-            answer,
+            *split_thinking(text),
             tokens,
-            stopped,
+            episode.stopped,
             is_looping(tokens),
             row.columns,
             row.where,
             limit,
         )
 
+    def _text(self, tokens: Sequence[int]) -> str:
+        return text_of(self.tokenizer, (self.tokenizer.eos,))(tokens, final=True)
+
     def _generate(self, params: Params, prompts: list[Prompt], each: int, limit: int) -> list[Completion]:
-        stops = (self.tokenizer.eos,)
-        options = SamplingOptions(max_completion_length=limit, temperature=self.temperature, stop_ids=stops)
-        return generate(self.spec, params, prompts, options, self.placement, self.compute, each)
+        options = SamplingOptions(
+            completions_per_prompt=each,
+            max_completion_length=limit,
+            temperature=self.temperature,
+            stop_ids=(self.tokenizer.eos,),
+        )
+        steps = stream(VLM(self.spec, self.compute), params, prompts, options, self.placement)
+        return last(watched(steps, self.on_step))
 
     def _tool_results(self, episode: Episode, limit: int) -> list[int]:
         """Tokens of what the tools return to an answer that ended by calling some; none where it did not, where no room
@@ -104,8 +119,7 @@ class Sampler:
         if episode.stopped != "stop" or len(episode.tokens) >= limit or self.spec.image_token in episode.tokens:
             return []
         last = max((n for n, own in enumerate(episode.own) if not own), default=-1) + 1
-        text = text_of(self.tokenizer, (self.tokenizer.eos,))(episode.tokens[last:], final=True)
-        tokens = self.tools.results(text, self.tokenizer)
+        tokens = self.tools.results(self._text(episode.tokens[last:]), self.tokenizer)
         room = min(limit, self.spec.context - len(episode.prompt.tokens)) - len(episode.tokens)
         return tokens if len(tokens) < room else []
 
@@ -115,35 +129,22 @@ def seeds(seed: int, step: int, count: int, salt: int = 0) -> list[int]:
     return np.random.SeedSequence([seed, step, salt]).generate_state(count).tolist()
 
 
-def training_rows(episodes: Sequence[Episode], spec: ModelSpec) -> Arrays:
-    """A policy's batch, one episode per row, `[N, T]`: `tokens, positions, segments, labels` as in
-    `data.pipeline.batches`, `loss_mask` 1 where position t predicts a token that the model drew, `old_logprobs` the
-    log-probability that it was drawn with there; and the images' arrays when there are some.
+def training_rows(episodes: Sequence[Episode], spec: ModelSpec) -> Batch:
+    """A policy's batch, one episode per row, as in `data.batch`: `loss_mask` is 1 where position t predicts a token
+    that the model drew, and `old_logprobs` float32 `[N, T]` the log-probability that it was drawn with there.
 
     `[IMG]` that the model wrote is a token like any other: images stand only where the prompt has them.
     """
-    count = len(episodes)
-    length = bucket(max(len(e.prompt.tokens) + len(e.tokens) for e in episodes))
-    tokens, segments = np.zeros((2, count, length), np.int32)
-    mask, logprobs = np.zeros((2, count, length), np.float32)
-    image = np.zeros((count, length), bool)
-    for n, episode in enumerate(episodes):
-        prompt = np.asarray(episode.prompt.tokens, np.int32)
-        begin, end = len(prompt), len(prompt) + len(episode.tokens)
-        tokens[n, :begin], tokens[n, begin:end] = prompt, episode.tokens
-        segments[n, :end] = 1
-        mask[n, begin - 1 : end - 1] = episode.own
-        logprobs[n, begin - 1 : end - 1] = episode.logprobs
-        image[n, :begin] = prompt == spec.image_token
-    batch = {
-        "tokens": tokens,
-        "positions": np.where(segments > 0, np.arange(length, dtype=np.int32), 0),
-        "segments": segments,
-        "labels": np.roll(tokens, -1, axis=1),
-        "loss_mask": mask,
-        "old_logprobs": logprobs,
-    }
-    return batch | image_arrays([e.prompt for e in episodes], spec.vision, image)
+    batch = one_per_row([[*e.prompt.tokens, *e.tokens] for e in episodes])
+    mask, logprobs = (np.zeros(batch["tokens"].shape, np.float32) for _ in range(2))
+    begins = np.array([len(e.prompt.tokens) for e in episodes])
+    for n, (begin, episode) in enumerate(zip(begins, episodes, strict=True)):
+        drawn = slice(begin - 1, begin - 1 + len(episode.tokens))
+        mask[n, drawn], logprobs[n, drawn] = episode.own, episode.logprobs
+    in_prompt = np.arange(batch["tokens"].shape[1]) < begins[:, None]
+    is_image = (batch["tokens"] == spec.image_token) & in_prompt
+    images = images_of_rows([e.prompt.images for e in episodes], is_image, spec.vision)
+    return batch | {"loss_mask": mask, "old_logprobs": logprobs} | images
 
 
 def begun(prompt: Prompt, completion: Completion) -> Episode:
@@ -162,9 +163,9 @@ def _continued(episode: Episode, results: list[int], sample: int) -> Prompt:
 
 def _longer(episode: Episode, results: list[int], completion: Completion, limit: int) -> Episode:
     """An answer with what tools returned and what it said then, `limit` tokens in all."""
-    tokens = [*episode.tokens, *results, *completion.tokens][:limit]
-    own = [*episode.own, *[False] * len(results), *[True] * len(completion.tokens)][:limit]
-    logprobs = [*episode.logprobs, *[0.0] * len(results), *completion.processed_logprobs][:limit]
-    assert completion.stopped is not None
-    cut = len(episode.tokens) + len(results) + len(completion.tokens) > limit
-    return Episode(episode.prompt, tokens, own, logprobs, "length" if cut else completion.stopped)
+    more = begun(episode.prompt, completion)
+    tokens = [*episode.tokens, *results, *more.tokens]
+    own = [*episode.own, *[False] * len(results), *more.own]
+    logprobs = [*episode.logprobs, *[0.0] * len(results), *more.logprobs]
+    stopped = "length" if len(tokens) > limit else more.stopped
+    return Episode(episode.prompt, tokens[:limit], own[:limit], logprobs[:limit], stopped)

@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from ministral_jax.alignment import code_reward, mathematics, reward_functions
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import AnyReward, RubricReward
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.distributed.lifetime import die_with
 from ministral_jax.errors import UserError
 

@@ -15,17 +15,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ministral_jax.data.conversation import Message, Part, Thought, dump, image_path, parse_messages
+from ministral_jax.data.conversation import Message, Part, Thought, dump
 from ministral_jax.data.images import image_tokens, open_image, resize, token_grid
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import VisionSpec
 
-__all__ = ["ANSWER", "TEXT", "TRAINABLE", "Message", "Part", "Rendered", "Thought"]
-__all__ += ["image_path", "parse_messages", "render", "render_text"]
-
 TRAINABLE, ANSWER, TEXT = 1, 2, 4
 """Flags of a token as a target: it counts in the loss; it answers after an image, reasoning aside; it is plain text."""
+
+_BRACKETS = {
+    "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    "user": ("[INST]", "[/INST]"),
+    "tool": ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    "assistant": (None, "</s>"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,6 @@ def render(
     tokenizer: Tokenizer,
     vision: VisionSpec | None,
     where: str,
-    max_pixels: int,
     tools: tuple[dict[str, Any], ...] = (),
 ) -> Rendered:
     """A conversation as tokens; the assistant's text, reasoning and calls and the `</s>` after them are targets.
@@ -66,52 +69,34 @@ def render(
         tokens.extend(ids)
         flags.extend([flag] * len(ids))
 
-    offered = _offer(tools, tokenizer)
+    def enclosed(opening: str, ids: list[int], closing: str) -> list[int]:
+        return [tokenizer.special(opening), *ids, tokenizer.special(closing)]
+
     for message in messages:
-        if message.role == "user":
-            add(offered, 0)
-            offered = []
-        opening, closing = _brackets(message.role, tokenizer)
+        if message.role == "user" and tools:
+            add(enclosed("[AVAILABLE_TOOLS]", tokenizer.encode(dump(tools)), "[/AVAILABLE_TOOLS]"), 0)
+            tools = ()
+        opening, closing = _BRACKETS[message.role]
         trainable = TRAINABLE if message.role == "assistant" else 0
-        add(opening, 0)
+        add([tokenizer.special(opening)] if opening else [], 0)
         for part in _ordered(message):
             if isinstance(part, str):
                 add(tokenizer.encode(part), trainable | ANSWER if trainable and pictures else trainable)
             elif isinstance(part, Thought):
-                thinking = tokenizer.encode(part.text)
-                add([tokenizer.special("[THINK]"), *thinking, tokenizer.special("[/THINK]")], trainable)
+                add(enclosed("[THINK]", tokenizer.encode(part.text), "[/THINK]"), trainable)
             else:
                 if vision is None:
                     raise UserError(
                         f"{where}: has an image but the model has no vision; use a model that has, or drop it"
                     )
-                image = open_image(part, where, max_pixels) if isinstance(part, Path) else part
+                image = open_image(part, where) if isinstance(part, Path) else part
                 pictures.append(resize(image, vision))
                 add(image_tokens(*token_grid(*image.size, vision), tokenizer.image_ids), 0)
         for call in message.calls:
             name, arguments = tokenizer.encode(call.name), tokenizer.encode(dump(call.arguments))
             add([tokenizer.special("[TOOL_CALLS]"), *name, tokenizer.special("[ARGS]"), *arguments], trainable)
-        add(closing, trainable)
+        add([tokenizer.special(closing)], trainable)
     return Rendered(np.array(tokens, np.uint32), np.array(flags, np.uint8), tuple(pictures))
-
-
-def _offer(tools: tuple[dict[str, Any], ...], tokenizer: Tokenizer) -> list[int]:
-    if not tools:
-        return []
-    opening, closing = tokenizer.special("[AVAILABLE_TOOLS]"), tokenizer.special("[/AVAILABLE_TOOLS]")
-    return [opening, *tokenizer.encode(dump(tools)), closing]
-
-
-def _brackets(role: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    match role:
-        case "system":
-            return [tokenizer.special("[SYSTEM_PROMPT]")], [tokenizer.special("[/SYSTEM_PROMPT]")]
-        case "user":
-            return [tokenizer.special("[INST]")], [tokenizer.special("[/INST]")]
-        case "tool":
-            return [tokenizer.special("[TOOL_RESULTS]")], [tokenizer.special("[/TOOL_RESULTS]")]
-        case _:
-            return [], [tokenizer.eos]
 
 
 def _ordered(message: Message) -> list[Part]:

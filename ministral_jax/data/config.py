@@ -8,9 +8,6 @@ from pydantic import Field, model_validator
 
 from ministral_jax.settings import Frozen
 
-PIXEL_BOUND = 89_478_485
-"""Pixels above which Pillow itself suspects a decompression bomb (256 MiB of RGB)."""
-
 
 class TokenizerConfig(Frozen):
     """A Tekken file, whole or cut to its first entries.
@@ -76,5 +73,3 @@ class DataConfig(Frozen):
     """Share of the documents kept for evaluation, chosen by a hash of the document's name."""
     patches: int = Field(default=0, ge=0)
     """Image patches a row may hold (P); 0 is text only. Rows with images are filled with them up to this budget."""
-    max_pixels: int = Field(default=PIXEL_BOUND, ge=1, le=PIXEL_BOUND)
-    """Largest width * height of an image file, checked before it is decoded."""

@@ -121,10 +121,7 @@ def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
         raise UserError(f"{where}: 'tools' must be a list of functions, got {str(raw)[:80]}")
     tools = []
     for tool in raw:
-        function = (
-            tool.get("function") if isinstance(tool, dict) and tool.get("type", "function") == "function" else None
-        )
-        if not isinstance(function, dict) or not _is_name(function.get("name")):
+        if (function := _function(tool)) is None:
             raise UserError(
                 f"{where}: a tool must be {{'type': 'function', 'function': {{'name': ..}}}} with a name of 1 to 64 "
                 f"letters, digits, _ and -, got {str(tool)[:80]}"
@@ -194,27 +191,21 @@ def _either(roles: tuple[str, ...]) -> str:
     return " or ".join(map(repr, roles))
 
 
-def _parse_message(role: str, raw: dict[str, Any], base: Path, where: str) -> Message:
-    content = raw.get("content")
+def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Message:
+    calls, content = (), raw.get("content")
+    call_id: Any = raw.get("tool_call_id") if role == "tool" else ""
+    parts = _parse_content(role, content or "" if role == "assistant" else content, base, where)
     if role == "assistant":
         calls = _parse_calls(raw.get("tool_calls") or [], where)
-        parts = _parse_content(role, content or "", base, where)
         if not calls and not any((part.text if isinstance(part, Thought) else str(part)).strip() for part in parts):
             raise UserError(
                 f"{where}: message from assistant is an empty completion: it has neither text nor tool_calls"
             )
-        return Message("assistant", parts, calls)
-    parts = _parse_content(role, content, base, where)
-    if role == "tool":
-        call_id = raw.get("tool_call_id")
-        if not isinstance(call_id, str):
-            raise UserError(
-                f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}"
-            )
-        return Message("tool", parts, call_id=call_id)
-    if not any(part for part in parts):
+    elif role != "tool" and not any(parts):
         raise UserError(f"{where}: message from {role} is empty")
-    return Message("system" if role == "system" else "user", parts)
+    elif not isinstance(call_id, str):
+        raise UserError(f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}")
+    return Message(role, parts, calls, call_id)
 
 
 def _parse_content(role: str, content: Any, base: Path, where: str) -> tuple[Part, ...]:
@@ -247,10 +238,7 @@ def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
 def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
     calls: list[ToolCall] = []
     for call in raw if isinstance(raw, list) else [raw]:
-        function = (
-            call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
-        )
-        if not isinstance(function, dict) or not _is_name(function.get("name")):
+        if (function := _function(call)) is None:
             raise UserError(
                 f"{where}: a tool call must be {{'id': .., 'type': 'function', 'function': {{'name': .., 'arguments': "
                 f"..}}}} with a name of 1 to 64 letters, digits, _ and -, got {str(call)[:80]}"
@@ -266,8 +254,11 @@ def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+def _function(item: Any) -> dict[str, Any] | None:
+    """The `function` of a tool or of a call to one, if its name may be one."""
+    function = item.get("function") if isinstance(item, dict) and item.get("type", "function") == "function" else None
+    named = isinstance(function, dict) and isinstance(name := function.get("name"), str) and _NAME.fullmatch(name)
+    return function if named else None
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -282,7 +273,7 @@ def _parse_completed(call: str) -> ToolCall:
     name, separator, arguments = call.partition("[ARGS]")
     if not separator:
         return ToolCall(name[:64], None, "no [ARGS] after the name of the tool")
-    if not _is_name(name):
+    if not _NAME.fullmatch(name):
         return ToolCall(name[:64], None, f"{name[:64]!r} is not the name of a tool")
     parsed = _json_object(arguments)
     return ToolCall(name, parsed, None if parsed is not None else f"arguments of {name} are not a JSON object")

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.chat import Rendered, render, render_text
 from ministral_jax.data.conversation import Document
-from ministral_jax.data.images import patchify
+from ministral_jax.data.images import MOST_PIXELS, to_patches
 from ministral_jax.data.sources import Source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
@@ -76,7 +76,6 @@ def tokenise(
     source: Source,
     tokenizer: Tokenizer,
     vision: VisionSpec | None,
-    max_pixels: int,
     root: Path,
     progress: Progress | None = None,
 ) -> Documents:
@@ -86,11 +85,11 @@ def tokenise(
         UserError: a document or an image cannot be used, or there is none.
     """
     layout = vision and [vision.patch_size, vision.merge, vision.max_image_size]
-    digest = digest_of([_FORMAT, source.digest, tokenizer.digest, layout, max_pixels])
+    digest = digest_of([_FORMAT, source.digest, tokenizer.digest, layout, MOST_PIXELS])
     directory = root / digest[:16]
     if not directory.is_dir():
         with new_directory(directory) as draft:
-            _write(draft, source, tokenizer, vision, max_pixels, progress)
+            _write(draft, source, tokenizer, vision, progress)
     return _load(directory, digest, vision)
 
 
@@ -99,10 +98,9 @@ def _write(
     source: Source,
     tokenizer: Tokenizer,
     vision: VisionSpec | None,
-    max_pixels: int,
     progress: Progress | None,
 ) -> None:
-    render_one = partial(_render, tokenizer=tokenizer, vision=vision, max_pixels=max_pixels)
+    render_one = partial(_render, tokenizer=tokenizer, vision=vision)
     documents = read_documents(source)
     sizes, grids, keys, plain = [], [], [], []
     with ExitStack() as stack:
@@ -116,12 +114,12 @@ def _write(
                 tokens.write(rendered.tokens.tobytes())
                 flags.write(rendered.flags.tobytes())
                 count = 0
-                for picture in rendered.pictures:
+                if rendered.pictures:
                     assert vision is not None
-                    flat = patchify(picture, vision.patch_size, vision.merge)
-                    patches.write(flat.tobytes())
-                    count += len(flat)
-                    grids.append((picture.shape[0] // vision.stride, picture.shape[1] // vision.stride))
+                    images = to_patches(rendered.pictures, vision)
+                    patches.write(images.patches.tobytes())
+                    grids.append(images.grids)
+                    count = len(images.patches)
                 sizes.append((len(rendered.tokens), len(rendered.pictures), count))
                 keys.append(stable_key(document.key or document.name))
                 plain.append(document.text is not None)
@@ -135,17 +133,17 @@ def _write(
         starts=ends[:, 0].copy(),
         picture_starts=ends[:, 1].copy(),
         patch_starts=ends[:, 2].copy(),
-        grids=np.array(grids, np.int32).reshape(-1, 2),
+        grids=np.concatenate([np.zeros((0, 2), np.int32), *grids]),
         keys=np.array(keys, np.uint64),
         plain=np.array(plain, bool),
     )
     save_file(arrays, directory / "documents.safetensors")
 
 
-def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None, max_pixels: int) -> Rendered:
+def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
     if document.text is not None:
         return render_text(document.text, tokenizer)
-    return render(document.messages, tokenizer, vision, document.where, max_pixels, document.tools)
+    return render(document.messages, tokenizer, vision, document.where, document.tools)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

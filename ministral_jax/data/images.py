@@ -7,8 +7,10 @@ which does not average when it shrinks; transformers uses torchvision's, which d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -17,24 +19,34 @@ from PIL import Image
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import VisionSpec
 
+MOST_PIXELS = 89_478_485
+"""Of an image file, checked before it is decoded; above this Pillow itself suspects a decompression bomb."""
 # CLIP's pixel statistics, RGB.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-def open_image(path: Path, where: str, max_pixels: int) -> Image.Image:
+class ImagePatches(NamedTuple):
+    """Images in order: `grids` int32 `[I, 2]`, rows and columns of decoder tokens, and all `patches` uint8 `[P, 3pp]`,
+    in merge-block order."""
+
+    grids: np.ndarray
+    patches: np.ndarray
+
+
+def open_image(path: Path, where: str) -> Image.Image:
     """Decode an image file to RGB, transparency composited on white.
 
     Raises:
-        UserError: the file is missing, not an image, damaged, empty or has more than `max_pixels`; begins with `where`.
+        UserError: the file is missing, damaged, not an image, empty or larger than `MOST_PIXELS`; begins with `where`.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            if width * height > MOST_PIXELS:
                 raise UserError(
-                    f"{where}: image {path} has {width} x {height} = {width * height} pixels; "
-                    f"data.max_pixels = {max_pixels}"
+                    f"{where}: image {path} has {width} x {height} = {width * height} pixels; at most {MOST_PIXELS} "
+                    "can be read"
                 )
             if width * height == 0:
                 raise UserError(f"{where}: image {path} has no pixels ({width} x {height})")
@@ -89,6 +101,13 @@ def patchify(pixels: np.ndarray, patch_size: int, merge: int) -> np.ndarray:
     """
     pattern = "(rows dy y) (columns dx x) c -> (rows columns dy dx) (c y x)"
     return rearrange(pixels, pattern, dy=merge, dx=merge, y=patch_size, x=patch_size)
+
+
+def to_patches(pictures: Sequence[np.ndarray], vision: VisionSpec) -> ImagePatches:
+    """Resized pictures, at least one, uint8 `[H, W, 3]` as `resize` gives them."""
+    grids = [(p.shape[0] // vision.stride, p.shape[1] // vision.stride) for p in pictures]
+    patches = [patchify(p, vision.patch_size, vision.merge) for p in pictures]
+    return ImagePatches(np.array(grids, np.int32), np.concatenate(patches))
 
 
 @cache

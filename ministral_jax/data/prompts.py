@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +12,13 @@ import numpy as np
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.conversation import Document, Message, spell
-from ministral_jax.data.documents import drawn
+from ministral_jax.data.documents import Progress, drawn
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.files import stable_key
 from ministral_jax.models.spec import VisionSpec
 
-Progress = Callable[[str, int], None]
 _PROGRESS_EVERY = 1000
 
 
@@ -41,11 +39,10 @@ class PromptRow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PromptData:
-    """Conversations by source, in memory as read; they are rendered, and their images opened, when they are used."""
+    """Conversations by source, in memory as read; each is rendered, and its images opened, when it is used."""
 
     tokenizer: Tokenizer
     vision: VisionSpec | None
-    max_pixels: int
     weights: dict[str, float]
     train: dict[str, list[Document]]
     held_out: dict[str, list[Document]]
@@ -86,41 +83,58 @@ class PromptData:
         sources = [places(number, name) for number, name in enumerate(present)]
         return grain.MapDataset.mix(sources, [self.weights[name] for name in present])
 
+    def check(self, longest: int, bound: str, progress: Progress | None = None) -> None:
+        """Render every prompt once, as it will be used.
+
+        Args:
+            longest: tokens that a prompt may have.
+            bound: what allows no more, for error messages.
+
+        Raises:
+            UserError: an image that cannot be used or a prompt that is too long, naming its file and row.
+        """
+        for name in self.train:
+            for number, document in enumerate([*self.train[name], *self.held_out[name]], 1):
+                tokens = len(self._rendered(document, name).rendered.tokens)
+                if tokens > longest:
+                    raise UserError(f"{document.where}: the prompt has {tokens} tokens, {bound} is {longest}")
+                if progress is not None and number % _PROGRESS_EVERY == 0:
+                    progress(f"check prompts of {name}", number)
+
     def _row(self, place: Any, split: str = "train") -> PromptRow:
         name, number = place
-        document = getattr(self, split)[name][number]
-        return _row(document, name, self.tokenizer, self.vision, self.max_pixels)
+        return self._rendered(getattr(self, split)[name][number], name)
+
+    def _rendered(self, document: Document, source: str) -> PromptRow:
+        messages, reference = document.messages, ""
+        if messages[-1].role == "assistant":
+            messages, reference = messages[:-1], spell(messages[-1])
+        rendered = render(messages, self.tokenizer, self.vision, document.where, document.tools)
+        return PromptRow(messages, rendered, document.columns, reference, source, document.where)
 
 
 def open_prompts(
     config: DataConfig,
     vision: VisionSpec | None,
     root: Path,
-    max_length: int,
-    bound: str,
-    progress: Progress | None = None,
     answered: bool = False,
+    progress: Progress | None = None,
 ) -> PromptData:
-    """Read the conversations of all sources and check each of them.
+    """Read the conversations of all sources; `PromptData.check` says whether they can be used.
 
     Args:
         root: where the tokenizer's file is kept.
-        max_length: tokens that a prompt may have.
-        bound: what allows no more, for error messages.
         answered: whether every row must end with the assistant's answer, which becomes `PromptRow.reference`.
 
     Raises:
-        UserError: a row that is malformed or is no conversation, an image that cannot be used, a prompt that is too
-            long: naming its file and row; or a source without training prompts.
+        UserError: a row that is malformed or is no conversation, naming its file; or a source without training prompts.
     """
-    tokenizer = load_tokenizer(config.tokenizer, root)
     train, held_out = {}, {}
     for name, source in config.sources.items():
         documents = []
         for document in read_documents(open_source(name, source), prompts=not answered):
-            tokens = len(_row(document, name, tokenizer, vision, config.max_pixels).rendered.tokens)
-            if tokens > max_length:
-                raise UserError(f"{document.where}: the prompt has {tokens} tokens, {bound} is {max_length}")
+            if not document.messages:
+                raise UserError(f"{document.where}: is a text, not a conversation; stages that sample need 'messages'")
             documents.append(document)
             if progress is not None and len(documents) % _PROGRESS_EVERY == 0:
                 progress(f"read prompts of {name}", len(documents))
@@ -133,16 +147,4 @@ def open_prompts(
                 "more rows or hold out fewer"
             )
     weights = {name: source.weight for name, source in config.sources.items()}
-    return PromptData(tokenizer, vision, config.max_pixels, weights, train, held_out)
-
-
-def _row(
-    document: Document, source: str, tokenizer: Tokenizer, vision: VisionSpec | None, max_pixels: int
-) -> PromptRow:
-    if not document.messages:
-        raise UserError(f"{document.where}: is a text, not a conversation; stages that sample need 'messages'")
-    messages, reference = document.messages, ""
-    if messages[-1].role == "assistant":
-        messages, reference = messages[:-1], spell(messages[-1])
-    rendered = render(messages, tokenizer, vision, document.where, max_pixels, document.tools)
-    return PromptRow(messages, rendered, document.columns, reference, source, document.where)
+    return PromptData(load_tokenizer(config.tokenizer, root), vision, weights, train, held_out)

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors.numpy import load, save
 
+from ministral_jax.data.batch import Batch, following, image_row, image_slots, padded, text_row
 from ministral_jax.data.chat import ANSWER, TEXT, TRAINABLE
 from ministral_jax.data.documents import Documents
-from ministral_jax.data.images import normalise, patch_positions
+from ministral_jax.data.images import ImagePatches
 from ministral_jax.data.packing import Piece
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.models.spec import VisionSpec
 
-Row = dict[str, np.ndarray]
+_EMPTY = dict(tokens=np.zeros(0, np.uint32), flags=np.zeros(0, np.uint8), sizes=np.zeros(0, np.int32))
 
 
 def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) -> bytes:
@@ -33,11 +34,8 @@ def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) 
         if documents.picture_starts[d] < documents.picture_starts[d + 1]:
             grids.append(documents.grids[documents.picture_starts[d] : documents.picture_starts[d + 1]])
             patches.append(documents.patches[documents.patch_starts[d] : documents.patch_starts[d + 1]])
-    record = dict(
-        tokens=np.concatenate(tokens),
-        flags=np.concatenate(flags),
-        sizes=np.array([piece.size for piece in pieces], np.int32),
-    )
+    sizes = np.array([piece.size for piece in pieces], np.int32)
+    record = dict(tokens=np.concatenate(tokens), flags=np.concatenate(flags), sizes=sizes)
     if patches:
         record |= dict(grids=np.concatenate(grids), patches=np.concatenate(patches))
     return save(record)
@@ -55,57 +53,22 @@ def content_hash(record: bytes) -> bytes:
     return sha.digest()[:16]
 
 
-def decode_row(record: bytes | None, length: int, patches: int, tokenizer: Tokenizer, vision: VisionSpec | None) -> Row:
-    """Arrays of one row of the batch, without the leading B (see `pipeline.batches`); None is an empty row."""
-    stored = (
-        load(record)
-        if record is not None
-        else dict(tokens=np.zeros(0, np.uint32), flags=np.zeros(0, np.uint8), sizes=np.zeros(0, np.int32))
-    )
-    tokens, flags, sizes = stored["tokens"].astype(np.int32), stored["flags"], stored["sizes"]
-    count = len(tokens)
-    segments = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
-    positions = np.arange(count, dtype=np.int32) - np.repeat(np.cumsum(sizes) - sizes, sizes).astype(np.int32)
+def decode_row(
+    record: bytes | None, length: int, patches: int, tokenizer: Tokenizer, vision: VisionSpec | None
+) -> Batch:
+    """Arrays of one row of `pipeline.batches`, without the leading B; None is an empty row."""
+    stored = _EMPTY if record is None else load(record)
+    row = text_row(stored["tokens"], stored["sizes"], length)
     # Position t predicts t + 1, which counts when it belongs to the same document; the first token of one never does.
-    targets = np.where(_next(positions) > 0, _next(flags), 0)
-    text_bytes = np.where(targets & TEXT, tokenizer.byte_lengths[_next(tokens)], 0)
-    row = dict(
-        tokens=_pad(tokens, length),
-        positions=_pad(positions, length),
-        segments=_pad(segments, length),
-        labels=_pad(_next(tokens), length),
-        loss_mask=_pad((targets & TRAINABLE > 0).astype(np.float32), length),
-        answer_mask=_pad((targets & ANSWER > 0).astype(np.float32), length),
-        text_bytes=_pad(text_bytes.astype(np.float32), length),
+    targets = np.where(following(row["positions"]) > 0, following(padded(stored["flags"], length)), 0)
+    row |= dict(
+        loss_mask=(targets & TRAINABLE > 0).astype(np.float32),
+        answer_mask=(targets & ANSWER > 0).astype(np.float32),
+        text_bytes=np.where(targets & TEXT, tokenizer.byte_lengths[row["labels"]], 0).astype(np.float32),
     )
     if patches:
         assert vision is not None
-        image = tokens == tokenizer.image_ids[0]
-        slots = np.where(image, np.cumsum(image) - 1, -1).astype(np.int32)
-        row |= dict(image_slot=_pad(slots, length, -1), **_images(stored, patches, vision))
+        images = ImagePatches(stored["grids"], stored["patches"]) if "grids" in stored else None
+        row |= image_row(images, patches, vision)
+        row["image_slot"] = image_slots(row["tokens"] == tokenizer.image_ids[0])
     return row
-
-
-def _images(stored: Row, patches: int, vision: VisionSpec) -> Row:
-    grids = stored.get("grids", np.zeros((0, 2), np.int32))
-    pixels = stored.get("patches", np.zeros((0, vision.patch_width), np.uint8))
-    counts = grids.prod(axis=1) * vision.merge**2
-    places = [patch_positions(rows, columns, vision.merge) for rows, columns in grids.tolist()]
-    none = np.zeros(0, np.int32)
-    return dict(
-        patches=_pad(normalise(pixels), patches),
-        patch_image=_pad(np.repeat(np.arange(1, len(grids) + 1, dtype=np.int32), counts), patches),
-        patch_row=_pad(np.concatenate([none, *(y for y, _ in places)]), patches),
-        patch_col=_pad(np.concatenate([none, *(x for _, x in places)]), patches),
-    )
-
-
-def _next(array: np.ndarray) -> np.ndarray:
-    """`array` one place to the left, 0 at the end."""
-    return np.concatenate([array[1:], np.zeros_like(array[:1])])
-
-
-def _pad(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
-    padded = np.full((size, *array.shape[1:]), value, array.dtype)
-    padded[: len(array)] = array
-    return padded

@@ -74,7 +74,7 @@ def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
     if kind in KINDS:
         yield from read_task(source.config, prompts)
     elif kind == "jsonl":
-        rows = ((relative, path, n, line) for relative, path in source.files for n, line in _lines(path))
+        rows = ((relative, path, n, line) for relative, path in source.files for n, line in lines_of(path))
         for relative, path, n, line in islice(rows, limit):
             yield from _parse_row(line, path, f"{relative}:{n}", f"{path} row {n}", prompts)
     else:
@@ -139,7 +139,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     """(row number from 1, content) of the lines that are not blank."""
     with path.open("rb") as file:
         for n, line in enumerate(file, 1):
@@ -149,7 +149,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _digest_jsonl(path: Path) -> str:
     digest = hashlib.sha256()
-    for n, line in _lines(path):
+    for n, line in lines_of(path):
         digest.update(line)
         if b'"image' in line:  # parsing every row of a large text file for this would double the time to start
             where = f"{path} row {n}"
@@ -214,15 +214,16 @@ def _conversation(row: dict[str, Any], base: Path, prompt: bool, where: str) -> 
     raw = row["messages"] if "messages" in row else row["prompt"]
     if "messages" in row or isinstance(raw, list):
         return parse_messages(raw, base, where, prompt)
-    return (Message("user", (*_images(row, base, where), _string(row, "prompt", where))),)
+    return (Message("user", (*images_of(row, base, where), _string(row, "prompt", where))),)
 
 
 def _question(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:
-    messages = exchange((*_images(row, base, where), _string(row, "question", where)), _string(row, "answer", where))
+    messages = exchange((*images_of(row, base, where), _string(row, "question", where)), _string(row, "answer", where))
     return messages[:-1] if prompt else messages
 
 
-def _images(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
+def images_of(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
+    """Paths of the images that a row names beside its text."""
     images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
     if not isinstance(images, list):
         raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")

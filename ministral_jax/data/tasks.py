@@ -50,7 +50,8 @@ def read_task(config: SourceConfig, prompts: bool = False) -> Iterator[Document]
             pair = _preference(n)
             yield from (pair,) if prompts else judge_documents(pair, pair.columns["chosen"], pair.columns["rejected"])
         return
-    for document in _read_digits(config.limit) if config.kind == "digits" else _made(config):
+    made = (TASKS[config.kind](n, config.thinking) for n in range(config.limit or DEFAULT_LIMIT))
+    for document in _read_digits(config.limit) if config.kind == "digits" else made:
         yield replace(document, messages=document.messages[:-1]) if prompts else document
 
 
@@ -70,12 +71,6 @@ def exchange(question: tuple[Part, ...], answer: str, thinking: str | None = Non
     """A question and its answer, after reasoning if there is any."""
     reasoning = () if thinking is None else (Thought(thinking),)
     return Message("user", question), Message("assistant", (*reasoning, answer))
-
-
-def _made(config: SourceConfig) -> Iterator[Document]:
-    make = TASKS[config.kind]
-    for n in range(config.limit or DEFAULT_LIMIT):
-        yield make(n, config.thinking)
 
 
 def _dice(name: str) -> Callable[[int], int]:
@@ -155,9 +150,7 @@ def _digit_sum(n: int, thinking: bool) -> Document:
 
 
 def _instructions(n: int, _: bool) -> Document:
-    question, answer, constraints = _instruction(n)
-    columns = {"constraints": [{"kind": kind, "value": value} for kind, value in constraints.items()], "answer": answer}
-    return _document("instructions", n, exchange((question,), answer), columns, f"instructions {question}")
+    return _constrained("instructions", n, *_instruction(n))
 
 
 def _instruction(n: int) -> tuple[str, str, dict[str, Any]]:
@@ -190,9 +183,12 @@ def _repeat(n: int, _: bool) -> Document:
     dice = _dice(f"repeat {n}")
     word, times = _WORDS[dice(len(_WORDS))], 8 + dice(23)
     question, answer = f"Say {word} {times} times.", " ".join([word] * times)
-    constraints = [{"kind": "contains", "value": answer}, {"kind": "max_words", "value": times}]
-    columns = {"constraints": constraints, "answer": answer}
-    return _document("repeat", n, exchange((question,), answer), columns, f"instructions {question}")
+    return _constrained("repeat", n, question, answer, dict(contains=answer, max_words=times))
+
+
+def _constrained(kind: str, n: int, question: str, answer: str, constraints: dict[str, Any]) -> Document:
+    columns = {"constraints": [{"kind": kind, "value": value} for kind, value in constraints.items()], "answer": answer}
+    return _document(kind, n, exchange((question,), answer), columns, f"instructions {question}")
 
 
 def _preference(n: int) -> Document:

@@ -19,7 +19,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.errors import UserError
 from ministral_jax.files import new_directory
-from ministral_jax.models.spec import VisionSpec
+from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 _BUNDLED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 # The bundled file predates these; they stand where the family's later files have them.
@@ -125,6 +125,24 @@ def export_tokenizer(tokenizer: Tokenizer, directory: Path, vision: VisionSpec |
     path = directory / "tekken.json"
     path.write_bytes(content)
     return path
+
+
+def check_vocab(tokenizer: Tokenizer, spec: ModelSpec) -> None:
+    """Check that a model can embed every id of a tokenizer, and that both mean the same token by an image.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if tokenizer.vocab > spec.vocab:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab} tokens but the model's vocab is {spec.vocab}; "
+            f"set data.tokenizer.vocab to at most {spec.vocab} or use a model with a larger vocab"
+        )
+    if spec.vision is not None and tokenizer.image_ids[0] != spec.image_token:
+        raise UserError(
+            f"the tokenizer's [IMG] is id {tokenizer.image_ids[0]} but the model's image_token is {spec.image_token}; "
+            "they must be equal"
+        )
 
 
 def _cut(content: bytes, config: TokenizerConfig) -> bytes:

@@ -147,6 +147,11 @@ def polled(items: Iterable[T], doing: str) -> Iterator[T]:
         yield item
 
 
+def poll_slow(doing: str) -> None:
+    """`poll` before what may have to be compiled."""
+    poll(doing, slow=True)
+
+
 def poll_alone(doing: str) -> None:
     """`poll` where only this process works: it cannot agree with others, so it stops only when there are none."""
     _arm(doing, _job.limits.slow)

@@ -8,7 +8,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from einops import rearrange
 
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
+from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
@@ -85,10 +87,7 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """In the file."""
-        return self._side(1)
-
-    def _side(self, side: int) -> tuple[int, ...]:
-        axes = re.findall(r"\(.*?\)|\w", self.pattern.split(" -> ")[side])
+        axes = re.findall(r"\(.*?\)|\w", self.pattern.split(" -> ")[1])
         return tuple(math.prod(self.sizes[letter] for letter in re.findall(r"\w", axis)) for axis in axes)
 
     def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
@@ -96,7 +95,7 @@ class Slot:
 
     def take(self, params: Params) -> np.ndarray:
         """This tensor as the file has it, fetched to the host."""
-        leaf = _leaf(params, self.path)
+        leaf: Any = reduce(getitem, self.path.split("/"), params)
         return self._rearrange(fetch(leaf if self.layer is None else leaf[self.layer]), self.pattern)
 
     def view(self, value: np.ndarray) -> np.ndarray:
@@ -116,12 +115,6 @@ def slots(spec: ModelSpec) -> list[Slot]:
         layers = range(depth) if "/layers/" in path else [None]
         found += [Slot(path, i, name.format(i), pattern, sizes) for i in layers]
     return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
-
-
-def _leaf(params: Params, path: str) -> Any:
-    for key in path.split("/"):
-        params = params[key]
-    return params
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -161,10 +154,10 @@ def export_hf(
     draft = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    _write_json(draft / "config.json", config)
-    _write_json(draft / "generation_config.json", generation_config(spec))
+    write_json(draft / "config.json", config)
+    write_json(draft / "generation_config.json", generation_config(spec))
     if spec.vision is not None:
-        _write_json(draft / "processor_config.json", processor_config(spec))
+        write_json(draft / "processor_config.json", processor_config(spec))
     for file in files:
         shutil.copy(file, draft / file.name)
     _write_weights(params, spec, draft, np.dtype(jnp.dtype(dtype)))
@@ -196,7 +189,7 @@ def _write_weights(params: Params, spec: ModelSpec, directory: Path, dtype: np.d
         weight_map |= {t.name: name for t in shard}
     if len(shards) > 1:
         total = {"total_size": sum(t.bytes for t in pending)}
-        _write_json(directory / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+        write_json(directory / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
 
 
 def _shards(tensors: list[safetensors.Pending]) -> Iterator[list[safetensors.Pending]]:
@@ -216,10 +209,6 @@ def _disk_name(name: str, spec: ModelSpec) -> str:
         return name
     outer = "" if spec.vision is None else "language_model."
     return f"{outer}{name}" if name.startswith("lm_head.") else f"{outer}model.{name}"
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 # ---- import ---------------------------------------------------------------------------------------------------------
@@ -245,9 +234,8 @@ def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None 
         UserError: as `read_spec`; also tensors that are missing, unexpected, or of another shape.
     """
     directory = Path(directory)
-    spec, tensors, wanted = read_spec(directory), _tensors(directory), {}
-    for slot in slots(spec):
-        wanted[slot.name] = slot
+    spec, tensors = read_spec(directory), _tensors(directory)
+    wanted = {slot.name: slot for slot in slots(spec)}
     _require(directory, "lacks", wanted.keys() - tensors.keys())
     _require(directory, "has unexpected", tensors.keys() - wanted.keys())
     for name, slot in wanted.items():

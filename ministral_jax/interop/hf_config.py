@@ -14,6 +14,16 @@ from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 # Tekken's control tokens; [PAD] only if the vocabulary has it.
 BOS, EOS, PAD = 1, 2, 11
 
+# Sizes, ours -> theirs; the vision tower has those that it has under the same names.
+_SIZES = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+}
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,11 +55,7 @@ def to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "text_config": text,
         "vision_config": {
             "model_type": "pixtral",
-            "hidden_size": v.width,
-            "intermediate_size": v.mlp_width,
-            "num_hidden_layers": v.layers,
-            "num_attention_heads": v.heads,
-            "head_dim": v.head_width,
+            **_sizes(v),
             "hidden_act": "silu",
             "image_size": v.max_image_size,
             "patch_size": v.patch_size,
@@ -61,15 +67,16 @@ def to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     }
 
 
+def _sizes(spec: ModelSpec | VisionSpec) -> dict[str, int]:
+    return {theirs: getattr(spec, ours) for ours, theirs in _SIZES.items() if hasattr(spec, ours)}
+
+
 def _text_config(spec: ModelSpec) -> dict[str, Any]:
     r = spec.rope
     plain = r.yarn_factor == 1 and r.temperature_beta == 0
     rope: dict[str, Any] = {"rope_type": "default" if r.yarn_factor == 1 else "yarn", "rope_theta": r.theta}
     if not plain:
-        rope |= {
-            "original_max_position_embeddings": r.original_context,
-            "llama_4_scaling_beta": r.temperature_beta,
-        }
+        rope |= {"original_max_position_embeddings": r.original_context, "llama_4_scaling_beta": r.temperature_beta}
     if r.yarn_factor != 1:
         # Equal mscales mean that cos and sin are not rescaled.
         rope |= {
@@ -82,13 +89,7 @@ def _text_config(spec: ModelSpec) -> dict[str, Any]:
         }
     return {
         "model_type": "mistral" if plain else "ministral3",
-        "vocab_size": spec.vocab,
-        "hidden_size": spec.width,
-        "intermediate_size": spec.mlp_width,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_width,
+        **_sizes(spec),
         "hidden_act": "silu",
         "max_position_embeddings": spec.context,
         "rms_norm_eps": spec.norm_eps,
@@ -156,6 +157,15 @@ class _Keys:
             raise UserError(f"{self.where}: {key} is missing")
         return self.values[key]
 
+    def sizes(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Of our names; key-value heads are the heads and the heads fill the width where the file does not say."""
+        heads, width = self.required(_SIZES["heads"]), self.required(_SIZES["width"])
+        known = {"kv_heads": heads, "head_width": width // heads}
+        return {
+            name: self.get(_SIZES[name], known[name]) if name in known else self.required(_SIZES[name])
+            for name in names
+        }
+
     def accept(self, key: str, default: Any, accepted: tuple) -> None:
         """`default` is what a missing key means to `transformers`."""
         value = self.values.get(key, default)
@@ -189,16 +199,9 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     if window is not None and window < text.required("max_position_embeddings"):
         raise UserError(f"{text.where}: sliding_window is {window}, this model family has full attention")
     tied = text.get("tie_word_embeddings", top.get("tie_word_embeddings", False)) and not has_head
-    heads, width = text.required("num_attention_heads"), text.required("hidden_size")
     try:
         return ModelSpec(
-            layers=text.required("num_hidden_layers"),
-            width=width,
-            mlp_width=text.required("intermediate_size"),
-            heads=heads,
-            kv_heads=text.get("num_key_value_heads", heads),
-            head_width=text.get("head_dim", width // heads),
-            vocab=text.required("vocab_size"),
+            **text.sizes(tuple(_SIZES)),
             context=text.required("max_position_embeddings"),
             tied=tied,
             norm_eps=text.required("rms_norm_eps"),
@@ -258,15 +261,10 @@ def _vision(top: _Keys) -> VisionSpec:
     v.accept("model_type", "pixtral", ("pixtral",))
     v.accept("hidden_act", "gelu", ("silu",))
     v.accept("num_channels", 3, (3,))
-    width, heads = v.required("hidden_size"), v.required("num_attention_heads")
     rope = v.section("rope_parameters") if v.get("rope_parameters") else _Keys({}, v.where)
     rope.accept("rope_type", "axial", ("axial", "default"))
     return VisionSpec(
-        layers=v.required("num_hidden_layers"),
-        width=width,
-        mlp_width=v.required("intermediate_size"),
-        heads=heads,
-        head_width=v.get("head_dim", width // heads),
+        **v.sizes(("width", "mlp_width", "layers", "heads", "head_width")),
         patch_size=v.required("patch_size"),
         max_image_size=v.required("image_size"),
         merge=top.get("spatial_merge_size", 2),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,32 +13,25 @@ import numpy as np
 from pydantic import ValidationError
 
 from ministral_jax.data.chat import Rendered, render
-from ministral_jax.data.config import PIXEL_BOUND, TokenizerConfig
-from ministral_jax.data.conversation import Message, Part, image_path, parse_messages, parse_tools
-from ministral_jax.data.sources import json_row
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.conversation import Document, Message, parse_messages, parse_tools
+from ministral_jax.data.sources import images_of, json_row, lines_of
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, text_of
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf import import_hf, read_spec
-from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import param_shardings
-from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, stream
+from ministral_jax.models.vlm import VLM, param_shardings
+from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
 from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.manifest import read_manifest
 
 ROWS = 16
 """Of a JSONL file, at once."""
 CHUNK = 8
-_FLAGS = {
-    "max_completion_length": "--max-tokens",
-    "temperature": "--temperature",
-    "top_p": "--top-p",
-    "top_k": "--top-k",
-}
 
-Tools = tuple[dict[str, Any], ...]
-Say = Callable[[list[Prompt]], Any]
+Sample = Callable[[list[Prompt]], Iterator[list[Completion]]]
 
 
 def run_generate(args: Namespace) -> None:
@@ -58,27 +50,17 @@ def run_generate(args: Namespace) -> None:
         raise UserError(f"--seed {args.seed}; it must not be negative")
     spec, tokenizer = open_checkpoint(args.checkpoint)
     options = _options(args, tokenizer)
-
-    def prompt(messages: tuple[Message, ...], chat: bool, number: int, where: str, tools: Tools = ()) -> Prompt:
-        document = render(messages, tokenizer, spec.vision, where, PIXEL_BOUND, tools)
-        tokens = document.tokens if chat else np.delete(document.tokens, (1, -1))  # without [INST] and [/INST]
-        if args.think and not chat:
-            raise UserError(f"{where}: --think needs 'messages' or --chat: reasoning stands in an answer")
-        if args.think:
-            tokens = np.append(tokens, np.uint32(tokenizer.special("[THINK]")))
-        if len(tokens) >= spec.context:
-            raise UserError(f"{where}: has {len(tokens)} tokens; the model's context of {spec.context} leaves no room")
-        return as_prompt(Rendered(tokens, document.flags, document.pictures), spec.vision, (args.seed + number) % 2**32)
-
+    rows = _read(args.jsonl) if args.jsonl else [({"prompt": text}, f"--prompt {text[:40]!r}") for text in args.prompt]
+    prompts = []
+    for number, (row, where) in enumerate(rows):
+        document = _document(row, args.jsonl.parent if args.jsonl else Path(), where, args.image)
+        rendered = _render(document, args.chat or "messages" in row, args.think, tokenizer, spec)
+        prompts.append(as_prompt(rendered, spec.vision, (args.seed + number) % 2**32))
+    sample = _sampler(args.checkpoint, spec, options)
     if args.jsonl:
-        rows = _read(args.jsonl)
-        asked = [(where, *_conversation(row, args.jsonl.parent, args.chat, where)) for row, where in rows]
-        prompts = [prompt(messages, chat, n, where, tools) for n, (where, messages, chat, tools) in enumerate(asked)]
-        _write(args.output, [row for row, _ in rows], prompts, _sampler(args.checkpoint, spec, options), tokenizer)
-        return
-    messages = [(Message("user", (*args.image, text)),) for text in args.prompt]
-    prompts = [prompt(m, args.chat, n, f"--prompt {args.prompt[n][:40]!r}") for n, m in enumerate(messages)]
-    _print(args.prompt, prompts, _sampler(args.checkpoint, spec, options), tokenizer, "[THINK]" if args.think else "")
+        _write(args.output, [row for row, _ in rows], prompts, sample, tokenizer)
+    else:
+        _print(args.prompt, sample(prompts), tokenizer, "[THINK]" if args.think else "")
 
 
 def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
@@ -111,37 +93,20 @@ def _options(args: Namespace, tokenizer: Tokenizer) -> SamplingOptions:
         return SamplingOptions(max_completion_length=args.max_tokens, stop_ids=(tokenizer.eos,), chunk=CHUNK, **values)
     except ValidationError as error:
         first = error.errors()[0]
-        message = str(first["msg"])
-        raise UserError(f"{_FLAGS[str(first['loc'][0])]} {first['input']}: {message[0].lower()}{message[1:]}") from None
+        name, message = str(first["loc"][0]), str(first["msg"])
+        flag = "--max-tokens" if name == "max_completion_length" else f"--{name.replace('_', '-')}"
+        raise UserError(f"{flag} {first['input']}: {message[0].lower()}{message[1:]}") from None
 
 
-def _sampler(path: Path, spec: ModelSpec, options: SamplingOptions) -> Say:
+def _sampler(path: Path, spec: ModelSpec, options: SamplingOptions) -> Sample:
     """The checkpoint on all devices, ready to go on from prompts."""
     placement = Placement(make_mesh(MeshConfig()), Rules())
     if (path / "manifest.json").is_file():
         params = load_stage(path, placement=placement)[1]
     else:
         params = import_hf(path, shardings=param_shardings(spec, placement))[1]
-    return lambda prompts: stream(spec, params, prompts, options, placement, Compute())
-
-
-def _print(texts: list[str], prompts: list[Prompt], sample: Say, tokenizer: Tokenizer, opening: str) -> None:
-    """One completion as it comes; several, which come together, one below the other."""
-    stops, out = (tokenizer.eos,), sys.stdout
-    add, shown, latest = text_of(tokenizer, stops), 0, []
-    if len(prompts) == 1:
-        out.write(opening)
-    for latest in sample(prompts):
-        if len(prompts) == 1:
-            out.write(add(latest[0].tokens[shown:]))
-            out.flush()
-            shown = len(latest[0].tokens)
-    if len(prompts) == 1:
-        out.write(add((), final=True) + "\n")
-    else:
-        for text, completion in zip(texts, latest, strict=True):
-            out.write(f"== {text}\n{opening}{text_of(tokenizer, stops)(completion.tokens, final=True)}\n")
-    out.flush()
+    model = VLM(spec)
+    return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
 
 
 def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -149,10 +114,8 @@ def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
     if not path.is_file():
         raise UserError(f"--jsonl {path} is not a file")
     found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in lines_of(path):
         where = f"{path} row {number}"
-        if not line.strip():
-            continue
         row = json_row(line, where)
         if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
             raise UserError(f"{where}: needs 'prompt' or 'messages', got {str(row)[:60]}")
@@ -162,30 +125,56 @@ def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
     return found
 
 
-def _conversation(row: dict[str, Any], base: Path, chat: bool, where: str) -> tuple[tuple[Message, ...], bool, Tools]:
-    """A row's messages, whether they are a chat or one text to go on with, and the tools that it offers."""
-    if "prompt" in row:
-        images = row.get("images", [])
-        if not isinstance(images, list):
-            raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
-        if not isinstance(row["prompt"], str):
-            raise UserError(f"{where}: 'prompt' must be text, got {row['prompt']!r}")
-        parts: tuple[Part, ...] = (*(image_path(image, base, where) for image in images), row["prompt"])
-        return (Message("user", parts),), chat, ()
-    tools = parse_tools(row.get("tools", []), where)
-    return parse_messages(row["messages"], base, where, prompt=True), True, tools
+def _document(row: dict[str, Any], base: Path, where: str, images: list[Path]) -> Document:
+    """What is to be answered: a row's messages with the tools that it offers, or one text after images."""
+    if "messages" in row:
+        messages = parse_messages(row["messages"], base, where, prompt=True)
+        return Document(where, where, messages=messages, tools=parse_tools(row.get("tools", []), where))
+    if not isinstance(row["prompt"], str):
+        raise UserError(f"{where}: 'prompt' must be text, got {row['prompt']!r}")
+    parts = *images, *images_of(row, base, where), row["prompt"]
+    return Document(where, where, messages=(Message("user", parts),))
 
 
-def _write(path: Path, rows: list[dict[str, Any]], prompts: list[Prompt], sample: Say, tokenizer: Tokenizer) -> None:
+def _render(document: Document, chat: bool, think: bool, tokenizer: Tokenizer, spec: ModelSpec) -> Rendered:
+    """As a chat, or as a text to go on with; an answer that is to `think` has begun to."""
+    where = document.where
+    rendered = render(document.messages, tokenizer, spec.vision, where, document.tools)
+    tokens = rendered.tokens if chat else np.delete(rendered.tokens, (1, -1))  # without [INST] and [/INST]
+    if think and not chat:
+        raise UserError(f"{where}: --think needs 'messages' or --chat: reasoning stands in an answer")
+    if think:
+        tokens = np.append(tokens, np.uint32(tokenizer.special("[THINK]")))
+    if len(tokens) >= spec.context:
+        raise UserError(f"{where}: has {len(tokens)} tokens; the model's context of {spec.context} leaves no room")
+    return Rendered(tokens, rendered.flags, rendered.pictures)
+
+
+def _print(texts: list[str], steps: Iterator[list[Completion]], tokenizer: Tokenizer, opening: str) -> None:
+    """One completion as it comes; several, which come together, one below the other."""
+    if len(texts) > 1:
+        for text, completion in zip(texts, last(steps), strict=True):
+            print(f"== {text}\n{opening}{_text(completion, tokenizer)}")
+        return
+    add, shown = text_of(tokenizer, (tokenizer.eos,)), 0
+    print(opening, end="")
+    for (completion,) in steps:
+        print(add(completion.tokens[shown:]), end="", flush=True)
+        shown = len(completion.tokens)
+    print(add((), final=True))
+
+
+def _text(completion: Completion, tokenizer: Tokenizer) -> str:
+    return text_of(tokenizer, (tokenizer.eos,))(completion.tokens, final=True)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], prompts: list[Prompt], sample: Sample, tokenizer: Tokenizer) -> None:
     """Rows with their completions; the file is there when all of them are."""
     draft = path.with_name(path.name + ".part")
     with draft.open("w", encoding="utf-8") as file:
         for first in range(0, len(rows), ROWS):
-            latest: list[Completion] = []
-            for latest in sample(prompts[first : first + ROWS]):  # noqa: B007
-                pass
-            for row, completion in zip(rows[first : first + ROWS], latest, strict=True):
-                text = text_of(tokenizer, (tokenizer.eos,))(completion.tokens, final=True)
-                more = {"completion": text, "tokens": completion.tokens, "stopped": completion.stopped}
+            here = slice(first, first + ROWS)
+            for row, found in zip(rows[here], last(sample(prompts[here])), strict=True):
+                more = {"completion": _text(found, tokenizer), "tokens": found.tokens, "stopped": found.stopped}
                 file.write(json.dumps({**row, **more}, ensure_ascii=False) + "\n")
     draft.replace(path)

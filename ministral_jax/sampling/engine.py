@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from pydantic import Field, field_validator
 
+from ministral_jax.data.batch import Batch, images_of_rows, one_per_row
 from ministral_jax.data.chat import Rendered
-from ministral_jax.data.images import normalise, patch_positions, patchify
+from ministral_jax.data.images import ImagePatches, to_patches
 from ministral_jax.distributed.placement import Placement
-from ministral_jax.distributed.processes import poll
 from ministral_jax.errors import UserError
-from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec, VisionSpec
+from ministral_jax.models.vlm import VLM
 from ministral_jax.sampling.decoding import Choice, Params, Rows, programs
 from ministral_jax.settings import Frozen
 
-SMALLEST = 32
-"""Tokens to which the shortest prompt is padded; also the fewest patches."""
 SLOTS = 256
 """Tokens of completion for which there is room at first; it doubles when they are used."""
 
@@ -37,6 +35,7 @@ class SamplingOptions(Frozen):
     contains one of `stop_strings`; `max_completion_length` tokens, or as many as the model's context leaves.
     """
 
+    completions_per_prompt: int = Field(default=1, ge=1)
     max_completion_length: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """0 takes the most probable token, always."""
@@ -46,7 +45,7 @@ class SamplingOptions(Frozen):
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     chunk: int = Field(default=32, ge=1)
-    """Tokens between two looks of the host, which then serves a SIGTERM."""
+    """Tokens between two looks of the host."""
 
     @field_validator("stop_strings")
     @classmethod
@@ -57,14 +56,13 @@ class SamplingOptions(Frozen):
 
 
 class Prompt(NamedTuple):
-    """Tokens, and of its images in order the sizes in tokens, `grids` [I, 2], and the uint8 `patches` [P, 3pp].
+    """Tokens, with the images of their `[IMG]` in order.
 
     Its completions depend on its `seed` (0 to 2³² - 1) and nothing else that stands beside it in a batch.
     """
 
     tokens: Sequence[int]
-    grids: Any = ()
-    patches: np.ndarray | None = None
+    images: ImagePatches | None = None
     seed: int = 0
 
 
@@ -85,22 +83,19 @@ class Completion(NamedTuple):
 
 def as_prompt(rendered: Rendered, vision: VisionSpec | None, seed: int = 0) -> Prompt:
     """A document that ends where the model is to go on."""
-    if not rendered.pictures:
-        return Prompt(rendered.tokens.tolist(), seed=seed)
-    assert vision is not None, "rendering has checked it"
-    grids = [(p.shape[0] // vision.stride, p.shape[1] // vision.stride) for p in rendered.pictures]
-    patches = np.concatenate([patchify(p, vision.patch_size, vision.merge) for p in rendered.pictures])
-    return Prompt(rendered.tokens.tolist(), grids, patches, seed)
+    images = None
+    if rendered.pictures:
+        assert vision is not None, "rendering has checked it"
+        images = to_patches(rendered.pictures, vision)
+    return Prompt(rendered.tokens.tolist(), images, seed)
 
 
 def generate(
-    spec: ModelSpec,
+    model: VLM,
     params: Params,
     prompts: Sequence[Prompt],
     options: SamplingOptions,
     placement: Placement,
-    compute: Compute = Compute(),  # noqa: B008
-    completions_per_prompt: int = 1,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[Completion]:
     """`completions_per_prompt` completions of every prompt, prompt after prompt.
@@ -110,48 +105,57 @@ def generate(
 
     Raises:
         UserError: a prompt is empty, too long, has tokens that are not the model's, or images that do not fit it.
-        Preempted: the job was asked to stop.
     """
-    steps = stream(spec, params, prompts, options, placement, compute, completions_per_prompt, decode)
-    return deque(steps, maxlen=1).pop() if prompts else []
+    return last(stream(model, params, prompts, options, placement, decode))
+
+
+def last(steps: Iterator[list[Completion]]) -> list[Completion]:
+    """What a `stream` ends with; nothing where there are no prompts."""
+    return next(iter(deque(steps, maxlen=1)), [])
+
+
+def watched(steps: Iterator[list[Completion]], on_step: Callable[[str], None]) -> Iterator[list[Completion]]:
+    """A `stream` that says what comes next before it goes on, so that a job may stop there."""
+    on_step("reading prompts")
+    for completions in steps:
+        yield completions
+        on_step(f"sampling token {max(len(completion.tokens) for completion in completions)}")
 
 
 def stream(
-    spec: ModelSpec,
+    model: VLM,
     params: Params,
     prompts: Sequence[Prompt],
     options: SamplingOptions,
     placement: Placement,
-    compute: Compute = Compute(),  # noqa: B008
-    completions_per_prompt: int = 1,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Iterator[list[Completion]]:
-    """`generate`, giving all completions as they stand after every chunk of tokens."""
+    """`generate`, giving all completions as they stand when the prompts are read and after every chunk of tokens: who
+    drives it may stop in between."""
     if not prompts:
         return
+    spec = model.spec
     for number, prompt in enumerate(prompts):
         _check(prompt, spec, f"prompt {number}")
     if options.stop_strings and decode is None:
         raise UserError(f"stop strings {list(options.stop_strings)} need a tokenizer, `decode`")
     place = by_rows(placement)
     choice = Choice(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
-    run = programs(spec, compute, place, choice, options.stop_ids, options.chunk)
+    run = programs(spec, model.compute, place, choice, options.stop_ids, options.chunk)
     shards = int(np.prod([place.mesh.shape[axis] for axis in place.rules.batch]))
-    batch, lengths = _batch(prompts, spec, shards)
-    parents, rows = _rows(prompts, completions_per_prompt, spec, options, shards)
-    room, width = min(SLOTS, options.max_completion_length), batch["tokens"].shape[1]
-
-    poll("reading prompts", slow=True)
+    batch = _batch(prompts, spec, shards)
+    parents, rows = _rows(prompts, spec, options, shards)
+    room, (_, width) = min(SLOTS, options.max_completion_length), batch["tokens"].shape
     with jax.set_mesh(place.mesh):
+        lengths = np.maximum(batch["segments"].sum(axis=1, dtype=np.int32), 1)
         hidden, cache = run.start(params, place.place_whole(batch), lengths)
         hidden, cache = run.fork(hidden, cache, parents, room)
-    texts = [
-        Completion(n, sample, [], [], [], None) for n in range(len(prompts)) for sample in range(completions_per_prompt)
-    ]
+    samples = range(options.completions_per_prompt)
+    texts = [Completion(n, sample, [], [], [], None) for n in range(len(prompts)) for sample in samples]
+    yield list(texts)
     for done in range(0, options.max_completion_length, options.chunk):
         if rows.done.all():
             return
-        poll(f"sampling token {done}", slow=True)
         count = min(options.chunk, options.max_completion_length - done)
         with jax.set_mesh(place.mesh):
             while done + count > room:
@@ -184,63 +188,25 @@ def _check(prompt: Prompt, spec: ModelSpec, where: str) -> None:
         raise UserError(f"{where} has {len(tokens)} tokens; the model's context of {spec.context} leaves no room")
     if not 0 <= prompt.seed < 2**32:
         raise UserError(f"{where} has seed {prompt.seed}; it must be 0 to {2**32 - 1}")
-    places, images = int((tokens == spec.image_token).sum()), sum(r * c for r, c in prompt.grids)
+    places = int((tokens == spec.image_token).sum())
+    images = int(prompt.images.grids.prod(axis=1).sum()) if prompt.images else 0
     if spec.vision is None and images:
         raise UserError(f"{where} has images but the model has no vision")
     if spec.vision is not None and places != images:
         raise UserError(f"{where} has {places} [IMG] tokens but images of {images}")
 
 
-def bucket(size: int) -> int:
-    """The next of 32, 48, 64, 96, 128, ..: a third is padding at most."""
-    power = max(SMALLEST, 1 << (size - 1).bit_length())
-    return power * 3 // 4 if power > SMALLEST and size <= power * 3 // 4 else power
+def _batch(prompts: Sequence[Prompt], spec: ModelSpec, shards: int) -> Batch:
+    """A prompt in each row; rows are added until the devices share them evenly."""
+    rows = one_per_row([prompt.tokens for prompt in prompts], -(-len(prompts) // shards) * shards)
+    batch = {name: rows[name] for name in ("tokens", "segments")}
+    is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
+    return batch | images_of_rows([prompt.images for prompt in prompts], is_image, spec.vision)
 
 
-def _batch(prompts: Sequence[Prompt], spec: ModelSpec, shards: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The model's arrays [N, ..] and the prompts' lengths [N]; rows are added until the devices share them evenly."""
-    count = -(-len(prompts) // shards) * shards
-    length = bucket(max(len(prompt.tokens) for prompt in prompts))
-    tokens, segments = np.zeros((2, count, length), np.int32)
-    lengths = np.ones(count, np.int32)
-    for row, prompt in enumerate(prompts):
-        lengths[row] = len(prompt.tokens)
-        tokens[row, : lengths[row]], segments[row, : lengths[row]] = prompt.tokens, 1
-    image = (tokens == spec.image_token) & (segments > 0)
-    return {"tokens": tokens, "segments": segments} | image_arrays(prompts, spec.vision, image), lengths
-
-
-def image_arrays(prompts: Sequence[Prompt], vision: VisionSpec | None, image: np.ndarray) -> dict[str, np.ndarray]:
-    """The model's five arrays of images for rows that begin with these prompts, `image` [N, T] being where the merged
-    tokens stand; none at all when no prompt has an image. There may be more rows than prompts."""
-    most = max(0 if prompt.patches is None else len(prompt.patches) for prompt in prompts)
-    if vision is None or not most:
-        return {}
-    count, width = len(image), bucket(most)
-    patches = np.zeros((count, width, vision.patch_width), np.float32)
-    number_of, rows, columns = np.zeros((3, count, width), np.int32)
-    for n, prompt in enumerate(prompts):
-        at = 0
-        for number, (height, across) in enumerate(prompt.grids, 1):
-            here = slice(at, at + height * across * vision.merge**2)
-            number_of[n, here] = number
-            rows[n, here], columns[n, here] = patch_positions(height, across, vision.merge)
-            at = here.stop
-        if prompt.patches is not None:
-            patches[n, :at] = normalise(prompt.patches)
-    return {
-        "image_slot": np.where(image, np.cumsum(image, axis=1) - 1, -1).astype(np.int32),
-        "patches": patches,
-        "patch_image": number_of,
-        "patch_row": rows,
-        "patch_col": columns,
-    }
-
-
-def _rows(
-    prompts: Sequence[Prompt], each: int, spec: ModelSpec, options: SamplingOptions, shards: int
-) -> tuple[np.ndarray, Rows]:
+def _rows(prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, shards: int) -> tuple[np.ndarray, Rows]:
     """Which prompt each row goes on from, and what is known of it; rows that are added have stopped from the start."""
+    each = options.completions_per_prompt
     count = len(prompts) * each
     total = -(-count // shards) * shards
     parents = np.minimum(np.arange(total) // each, len(prompts) - 1).astype(np.int32)

@@ -10,7 +10,9 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from ministral_jax.alignment.rewards import RewardsConfig
-from ministral_jax.alignment.rollout import Arrays, Sampler, training_rows
+from ministral_jax.alignment.rollout import Answers, Sampler, training_rows
+from ministral_jax.data.batch import Batch
+from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, token_weights
@@ -20,7 +22,6 @@ from ministral_jax.stages.base import Job, Program, Result, load_stage
 from ministral_jax.stages.figures import ANSWERS, Curve
 from ministral_jax.stages.looped import FROZEN, update_program
 from ministral_jax.stages.online import (
-    Answers,
     OnlineLearner,
     OnlineStage,
     added,
@@ -83,7 +84,7 @@ class GRPO(OnlineStage):
     def run(self, job: Job[GRPO]) -> Result:
         clock, prompts = Clock(), open_stage_prompts(job)
         job = job.with_tokens(prompts.tokenizer)
-        sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature)
+        sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature, on_step=poll_slow)
         trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
         with _Learner(job, prompts, sampler, fixed, clock) as learner:
             return learner.run(trainable)
@@ -130,7 +131,7 @@ def objective(spec: ModelSpec, compute: Compute, options: PolicyOptions, tempera
 
 def minibatches(
     stage: GRPO, spec: ModelSpec, answers: Answers, rewards: np.ndarray
-) -> tuple[list[Arrays], tuple[float, float]]:
+) -> tuple[list[Batch], tuple[float, float]]:
     """The batches of a step's updates, each of whole groups, and how many groups had a signal, as (sum, count).
 
     Beside what `training_rows` gives: `advantages` and `weights` `[N, T]`, which are normalised over the batch.

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ministral_jax.data.images import unpatchify
-from ministral_jax.data.pipeline import PackedData, held_out
+from ministral_jax.data.pipeline import held_out
+from ministral_jax.data.prepare import PackedData
 from ministral_jax.distributed.collectives import is_first
 from ministral_jax.files import write_json
 

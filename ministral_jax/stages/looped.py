@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ministral_jax.data.pipeline import Join, PackedData
+from ministral_jax.data.pipeline import Join
+from ministral_jax.data.prepare import PackedData
 from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import Evaluate, make_evaluate
 from ministral_jax.models.vlm import placed_params

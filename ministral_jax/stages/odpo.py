@@ -13,9 +13,10 @@ from scipy.special import expit
 
 from ministral_jax.alignment.judge import Judge
 from ministral_jax.alignment.rewards import RewardsConfig
-from ministral_jax.alignment.rollout import Params, Sampler, training_rows
+from ministral_jax.alignment.rollout import Answers, Params, Sampler, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
+from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
@@ -27,7 +28,6 @@ from ministral_jax.stages.figures import ANSWERS, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, update_program
 from ministral_jax.stages.manifest import finished
 from ministral_jax.stages.online import (
-    Answers,
     HostMetrics,
     OnlineLearner,
     OnlineStage,
@@ -117,7 +117,9 @@ class ODPO(OnlineStage):
         tools = None
         if self.tools is not None:
             tools = ToolBox(resolve(self.tools, f"{job.where}.tools"), self.tool_rounds)
-        sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature, tools)
+        sampler = Sampler(
+            job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature, tools, on_step=poll_slow
+        )
         trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
         with _Learner(job, prompts, sampler, fixed, clock) as learner:
             return learner.run(trainable)
@@ -173,7 +175,8 @@ def _open_judge(job: Job[ODPO], sampler: Sampler) -> tuple[Judge, Params]:
     directory = job.run_dir / job.stage.judge
     temperature = finished(directory).metrics["judge_temperature"]
     spec, params = load_stage(directory, jnp.dtype(job.stage.compute.dtype), job.placement)
-    return Judge(spec, job.stage.compute, job.placement, sampler.tokenizer, temperature), params
+    compute, tokenizer = job.stage.compute, sampler.tokenizer
+    return Judge(spec, compute, job.placement, tokenizer, temperature, on_step=poll_slow), params
 
 
 def answer_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Any:

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, field_validator
 
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.examine import Examiner, GenerateConfig, conduct, score_together
-from ministral_jax.alignment.rollout import Episode, Params, Sampler, seeds
-from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.rollout import Answers, Params, Sampler, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores
+from ministral_jax.data.batch import bucket
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.sampling.engine import bucket
 from ministral_jax.stages.base import Graph, Job, Result, Stage
 from ministral_jax.stages.prompts import check_prompts
 from ministral_jax.stages.rows import Packing
@@ -129,14 +129,6 @@ class Prompts(NamedTuple):
     rows: list[PromptRow]
 
 
-class Answers(NamedTuple):
-    """Answers to the prompts of a step, prompt after prompt, and what they are judged by."""
-
-    rows: list[PromptRow]
-    episodes: list[Episode]
-    samples: list[Sample]
-
-
 class OnlineLearner:
     """Learns from its own answers; see `training.train.Learner`. A context manager: rewards run in other processes.
 
@@ -195,11 +187,9 @@ class OnlineLearner:
         self.clock.switch("generate")
         limit = self.stage.completion_length(prompts.step)
         numbers = seeds(self.stage.seed, prompts.step, len(prompts.rows))
-        episodes = self.sampler.roll_out(params, prompts.rows, numbers, each, limit)
-        rows = [row for row in prompts.rows for _ in range(each)]
-        samples = [self.sampler.sample(row, episode, limit) for row, episode in zip(rows, episodes, strict=True)]
+        answers = self.sampler.answers(params, prompts.rows, numbers, each, limit)
         self.clock.switch("score")
-        return Answers(rows, episodes, samples)
+        return answers
 
     def scores(self, samples: list[Sample]) -> Scores:
         """Rewards of answers; what went wrong with some is told."""

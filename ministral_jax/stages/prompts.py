@@ -11,26 +11,39 @@ import numpy as np
 
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.scoring import Scorer
+from ministral_jax.data.batch import bucket
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.documents import Progress
-from ministral_jax.data.pipeline import check_vocab
 from ministral_jax.data.prompts import PromptData, PromptRow, open_prompts
+from ministral_jax.data.tokenizer import check_vocab
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.sampling.decoding import Choice, Rows, programs
-from ministral_jax.sampling.engine import SLOTS, SamplingOptions, bucket, by_rows
+from ministral_jax.sampling.engine import SLOTS, SamplingOptions, by_rows
 from ministral_jax.stages.base import Job, Program
 
 
 def open_stage_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
-    """The prompts of a stage: of its own sources, each short enough for the model to answer.
+    """The prompts of a stage, of its own sources; `checked_prompts` has had a look at each of them.
 
     Args:
         answered: rows are asked for with the answer that the data gives.
     """
+    return open_prompts(job.stage.data, job.spec.vision, job.data_root, answered, progress)
+
+
+def checked_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
+    """The prompts of a stage, each short enough for the model to answer.
+
+    Raises:
+        UserError: naming the row.
+    """
+    prompts = open_stage_prompts(job, progress, answered)
     longest: int | None = getattr(job.stage, "max_prompt_length", None)
-    bound = "the model's context less one" if longest is None else f"{job.where}.max_prompt_length"
-    limit = job.spec.context - 1 if longest is None else longest
-    return open_prompts(job.stage.data, job.spec.vision, job.data_root, limit, bound, progress, answered)
+    if longest is None:
+        prompts.check(job.spec.context - 1, "the model's context less one", progress)
+    else:
+        prompts.check(longest, f"{job.where}.max_prompt_length", progress)
+    return prompts
 
 
 def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
@@ -40,7 +53,7 @@ def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
         UserError: naming the row.
     """
     stage = job.stage
-    prompts = open_stage_prompts(job, progress)
+    prompts = checked_prompts(job, progress)
     check_vocab(prompts.tokenizer, job.spec)
     examined = getattr(stage, "generate", None) or stage.evaluate
     _check_rewards(examined.rewards, prompts.evaluation(examined.prompts))

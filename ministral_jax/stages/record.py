@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import Field
 
-from ministral_jax.data.pipeline import PackedData, chosen_rows, training_order
+from ministral_jax.data.pipeline import chosen_rows, training_order
+from ministral_jax.data.prepare import PackedData
 from ministral_jax.distributed.collectives import barrier, first_then_all, is_first
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.distributed.processes import poll, saving

@@ -15,6 +15,7 @@ from ministral_jax.alignment.rollout import Params
 from ministral_jax.data.conversation import spell
 from ministral_jax.data.pairwise import CHOICES
 from ministral_jax.data.prompts import PromptRow
+from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
@@ -22,7 +23,7 @@ from ministral_jax.models.vlm import placed_params
 from ministral_jax.stages.base import Job, Program, Result, load_stage
 from ministral_jax.stages.figures import HELD_OUT, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, Looped, Objective, loop_programs, run_loop
-from ministral_jax.stages.prompts import open_stage_prompts
+from ministral_jax.stages.prompts import checked_prompts, open_stage_prompts
 from ministral_jax.stages.rows import Packing, open_data
 from ministral_jax.stages.train import next_token_loss
 from ministral_jax.training.goodput import Clock
@@ -46,7 +47,7 @@ class Reward(Looped):
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         """Every row must be one of a pair, and enough of them held out."""
-        prompts = open_stage_prompts(job, packing.progress, answered=True)
+        prompts = checked_prompts(job, packing.progress, answered=True)
         for documents in prompts.train.values():
             for document in documents:
                 _check_pair(spell(document.messages[-1]), document.where)
@@ -62,7 +63,7 @@ class Reward(Looped):
     def run(self, job: Job[Reward]) -> Result:
         clock, data = Clock(), open_data(job)
         job = job.with_tokens(data.tokenizer)
-        judge = Judge(job.spec, self.compute, job.placement, data.tokenizer)
+        judge = Judge(job.spec, self.compute, job.placement, data.tokenizer, on_step=poll_slow)
         pairs = held_out_pairs(open_stage_prompts(job, answered=True).rows("held_out"), self.pairs, job.where)
         params = load_stage(job.source, placement=job.placement)[1]
         return run_loop(job, data, self.objective(job), params, clock, lambda params: examine(judge, params, pairs))

@@ -12,7 +12,9 @@ from pydantic import Field, field_validator
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
-from ministral_jax.data.pipeline import Join, PackedData, batches, check_vocab, held_out, prepare
+from ministral_jax.data.pipeline import ENDLESS, Join, batches, held_out
+from ministral_jax.data.prepare import PackedData, prepare
+from ministral_jax.data.tokenizer import check_vocab
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading
@@ -128,7 +130,8 @@ def train_batches(
     """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
     stage = job.stage
     count = stage.batch.sequences
-    rows = batches(data, "train", count, stage.seed, start, stop, job.placement.rows(count), join)
+    steps = range(start, ENDLESS.stop if stop is None else stop)
+    rows = batches(data, count, stage.seed, steps, job.placement.rows(count), join)
     return _placed(job.placement, rows, count)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from ministral_jax.alignment.examine import Examiner, GenerateConfig
 from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.distributed.placement import Rules
+from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.head import LossHead
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
@@ -65,6 +66,8 @@ class SFT(Taught):
             examine = None
             if (given := self.generate) is not None:
                 prompts = open_stage_prompts(job)
-                sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, given.temperature)
+                sampler = Sampler(
+                    job.spec, self.compute, job.placement, prompts.tokenizer, given.temperature, on_step=poll_slow
+                )
                 examine = stack.enter_context(Examiner(sampler, prompts, given, job.directory)).figures
             return run_loop(job, data, objective, params, clock, examine)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from pydantic import Discriminator, Tag
 
-from ministral_jax.data.pipeline import PackedData
+from ministral_jax.data.prepare import PackedData
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.evaluation import hidden

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 
 from ministral_jax.alignment import code_reward as module
 from ministral_jax.alignment import sandbox
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.code_reward import check_sandbox, check_tests, code_reward, program_of
 from ministral_jax.alignment.rewards import CodeReward, RewardsConfig
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.sandbox import refusal, run
 from ministral_jax.alignment.scoring import Scorer
 from ministral_jax.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +30,7 @@ sigmoid = lambda x: 1 / (1 + np.exp(-x))
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory) -> Judge:
     tokenizer = load_tokenizer(TokenizerConfig(vocab=SPEC.vocab, special=64), tmp_path_factory.mktemp("tokenizer"))
-    return Judge(SPEC, Compute(), placed(dict(fsdp=1)), tokenizer)
+    return Judge(SPEC, Compute(), placed(dict(fsdp=1)), tokenizer, on_step=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_the_probability_is_the_mean_of_both_orders_at_the_temperature(judge, pa
     forth = np.array([plain_logit(judge, params, asked(judge, a, b)) for a, b in pairs])
     back = np.array([plain_logit(judge, params, asked(judge, b, a)) for a, b in pairs])
     for temperature in (1.0, 0.25, 4.0):
-        heated = Judge(SPEC, Compute(), judge.placement, judge.tokenizer, temperature)
+        heated = replace(judge, temperature=temperature)
         found = heated.win_probability(params, conversations, ANSWERS, OTHERS)
         expected = (sigmoid(forth / temperature) + 1 - sigmoid(back / temperature)) / 2
         np.testing.assert_allclose(found, expected, rtol=0, atol=FP32 / temperature)
@@ -82,7 +83,7 @@ def test_the_probability_is_the_mean_of_both_orders_at_the_temperature(judge, pa
 def test_a_question_beyond_the_context_loses_its_middle_and_is_answered(judge, params):
     short = asked(judge, "2", "3")
     assert reads(judge, short) == "<s>[INST]user: 1+1=?\nA: 2\nB: 3\nBetter: A or B?[/INST]"
-    wide = Judge(SPEC.model_copy(update={"context": 10**6}), Compute(), judge.placement, judge.tokenizer)
+    wide = replace(judge, spec=SPEC.model_copy(update={"context": 10**6}))
     for length in (SPEC.context - len(short) + 1, SPEC.context - len(short) + 2, 500):
         answer = "7" * length
         whole, question = asked(wide, answer, "3"), asked(judge, answer, "3")
@@ -104,7 +105,7 @@ def test_earlier_turns_are_read_without_their_reasoning(judge):
         Message("assistant", (Thought("so it is"), "Two.")),
         Message("user", ("Sure?",)),
     )
-    wide = Judge(SPEC.model_copy(update={"context": 1000}), Compute(), judge.placement, judge.tokenizer)
+    wide = replace(judge, spec=SPEC.model_copy(update={"context": 1000}))
     assert reads(wide, asked(wide, "yes", "no", conversation)) == (
         '<s>[INST]user: 1+1=?\nassistant: 2[TOOL_CALLS]add[ARGS]{"a": 1}\ntool: 2\nassistant: Two.\nuser: Sure?\n'
         "A: yes\nB: no\nBetter: A or B?[/INST]"

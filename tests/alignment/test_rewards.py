@@ -12,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ministral_jax.alignment import reward_functions as cheap
 from ministral_jax.alignment import rewards, scoring
+from ministral_jax.alignment.answer import Sample, split_thinking
 from ministral_jax.alignment.mathematics import accuracy, check_gold
 from ministral_jax.alignment.rewards import AccuracyReward, FormatReward, LengthReward
-from ministral_jax.alignment.sample import Sample, split_thinking
 from ministral_jax.errors import UserError
 
 FUNCTIONS = """

@@ -76,7 +76,7 @@ class Script:
 
 def row(tokenizer, *parts) -> Any:
     messages = (Message("user", parts),)
-    return SimpleNamespace(messages=messages, rendered=render(messages, tokenizer, SPEC.vision, "row", 10**6))
+    return SimpleNamespace(messages=messages, rendered=render(messages, tokenizer, SPEC.vision, "row"))
 
 
 def picture(seed: int) -> Image.Image:
@@ -90,7 +90,7 @@ def roll_out(tokenizer, monkeypatch):
     def rolled(script, rows, rounds=4, limit=LIMIT, each=1, call=tool, spec=SPEC):
         monkeypatch.setattr(Sampler, "_generate", lambda self, *asked: script(*asked))
         tools = None if rounds is None else ToolBox(call, rounds)
-        sampler = Sampler(spec, Compute(), placed(dict(fsdp=1)), tokenizer, 1.0, tools)
+        sampler = Sampler(spec, Compute(), placed(dict(fsdp=1)), tokenizer, 1.0, tools, on_step=lambda _: None)
         return sampler.roll_out({}, rows, list(range(7, 7 + len(rows))), each, limit)
 
     return rolled
@@ -123,7 +123,7 @@ def test_an_answer_with_tools_is_the_conversation_of_the_template(tokenizer, rol
     )
     # in its reasoning the template spells a call out in letters, the model in control tokens
     spelled = text_of(tokenizer, ())
-    rendered = render(whole, tokenizer, SPEC.vision, "whole", 10**6)
+    rendered = render(whole, tokenizer, SPEC.vision, "whole")
     found = [*episodes[0].prompt.tokens, *episodes[0].tokens]
     assert spelled(found, True) == spelled(rendered.tokens, True)
     after = lambda tokens: list(tokens)[list(tokens).index(tokenizer.special("[/THINK]")) :]
@@ -141,7 +141,7 @@ def test_an_answer_with_tools_is_the_conversation_of_the_template(tokenizer, rol
     for earlier, later in ((first, second), (second, third)):
         assert list(later.tokens[: len(earlier.tokens)]) == list(earlier.tokens)
         assert later.tokens[-1] == tokenizer.special("[/TOOL_RESULTS]")
-        assert later.patches is earlier.patches is not None and later.grids == earlier.grids
+        assert later.images is earlier.images is not None
     assert len({prompt.seed for prompt in (first, second, third)}) == 3
 
 

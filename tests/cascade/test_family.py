@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import ministral_jax
-from ministral_jax.data.pipeline import held_out, prepare
+from ministral_jax.data.pipeline import held_out
+from ministral_jax.data.prepare import prepare
 from ministral_jax.files import read_jsonl
 from ministral_jax.losses.evaluation import model_inputs
 from ministral_jax.recipe.load import load_recipe

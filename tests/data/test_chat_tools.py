@@ -13,7 +13,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from PIL import Image
 
 from ministral_jax.data.chat import TRAINABLE, render
-from ministral_jax.data.config import PIXEL_BOUND, SourceConfig, TokenizerConfig
+from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import (
     Message,
     Thought,
@@ -26,17 +26,11 @@ from ministral_jax.data.conversation import (
 from ministral_jax.data.documents import tokenise
 from ministral_jax.data.pairwise import judge_messages
 from ministral_jax.data.sources import open_source, read_documents
-from ministral_jax.data.tokenizer import load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS
 
 VISION = PRESETS["tiny-24b"].vision
 BASE = Path("/base")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(TokenizerConfig(vocab=2048, special=64), tmp_path_factory.mktemp("tokenizers"))
 
 
 def user(content):
@@ -60,6 +54,10 @@ def think(text):
     return {"type": "thinking", "thinking": text}
 
 
+def text(content):
+    return {"type": "text", "text": content}
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 WEATHER = {
     "type": "function",
@@ -73,6 +71,10 @@ WEATHER = {
 ADD = {"type": "function", "function": {"name": "add"}}
 
 CHATS = {
+    "one turn": ([user("Hello [INST]"), said("Hi there.")], None),
+    "system and turns": ([SYSTEM, user("one"), said("b\n  "), user([text("c"), text("d")]), said("five")], None),
+    "reasoning without tools": ([user("2+2?"), said([think("easy"), text("4")])], None),
+    "prompt without tools": ([SYSTEM, user("Why?")], None),
     "offered": ([user("Hi"), said("Hello")], [WEATHER]),
     "offered, not called, two turns": ([SYSTEM, user("Hi"), said("Hello"), user("2"), said("b ")], [WEATHER, ADD]),
     "called": ([user("Rain?"), said("", call("weather", '{"city":"Orléans",  "n": 1.0}'))], [WEATHER]),
@@ -87,7 +89,7 @@ CHATS = {
             user("x"),
             said("", call("add", '{"a": 1}', "first"), call("weather", "{}", "second")),
             result("2nd", "second", name="weather"),
-            result([{"type": "text", "text": "1st"}, {"type": "text", "text": "more"}], "first"),
+            result([text("1st"), text("more")], "first"),
             said("", call("add", "{}", "first")),
             result("", "first"),
             said("Both [TOOL_CALLS]"),
@@ -98,11 +100,11 @@ CHATS = {
     ),
     "reasoning": (
         [
-            {"role": "system", "content": [{"type": "text", "text": "Think:"}, think("so")]},
+            {"role": "system", "content": [text("Think:"), think("so")]},
             user("x"),
-            said([think("call it"), {"type": "text", "text": "one moment"}], call("add", '{"a": 1}')),
+            said([think("call it"), text("one moment")], call("add", '{"a": 1}')),
             result("2"),
-            said([think("fine"), {"type": "text", "text": "It is 2. "}]),
+            said([think("fine"), text("It is 2. ")]),
         ],
         [ADD],
     ),
@@ -113,7 +115,7 @@ CHATS = {
 
 def rendered(raw, tools, tokenizer, prompt=False):
     messages = parse_messages(raw, BASE, "row 1", prompt)
-    return render(messages, tokenizer, VISION, "row 1", PIXEL_BOUND, parse_tools(tools or [], "row 1"))
+    return render(messages, tokenizer, VISION, "row 1", parse_tools(tools or [], "row 1"))
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -130,35 +132,53 @@ def test_chats_with_tools_are_encoded_as_in_mistral_common(name, tokenizer):
         assert prompt.tokens.tolist() == expected[: len(prompt.tokens)] and not set(prompt.flags) - {0, TRAINABLE}
 
 
-def test_what_the_assistant_wrote_and_nothing_else_is_a_target(tokenizer):
-    def spelled(name):
-        raw, tools = CHATS[name]
-        document = rendered(raw, tools, tokenizer)
-        on = np.flatnonzero(document.flags)
-        assert set(document.flags[on]) == {TRAINABLE}
-        runs = np.split(document.tokens[on], np.flatnonzero(np.diff(on) > 1) + 1)
-        return [tokenizer.tekken.decode(run.tolist(), SpecialTokenPolicy.KEEP) for run in runs]
-
-    assert spelled("reasoning") == [
-        '[THINK]call it[/THINK]one moment[TOOL_CALLS]add[ARGS]{"a": 1}</s>',
-        "[THINK]fine[/THINK]It is 2. </s>",
-    ]
-    assert spelled("several, answered in another order") == [
-        '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]weather[ARGS]{}</s>',
-        "[TOOL_CALLS]add[ARGS]{}</s>",
-        "Both [TOOL_CALLS]</s>",
-        "z</s>",
-    ]
+@pytest.mark.parametrize(
+    ("name", "spoken"),
+    [
+        ("one turn", ["Hi there.</s>"]),
+        ("system and turns", ["b\n</s>", "five</s>"]),
+        ("reasoning without tools", ["[THINK]easy[/THINK]4</s>"]),
+        (
+            "reasoning",
+            [
+                '[THINK]call it[/THINK]one moment[TOOL_CALLS]add[ARGS]{"a": 1}</s>',
+                "[THINK]fine[/THINK]It is 2. </s>",
+            ],
+        ),
+        (
+            "several, answered in another order",
+            [
+                '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]weather[ARGS]{}</s>',
+                "[TOOL_CALLS]add[ARGS]{}</s>",
+                "Both [TOOL_CALLS]</s>",
+                "z</s>",
+            ],
+        ),
+    ],
+)
+def test_what_the_assistant_wrote_and_nothing_else_is_a_target(name, spoken, tokenizer):
+    document = rendered(*CHATS[name], tokenizer)
+    on = np.flatnonzero(document.flags)
+    assert set(document.flags[on]) == {TRAINABLE}
+    runs = np.split(document.tokens[on], np.flatnonzero(np.diff(on) > 1) + 1)
+    assert [tokenizer.tekken.decode(run.tolist(), SpecialTokenPolicy.KEEP) for run in runs] == spoken
 
 
 ORDERS = [
-    ([], "the assistant's turn is missing at the end"),
+    ("hello", "must be a list"),
+    ([], "user and assistant in turn: the assistant's turn is missing at the end"),
+    ([user("a")], "user and assistant in turn: the assistant's turn is missing at the end"),
     ([user("a"), user("b")], "message 2 is from 'user' where 'assistant' was expected"),
+    ([user(""), said("b")], "message from user is empty"),
+    ([user(3), said("b")], "string or a list of chunks, got 3"),
+    ([user([{"type": "audio"}]), said("b")], "cannot hold .*audio"),
+    ([user([{"type": "image", "image": "https://x/y.png"}]), said("b")], "'https://x/y.png' is not a local file"),
+    ([user("a"), said([{"type": "image", "image": "b.png"}])], "message from assistant cannot hold"),
     ([user("a"), said("b"), said("c")], "message 3 is from 'assistant' where 'user' was expected"),
     ([user("a"), SYSTEM, said("c")], "message 2 is from 'system' where 'assistant' was expected"),
     ([said("c")], "message 1 is from 'assistant' where 'system' or 'user' was expected"),
     ([SYSTEM, user("a"), said("b"), user("c")], "the assistant's turn is missing at the end"),
-    ([user("a"), result("b")], "message 2 is from 'tool' where 'assistant' .*no tool call waits for a result"),
+    ([user("a"), result("b")], r"\['user', 'tool'\] .*message 2 is from 'tool' .*no tool call waits for a result"),
     ([user("a"), said("b"), result("c")], "message 3 is from 'tool' where 'user' .*no tool call waits for a result"),
     ([user("a"), said("", call("f", "{}")), said("c")], "message 3 is from 'assistant' where 'tool' was expected"),
     (
@@ -249,7 +269,7 @@ def test_messages_can_be_written_as_json():
     assert shown[:2] == ({**raw[0]}, user("x"))
     assert shown[2] == said(raw[2]["content"], call("add", '{"a": 1}'))
     assert shown[3] == result("2")
-    assert shown[5] == user([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "t"}])
+    assert shown[5] == user([{"type": "image"}, {"type": "image"}, text("t")])
 
 
 @pytest.fixture
@@ -277,7 +297,7 @@ def test_rows_as_documents_and_as_prompts(source, tokenizer, tmp_path):
     assert documents[0].columns == {"rubrics": ["kind"]} and documents[0].tools[0]["function"]["name"] == "weather"
     assert documents[1].columns == {"answer": "4", "image": "a.png", "level": 3}
     assert documents[2].columns == {"answer": "y"} and documents[2].tools == ()
-    stored = tokenise(rows, tokenizer, VISION, PIXEL_BOUND, tmp_path)
+    stored = tokenise(rows, tokenizer, VISION, tmp_path)
     assert np.array_equal(stored.tokens[: stored.starts[1]], rendered(chat, tools, tokenizer).tokens)
 
     only = source({"messages": [user("x")], "answer": "1"}, {"prompt": "p"}, {"prompt": [SYSTEM, user("q")]})
@@ -294,10 +314,10 @@ def test_rows_as_documents_and_as_prompts(source, tokenizer, tmp_path):
 
 
 def test_preferences_become_both_orders_of_a_judgement(source, tokenizer, tmp_path):
-    chat = [SYSTEM, user("a"), said([think("hm"), {"type": "text", "text": "b"}]), user("c")]
+    chat = [SYSTEM, user("a"), said([think("hm"), text("b")]), user("c")]
     rows = source(
         {"messages": chat, "chosen": "good", "rejected": "bad", "by": "x"},
-        {"prompt": "p", "chosen": [said("yes")], "rejected": [said([think("w"), {"type": "text", "text": "no"}])]},
+        {"prompt": "p", "chosen": [said("yes")], "rejected": [said([think("w"), text("no")])]},
         *({"prompt": f"q{n}", "chosen": "1", "rejected": "2"} for n in range(200)),
     )
     documents = list(read_documents(rows))
@@ -312,7 +332,7 @@ def test_preferences_become_both_orders_of_a_judgement(source, tokenizer, tmp_pa
     assert len(prompts) == 202 and prompts[0].messages == parse_messages(chat, BASE, "", prompt=True)
     assert (prompts[0].columns["chosen"], prompts[0].name) == ("good", "rows.jsonl:1")
 
-    held_out = tokenise(rows, tokenizer, None, PIXEL_BOUND, tmp_path).drawn(0.3).reshape(-1, 2)
+    held_out = tokenise(rows, tokenizer, None, tmp_path).drawn(0.3).reshape(-1, 2)
     assert np.array_equal(held_out[:, 0], held_out[:, 1]) and 0.2 < held_out.mean() < 0.4
     assert len(documents) == held_out.size
 

@@ -11,21 +11,15 @@ from sklearn.datasets import load_digits
 
 from ministral_jax.data import tasks
 from ministral_jax.data.chat import ANSWER, TRAINABLE, render
-from ministral_jax.data.config import PIXEL_BOUND, SourceConfig, TokenizerConfig
+from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.documents import tokenise
 from ministral_jax.data.sources import open_source, read_documents
-from ministral_jax.data.tokenizer import load_tokenizer
 from ministral_jax.files import digest_of
 from ministral_jax.models.spec import PRESETS
 
 VISION = PRESETS["tiny-24b"].vision
 LONGEST = {"arithmetic": 40, "digit-sum": 24, "instructions": 30, "preferences": 96}
 """Tokens of a document with the tiny tokenizer."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(TokenizerConfig(vocab=2048, special=64), tmp_path_factory.mktemp("tokenizers"))
 
 
 def read(kind, prompts=False, **options):
@@ -42,7 +36,7 @@ def test_documents_are_short_and_depend_on_their_number_alone(kind, tokenizer):
     each = 2 if kind == "preferences" else 1
     assert len(documents) == 4000 * each == len({d.name for d in documents})
     assert documents[: 50 * each] == read(kind, limit=50)
-    sizes = [len(render(d.messages, tokenizer, VISION, d.where, PIXEL_BOUND).tokens) for d in documents]
+    sizes = [len(render(d.messages, tokenizer, VISION, d.where).tokens) for d in documents]
     assert max(sizes) <= LONGEST[kind]
     prompts = read(kind, prompts=True, limit=50)
     assert len(prompts) == 50 and all(d.messages[-1].role == "user" and d.columns["answer"] for d in prompts)
@@ -84,7 +78,7 @@ def test_digit_sums_show_the_digits_that_are_added(tokenizer):
         assert shown.shape == (8, 16, 3) and question == "Sum?" and np.array_equal(shown[..., 0], shown[..., 2])
         left, right = (known[half.tobytes()] for half in np.split(shown[..., 0], 2, axis=1))
         assert thought.text == f"{left}+{right}" and answer == document.columns["answer"] == str(left + right)
-        rendered = render(document.messages, tokenizer, VISION, "", PIXEL_BOUND)
+        rendered = render(document.messages, tokenizer, VISION, "")
         answers = rendered.tokens[rendered.flags & ANSWER > 0]
         assert tokenizer.decode(answers.tolist()) == answer and rendered.pictures[0].shape == (8, 16, 3)
     (answer,) = parts(read("digit-sum", thinking=False, limit=1)[0])
@@ -143,7 +137,7 @@ def test_preferences_are_right_but_for_one_in_ten(tokenizer, tmp_path):
         (question,), (other,) = parts(ab, 0), parts(ba, 0)
         assert question.endswith(f"\nA: {chosen}\nB: {rejected}\nBetter: A or B?")
         assert other.endswith(f"\nA: {rejected}\nB: {chosen}\nBetter: A or B?")
-    flags = render(documents[0].messages, tokenizer, VISION, "", PIXEL_BOUND).flags
+    flags = render(documents[0].messages, tokenizer, VISION, "").flags
     assert (flags & TRAINABLE).sum() == 2 and flags[-2:].all()  # A or B, and the end
 
 
@@ -151,7 +145,7 @@ def test_a_question_is_held_out_everywhere_or_nowhere(tokenizer, tmp_path):
     sides = {}
     for kind in ("arithmetic", "instructions", "preferences"):
         source = open_source(kind, SourceConfig(kind=kind, limit=1500))
-        held_out = tokenise(source, tokenizer, VISION, PIXEL_BOUND, tmp_path).drawn(0.2)
+        held_out = tokenise(source, tokenizer, VISION, tmp_path).drawn(0.2)
         for document, side in zip(read_documents(source), held_out, strict=True):
             assert sides.setdefault(document.key, side) == side
     assert 0.15 < np.mean(list(sides.values())) < 0.25

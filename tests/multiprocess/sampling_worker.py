@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sampling_cases import OPTIONS, PROMPTS, SPEC, parameters, placed
 
 from ministral_jax.distributed.processes import Limits, join, leave, use_cpu
+from ministral_jax.models.vlm import VLM
 from ministral_jax.sampling.engine import generate
 
 coordinator, count, index, devices, output = sys.argv[1:]
@@ -19,9 +20,9 @@ join(Limits(), coordinator=coordinator if int(count) > 1 else None, count=int(co
 found = {}
 for name, mesh in {"data": dict(data=2, fsdp=1, tensor=2), "fsdp": dict(fsdp=2, tensor=2)}.items():
     place = placed(mesh, jax.device_count())
-    options = OPTIONS.model_copy(update={"stop_strings": ("zz",)})
+    options = OPTIONS.model_copy(update={"stop_strings": ("zz",), "completions_per_prompt": 2})
     decode = lambda tokens: "".join(chr(97 + t % 26) for t in tokens)
-    completions = generate(SPEC, parameters(place), PROMPTS, options, place, completions_per_prompt=2, decode=decode)
+    completions = generate(VLM(SPEC), parameters(place), PROMPTS, options, place, decode)
     found[name] = [c._asdict() for c in completions]
 Path(output).write_text(json.dumps(found))
 sys.exit(leave(0, together=True))

@@ -14,6 +14,7 @@ from model_cases import TEXT, random_params  # noqa: E402
 from sampling_cases import IMAGES, PROMPTS, SPEC, placed  # noqa: E402
 
 from ministral_jax.interop.hf import export_hf  # noqa: E402
+from ministral_jax.models.vlm import VLM  # noqa: E402
 from ministral_jax.sampling.engine import SamplingOptions, generate  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -36,7 +37,7 @@ def test_greedy_completions_are_those_of_transformers(name, tmp_path):
     export_hf(params, spec, tmp_path / "hf", "float32")
     model = oracle.load(tmp_path / "hf", spec)
     options = SamplingOptions(max_completion_length=STEPS, temperature=0)
-    ours = generate(spec, jax.device_put(params), [PROMPTS[n] for n in chosen], options, place)
+    ours = generate(VLM(spec), jax.device_put(params), [PROMPTS[n] for n in chosen], options, place)
     assert max(len(set(completion.tokens[-50:])) for completion in ours) > 2  # not one token over and over
     for completion, n in zip(ours, chosen, strict=True):
         inputs = {"input_ids": torch.tensor([PROMPTS[n].tokens])}

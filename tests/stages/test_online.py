@@ -38,8 +38,10 @@ STAGE = SimpleNamespace(
 
 def rolled_out(place, compute=Compute()) -> list[Episode]:  # noqa: B008
     """Two answers to each of the prompts: of several lengths, with images, some beyond the original context."""
-    options = SamplingOptions(max_completion_length=LIMIT, temperature=TEMPERATURE, stop_ids=(2,))
-    completions = generate(SPEC, parameters(place), PROMPTS, options, place, compute, EACH)
+    options = SamplingOptions(
+        completions_per_prompt=EACH, max_completion_length=LIMIT, temperature=TEMPERATURE, stop_ids=(2,)
+    )
+    completions = generate(VLM(SPEC, compute), parameters(place), PROMPTS, options, place)
     return [begun(PROMPTS[c.prompt], c) for c in completions]
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from harness import POST, POST_TRAINED, RETRY, Job, answers, assert_same_bits, gone, members, records, warmed
 
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import UserReward
-from ministral_jax.alignment.sample import Sample
 from ministral_jax.alignment.scoring import Scorer
 
 STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=4" for stage in ("sft", "reward", "instruct", "rl")))
@@ -94,7 +94,7 @@ def test_a_stop_does_not_reach_a_worker_that_is_starting():
 
 ASLEEP = """
 from ministral_jax.alignment.rewards import UserReward
-from ministral_jax.alignment.sample import Sample
+from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.scoring import Scorer
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from sampling_cases import placed
 
 from ministral_jax.data.conversation import spell
 from ministral_jax.data.images import normalise, patchify, resize
-from ministral_jax.data.pipeline import batches, prepare
+from ministral_jax.data.pipeline import batches
+from ministral_jax.data.prepare import prepare
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.data.tokenizer import text_of
 from ministral_jax.losses.head import LossHead
@@ -48,7 +49,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch(data) -> dict[str, np.ndarray]:
     """Rows that all hold several documents, some of them text and two images."""
-    found = next(batches(data, "train", ROWS, seed=0, start_step=3))
+    found = next(batches(data, ROWS, seed=0, steps=range(3, 4)))
     documents, images = found["segments"].max(axis=1), found["patch_image"].max(axis=1)
     assert (documents > 1).all() and ((documents > images) & (images > 1)).any() and (images == 0).any()
     return found

@@ -1,26 +1,18 @@
 """The sampler against the trainer's own forward pass and the distribution it says it draws from; when a text ends."""
 
-import json
 import math
 
 import jax
 import numpy as np
 import pytest
-from model_cases import random_params, vlm
-from PIL import Image
 from sampling_cases import LONG, OPTIONS, PROMPTS, SPEC, parameters, placed, reference
 
 import ministral_jax.sampling.engine as sampling
-from ministral_jax.alignment.loops import is_looping
-from ministral_jax.cli import main
-from ministral_jax.data.config import TokenizerConfig
-from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer, text_of
 from ministral_jax.distributed import processes
 from ministral_jax.errors import UserError
-from ministral_jax.interop.hf import export_hf
-from ministral_jax.models.vlm import Compute
+from ministral_jax.models.vlm import VLM, Compute
 from ministral_jax.sampling.decoding import Choice, Rows, draw, processed
-from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate
+from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate, stream, watched
 
 ONE = dict(fsdp=1)
 MESHES = {
@@ -34,8 +26,8 @@ EQUAL = 1e-5
 
 
 def sample(mesh=ONE, devices=1, prompts=PROMPTS, each=2, compute=Compute(), options=OPTIONS, **more):  # noqa: B008
-    place = placed(mesh, devices)
-    return generate(SPEC, parameters(place), prompts, options, place, compute, each, **more)
+    place, options = placed(mesh, devices), options.model_copy(update={"completions_per_prompt": each})
+    return generate(VLM(SPEC, compute), parameters(place), prompts, options, place, **more)
 
 
 @pytest.fixture(scope="module")
@@ -180,17 +172,16 @@ def test_a_text_ends_with_a_stop_string_or_with_the_context(drawn):
     assert ours[1].tokens == drawn[5].tokens[: len(ours[1].tokens)]
     spec = SPEC.model_copy(update={"context": len(PROMPTS[2].tokens) + 9})
     place = placed(ONE)
-    (short,) = generate(spec, parameters(place), PROMPTS[2:3], OPTIONS, place)
+    (short,) = generate(VLM(spec), parameters(place), PROMPTS[2:3], OPTIONS, place)
     assert (short.tokens, short.stopped) == (row[:9], "length")
 
 
 def test_asked_to_stop_it_stops_between_chunks(drawn, monkeypatch):
-    place, seen = placed(ONE), 0
-    steps = sampling.stream(SPEC, parameters(place), PROMPTS, OPTIONS, place, Compute(), 2)
-    for seen, now in enumerate(steps, 1):
-        assert [c.tokens for c in now] == [c.tokens[: 16 * seen] for c in drawn]
-        monkeypatch.setattr(processes._job, "asked", True)
-        break
+    place, options = placed(ONE), OPTIONS.model_copy(update={"completions_per_prompt": 2})
+    steps = watched(stream(VLM(SPEC), parameters(place), PROMPTS, options, place), processes.poll_slow)
+    for seen in (0, 16):
+        assert [c.tokens for c in next(steps)] == [c.tokens[:seen] for c in drawn]
+    monkeypatch.setattr(processes._job, "asked", True)
     with pytest.raises(processes.Preempted, match="sampling token 16"):
         next(steps)
 
@@ -207,7 +198,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_prompts_that_cannot_be_read(message):
     with pytest.raises(UserError, match=message):
-        generate(SPEC, {}, [BAD[message]], OPTIONS, placed(ONE))
+        generate(VLM(SPEC), {}, [BAD[message]], OPTIONS, placed(ONE))
 
 
 def test_settings_that_cannot_be():
@@ -217,142 +208,5 @@ def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="must not be empty"):
         SamplingOptions(stop_strings=("",))
     with pytest.raises(UserError, match="need a tokenizer"):
-        generate(SPEC, {}, PROMPTS, SamplingOptions(stop_strings=("x",)), placed(ONE))
-    assert generate(SPEC, {}, [], OPTIONS, placed(ONE)) == []
-
-
-def test_loops():
-    random = np.random.RandomState(0).randint(0, 1000, 3000).tolist()
-    block = random[:100]
-    loops = [[7] * 48, [1, 2] * 24, random + [7] * 48, random + block * 4, random + (block * 5)[:437], block * 30]
-    fine = [
-        [],
-        [7] * 47,
-        random,
-        random + block * 3,
-        [7] * 200 + [2],  # ended by a stop token
-        block * 10 + random,  # got out of it
-        [t for n in range(200) for t in (5, 6, n)],  # a list with numbers
-        random + random[:600] * 4,  # longer than the longest period
-        list(range(60)),
-    ]
-    assert [is_looping(tokens) for tokens in loops] == [True] * len(loops)
-    assert [is_looping(tokens) for tokens in fine] == [False] * len(fine)
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-TEXTS = vlm(vocab=512, context=128)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A model of random weights as a Hugging Face directory with its tokenizer."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = load_tokenizer(TokenizerConfig(vocab=512, special=64), folder)
-    file = export_tokenizer(tokenizer, folder, TEXTS.vision)
-    export_hf(random_params(TEXTS), TEXTS, folder / "hf", "float32", [file])
-    image = np.random.RandomState(0).randint(0, 256, (8, 12, 3)).astype(np.uint8)
-    Image.fromarray(image).save(folder / "picture.png")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch):
-    """Nothing of the command's process stays, and it runs on one device."""
-    monkeypatch.setattr(processes, "_job", processes._Job())
-    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
-
-
-@pytest.fixture
-def say(checkpoint, monkeypatch, capsys):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *backend: devices)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        code = main(["generate", str(checkpoint / "hf"), "--max-tokens", "12", "--temperature", "0", *argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_the_command_reads_prompts_images_and_rows(checkpoint, say, monkeypatch):
-    picture = str(checkpoint / "picture.png")
-    code, text, _ = say("--prompt", "import os")
-    assert code == 0
-    code, answer, _ = say("--chat", "--think", "--image", picture, "--prompt", "What?")
-    assert code == 0 and answer.startswith("[THINK]") and answer[7:-1] != text[:-1]
-    code, both, _ = say("--prompt", "import os", "--prompt", "while")
-    assert code == 0 and both.startswith(f"== import os\n{text}== while\n")
-
-    content = [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What?"}]
-    rows = [
-        {"prompt": "import os", "name": 7},
-        {"messages": [{"role": "user", "content": content}]},
-        {"prompt": "while"},
-    ]
-    source, output = checkpoint / "in.jsonl", checkpoint / "out.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr("ministral_jax.runs.generate.ROWS", 2)  # two batches, of which the first has the image
-    code, nothing, _ = say("--jsonl", str(source), "--output", str(output))
-    assert (code, nothing) == (0, "")
-    written = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if k in rows[n]} for n, row in enumerate(written)] == rows
-    assert written[0]["completion"] + "\n" == text
-    assert written[2]["completion"] + "\n" == both.split("== while\n")[1]
-    for row in written:
-        assert row["stopped"] == "stop" if row["tokens"][-1] == 2 else len(row["tokens"]) == 12
-    code, _, error = say("--jsonl", str(source), "--output", str(output))
-    assert code == 2 and "out.jsonl is there already" in error
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("", "has no rows"),
-        ("{", "row 1: not JSON"),
-        ('{"text": "a"}', "row 1: needs 'prompt' or 'messages'"),
-        ('\n{"prompt": 3}', "row 2: 'prompt' must be text, got 3"),
-        ('{"prompt": "a", "images": ["gone.png"]}', "gone.png does not exist"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is from 'assistant' where"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "in turn"),
-        (json.dumps({"prompt": "x y " * 200}), "tokens; the model's context of 128 leaves no room"),
-    ],
-)
-def test_rows_that_cannot_be_read_write_nothing(say, tmp_path, rows, message):
-    (tmp_path / "in.jsonl").write_text(rows)
-    code, _, error = say("--jsonl", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
-    assert code == 2 and message in error and len(error.splitlines()) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ((), "give --prompt TEXT"),
-        (("--prompt", "a", "--jsonl", "b"), "give --prompt TEXT"),
-        (("--prompt", "a", "--think"), "--think needs --chat"),
-        (("--prompt", "a", "--top-p", "2"), "--top-p 2.0: input should be less than or equal to 1"),
-        (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png does not exist"),
-    ],
-)
-def test_arguments_that_cannot_be(say, argv, message):
-    code, _, error = say(*argv)
-    assert code == 2 and message in error and len(error.splitlines()) == 1
-
-
-def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
-    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "neither a finished stage (manifest.json) nor a Hugging Face directory" in capsys.readouterr().err
-
-
-def test_a_character_waits_for_all_of_its_bytes(checkpoint):
-    tokenizer = load_tokenizer(TokenizerConfig(vocab=512, special=64), checkpoint)
-    text = "naïve 😀 日本"
-    tokens, add = tokenizer.encode(text), text_of(tokenizer, (tokenizer.eos,))
-    assert len(tokens) > len(text)
-    pieces = [add([token]) for token in tokens]
-    assert "".join(pieces) == text and "�" not in "".join(pieces)
-    cut = text_of(tokenizer, (tokenizer.eos,))([*tokenizer.encode("a😀")[:-1], tokenizer.eos], final=True)
-    assert cut == "a�"
-    assert text_of(tokenizer, ())([tokenizer.special("[THINK]"), tokenizer.eos], final=True) == "[THINK]</s>"
+        generate(VLM(SPEC), {}, PROMPTS, SamplingOptions(stop_strings=("x",)), placed(ONE))
+    assert generate(VLM(SPEC), {}, [], OPTIONS, placed(ONE)) == []

@@ -1,0 +1,103 @@
+"""The batch that the model reads, for every stage: the one place where its arrays are made.
+
+Shapes are static: B rows of T tokens and P image patches; a row holds documents one after the other.
+
+tokens, positions, segments int32 `[B, T]`: segment 0 is padding, documents are 1, 2, ..; positions restart in each.
+labels int32 `[B, T]`: `tokens[t + 1]`.
+loss_mask float32 `[B, T]`: 1 where position t predicts a label that counts.
+
+And where there are images:
+
+patches float32 `[B, P, 3pp]`: normalised, in merge-block order, so that `merge**2` neighbours make one merged token.
+patch_image, patch_row, patch_col int32 `[B, P]`: image 0 is padding, the images of a row are 1, 2, ..; row and column
+    in the image's own patch grid.
+image_slot int32 `[B, T]`: which merged token of the row stands at this `[IMG]`, -1 elsewhere.
+
+What a source or a stage adds stands beside these: see `pipeline.batches` for packed rows, `rollout.training_rows` for
+answers. The functions here are pure and know of one row, or of rows of one document each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ministral_jax.data.images import ImagePatches, normalise, patch_positions
+from ministral_jax.models.spec import VisionSpec
+
+Batch = dict[str, np.ndarray]
+SMALLEST = 32
+"""Tokens to which the shortest row of one document is padded; also the fewest patches."""
+
+
+def bucket(size: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ..: a third is padding at most, and few shapes are compiled."""
+    power = max(SMALLEST, 1 << (size - 1).bit_length())
+    return power * 3 // 4 if power > SMALLEST and size <= power * 3 // 4 else power
+
+
+def following(array: np.ndarray) -> np.ndarray:
+    """`array[1:]` `[n]` and a 0: what comes after each place."""
+    return np.concatenate([array[1:], np.zeros_like(array[:1])])
+
+
+def padded(array: np.ndarray, size: int) -> np.ndarray:
+    """`[size, ..]`, zeros at the end."""
+    return np.pad(array, [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)])
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    """Rows with equal keys and shapes as one batch."""
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def text_row(tokens: np.ndarray, sizes: Sequence[int] | np.ndarray, length: int) -> Batch:
+    """tokens, positions, segments and labels `[T]` of a row that holds documents of `sizes` tokens."""
+    sizes, tokens = np.asarray(sizes, np.int32), tokens.astype(np.int32)
+    starts = np.repeat(np.cumsum(sizes, dtype=np.int32) - sizes, sizes)
+    row = dict(
+        tokens=tokens,
+        positions=np.arange(len(tokens), dtype=np.int32) - starts,
+        segments=np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
+        labels=following(tokens),
+    )
+    return {key: padded(array, length) for key, array in row.items()}
+
+
+def image_row(images: ImagePatches | None, count: int, vision: VisionSpec) -> Batch:
+    """patches, patch_image, patch_row and patch_col `[P]` of a row with these images, P being `count`."""
+    images = images or ImagePatches(np.zeros((0, 2), np.int32), np.zeros((0, vision.patch_width), np.uint8))
+    counts = images.grids.prod(axis=1) * vision.merge**2
+    places = [patch_positions(rows, columns, vision.merge) for rows, columns in images.grids.tolist()]
+    none = np.zeros(0, np.int32)
+    row = dict(
+        patches=normalise(images.patches),
+        patch_image=np.repeat(np.arange(1, len(counts) + 1, dtype=np.int32), counts),
+        patch_row=np.concatenate([none, *(y for y, _ in places)]),
+        patch_col=np.concatenate([none, *(x for _, x in places)]),
+    )
+    return {key: padded(array, count) for key, array in row.items()}
+
+
+def image_slots(is_image: np.ndarray) -> np.ndarray:
+    """image_slot `[.., T]` from where the `[IMG]` tokens of images stand, bool `[.., T]`."""
+    return np.where(is_image, np.cumsum(is_image, axis=-1) - 1, -1).astype(np.int32)
+
+
+def one_per_row(documents: Sequence[Sequence[int] | np.ndarray], rows: int = 0) -> Batch:
+    """tokens, positions, segments and labels of rows that hold one document each, T the bucket of the longest; rows of
+    padding are added until there are `rows`."""
+    length = bucket(max(len(document) for document in documents))
+    every = [*documents, *[()] * (rows - len(documents))]
+    return stack([text_row(np.asarray(document, np.int32), [len(document)], length) for document in every])
+
+
+def images_of_rows(images: Sequence[ImagePatches | None], is_image: np.ndarray, vision: VisionSpec | None) -> Batch:
+    """The five arrays of images for rows that hold these, P the bucket of the most patches; none at all when no row
+    has an image. `is_image` `[B, T]` is where their tokens stand; rows beyond `images` have none."""
+    most = max(0 if each is None else len(each.patches) for each in images)
+    if vision is None or not most:
+        return {}
+    every = [*images, *[None] * (len(is_image) - len(images))]
+    return stack([image_row(each, bucket(most), vision) for each in every]) | {"image_slot": image_slots(is_image)}

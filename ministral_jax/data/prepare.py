@@ -1,0 +1,137 @@
+"""Packed data, made once from a config: rows on disk in a directory that is named by its content."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from ministral_jax.data.config import DataConfig
+from ministral_jax.data.documents import Documents, Progress, tokenise
+from ministral_jax.data.packing import Tally, pack
+from ministral_jax.data.rows import encode_row
+from ministral_jax.data.sources import open_source
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ministral_jax.errors import UserError
+from ministral_jax.files import digest_of, new_directory
+from ministral_jax.models.spec import VisionSpec
+
+SPLITS = ("train", "held_out")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedData:
+    """Rows on disk: `<split>.array_record` and `index.json` in `directory`, named by its content.
+
+    `counts[split]` is `{"rows", "tokens", "padding", "sources": {name: {"documents", "tokens", "pictures", "passes",
+    "share"}}}`: `padding` the empty share of the rows, `passes` how often the source was gone through, `share` its part
+    of the tokens.
+    """
+
+    directory: Path
+    digest: str
+    tokenizer: Tokenizer
+    vision: VisionSpec | None
+    length: int
+    patches: int
+    counts: dict[str, Any]
+
+
+def prepare(
+    config: DataConfig, length: int, vision: VisionSpec | None, root: Path, progress: Progress | None = None
+) -> PackedData:
+    """Tokenise and pack the sources into `root/<digest>`, or open what an earlier call left there.
+
+    The digest covers the config, the tokenizer, the row length, the image layout and the content of every source. What
+    is written appears complete or not at all, so hosts that share a file system may all call this.
+
+    Args:
+        length: tokens per row, T.
+        vision: image layout of the model; None for a text model, which then must have `config.patches == 0`.
+        progress: called as (what, how many so far).
+
+    Raises:
+        UserError: a file, row, image or document cannot be used, or the sources cannot be mixed as asked.
+    """
+    if config.patches and vision is None:
+        raise UserError(
+            f"data.patches = {config.patches} but the model has no vision; set it to 0 or use a model that has"
+        )
+    if vision is not None and config.patches % vision.merge**2:
+        raise UserError(
+            f"data.patches = {config.patches} must be a multiple of {vision.merge**2}, the patches of one image token"
+        )
+    tokenizer = load_tokenizer(config.tokenizer, root)
+    opened = {name: open_source(name, source) for name, source in config.sources.items()}
+    sources = {
+        name: tokenise(source, tokenizer, vision, root / "documents", progress) for name, source in opened.items()
+    }
+    inputs = {name: [sources[name].digest, source.weight] for name, source in config.sources.items()}
+    digest = digest_of([_FORMAT, inputs, config.held_out, length, config.patches, tokenizer.digest])
+    directory = root / digest[:16]
+    if not directory.is_dir():
+        with new_directory(directory) as draft:
+            _write(draft, config, sources, tokenizer.bos, length, progress)
+    counts = json.loads((directory / "index.json").read_text())
+    return PackedData(directory, digest, tokenizer, vision, length, config.patches, counts)
+
+
+def _write(
+    directory: Path,
+    config: DataConfig,
+    sources: dict[str, Documents],
+    bos: int,
+    length: int,
+    progress: Progress | None,
+) -> None:
+    weights = {name: source.weight for name, source in config.sources.items()}
+    outside = {name: d.drawn(config.held_out) for name, d in sources.items()}
+    counts = {}
+    for split in SPLITS:
+        members = {name: np.flatnonzero(out == (split == "held_out")) for name, out in outside.items()}
+        if split == "train":
+            _check_train(members, config)
+        rows, tallies = pack(sources, members, weights, length, config.patches, repeat=split == "train")
+        writer = ArrayRecordWriter(str(directory / f"{split}.array_record"), "group_size:1")
+        written = 0
+        for row in rows:
+            writer.write(encode_row(row, list(sources.values()), bos))
+            written += 1
+            if progress is not None and written % 1000 == 0:
+                progress(f"pack {split}", written)
+        writer.close()
+        counts[split] = _count(written, tallies, length)
+    _check_shares(counts["train"], weights, length, config.patches)
+    (directory / "index.json").write_text(json.dumps(counts, indent=1) + "\n")
+
+
+def _count(rows: int, tallies: dict[str, Tally], length: int) -> dict[str, Any]:
+    tokens = sum(tally.tokens for tally in tallies.values())
+    sources = {name: {**asdict(tally), "share": tally.tokens / max(tokens, 1)} for name, tally in tallies.items()}
+    return dict(rows=rows, tokens=tokens, padding=1 - tokens / max(rows * length, 1), sources=sources)
+
+
+def _check_train(members: dict[str, np.ndarray], config: DataConfig) -> None:
+    for name, documents in members.items():
+        if not len(documents):
+            raise UserError(
+                f"data.sources.{name} has no document left to train on with data.held_out = {config.held_out}; "
+                "give it more documents or hold out fewer"
+            )
+
+
+def _check_shares(counts: dict[str, Any], weights: dict[str, float], length: int, patches: int) -> None:
+    """Images can fall short of their share when rows have no room for their patches."""
+    total = sum(weights.values())
+    for name, source in counts["sources"].items():
+        share = weights[name] / total
+        if source["tokens"] < 0.9 * share * counts["tokens"] - 2 * length:
+            raise UserError(
+                f"data.sources.{name} gets {source['share']:.1%} of the tokens where its weight asks for {share:.1%}, "
+                f"because a row holds only data.patches = {patches} image patches; raise that or lower the weight"
+            )

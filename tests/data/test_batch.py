@@ -1,0 +1,37 @@
+"""The same document is the same row of the batch, packed on disk or put there by a sampler."""
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save
+
+from ministral_jax.data.batch import bucket, images_of_rows, one_per_row
+from ministral_jax.data.chat import render
+from ministral_jax.data.conversation import Message
+from ministral_jax.data.images import to_patches
+from ministral_jax.data.rows import decode_row
+from ministral_jax.models.spec import PRESETS
+
+VISION = PRESETS["tiny-24b"].vision
+INT, FLOAT = np.dtype(np.int32), np.dtype(np.float32)
+
+
+def test_a_packed_row_of_one_document_is_that_of_a_prompt(tokenizer):
+    pictures = [Image.new("RGB", size, "red") for size in ((9, 6), (4, 4))]
+    document = render((Message("user", (*pictures, "Which?")),), tokenizer, VISION, "here")
+    images, size = to_patches(document.pictures, VISION), len(document.tokens)
+    record = dict(tokens=document.tokens, flags=document.flags, sizes=np.array([size], np.int32), **images._asdict())
+    packed = decode_row(save(record), bucket(size), bucket(len(images.patches)), tokenizer, VISION)
+    batch = one_per_row([document.tokens, [1, 2]], rows=3)
+    batch |= images_of_rows([images, None], batch["tokens"] == tokenizer.image_ids[0], VISION)
+    for key, array in batch.items():
+        assert array.dtype == (FLOAT if key == "patches" else INT) and len(array) == 3
+        np.testing.assert_array_equal(array[0], packed[key], key)
+        assert key == "image_slot" or not array[2].any()
+    assert batch["labels"][1, :2].tolist() == [2, 0] and batch["positions"][1, :3].tolist() == [0, 1, 0]
+    assert (batch["image_slot"][1:] == -1).all() and batch["patch_image"][0].max() == 2
+    assert set(packed) - set(batch) == {"loss_mask", "answer_mask", "text_bytes"}
+
+
+def test_few_shapes_are_compiled():
+    sizes = {bucket(n): n for n in range(1, 1025)}
+    assert list(sizes) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024] and all(k == n for k, n in sizes.items())

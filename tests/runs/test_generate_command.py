@@ -1,0 +1,118 @@
+"""`ministral-jax generate`: prompts and rows in, text out, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from model_cases import random_params, vlm
+from PIL import Image
+
+from ministral_jax.cli import main
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
+from ministral_jax.distributed import processes
+from ministral_jax.interop.hf import export_hf
+
+TEXTS = vlm(vocab=512, context=128)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of random weights as a Hugging Face directory with its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=512, special=64), folder)
+    file = export_tokenizer(tokenizer, folder, TEXTS.vision)
+    export_hf(random_params(TEXTS), TEXTS, folder / "hf", "float32", [file])
+    image = np.random.RandomState(0).randint(0, 256, (8, 12, 3)).astype(np.uint8)
+    Image.fromarray(image).save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """Nothing of the command's process stays, and it runs on one device."""
+    monkeypatch.setattr(processes, "_job", processes._Job())
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+
+
+@pytest.fixture
+def say(checkpoint, monkeypatch, capsys):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: devices)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = main(["generate", str(checkpoint / "hf"), "--max-tokens", "12", "--temperature", "0", *argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_reads_prompts_images_and_rows(checkpoint, say, monkeypatch):
+    picture = str(checkpoint / "picture.png")
+    code, text, _ = say("--prompt", "import os")
+    assert code == 0
+    code, answer, _ = say("--chat", "--think", "--image", picture, "--prompt", "What?")
+    assert code == 0 and answer.startswith("[THINK]") and answer[7:-1] != text[:-1]
+    code, both, _ = say("--prompt", "import os", "--prompt", "while")
+    assert code == 0 and both.startswith(f"== import os\n{text}== while\n")
+
+    content = [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"prompt": "import os", "name": 7},
+        {"messages": [{"role": "user", "content": content}]},
+        {"prompt": "while"},
+    ]
+    source, output = checkpoint / "in.jsonl", checkpoint / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("ministral_jax.runs.generate.ROWS", 2)  # two batches, of which the first has the image
+    code, nothing, _ = say("--jsonl", str(source), "--output", str(output))
+    assert (code, nothing) == (0, "")
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k in rows[n]} for n, row in enumerate(written)] == rows
+    assert written[0]["completion"] + "\n" == text
+    assert written[2]["completion"] + "\n" == both.split("== while\n")[1]
+    for row in written:
+        assert row["stopped"] == "stop" if row["tokens"][-1] == 2 else len(row["tokens"]) == 12
+    code, _, error = say("--jsonl", str(source), "--output", str(output))
+    assert code == 2 and "out.jsonl is there already" in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "has no rows"),
+        ("{", "row 1: not JSON"),
+        ('{"text": "a"}', "row 1: needs 'prompt' or 'messages'"),
+        ('\n{"prompt": 3}', "row 2: 'prompt' must be text, got 3"),
+        ('{"prompt": "a", "images": ["gone.png"]}', "gone.png does not exist"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is from 'assistant' where"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "in turn"),
+        (json.dumps({"prompt": "x y " * 200}), "tokens; the model's context of 128 leaves no room"),
+    ],
+)
+def test_rows_that_cannot_be_read_write_nothing(say, tmp_path, rows, message):
+    (tmp_path / "in.jsonl").write_text(rows)
+    code, _, error = say("--jsonl", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "give --prompt TEXT"),
+        (("--prompt", "a", "--jsonl", "b"), "give --prompt TEXT"),
+        (("--prompt", "a", "--think"), "--think needs --chat"),
+        (("--prompt", "a", "--top-p", "2"), "--top-p 2.0: input should be less than or equal to 1"),
+        (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png does not exist"),
+    ],
+)
+def test_arguments_that_cannot_be(say, argv, message):
+    code, _, error = say(*argv)
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "neither a finished stage (manifest.json) nor a Hugging Face directory" in capsys.readouterr().err
