@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -199,13 +199,8 @@ def expand(sweep: Sweep) -> list[Point]:
     Raises:
         UserError: a point's recipe is wrong (the point is named), two points would have the same name or be the same.
     """
-    short = short_keys([key for axis in sweep.axes for key in axis])
     points: list[Point] = []
-    for settings in _combinations(sweep):
-        name = point_name(settings, short)
-        for other in points:
-            if other.name.lower() == name.lower():  # some file systems take no notice of case
-                raise UserError(_same_name(name, other.settings, settings))
+    for name, settings in _named(sweep):
         overrides = tuple(f"{key}={as_yaml(value)}" for key, value in (sweep.overrides | settings).items())
         try:
             recipe = load_recipe(sweep.recipe, overrides)
@@ -223,18 +218,26 @@ def expand(sweep: Sweep) -> list[Point]:
     return points
 
 
-def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
+def _named(sweep: Sweep) -> list[tuple[str, dict[str, Any]]]:
+    short = short_keys([key for axis in sweep.axes for key in axis])
     axes = [[dict(zip(axis, place, strict=True)) for place in zip(*axis.values(), strict=True)] for axis in sweep.axes]
+    named: list[tuple[str, dict[str, Any]]] = []
     for places in itertools.product(*axes):
-        yield {key: value for place in places for key, value in place.items()}
+        settings = {key: value for place in places for key, value in place.items()}
+        name = point_name(settings, short)
+        for other_name, other in named:
+            if other_name.lower() == name.lower():  # some file systems take no notice of case
+                raise UserError(_same_name(name, other, settings))
+        named.append((name, settings))
+    return named
 
 
 def _same_name(name: str, other: dict[str, Any], settings: dict[str, Any]) -> str:
-    pairs = [(key, other[key], settings[key]) for key in settings if other[key] != settings[key]]
-    if not pairs:
+    differing = [f"{key} = {other[key]!r} and {value!r}" for key, value in settings.items() if other[key] != value]
+    if not differing:
         return f"the point {name} occurs twice; give every combination of values once"
-    differing = ", ".join(f"{key} = {old!r} and {new!r}" for key, old, new in pairs)
-    return f"two points would both be called {name}: {differing}; write these values so that their letters differ"
+    letters = "write these values so that their letters differ"
+    return f"two points would both be called {name}: {', '.join(differing)}; {letters}"
 
 
 def stage_directories(recipe: Recipe, wanted: Iterable[str]) -> dict[str, str]:
