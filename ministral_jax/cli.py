@@ -192,10 +192,10 @@ def _sweep(args: argparse.Namespace) -> int:
 def _finish_sweep(sweep_dir: Path) -> None:
     """The record, the table and the page of what a sweep has made."""
     from ministral_jax.report.sweep import build_sweep_report
-    from ministral_jax.runs.sweep_run import update_record
+    from ministral_jax.runs.sweep_run import read_record, refresh
     from ministral_jax.runs.sweep_table import sweep_table
 
-    _print_table(sweep_table(update_record(sweep_dir)))
+    _print_table(sweep_table(refresh(read_record(sweep_dir), sweep_dir)))
     print(f"report: {build_sweep_report(sweep_dir)}", file=sys.stderr)
 
 

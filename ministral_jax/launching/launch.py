@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ministral_jax.recipe.types import Recipe
 from ministral_jax.errors import UserError
 from ministral_jax.launching import gke, local, slurm, tpu_vm
 from ministral_jax.recipe.launch import Launch
 from ministral_jax.recipe.load import load_recipe, order
+from ministral_jax.recipe.types import Recipe
 
 
 class _Scheduler(NamedTuple):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ministral_jax.launching.launch import SCHEDULERS, block
 from ministral_jax.runs.sweep import Point, Sweep, users
@@ -17,19 +17,19 @@ from ministral_jax.runs.sweep_run import link, prepare
 from ministral_jax.stages.manifest import read_manifest
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One job."""
+class PlannedRun(NamedTuple):
+    """One job: stages (all when empty) with what they need, made in a point's directory."""
 
     name: str
     point: Point
-    """In whose directory it runs."""
     stages: tuple[str, ...]
-    """With what they need; all when empty."""
-    after: tuple[str, ...]
-    """Jobs that must have ended well before it begins."""
-    shared: bool = False
-    """Whether others wait for it."""
+    after: str | None
+    """The job that must have ended well before it begins."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether others wait for it."""
+        return self.name.startswith("shared")
 
 
 def plan(sweep: Sweep, points: Sequence[Point], done: Collection[str] = ()) -> list[PlannedRun]:
@@ -38,15 +38,14 @@ def plan(sweep: Sweep, points: Sequence[Point], done: Collection[str] = ()) -> l
     Args:
         done: directories of stages that are finished already; nothing is planned for them.
     """
-    used, covered = users(points), set(done)
+    used, covered, last = users(points), set(done), None
     runs: list[PlannedRun] = []
     for point in points:
-        stages = [name for name, where in point.stages.items() if used[where] > 1 and where not in covered]
+        stages = tuple(name for name, where in point.stages.items() if used[where] > 1 and where not in covered)
         covered.update(point.stages[name] for name in stages)
         if stages:
-            after = tuple(run.name for run in runs[-1:])
-            runs.append(PlannedRun(f"shared-{len(runs) + 1}", point, tuple(stages), after, True))
-    last = tuple(run.name for run in runs[-1:])
+            runs.append(PlannedRun(f"shared-{len(runs) + 1}", point, stages, last))
+            last = runs[-1].name
     for number, point in enumerate(points, 1):
         if not covered.issuperset(point.stages.values()):
             runs.append(PlannedRun(f"point-{number}", point, sweep.stages, last))
@@ -104,8 +103,7 @@ def _submission(run: PlannedRun, name: str, script: str) -> str:
     while end in script.splitlines():
         end += "_"
     variable = lambda job: "job_" + job.replace("-", "_")
-    needed = "".join(f":${variable(job)}" for job in run.after)
-    options = f' --kill-on-invalid-dep=yes --dependency="afterok{needed}"' if needed else ""
+    options = f' --kill-on-invalid-dep=yes --dependency="afterok:${variable(run.after)}"' if run.after else ""
     keep = f"{variable(run.name)}=$id\n" if run.shared else ""
     return f"submit{options} <<'{end}'\n{script}{end}\n{keep}\n"
 

@@ -18,7 +18,6 @@ from ministral_jax.report.style import accent
 from ministral_jax.report.sweep_plots import STYLES, Curve, Series, figure_over_values, kl_of_points
 from ministral_jax.report.units import MISSING, decimal, duration, listing, percent, plural
 from ministral_jax.runs.naming import label, setting
-from ministral_jax.runs.sweep import figures
 
 Record = dict[str, Any]
 """`sweep.json`, see `sweep_run.describe`."""
@@ -71,8 +70,7 @@ def figure_columns(record: Record) -> list[Column]:
     return [
         Column(m["stage"], metric)
         for m in record["measure"]
-        for metric in figures()
-        if any(metric in point["figures"].get(m["stage"], {}) for point in record["points"])
+        for metric in dict.fromkeys(name for point in record["points"] for name in point["figures"].get(m["stage"], {}))
     ]
 
 

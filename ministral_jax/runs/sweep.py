@@ -18,8 +18,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of
 from ministral_jax.explain import explain, suggest
+from ministral_jax.files import digest_of
 from ministral_jax.recipe.load import find_recipe, load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import identity

@@ -16,15 +16,14 @@ import sys
 from pathlib import Path
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.runs.cascade import run_cascade
 from ministral_jax.runs.run import cache_compilations
 from ministral_jax.runs.summary import write_summary
-from ministral_jax.runs.sweep import Point, Sweep, SweepRecord, describe, expand, figures
-from ministral_jax.runs.sweep_table import sweep_table
+from ministral_jax.runs.sweep import Measured, Point, Sweep, SweepRecord, describe, expand
+from ministral_jax.stages import verbs
 from ministral_jax.stages.manifest import Manifest, read_manifest
 
 
@@ -125,8 +124,8 @@ def read_record(sweep_dir: Path) -> SweepRecord:
         raise UserError(f"{sweep_dir} is not a sweep: it has no readable sweep.json") from None
 
 
-def refresh(record: SweepRecord, sweep_dir: Path) -> None:
-    """Fill in what the stages say by now, and write `sweep.json`."""
+def refresh(record: SweepRecord, sweep_dir: Path) -> SweepRecord:
+    """Fill in, in place, what the stages say by now, and write `sweep.json`."""
     manifests: dict[str, Manifest | None] = {}
     for where in {where for point in record.points for where in point.stages.values()}:
         manifests[where] = _manifest(sweep_dir / where)
@@ -136,28 +135,18 @@ def refresh(record: SweepRecord, sweep_dir: Path) -> None:
             point.state, point.error = "finished", None
         else:
             point.state = "unfinished" if point.error is None else "failed"
-        point.figures = {
-            measure.stage: {
-                name: stage.metrics[name]
-                for name in measure.metrics or figures()
-                if (stage := made[measure.stage]) and name in stage.metrics
-            }
-            for measure in record.measure
-        }
+        point.figures = {measure.stage: _figures(measure, made[measure.stage]) for measure in record.measure}
     record.seconds = round(sum(manifest.seconds for manifest in manifests.values() if manifest), 1)
     write_json(sweep_dir / "sweep.json", record.model_dump())
+    return record
 
 
-def show_sweep(sweep_dir: Path) -> None:
-    """Bring `sweep.json` up to date with what is in the directory, and print its table.
-
-    Raises:
-        UserError: not a sweep's directory.
-    """
-    record = read_record(sweep_dir)
-    refresh(record, sweep_dir)
-    width = None if sys.stdout.isatty() else 120  # in a log, rich would cut the columns at 80
-    Console(width=width).print(sweep_table(record))
+def _figures(measure: Measured, stage: Manifest | None) -> dict[str, float]:
+    """What is measured of a finished stage, in the order in which its verb names it."""
+    if stage is None or (verb := verbs().get(stage.do)) is None:
+        return {}
+    names = [figure.name for figure in verb.figures if not measure.metrics or figure.name in measure.metrics]
+    return {name: stage.metrics[name] for name in names if name in stage.metrics}
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ministral_jax.runs.naming import setting
-from ministral_jax.runs.sweep import PointRecord, SweepRecord, figures
+from ministral_jax.runs.sweep import PointRecord, SweepRecord
+from ministral_jax.stages import figures
 from ministral_jax.stages.figures import Figure
 
 
@@ -35,11 +36,12 @@ class Column:
 
 def columns(record: SweepRecord) -> list[Column]:
     """The figures that any point has, stage by stage."""
+    known = figures()
     return [
-        Column(measure.stage, figure)
+        Column(measure.stage, known[name])
         for measure in record.measure
-        for figure in figures().values()
-        if any(figure.name in point.figures.get(measure.stage, {}) for point in record.points)
+        for name in dict.fromkeys(name for point in record.points for name in point.figures.get(measure.stage, {}))
+        if name in known
     ]
 
 

@@ -208,9 +208,9 @@ def test_any_text_is_one_yaml_string(text):
     assert yaml.safe_load(templates.yaml([text, text])) == [text, text]
 
 
-def shellcheck(script: str) -> None:
+def shellcheck(script: str, shell: str = "bash") -> None:
     program = Path(sysconfig.get_path("scripts"), "shellcheck")
-    checked = subprocess.run([program, "--shell=bash", "-"], input=script, capture_output=True, text=True)
+    checked = subprocess.run([program, f"--shell={shell}", "-"], input=script, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
@@ -236,7 +236,7 @@ def test_settings_of_the_launch_stay_out_of_the_command_and_of_a_stage():
     plain, other = load_recipe(RECIPE), load_recipe(RECIPE, ["launch.slurm.nodes=4"])
     assert plain != other
     spec = resolve_specs(plain)["parent"]
-    assert identity(plain, "parent", spec) == identity(other, "parent", spec)
+    assert identity(plain.stages["parent"], spec) == identity(other.stages["parent"], spec)
 
 
 def test_a_recipe_may_hold_the_block_and_a_template_in_it_stays_text(tmp_path):

@@ -24,7 +24,7 @@ from ministral_jax.report.sweep import build_sweep_report
 from ministral_jax.report.sweep_seeds import Change, replicates
 from ministral_jax.report.time import goodput
 from ministral_jax.report.units import THIN, decimal, percent
-from ministral_jax.runs.sweep import figures
+from ministral_jax.stages import figures
 
 THINK = '<code class="control">[THINK]</code>'
 

