@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import redirect_stdout
+from unittest import mock
 
 from paths import ROOT
 
@@ -36,16 +38,20 @@ TPU_VM_ALL = (
     "launch.tpu_vm.setup=pip install --quiet 'ministral-jax[tpu]'",
 )
 SCRIPTS = (("slurm",), SLURM_GPU, ("tpu-vm", *TPU_VM), TPU_VM_ALL)
-MANIFESTS = (GKE_TPU, ("gke", *GKE, "launch.gke.tpu={type: v6e, topology: 2x4}"), GKE_GPU)
 NASTY = (
     "x-note.text=a  'b' \"c\" $(touch pwned) `touch pwned` $HOME $$ $(HOME) %j {{ 7 * 7 }} {% raw %}"
     "\nsecond \\ é 😀 line"
 )
 
 
+SECRETS = {"HF_TOKEN": "hf_abcdefghij", "WANDB_API_KEY": "0123456789abcdef"}
+
+
 def render(scheduler: str, *rest: str, recipe: str = RECIPE) -> str:
-    """What `ministral-jax launch SCHEDULER configs/tiny.yaml ...` prints."""
+    """What `ministral-jax launch SCHEDULER configs/tiny.yaml ...` prints where there are secrets in the environment."""
     printed = io.StringIO()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), mock.patch.dict(os.environ, SECRETS):
         assert launch(scheduler, recipe, rest) == 0
-    return printed.getvalue().replace(RECIPE, "configs/tiny.yaml")
+    text = printed.getvalue().replace(RECIPE, "configs/tiny.yaml")
+    assert not any(secret in text for secret in SECRETS.values())
+    return text

@@ -16,7 +16,9 @@ class Bench:
     """A directory of stand-ins, first on PATH; `$BENCH` is where they note what they were called with."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.name = folder, f"test-{uuid.uuid4().hex[:12]}"
+        self.pid_file = Path(f"/dev/shm/{self.name}.pid")
+        self.command("scontrol", 'echo "$@" >> "$BENCH/scontrol"')
 
     def command(self, name: str, script: str) -> None:
         path = self.folder / "bin" / name
@@ -24,11 +26,11 @@ class Bench:
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
 
-    def start(self, script: str, **more: str) -> subprocess.Popen[str]:
+    def start(self, script: str, **more: str) -> subprocess.Popen[bytes]:
         path = self.folder / "job"
         path.write_text(script)
         environment = {"PATH": f"{self.folder}/bin:/usr/bin:/bin", "BENCH": str(self.folder), "HOME": "/root", **more}
-        return subprocess.Popen(["bash", path], env=environment, cwd=self.folder, stderr=subprocess.DEVNULL, text=True)
+        return subprocess.Popen(["bash", path], env=environment, cwd=self.folder, stderr=subprocess.DEVNULL)
 
     def lines(self, name: str) -> list[str]:
         path = self.folder / name
@@ -37,12 +39,25 @@ class Bench:
     def argv(self) -> list[str]:
         return (self.folder / "argv").read_bytes().decode().split("\0")[:-1]
 
+    def on_tpu_vm(self, states: str, codes: str, *words: str, **more: str) -> subprocess.Popen[bytes]:
+        """The script, begun, with what gcloud answers."""
+        for name, script in (("gcloud", GCLOUD), ("sleep", "exit 0"), ("ministral-jax", RECORD)):
+            self.command(name, script)
+        for name, values in (("states", states), ("codes", codes)):
+            (self.folder / name).write_text("\n".join(values.split()) + "\n")
+        words = (*TPU_VM, f"launch.tpu_vm.mount={self.folder}", f"launch.tpu_vm.name={self.name}", *words)
+        return self.start(render("tpu-vm", *words), **more)
+
+    def verbs(self) -> str:
+        """Of the calls of gcloud, questions left out."""
+        return " ".join(verb for line in self.lines("calls") if (verb := line.split()[3]) != "describe")
+
 
 @pytest.fixture
 def bench(tmp_path):
     bench = Bench(tmp_path)
-    bench.command("scontrol", 'echo "$@" >> "$BENCH/scontrol"')
-    return bench
+    yield bench
+    bench.pid_file.unlink(missing_ok=True)
 
 
 RECORD = r"""printf '%s\0' "$@" > "$BENCH/argv"; printenv > "$BENCH/env"; exit "$CODE" """
@@ -137,34 +152,6 @@ exit 0
 """
 
 
-class Cloud(Bench):
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.name = f"test-{uuid.uuid4().hex[:12]}"
-        self.pid_file = Path(f"/dev/shm/{self.name}.pid")
-
-    def begin(self, states: str, codes: str, *words: str, **more: str) -> subprocess.Popen[str]:
-        """The script, begun, with what gcloud answers."""
-        for name, values in (("states", states), ("codes", codes)):
-            (self.folder / name).write_text("\n".join(values.split()) + "\n")
-        words = (*TPU_VM, f"launch.tpu_vm.mount={self.folder}", f"launch.tpu_vm.name={self.name}", *words)
-        return self.start(render("tpu-vm", *words), **more)
-
-    def verbs(self) -> str:
-        """Of the calls of gcloud, questions left out."""
-        return " ".join(verb for line in self.lines("calls") if (verb := line.split()[3]) != "describe")
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    cloud = Cloud(tmp_path)
-    cloud.command("gcloud", GCLOUD)
-    cloud.command("sleep", "exit 0")
-    cloud.command("ministral-jax", RECORD)
-    yield cloud
-    cloud.pid_file.unlink(missing_ok=True)
-
-
 @pytest.mark.parametrize(
     ("states", "codes", "restarts", "code", "verbs"),
     [
@@ -179,37 +166,37 @@ def cloud(tmp_path):
         ("BROKEN", "0", 3, 1, ""),
     ],
 )
-def test_tpu_vms_are_kept_going(cloud, states, codes, restarts, code, verbs):
+def test_tpu_vms_are_kept_going(bench, states, codes, restarts, code, verbs):
     """A taken slice is deleted and made again; 75 starts again; a fault ends it; each bounded; nothing is left over."""
-    assert cloud.begin(states, codes, f"launch.tpu_vm.restarts={restarts}").wait(60) == code
-    assert cloud.verbs() == verbs
-    made = [line.split() for line in cloud.lines("calls") if " create " in line]
-    asked = {f"--node-id={cloud.name}", "--zone=us-east5-b", "--accelerator-type=v6e-16", "--spot"}
+    assert bench.on_tpu_vm(states, codes, f"launch.tpu_vm.restarts={restarts}").wait(60) == code
+    assert bench.verbs() == verbs
+    made = [line.split() for line in bench.lines("calls") if " create " in line]
+    asked = {f"--node-id={bench.name}", "--zone=us-east5-b", "--accelerator-type=v6e-16", "--spot"}
     assert all(asked | {"--runtime-version=v2-alpha-tpuv6e"} <= set(words) for words in made)
 
 
-def test_tpu_vm_creation_that_is_refused_is_not_repeated(cloud):
-    assert cloud.begin("MISSING", "0", "launch.tpu_vm.spot=false", CREATE="4").wait(60) == 4
-    assert cloud.verbs() == "create" and "--spot" not in cloud.lines("calls")[-1]
+def test_tpu_vm_creation_that_is_refused_is_not_repeated(bench):
+    assert bench.on_tpu_vm("MISSING", "0", "launch.tpu_vm.spot=false", CREATE="4").wait(60) == 4
+    assert bench.verbs() == "create" and "--spot" not in bench.lines("calls")[-1]
 
 
-def test_tpu_vm_words_are_verbatim_and_leftovers_end(cloud):
+def test_tpu_vm_words_are_verbatim_and_leftovers_end(bench):
     left = subprocess.Popen(["/bin/sleep", "60"])
     threading.Thread(target=left.wait, daemon=True).start()  # a host's first process takes note of its end, too
-    cloud.pid_file.write_text(f"{left.pid}\n")
+    bench.pid_file.write_text(f"{left.pid}\n")
     setup = 'launch.tpu_vm.setup=export B="it\'s"; echo $((6 * 7)) > setup'
-    begun = cloud.begin("MISSING ACTIVE", "0", NASTY, setup, "launch.tpu_vm.environment.A=it's")
+    begun = bench.on_tpu_vm("MISSING ACTIVE", "0", NASTY, setup, "launch.tpu_vm.environment.A=it's")
     assert begun.wait(60) == 0 and left.poll() < 0
-    assert cloud.argv() == ["run", "configs/tiny.yaml", NASTY, "--distributed"]
-    assert cloud.lines("setup") == ["42"] and {"A=it's", "B=it's"} <= set(cloud.lines("env"))
-    assert not (cloud.folder / "pwned").exists()
+    assert bench.argv() == ["run", "configs/tiny.yaml", NASTY, "--distributed"]
+    assert bench.lines("setup") == ["42"] and {"A=it's", "B=it's"} <= set(bench.lines("env"))
+    assert not (bench.folder / "pwned").exists()
 
 
-def test_tpu_vms_are_deleted_when_the_script_is_stopped(cloud):
-    process = cloud.begin("MISSING ACTIVE", "hang")
+def test_tpu_vms_are_deleted_when_the_script_is_stopped(bench):
+    process = bench.on_tpu_vm("MISSING ACTIVE", "hang")
     deadline = time.monotonic() + 30
-    while "ssh" not in cloud.verbs():
+    while "ssh" not in bench.verbs():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(30) == 143 and cloud.verbs() == "create ssh delete"
+    assert process.wait(30) == 143 and bench.verbs() == "create ssh delete"
