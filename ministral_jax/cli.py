@@ -180,11 +180,23 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     run_dir = args.run_dir or Path("runs") / sweep.name
     if args.jobs == "local":
-        return run_sweep(sweep, run_dir)
+        code = run_sweep(sweep, run_dir)
+        _finish_sweep(run_dir)
+        return code
     from ministral_jax.launching.sweep_jobs import prepare_jobs
 
     sys.stdout.write(prepare_jobs(sweep, run_dir, args.jobs))
     return 0
+
+
+def _finish_sweep(sweep_dir: Path) -> None:
+    """The record, the table and the page of what a sweep has made."""
+    from ministral_jax.report.sweep import build_sweep_report
+    from ministral_jax.runs.sweep_run import read_record, refresh
+    from ministral_jax.runs.sweep_table import sweep_table
+
+    _print_table(sweep_table(refresh(read_record(sweep_dir), sweep_dir)))
+    print(f"report: {build_sweep_report(sweep_dir)}", file=sys.stderr)
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -195,9 +207,7 @@ def _launch(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     if (args.run_dir / "sweep.json").is_file():
-        from ministral_jax.runs.sweep_run import report_sweep
-
-        return report_sweep(args.run_dir)
+        return _finish_sweep(args.run_dir)
     from ministral_jax.runs.run import recipe_of
 
     _finish_run(recipe_of(args.run_dir), args.run_dir)

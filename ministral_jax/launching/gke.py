@@ -6,8 +6,8 @@ import math
 import re
 
 from ministral_jax.errors import UserError
-from ministral_jax.launching.job import GkeJob, TpuSlices
 from ministral_jax.launching.templates import fill, yaml
+from ministral_jax.recipe.launch import GkeLaunch, TpuSlices
 
 NODE_LABEL = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 """Value of `cloud.google.com/gke-tpu-accelerator`."""
@@ -18,10 +18,32 @@ CHIPS_PER_HOST = 4
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 """Topologies of v5e and v6e; 1x1 has one chip, 2x4 exists as one host of 8 chips and as two of 4."""
 
-KILLED = (134, 135, 137, 139, 143)
-"""What a container ends with when a signal ends it: SIGABRT, SIGBUS, SIGKILL, SIGSEGV, SIGTERM."""
-
 PORT = 8476
+"""Of JAX's coordinator on GPU nodes."""
+
+
+def render(job: GkeLaunch, name: str, command: tuple[str, ...]) -> str:
+    """The JobSet that runs `command` once on every host.
+
+    Raises:
+        UserError: see `hosts`; also a name that no JobSet may have.
+    """
+    name = _jobset_name(name)
+    words, place = [_verbatim(word) for word in ("ministral-jax", *command)], {}
+    if job.tpu is not None:
+        pods = hosts(job.tpu)
+        place = {"chips": _chips(job.tpu) // pods, "label": NODE_LABEL[job.tpu.type]}
+        words += ["--distributed"] if pods * job.tpu.slices > 1 else []
+    else:
+        assert job.gpu is not None
+        pods = job.gpu.nodes
+        if pods > 1:
+            words += ["--coordinator", f"{name}-worker-0-0.{name}:{PORT}", "--process-count", str(pods)]
+            words += ["--process-index", "$(JOB_COMPLETION_INDEX)"]
+    environment = {key: _verbatim(value) for key, value in job.environment.items()}
+    return fill(
+        "jobset.yaml", yaml, job=job, name=name, pods=pods, port=PORT, command=words, environment=environment, **place
+    )
 
 
 def hosts(tpu: TpuSlices) -> int:
@@ -30,19 +52,15 @@ def hosts(tpu: TpuSlices) -> int:
     Raises:
         UserError: the generation has no such topology, or another number of hosts.
     """
-    sides = [int(side) for side in tpu.topology.split("x")]
-    chips = math.prod(sides)
+    sides, chips = [int(side) for side in tpu.topology.split("x")], _chips(tpu)
     if tpu.type == "v5p":
         even = len(sides) == 3 and sides == sorted(sides) and all(side and side % 2 == 0 for side in sides)
-        known = even or sides == [2, 2, 1]
-        accepted = "2x2x1, or three even sides in rising order such as 2x2x4"
+        known, accepted = even or sides == [2, 2, 1], "2x2x1, or three even sides in rising order such as 2x2x4"
     else:
         known, accepted = tpu.topology in FLAT, ", ".join(FLAT)
     if not known:
         raise UserError(f"launch.gke.tpu.topology: {tpu.type} has no topology {tpu.topology!r} (accepted: {accepted})")
-    possible = [max(1, chips // CHIPS_PER_HOST)]
-    if tpu.topology == "2x4":
-        possible = [1, 2]
+    possible = [1, 2] if tpu.topology == "2x4" else [max(1, chips // CHIPS_PER_HOST)]
     if tpu.hosts not in (None, *possible):
         raise UserError(
             f"launch.gke.tpu.hosts = {tpu.hosts}, but a slice of {tpu.type} with topology {tpu.topology} has "
@@ -51,33 +69,13 @@ def hosts(tpu: TpuSlices) -> int:
     return tpu.hosts or possible[0]
 
 
-def render(job: GkeJob, name: str, command: tuple[str, ...]) -> str:
-    """The JobSet that runs `command` once on every host.
+def _chips(tpu: TpuSlices) -> int:
+    return math.prod(int(side) for side in tpu.topology.split("x"))
 
-    Raises:
-        UserError: see `hosts`; also a name that no JobSet may have.
-    """
-    name = _jobset_name(name)
-    words = [word.replace("$", "$$") for word in ("ministral-jax", *command)]  # Kubernetes expands $(NAME), and $$ to $
-    shared = dict(
-        job=job,
-        name=name,
-        environment={key: value.replace("$", "$$") for key, value in job.environment.items()},
-        not_faults=[75, *KILLED],
-    )
-    if job.tpu is not None:
-        count = hosts(job.tpu)
-        if count * job.tpu.slices > 1:
-            words.append("--distributed")
-        chips = math.prod(int(side) for side in job.tpu.topology.split("x")) // count
-        return fill(
-            "jobset-tpu.yaml", yaml, label=NODE_LABEL[job.tpu.type], hosts=count, chips=chips, command=words, **shared
-        )
-    assert job.gpu is not None
-    if job.gpu.nodes > 1:
-        words += ["--coordinator", f"{name}-node-0-0.{name}:{PORT}", "--process-count", str(job.gpu.nodes)]
-        words += ["--process-index", "$(JOB_COMPLETION_INDEX)"]
-    return fill("jobset-gpu.yaml", yaml, port=PORT, command=words, **shared)
+
+def _verbatim(text: str) -> str:
+    """Kubernetes expands `$(NAME)`, and `$$` to `$`."""
+    return text.replace("$", "$$")
 
 
 def _jobset_name(name: str) -> str:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ministral_jax.errors import UserError
 from ministral_jax.launching import gke, local, slurm, tpu_vm
+from ministral_jax.recipe.launch import Launch
 from ministral_jax.recipe.load import load_recipe, order
+from ministral_jax.recipe.types import Recipe
 
 
 class _Scheduler(NamedTuple):
-    key: str
-    """In the recipe's `launch:` block."""
+    render: Callable[[Any, str, tuple[str, ...]], str]
+    """From what the recipe says, the job's name and the words of a `ministral-jax` command to the job."""
     suffix: str
     submit: tuple[str, ...]
     """The client's command, which reads the job from its standard input; a script that stays is run instead."""
 
 
 SCHEDULERS = {
-    "slurm": _Scheduler("slurm", ".sbatch", ("sbatch",)),
-    "gke": _Scheduler("gke", ".yaml", ("kubectl", "create", "-f", "-")),
-    "tpu-vm": _Scheduler("tpu_vm", ".sh", ()),
-    "local": _Scheduler("local", "", ()),
+    "slurm": _Scheduler(slurm.render, ".sbatch", ("sbatch",)),
+    "gke": _Scheduler(gke.render, ".yaml", ("kubectl", "create", "-f", "-")),
+    "tpu-vm": _Scheduler(tpu_vm.render, ".sh", ()),
 }
 
 
@@ -41,7 +42,7 @@ def launch(
     """Render the job that runs `recipe` under `scheduler`, then print it, write it to `output` or submit it.
 
     Args:
-        scheduler: a key of `SCHEDULERS`; `local` runs at once.
+        scheduler: a key of `SCHEDULERS`, or `local`, which runs at once.
         rest: stages and `key=value` overrides, as of `run`; those under `launch.` shape the job and go no further.
 
     Returns:
@@ -50,11 +51,8 @@ def launch(
     Raises:
         UserError: the recipe, its `launch:` block or a word of `rest` is at fault; the client is not installed.
     """
-    kind = SCHEDULERS[scheduler]
-    overrides = [word for word in rest if "=" in word]
-    settings = load_recipe(recipe, overrides)
+    settings = load_recipe(recipe, [word for word in rest if "=" in word])
     order(settings, [word for word in rest if "=" not in word])
-    job = getattr(settings.launch, kind.key)
     command = ("run", recipe, *(word for word in rest if not word.startswith("launch.")))
     command += ("--run-dir", str(run_dir)) if run_dir is not None else ()
     _check_text(command)
@@ -63,19 +61,27 @@ def launch(
             raise UserError(
                 "launch local runs at once: it has nothing to write or to submit, so leave out --output and --submit"
             )
-        return local.run(job, command)
-    if job is None:
-        raise UserError(
-            f"recipe {recipe} has no launch.{kind.key}, which launch {scheduler} needs (see docs/launch.md)"
-        )
+        return local.run(settings.launch.local, command)
+    job, kind = block(settings, scheduler, recipe, f"launch {scheduler}"), SCHEDULERS[scheduler]
     name = job.name or settings.name
-    renderers = {"slurm": slurm.render, "gke": gke.render, "tpu-vm": tpu_vm.render}
-    text = renderers[scheduler](job, name, command)
+    text = kind.render(job, name, command)
     if output is not None:
-        _write(text, output / f"{name}{kind.suffix}" if output.is_dir() else output, executable=scheduler == "tpu-vm")
+        _write(text, output / f"{name}{kind.suffix}" if output.is_dir() else output, executable=not kind.submit)
     elif not submit:
         sys.stdout.write(text)
     return _submit(kind.submit, text) if submit else 0
+
+
+def block(settings: Recipe, scheduler: str, recipe: str, asked: str) -> Launch:
+    """What the recipe (read from the path `recipe`) says to a scheduler.
+
+    Raises:
+        UserError: nothing, though `asked` needs it.
+    """
+    key = scheduler.replace("-", "_")
+    if (found := getattr(settings.launch, key)) is None:
+        raise UserError(f"recipe {recipe} has no launch.{key}, which {asked} needs (see docs/launch.md)")
+    return found
 
 
 def _check_text(command: Sequence[str]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ministral_jax.launching.job import SlurmJob
 from ministral_jax.launching.templates import fill, shell
+from ministral_jax.recipe.launch import SlurmLaunch
 
 
-def render(job: SlurmJob, name: str, command: tuple[str, ...]) -> str:
+def render(job: SlurmLaunch, name: str, command: tuple[str, ...]) -> str:
     """The batch script that runs `command` (the words of a `ministral-jax` command) as `nodes * tasks` processes."""
-    several = job.nodes * job.tasks > 1
-    words = ("ministral-jax", *command, *(("--distributed",) if several else ()))
-    return fill("slurm.sbatch", shell, job=job, name=name, command=words)
+    several = ["--distributed"] if job.nodes * job.tasks > 1 else []
+    return fill("slurm.sbatch", shell, job=job, name=name, command=("ministral-jax", *command, *several))

@@ -8,46 +8,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ministral_jax.errors import UserError
-from ministral_jax.launching import gke, slurm
+from ministral_jax.launching.launch import SCHEDULERS, block
 from ministral_jax.runs.sweep import Point, Sweep, users
 from ministral_jax.runs.sweep_run import link, prepare
 from ministral_jax.stages.manifest import read_manifest
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One job."""
+class PlannedRun(NamedTuple):
+    """One job: stages (all when empty) with what they need, made in a point's directory."""
 
     name: str
     point: Point
-    """In whose directory it runs."""
     stages: tuple[str, ...]
-    """With what they need; all when empty."""
-    after: tuple[str, ...]
-    """Jobs that must have ended well before it begins."""
+    after: str | None
+    """The job that must have ended well before it begins."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether others wait for it."""
+        return self.name.startswith("shared")
 
 
 def plan(sweep: Sweep, points: Sequence[Point], done: Collection[str] = ()) -> list[PlannedRun]:
     """First what points share, one job after another, then the points, side by side.
 
     Args:
-        done: directories below `shared/` that are finished already; nothing is planned for them.
+        done: directories of stages that are finished already; nothing is planned for them.
     """
-    used, covered = users(points), set(done)
+    used, covered, last = users(points), set(done), None
     runs: list[PlannedRun] = []
     for point in points:
-        stages = [name for name, where in point.shared.items() if len(used[where]) > 1 and where not in covered]
-        covered.update(point.shared[name] for name in stages)
+        stages = tuple(name for name, where in point.stages.items() if used[where] > 1 and where not in covered)
+        covered.update(point.stages[name] for name in stages)
         if stages:
-            after = tuple(run.name for run in runs[-1:])
-            runs.append(PlannedRun(f"shared-{len(runs) + 1}", point, tuple(stages), after))
-    last = tuple(run.name for run in runs[-1:])
+            runs.append(PlannedRun(f"shared-{len(runs) + 1}", point, stages, last))
+            last = runs[-1].name
     for number, point in enumerate(points, 1):
-        if not covered.issuperset(point.shared.values()):
+        if not covered.issuperset(point.stages.values()):
             runs.append(PlannedRun(f"point-{number}", point, sweep.stages, last))
     return runs
 
@@ -62,18 +62,21 @@ def prepare_jobs(sweep: Sweep, sweep_dir: Path, scheduler: str) -> str:
         UserError: see `sweep_run.prepare`; also a recipe without `launch.gke`, or one that the scheduler cannot run.
     """
     points, _ = prepare(sweep, sweep_dir, write=False)
-    done = [where for where in users(points) if read_manifest(sweep_dir / "shared" / where) is not None]
+    done = [where for where in users(points) if read_manifest(sweep_dir / where) is not None]
     runs = plan(sweep, points, done)
-    text = (_slurm if scheduler == "slurm" else _gke)(sweep, sweep_dir, runs)
+    begin, entry = {"slurm": (_SUBMIT, _submission), "gke": (_APPLY, _manifest)}[scheduler]
+    parts = [begin.format(count=len(runs), name=sweep.name)]
+    for run in runs:
+        job = block(run.point.recipe, scheduler, sweep.recipe, f"--jobs {scheduler}")
+        overrides = [override for override in run.point.overrides if not override.startswith("launch.")]
+        place = ("--run-dir", str(sweep_dir / run.point.name))
+        name = _job_name(sweep, run)
+        text = SCHEDULERS[scheduler].render(job, name, ("run", sweep.recipe, *run.stages, *overrides, *place))
+        parts.append(f"# {run.name}: {run.point.name}\n{entry(run, name, text)}")
     prepare(sweep, sweep_dir)
     for point in points:
         link(point, sweep_dir)
-    return text
-
-
-def _command(sweep: Sweep, sweep_dir: Path, run: PlannedRun) -> tuple[str, ...]:
-    overrides = [override for override in run.point.overrides if not override.startswith("launch.")]
-    return ("run", sweep.recipe, *run.stages, *overrides, "--run-dir", str(sweep_dir / run.point.name))
+    return "".join(parts)
 
 
 def _job_name(sweep: Sweep, run: PlannedRun) -> str:
@@ -91,25 +94,18 @@ submit() {{
   id=$(sbatch --parsable "$@")
   id=${{id%%;*}}
 }}
+
 """
 
 
-def _slurm(sweep: Sweep, sweep_dir: Path, runs: Sequence[PlannedRun]) -> str:
-    parts = [_SUBMIT.format(count=len(runs), name=sweep.name)]
-    for run in runs:
-        script = slurm.render(run.point.recipe.launch.slurm, _job_name(sweep, run), _command(sweep, sweep_dir, run))
-        end = "END_OF_JOB"
-        while end in script.splitlines():
-            end += "_"
-        needed = ":".join(f"${_variable(name)}" for name in run.after)
-        options = f' --kill-on-invalid-dep=yes --dependency="afterok:{needed}"' if needed else ""
-        keep = f"{_variable(run.name)}=$id\n" if run.name.startswith("shared") else ""
-        parts.append(f"# {run.name}: {run.point.name}\nsubmit{options} <<'{end}'\n{script}{end}\n{keep}")
-    return "\n".join(parts)
-
-
-def _variable(name: str) -> str:
-    return "job_" + name.replace("-", "_")
+def _submission(run: PlannedRun, name: str, script: str) -> str:
+    end = "END_OF_JOB"
+    while end in script.splitlines():
+        end += "_"
+    variable = lambda job: "job_" + job.replace("-", "_")
+    options = f' --kill-on-invalid-dep=yes --dependency="afterok:${variable(run.after)}"' if run.after else ""
+    keep = f"{variable(run.name)}=$id\n" if run.shared else ""
+    return f"submit{options} <<'{end}'\n{script}{end}\n{keep}\n"
 
 
 _APPLY = """\
@@ -119,14 +115,6 @@ _APPLY = """\
 """
 
 
-def _gke(sweep: Sweep, sweep_dir: Path, runs: Sequence[PlannedRun]) -> str:
-    parts = [_APPLY.format(count=len(runs), name=sweep.name)]
-    for run in runs:
-        job = run.point.recipe.launch.gke
-        if job is None:
-            raise UserError(f"recipe {sweep.recipe} has no launch.gke, which --jobs gke needs (see docs/launch.md)")
-        name = _job_name(sweep, run)
-        wait = f"kubectl wait --for=condition=Completed --timeout=-1s jobset/{name}"
-        note = f"# {run.name}: {run.point.name}\n" + (f"# then: {wait}\n" if run.name.startswith("shared") else "")
-        parts.append(note + gke.render(job, name, _command(sweep, sweep_dir, run)))
-    return "---\n".join(parts)
+def _manifest(run: PlannedRun, name: str, manifest: str) -> str:
+    wait = f"# then: kubectl wait --for=condition=Completed --timeout=-1s jobset/{name}\n" if run.shared else ""
+    return f"{wait}{manifest}---\n"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml as pyyaml
 
-_PACKAGED = Path(__file__).parents[1] / "launch_templates"
-"""Where a wheel keeps the repository's `launch/`."""
+_PACKAGE = Path(__file__).parents[1]
+_FOLDERS = (_PACKAGE / "launch_templates", _PACKAGE.parent / "launch")
+"""Of a wheel, of a checkout."""
 
 
 def fill(template: str, quote: Callable[[Any], str], **values: Any) -> str:
     """`launch/<template>` with `{{ value }}` replaced by `quote(value)`, whatever the value."""
-    folder = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "launch"
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader(_FOLDERS),
         finalize=quote,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -37,19 +38,8 @@ def shell(value: Any) -> str:
 
 
 def yaml(value: Any) -> str:
-    """A YAML scalar, or a list on one line; strings are always double-quoted, so that none reads as something else."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(yaml(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
+    """A YAML value on one line; strings are always double-quoted, so that none reads as something else."""
     if isinstance(value, int):
         return str(value)
-    return '"' + re.sub(r"[^ !#-\[\]-~]", _escaped, str(value)) + '"'
-
-
-def _escaped(match: re.Match[str]) -> str:
-    character = match.group()
-    if character in '"\\':
-        return "\\" + character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    line = pyyaml.safe_dump(value, default_style='"', default_flow_style=True, sort_keys=False, width=math.inf)
+    return line.removesuffix("\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, field_validator
 
 from ministral_jax.distributed.processes import Limits
-from ministral_jax.launching.job import LaunchConfig
+from ministral_jax.recipe.launch import LaunchConfig
 from ministral_jax.settings import Frozen
 from ministral_jax.stages import Stage, verbs
 

@@ -17,7 +17,7 @@ from ministral_jax.report.page import document, write
 from ministral_jax.report.style import accent
 from ministral_jax.report.sweep_plots import STYLES, Curve, Series, figure_over_values, kl_of_points
 from ministral_jax.report.units import MISSING, decimal, duration, listing, percent, plural
-from ministral_jax.runs.sweep import METRICS, label
+from ministral_jax.runs.naming import label, setting
 
 Record = dict[str, Any]
 """`sweep.json`, see `sweep_run.describe`."""
@@ -70,8 +70,7 @@ def figure_columns(record: Record) -> list[Column]:
     return [
         Column(m["stage"], metric)
         for m in record["measure"]
-        for metric in METRICS
-        if any(metric in point["figures"].get(m["stage"], {}) for point in record["points"])
+        for metric in dict.fromkeys(name for point in record["points"] for name in point["figures"].get(m["stage"], {}))
     ]
 
 
@@ -80,13 +79,6 @@ def chief_columns(record: Record, columns: list[Column]) -> list[Column]:
     if len(record["measure"]) == 1:
         return columns
     return [next(c for c in columns if c.stage == stage) for stage in dict.fromkeys(c.stage for c in columns)]
-
-
-def setting(value: Any) -> str:
-    """A value as a person would write it."""
-    if isinstance(value, str):
-        return value
-    return label(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def build_sweep_report(sweep_dir: Path) -> Path:

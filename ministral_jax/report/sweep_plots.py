@@ -14,7 +14,7 @@ from ministral_jax.report.plots import draw, log_y, token_axis
 from ministral_jax.report.post_plots import step_axes
 from ministral_jax.report.style import light
 from ministral_jax.report.units import tick
-from ministral_jax.runs.sweep import label
+from ministral_jax.runs.naming import label
 
 STYLES = ("-", "--", ":", "-.")
 _MOST_NAMES = 12

@@ -14,7 +14,6 @@ from launch_cases import RECIPE
 
 from ministral_jax.cli import main
 from ministral_jax.launching import local
-from ministral_jax.launching.job import LocalJob
 
 # argv: index, folder, what to do. Notes its process id, and that of a child it leaves behind.
 WORKER = """
@@ -33,35 +32,40 @@ if do == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(300)
 """
-
-
-def ids(folder: Path, count: int) -> list[int]:
-    """Process ids of all workers, and of their children, once they have noted them."""
-    begun = time.monotonic()
-    while len(list(folder.glob("begun-?"))) < count:
-        assert time.monotonic() - begun < 60
-        time.sleep(0.02)
-    return [int(word) for path in folder.glob("begun-?") for word in path.read_text().split() if word != "0"]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone_within(pids: list[int], seconds: float) -> bool:
-    begun = time.monotonic()
-    while any(map(alive, pids)):
-        if time.monotonic() - begun > seconds:
-            return False
-        time.sleep(0.05)
-    return True
+LAUNCHER = """
+import os, sys
+from ministral_jax.launching.local import supervise
+worker, folder, restarts = sys.argv[1:]
+words = lambda i, port: [sys.executable, "-c", worker, str(i), folder, "listen"]
+sys.exit(supervise(words, 2, int(restarts), dict(os.environ)))
+"""
 
 
 def words(index: int, folder: Path, do: str) -> list[str]:
     return [sys.executable, "-c", WORKER, str(index), str(folder), do]
+
+
+def within(seconds: float, ready) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (done := ready()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return done
+
+
+def ids(folder: Path, count: int) -> list[int]:
+    """Process ids of all workers, and of their children, once they have noted them."""
+    assert within(60, lambda: len(list(folder.glob("begun-?"))) == count)
+    return [int(word) for path in folder.glob("begun-?") for word in path.read_text().split() if word != "0"]
+
+
+def gone(pids: list[int]) -> bool:
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return within(10, lambda: not any(map(alive, pids)))
 
 
 def test_when_one_is_killed_all_are_gone_and_the_job_may_be_started_again(tmp_path, monkeypatch):
@@ -70,45 +74,26 @@ def test_when_one_is_killed_all_are_gone_and_the_job_may_be_started_again(tmp_pa
     code = local.supervise(lambda i, port: words(i, tmp_path, "die" if i == 1 else "deaf"), 3, 0, dict(os.environ))
     assert code == 75 and time.monotonic() - begun < 100  # they would sleep for 300
     pids = ids(tmp_path, 3)
-    assert len(pids) == 5 and gone_within(pids, 5)
+    assert len(pids) == 5 and gone(pids)
 
 
-LAUNCHER = """
-import os, sys
-from ministral_jax.launching.local import supervise
-worker, folder, do, restarts = sys.argv[1:]
-words = lambda i, port: [sys.executable, "-c", worker, str(i), folder, do]
-sys.exit(supervise(words, 2, int(restarts), dict(os.environ)))
-"""
-
-
-def launcher(folder: Path, do: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-c", LAUNCHER, WORKER, str(folder), do, "3"]
-    with (folder / "said").open("wb") as said:
-        return subprocess.Popen(words, stderr=said)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_process_and_ends_the_restarts(tmp_path, signum):
-    process = launcher(tmp_path, "listen")
+@pytest.mark.parametrize(
+    "signum",
+    [
+        *[signal.SIGTERM, signal.SIGINT],
+        pytest.param(signal.SIGKILL, marks=pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")),
+    ],
+)
+def test_no_process_outlives_its_launcher_and_a_signal_ends_the_restarts(tmp_path, signum):
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen([sys.executable, "-c", LAUNCHER, WORKER, str(tmp_path), "3"], stderr=said)
     pids = ids(tmp_path, 2)
     process.send_signal(signum)
-    code = process.wait(30)
-    if signum == signal.SIGTERM:
-        assert code == 75 and {p.name for p in tmp_path.glob("asked-*")} == {"asked-0", "asked-1"}
-    else:  # Python's KeyboardInterrupt ends the stand-ins by the signal itself
-        assert code == 130
-    assert gone_within(pids, 5)
-    assert "started again" not in (tmp_path / "said").read_text()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a dead launcher's processes on Linux only")
-def test_no_process_outlives_a_killed_launcher(tmp_path):
-    process = launcher(tmp_path, "listen")
-    pids = ids(tmp_path, 2)
-    process.kill()
-    process.wait(30)
-    assert gone_within(pids, 10)
+    # Python's KeyboardInterrupt ends the stand-ins by the signal itself
+    assert process.wait(30) == {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[signum]
+    assert gone(pids) and "started again" not in (tmp_path / "said").read_text()
+    asked = {path.name for path in tmp_path.glob("asked-*")}
+    assert asked == ({"asked-0", "asked-1"} if signum == signal.SIGTERM else set())
 
 
 @pytest.mark.parametrize(
@@ -150,8 +135,9 @@ def test_the_processes_know_their_places(monkeypatch):
     arguments = ["launch", "local", RECIPE, "parent", "launch.local={processes: 3, cpu_devices: 2, restarts: 1}"]
     assert main([*arguments, "--run-dir", "/r"]) == 7
     assert seen["worker"](2, 4321) == [
-        *[sys.executable, "-m", "ministral_jax", "run", RECIPE, "parent", "--run-dir", "/r"],
-        *["--coordinator", "127.0.0.1:4321", "--process-count", "3", "--process-index", "2", "--cpu-devices", "2"],
+        *[sys.executable, "-m", "ministral_jax", "run", RECIPE, "parent", "--run-dir", "/r", "--cpu-devices", "2"],
+        *["--coordinator", "127.0.0.1:4321", "--process-count", "3", "--process-index", "2"],
     ]
     assert seen["rest"][:2] == (3, 1)
-    assert local._options(LocalJob(processes=1), 0, 1) == []
+    assert main(["launch", "local", RECIPE, "launch.local.processes=1"]) == 7
+    assert seen["worker"](0, 4321) == [sys.executable, "-m", "ministral_jax", "run", RECIPE]

@@ -2,49 +2,65 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
+import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
-from launch_cases import TPU_VM, render
-from test_launch_jobs import NASTY
+from launch_cases import NASTY, TPU_VM, render
+
+
+class Bench:
+    """A directory of stand-ins, first on PATH; `$BENCH` is where they note what they were called with."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, f"test-{uuid.uuid4().hex[:12]}"
+        self.pid_file = Path(f"/dev/shm/{self.name}.pid")
+        self.command("scontrol", 'echo "$@" >> "$BENCH/scontrol"')
+
+    def command(self, name: str, script: str) -> None:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    def start(self, script: str, **more: str) -> subprocess.Popen[bytes]:
+        path = self.folder / "job"
+        path.write_text(script)
+        environment = {"PATH": f"{self.folder}/bin:/usr/bin:/bin", "BENCH": str(self.folder), "HOME": "/root", **more}
+        return subprocess.Popen(["bash", path], env=environment, cwd=self.folder, stderr=subprocess.DEVNULL)
+
+    def lines(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def argv(self) -> list[str]:
+        return (self.folder / "argv").read_bytes().decode().split("\0")[:-1]
+
+    def on_tpu_vm(self, states: str, codes: str, *words: str, **more: str) -> subprocess.Popen[bytes]:
+        """The script, begun, with what gcloud answers."""
+        for name, script in (("gcloud", GCLOUD), ("sleep", "exit 0"), ("ministral-jax", RECORD)):
+            self.command(name, script)
+        for name, values in (("states", states), ("codes", codes)):
+            (self.folder / name).write_text("\n".join(values.split()) + "\n")
+        words = (*TPU_VM, f"launch.tpu_vm.mount={self.folder}", f"launch.tpu_vm.name={self.name}", *words)
+        return self.start(render("tpu-vm", *words), **more)
+
+    def verbs(self) -> str:
+        """Of the calls of gcloud, questions left out."""
+        return " ".join(verb for line in self.lines("calls") if (verb := line.split()[3]) != "describe")
 
 
 @pytest.fixture
 def bench(tmp_path):
-    """A directory of stand-ins, first on PATH; `$BENCH` is where they note what they were called with."""
-
-    class Bench:
-        folder = tmp_path
-
-        def command(self, name: str, script: str) -> None:
-            path = tmp_path / "bin" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(f"#!/bin/bash\n{script}\n")
-            path.chmod(0o755)
-
-        def environment(self, **more: str) -> dict[str, str]:
-            return {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "BENCH": str(tmp_path), "HOME": "/root", **more}
-
-        def run(self, script: str, **more: str) -> subprocess.CompletedProcess[str]:
-            path = tmp_path / "job"
-            path.write_text(script)
-            return subprocess.run(
-                ["bash", path], env=self.environment(**more), capture_output=True, text=True, cwd=tmp_path, timeout=60
-            )
-
-        def lines(self, name: str) -> list[str]:
-            path = tmp_path / name
-            return path.read_text().splitlines() if path.exists() else []
-
-    return Bench()
+    bench = Bench(tmp_path)
+    yield bench
+    bench.pid_file.unlink(missing_ok=True)
 
 
-SRUN = r"""printf '%s\0' "$@" > "$BENCH/argv"; printenv > "$BENCH/env"; exit "$CODE" """
+RECORD = r"""printf '%s\0' "$@" > "$BENCH/argv"; printenv > "$BENCH/env"; exit "$CODE" """
 
 
 @pytest.mark.parametrize(
@@ -55,12 +71,10 @@ SRUN = r"""printf '%s\0' "$@" > "$BENCH/argv"; printenv > "$BENCH/env"; exit "$C
     ],
 )
 def test_slurm_acts_on_the_exit_code(bench, code, count, again):
-    bench.command("srun", SRUN)
-    bench.command("scontrol", 'echo "$@" >> "$BENCH/scontrol"')
-    script = render("slurm", "launch.slurm={nodes: 2, restarts: 3}")
+    bench.command("srun", RECORD)
     more = {"SLURM_RESTART_COUNT": count} if count else {}
-    ended = bench.run(script, CODE=str(code), SLURM_JOB_ID="77", **more)
-    assert ended.returncode == code
+    script = render("slurm", "launch.slurm={nodes: 2, restarts: 3}")
+    assert bench.start(script, CODE=str(code), SLURM_JOB_ID="77", **more).wait(60) == code
     assert bench.lines("scontrol") == (["requeue 77"] if again else [])
 
 
@@ -94,31 +108,29 @@ exit "$CODE"
 def test_slurm_tells_a_fault_from_what_it_does_to_the_others(bench, codes, code, again):
     bench.command("srun", TASKS)
     bench.command("ministral-jax", TASK)
-    bench.command("scontrol", 'echo "$@" >> "$BENCH/scontrol"')
     script = render("slurm", "launch.slurm={nodes: 2, restarts: 3}")
-    assert bench.run(script, CODES=codes, SLURM_JOB_ID="77").returncode == code
+    assert bench.start(script, CODES=codes, SLURM_JOB_ID="77").wait(60) == code
     assert bench.lines("scontrol") == (["requeue 77"] if again else [])
 
 
 def test_slurm_passes_words_verbatim_and_secrets_by_their_file(bench):
-    bench.command("srun", SRUN)
+    bench.command("srun", RECORD)
     secrets = bench.folder / "my secrets.env"
     secrets.write_text("HF_TOKEN='hf_hush'\n")
     block = f'launch.slurm={{env_file: {secrets}, nodes: 2, environment: {{A: "it\'s $(touch pwned)\\nb"}}}}'
     script = render("slurm", NASTY, block)
     assert "hf_hush" not in script
-    assert bench.run(script, CODE="0").returncode == 0
-    argv = (bench.folder / "argv").read_bytes().decode().split("\0")[:-1]
-    assert argv[2:4] == ["bash", "-c"]
-    assert argv[6:] == ["ministral-jax", "run", "configs/tiny.yaml", NASTY, "--distributed"]
+    assert bench.start(script, CODE="0").wait(60) == 0
+    assert bench.argv()[2:4] == ["bash", "-c"]
+    assert bench.argv()[6:] == ["ministral-jax", "run", "configs/tiny.yaml", NASTY, "--distributed"]
     assert not (bench.folder / "pwned").exists()
     assert {"HF_TOKEN=hf_hush", "A=it's $(touch pwned)", "b"} <= set(bench.lines("env"))
     secrets.unlink()
     (bench.folder / "argv").unlink()
-    assert bench.run(script, CODE="0").returncode == 2 and not (bench.folder / "argv").exists()
+    assert bench.start(script, CODE="0").wait(60) == 2 and not (bench.folder / "argv").exists()
 
 
-# `states` and `codes` hold what to answer next; a last state stays.
+# `states` and `codes` hold what to answer next; a last one stays.
 GCLOUD = r"""
 exec 9> "$BENCH/lock"; flock 9
 echo "${*//$'\n'*/}" >> "$BENCH/calls"
@@ -140,83 +152,51 @@ exit 0
 """
 
 
-@pytest.fixture
-def cloud(bench):
-    bench.command("gcloud", GCLOUD)
-    bench.command("sleep", "exit 0")
-    bench.command("ministral-jax", SRUN)
-    bench.name = f"test-{uuid.uuid4().hex[:12]}"
-    bench.words = [*TPU_VM, f"launch.tpu_vm.mount={bench.folder}", f"launch.tpu_vm.name={bench.name}"]
-    yield bench
-    Path(f"/dev/shm/{bench.name}.pid").unlink(missing_ok=True)
-
-
-def told(cloud, states: str, codes: str = "0", *words: str, **more: str) -> tuple[int, list[str]]:
-    """The script's exit code and the verbs of the calls of gcloud, questions left out."""
-    for name, values in (("states", states), ("codes", codes)):
-        (cloud.folder / name).write_text("\n".join(values.split()) + "\n")
-    (cloud.folder / "calls").write_text("")
-    ended = cloud.run(render("tpu-vm", *cloud.words, *words), **more)
-    verbs = [line.split()[3] for line in cloud.lines("calls")]
-    return ended.returncode, [verb for verb in verbs if verb != "describe"]
-
-
 @pytest.mark.parametrize(
     ("states", "codes", "restarts", "code", "verbs"),
     [
         ("MISSING WAITING_FOR_RESOURCES PROVISIONING ACTIVE", "0", 20, 0, "create ssh delete"),
         ("MISSING ACTIVE", "75 0", 20, 0, "create ssh ssh delete"),
-        ("MISSING ACTIVE SUSPENDED SUSPENDED MISSING ACTIVE", "255 0", 20, 0, "create ssh delete create ssh delete"),
+        ("MISSING ACTIVE SUSPENDED MISSING ACTIVE", "255 0", 20, 0, "create ssh delete create ssh delete"),
         ("MISSING ACTIVE SUSPENDED FAILED MISSING ACTIVE", "1 0", 20, 0, "create ssh delete create ssh delete"),
         ("MISSING FAILED", "0", 2, 75, "create delete delete delete"),
         ("MISSING ACTIVE", "75", 2, 75, "create ssh ssh ssh delete"),
-        ("MISSING ACTIVE", "1", 20, 1, "create ssh delete"),
-        ("MISSING ACTIVE", "2", 20, 2, "create ssh delete"),
+        *[("MISSING ACTIVE", code, 20, int(code), "create ssh delete") for code in ("1", "2", "130")],
         ("BROKEN MISSING BROKEN ACTIVE", "0", 20, 0, "create ssh delete"),
         ("BROKEN", "0", 3, 1, ""),
     ],
 )
-def test_tpu_vms_are_kept_going(cloud, states, codes, restarts, code, verbs):
+def test_tpu_vms_are_kept_going(bench, states, codes, restarts, code, verbs):
     """A taken slice is deleted and made again; 75 starts again; a fault ends it; each bounded; nothing is left over."""
-    result = told(cloud, states, codes, f"launch.tpu_vm.restarts={restarts}")
-    assert result == (code, verbs.split())
+    assert bench.on_tpu_vm(states, codes, f"launch.tpu_vm.restarts={restarts}").wait(60) == code
+    assert bench.verbs() == verbs
+    made = [line.split() for line in bench.lines("calls") if " create " in line]
+    asked = {f"--node-id={bench.name}", "--zone=us-east5-b", "--accelerator-type=v6e-16", "--spot"}
+    assert all(asked | {"--runtime-version=v2-alpha-tpuv6e"} <= set(words) for words in made)
 
 
-def test_tpu_vm_creation_that_is_refused_is_not_repeated(cloud):
-    assert told(cloud, "MISSING", "0", CREATE="4") == (4, ["create"])
+def test_tpu_vm_creation_that_is_refused_is_not_repeated(bench):
+    assert bench.on_tpu_vm("MISSING", "0", "launch.tpu_vm.spot=false", CREATE="4").wait(60) == 4
+    assert bench.verbs() == "create" and "--spot" not in bench.lines("calls")[-1]
 
 
-@pytest.mark.parametrize(("codes", "code"), [("75 2", 2), ("1 75 0 0", 0), ("0 0", 0), ("0 3", 3)])
-def test_tpu_slices_count_together(cloud, codes, code):
-    result, _ = told(cloud, "MISSING ACTIVE", codes, "launch.tpu_vm.slices=2")
-    assert result == code
-    nodes = {line.split()[4] for line in cloud.lines("calls") if line.split()[3] == "ssh"}
-    assert nodes == {f"{cloud.name}-0", f"{cloud.name}-1"}
-    assert any(f"--node-count=2 --node-prefix={cloud.name}" in line for line in cloud.lines("calls"))
-
-
-def test_tpu_vm_words_are_verbatim_and_leftovers_end(cloud):
+def test_tpu_vm_words_are_verbatim_and_leftovers_end(bench):
     left = subprocess.Popen(["/bin/sleep", "60"])
-    Path(f"/dev/shm/{cloud.name}.pid").write_text(f"{left.pid}\n")
-    setup = 'launch.tpu_vm.setup=echo "it\'s" > setup; echo $((6 * 7)) >> setup'
-    code, _ = told(cloud, "MISSING ACTIVE", "0", NASTY, setup, "launch.tpu_vm.environment.A=it's")
-    assert code == 0 and left.wait(5) < 0
-    argv = (cloud.folder / "argv").read_bytes().decode().split("\0")[:-1]
-    assert argv == ["run", "configs/tiny.yaml", NASTY, "--distributed"]
-    assert cloud.lines("setup") == ["it's", "42"] and "A=it's" in cloud.lines("env")
-    assert not (cloud.folder / "pwned").exists()
+    threading.Thread(target=left.wait, daemon=True).start()  # a host's first process takes note of its end, too
+    bench.pid_file.write_text(f"{left.pid}\n")
+    setup = 'launch.tpu_vm.setup=export B="it\'s"; echo $((6 * 7)) > setup'
+    begun = bench.on_tpu_vm("MISSING ACTIVE", "0", NASTY, setup, "launch.tpu_vm.environment.A=it's")
+    assert begun.wait(60) == 0 and left.poll() < 0
+    assert bench.argv() == ["run", "configs/tiny.yaml", NASTY, "--distributed"]
+    assert bench.lines("setup") == ["42"] and {"A=it's", "B=it's"} <= set(bench.lines("env"))
+    assert not (bench.folder / "pwned").exists()
 
 
-def test_tpu_vms_are_deleted_when_the_script_is_stopped(cloud):
-    (cloud.folder / "states").write_text("MISSING\nACTIVE\n")
-    (cloud.folder / "codes").write_text("hang\n")
-    script = cloud.folder / "job"
-    script.write_text(render("tpu-vm", *cloud.words))
-    process = subprocess.Popen(["bash", script], env=cloud.environment(), cwd=cloud.folder, stderr=subprocess.DEVNULL)
-    begun = time.monotonic()
-    while not any(" ssh " in line for line in cloud.lines("calls")):
-        assert process.poll() is None and time.monotonic() - begun < 30
+def test_tpu_vms_are_deleted_when_the_script_is_stopped(bench):
+    process = bench.on_tpu_vm("MISSING ACTIVE", "hang")
+    deadline = time.monotonic() + 30
+    while "ssh" not in bench.verbs():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert " delete " in cloud.lines("calls")[-1]
+    process.terminate()
+    assert process.wait(30) == 143 and bench.verbs() == "create ssh delete"

@@ -24,7 +24,7 @@ from ministral_jax.report.sweep import build_sweep_report
 from ministral_jax.report.sweep_seeds import Change, replicates
 from ministral_jax.report.time import goodput
 from ministral_jax.report.units import THIN, decimal, percent
-from ministral_jax.runs.sweep import METRICS
+from ministral_jax.stages import figures
 
 THINK = '<code class="control">[THINK]</code>'
 
@@ -241,7 +241,7 @@ def test_a_sweep_over_seeds(tmp_path):
         assert f'aria-label="{metric} of 14b-rl against steps, every seed."' in page
     assert 'id="values"' not in page
     parse(page)
-    assert {"reward", "reward_accuracy", "loop_rate", "win_rate", "judge_accuracy"} <= set(METRICS)
+    assert {"reward", "reward_accuracy", "loop_rate", "win_rate", "judge_accuracy"} <= set(figures())
 
     noisy = lambda row, seed: row | ({"reward": [0.9, 0.1, 0.5][seed]} if row["step"] == 20 else {})
     for seed in range(3):

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ministral_jax.settings import Frozen
 
-Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$")]
+Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$", coerce_numbers_to_str=True)]
 """Letters, digits and `_@%+=:,./-`: the same in a `#SBATCH` line, in a shell and in YAML."""
 Directory = Annotated[str, Field(pattern=r"^/[^\x00-\x1f]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 _SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
 
-class Job(Frozen):
+class Launch(Frozen):
     """What every kind of job has."""
 
     secrets_go: ClassVar[str]
@@ -44,7 +44,7 @@ class Job(Frozen):
         return environment
 
 
-class SlurmJob(Job):
+class SlurmLaunch(Launch):
     """One `sbatch` job, one task for each process."""
 
     secrets_go = "write it into a file on the cluster and name that with launch.slurm.env_file"
@@ -53,16 +53,11 @@ class SlurmJob(Job):
     gpus_per_node: int = Field(default=0, ge=0)
     tasks_per_node: Count | None = None
     """Processes of a node: one for each GPU when none is given, one where there are no GPUs."""
-    cpus_per_task: Count | None = None
-    memory: Plain | None = None
-    """Of a node, e.g. `200G`."""
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] | None = None
     """Limit of one start, e.g. `24:00:00`; a job that is not done by then is queued again."""
     partition: Plain | None = None
-    account: Plain | None = None
-    qos: Plain | None = None
-    workdir: Plain | None = None
-    """Where the job runs, on the shared file system; where it is submitted when none is given."""
+    options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Plain] = Field(default_factory=dict)
+    """Further options of `sbatch` by their long names: `{account: lm, mem: 200G, cpus-per-task: 12}`."""
     activate: Directory | None = None
     """A virtual environment."""
     env_file: Directory | None = None
@@ -123,7 +118,7 @@ class GpuNodes(Frozen):
     per_node: Count = 8
 
 
-class GkeJob(Job):
+class GkeLaunch(Launch):
     """A JobSet on Google Kubernetes Engine."""
 
     secrets_go = "put it into a Kubernetes secret and refer to it with launch.gke.secrets.NAME={secret: .., key: ..}"
@@ -135,7 +130,6 @@ class GkeJob(Job):
     tpu: TpuSlices | None = None
     gpu: GpuNodes | None = None
     spot: bool = False
-    namespace: Plain | None = None
     service_account: Plain | None = None
     queue: Plain | None = None
     """A Kueue queue."""
@@ -150,32 +144,25 @@ class GkeJob(Job):
         return self
 
 
-class TpuVmJob(Job):
-    """Cloud TPU VMs by a queued resource, kept going by a script."""
+class TpuVmLaunch(Launch):
+    """One slice of Cloud TPU VMs by a queued resource, kept going by a script."""
 
-    secrets_go = "write it into a file on the VMs (`setup` may fetch it) and name that with launch.tpu_vm.env_file"
+    secrets_go = "write it into a file on the VMs and source that in launch.tpu_vm.setup"
 
     zone: Plain
-    project: Plain | None = None
     accelerator_type: Annotated[str, Field(pattern=r"^(v4|v5litepod|v5p|v6e)-\d+$")]
     """E.g. `v5litepod-16`, `v6e-32` (chips), `v5p-64` (cores, two for each chip)."""
     runtime_version: Plain
-    slices: Count = 1
     spot: bool = True
-    service_account: Plain | None = None
     bucket: Plain | None = None
     """Mounted with gcsfuse on every host: the shared file system."""
     mount: Directory = "/mnt/work"
     """Where the bucket is mounted, and the command's working directory."""
     setup: str | None = None
-    """Shell, run on every host before each start; must bear being run twice."""
-    activate: Directory | None = None
-    env_file: Directory | None = None
-    grace: Count = 120
-    """Seconds that what an earlier start left behind gets between SIGTERM and SIGKILL."""
+    """Shell, run on every host before each start, whose variables the command sees; must bear being run twice."""
 
 
-class LocalJob(Job):
+class LocalLaunch(Launch):
     """Processes on this machine."""
 
     secrets_go = "leave it in your shell's environment, which the processes inherit"
@@ -189,7 +176,7 @@ class LocalJob(Job):
 class LaunchConfig(Frozen):
     """How each scheduler is to run this recipe. It changes nothing about what a stage makes."""
 
-    slurm: SlurmJob = SlurmJob()
-    gke: GkeJob | None = None
-    tpu_vm: TpuVmJob | None = None
-    local: LocalJob = LocalJob()
+    slurm: SlurmLaunch = SlurmLaunch()
+    gke: GkeLaunch | None = None
+    tpu_vm: TpuVmLaunch | None = None
+    local: LocalLaunch = LocalLaunch()
