@@ -59,6 +59,7 @@ class Job:
         attempt = len(list(run_dir.parent.glob(f"{run_dir.name}.*.0.log")))
         self.logs = [run_dir.with_name(f"{run_dir.name}.{attempt}.{i}.log") for i in range(count)]
         self.journals = [log.with_suffix(".journal") for log in self.logs]
+        self._read: list[tuple[int, list[tuple[float, str]]]] = [(0, []) for _ in self.logs]
         shared = [str(recipe), *words, "--run-dir", str(run_dir), "--cpu-devices", str(devices)]
         if count > 1:
             shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
@@ -112,7 +113,7 @@ class Job:
             if any(code is not None for code in self.codes()):
                 return False
             assert time.monotonic() < deadline, f"it never came to that\n{self.tails()}"
-            time.sleep(0.002)
+            time.sleep(0.005)
         return True
 
     def doing(self, index: int = 0) -> str:
@@ -126,8 +127,13 @@ class Job:
 
     def moments(self, index: int = 0) -> list[tuple[float, str]]:
         """(seconds since the start, stage/step/what) of all that a process has begun to do."""
+        size = self.journals[index].stat().st_size if self.journals[index].is_file() else 0
+        if self._read[index][0] != size:  # asked for all the time, by a process that shares the machine with the job
+            self._read[index] = size, self._moments(self.journals[index].read_text())
+        return self._read[index][1]
+
+    def _moments(self, text: str) -> list[tuple[float, str]]:
         stage, step, found = "", "", []
-        text = self.journals[index].read_text() if self.journals[index].is_file() else ""
         for line in text.splitlines(keepends=True):
             if not line.endswith("\n"):
                 break
