@@ -114,7 +114,7 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
         ),
         (
             "stages.8b-short.batch.microbatches=3",
-            "stages.8b-short.batch.microbatches: must divide batch.sequences = 16, got 3",
+            "stages.8b-short.batch.microbatches: must divide batch.sequences = 8, got 3",
         ),
         ("stages.8b-short.batch.length=4096", "batch.length = 4096 exceeds the model's context of 128"),
         ("stages.8b-base.model.width=3", "model.width = 3 differs from the 64 of its source '8b-short'"),
