@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos slurm parity wheel lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short slurm parity wheel lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (about 20 minutes on 2 cores)"
@@ -37,6 +37,10 @@ multiprocess: $(VENV)/installed
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m chaos tests/chaos
+
+# Every kind of harm, each moment once: what the whole check runs.
+chaos-short: $(VENV)/installed
+	$(BIN)/python -m pytest -s -m chaos tests/chaos --kills 9
 
 slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m slurm tests/slurm

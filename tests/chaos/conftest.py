@@ -1,9 +1,18 @@
-"""The run that nothing happens to, and the order of its moments."""
+"""The run that nothing happens to, the order of its moments, and how often the others are killed."""
 
 from pathlib import Path
 
 import pytest
 from harness import Job
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="of a job at random moments; 9 are one in each phase")
+
+
+@pytest.fixture(scope="session")
+def kills(pytestconfig) -> int:
+    return pytestconfig.getoption("--kills")
 
 
 @pytest.fixture(scope="session")

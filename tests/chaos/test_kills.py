@@ -8,11 +8,10 @@ import time
 from collections import Counter
 
 import pytest
-from harness import RETRY, Job, assert_same_bits, warmed
+from harness import RETRY, Job, assert_same_bits
 
 pytestmark = pytest.mark.chaos
 SEED = int(os.environ.get("CHAOS_SEED", "7"))
-RUNS, KILLS = 4, 5
 GONE = 15
 JOIN = 30
 LIMITS = ("limits.heartbeat=10", f"limits.join={JOIN}")
@@ -34,33 +33,34 @@ def phase(moment: str) -> str:
     return "joining"
 
 
-def draw(rng: random.Random, moments: list[tuple[float, str]]) -> list[list[int]]:
+def draw(rng: random.Random, moments: list[tuple[float, str]], kills: int) -> list[list[int]]:
     """For each run, the moments (their indices) at which it is killed: every phase about as often, in order."""
     by_phase = {name: [i for i, (_, moment) in enumerate(moments[:-1]) if phase(moment) == name] for name in PHASES}
-    runs: list[list[int]] = [[] for _ in range(RUNS)]
-    for n in range(RUNS * KILLS):
-        # the phases in turn; twenty are not a multiple of nine, so every run gets others
-        runs[n % RUNS].append(rng.choice(by_phase[PHASES[n % len(PHASES)]]))
+    runs: list[list[int]] = [[] for _ in range(-(-kills // len(PHASES)))]
+    for n in range(kills):
+        runs[n // len(PHASES)].append(rng.choice(by_phase[PHASES[n % len(PHASES)]]))
     return [sorted(run) for run in runs]
 
 
-def test_killed_at_any_moment_it_ends_in_the_same_bits(reference, tmp_path):
+def test_killed_at_any_moment_it_ends_in_the_same_bits(reference, kills, tmp_path):
     unbroken, moments = reference
     rng = random.Random(SEED)
     place = {moment: i for i, (_, moment) in reversed(list(enumerate(moments)))}
     hit: Counter[str] = Counter()
     print(f"\nseed {SEED}")
-    for number, targets in enumerate(draw(rng, moments)):
-        run_dir = warmed(tmp_path / f"run{number}", unbroken)
+    for number, targets in enumerate(draw(rng, moments, kills)):
+        run_dir = tmp_path / f"run{number}"
         for target in targets:
-            offset = rng.uniform(0, min(moments[target + 1][0] - moments[target][0], 10))
+            offset = rng.uniform(0, min(moments[target + 1][0] - moments[target][0], 2))
             victims = rng.choice(([0], [1], [0, 1]))
             hit[kill(run_dir, place, target, offset, victims)] += 1
         with Job(run_dir, 2, 1, *LIMITS) as job:
             job.finish()
         assert_same_bits(run_dir, unbroken)
     print(f"{hit.total()} kills: {dict(hit)}")
-    assert hit.total() == RUNS * KILLS and hit.keys() >= {*PHASES}, hit
+    assert hit.total() == kills, hit
+    if kills >= 2 * len(PHASES):  # one alone may come a moment late
+        assert hit.keys() >= {*PHASES}, hit
 
 
 def kill(run_dir, place, target, offset, victims) -> str:

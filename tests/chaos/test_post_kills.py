@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from harness import POST, POST_TRAINED, RETRY, Job, assert_same_bits, gone, warmed
+from harness import POST, POST_TRAINED, RETRY, Job, assert_same_bits, gone
 
 pytestmark = pytest.mark.chaos
 SEED = int(os.environ.get("CHAOS_SEED", "7"))
@@ -26,7 +26,7 @@ def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(tmp_path):
     print(f"\nseed {SEED}")
     with Job(unbroken, 2, 1, *STEPS, *LIMITS, recipe=POST) as job:
         job.finish()
-    run_dir = warmed(tmp_path / "killed", unbroken)
+    run_dir = tmp_path / "killed"
     for moment in MOMENTS:
         victims = [0] if moment == STOPPED else rng.choice(([0], [1], [0, 1]))
         with Job(run_dir, 2, 1, *STEPS, *LIMITS, recipe=POST, pace=0.05) as job:

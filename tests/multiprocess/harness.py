@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,6 +29,12 @@ POST = Path(__file__).parent.parent / "micro_post.yaml"
 POST_TRAINED = ("parent", "sft", "reward", "instruct", "rl")
 RETRY = 75
 PATIENCE = 600
+# Programs that any job has compiled, of this session or another. Nobody needs fast ones.
+COMPILED = Path(tempfile.gettempdir()) / "ministral_jax_test_cache" / "jobs"
+COMPILING = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+}
 
 
 class Job:
@@ -44,17 +51,20 @@ class Job:
         pace: float = 0,
     ):
         self.run_dir, self.begun = run_dir, time.time()
-        port = _free_port()
+        if not (run_dir / "xla").exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            COMPILED.mkdir(parents=True, exist_ok=True)
+            (run_dir / "xla").symlink_to(COMPILED)
+        port = free_port()
         attempt = len(list(run_dir.parent.glob(f"{run_dir.name}.*.0.log")))
         self.logs = [run_dir.with_name(f"{run_dir.name}.{attempt}.{i}.log") for i in range(count)]
         self.journals = [log.with_suffix(".journal") for log in self.logs]
+        self._read: list[tuple[int, list[tuple[float, str]]]] = [(0, []) for _ in self.logs]
         shared = [str(recipe), *words, "--run-dir", str(run_dir), "--cpu-devices", str(devices)]
         if count > 1:
             shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **COMPILING, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(POST.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         self.processes = []
         for i, log in enumerate(self.logs):
             fault = faults[i] if i < len(faults) else ""
@@ -103,7 +113,7 @@ class Job:
             if any(code is not None for code in self.codes()):
                 return False
             assert time.monotonic() < deadline, f"it never came to that\n{self.tails()}"
-            time.sleep(0.002)
+            time.sleep(0.005)
         return True
 
     def doing(self, index: int = 0) -> str:
@@ -117,8 +127,13 @@ class Job:
 
     def moments(self, index: int = 0) -> list[tuple[float, str]]:
         """(seconds since the start, stage/step/what) of all that a process has begun to do."""
+        size = self.journals[index].stat().st_size if self.journals[index].is_file() else 0
+        if self._read[index][0] != size:  # asked for all the time, by a process that shares the machine with the job
+            self._read[index] = size, self._moments(self.journals[index].read_text())
+        return self._read[index][1]
+
+    def _moments(self, text: str) -> list[tuple[float, str]]:
         stage, step, found = "", "", []
-        text = self.journals[index].read_text() if self.journals[index].is_file() else ""
         for line in text.splitlines(keepends=True):
             if not line.endswith("\n"):
                 break
@@ -160,16 +175,15 @@ def members(group: int) -> list[int]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def warmed(run_dir: Path, other: Path) -> Path:
-    """A new run directory with the programs that another run has compiled."""
-    shutil.copytree(other / "xla", run_dir / "xla")
-    return run_dir
+def copied(run_dir: Path, other: Path, *without: str) -> Path:
+    """A run directory as another one is, without some of its stages."""
+    return Path(shutil.copytree(other, run_dir, symlinks=True, ignore=shutil.ignore_patterns(*without)))
 
 
 # ---- what a run left -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from harness import RETRY, Job, export, records, warmed
+from harness import RETRY, Job, export, records
 from safetensors.numpy import load
 
 pytestmark = pytest.mark.multiprocess
@@ -66,7 +66,7 @@ def test_the_number_of_processes_changes_nothing(runs, count):
 
 
 def test_a_job_goes_on_with_another_number_of_processes(runs, tmp_path):
-    run_dir = warmed(tmp_path / "run", runs[4])
+    run_dir = tmp_path / "run"
     for count, moment in ((4, "parent/3/"), (2, "short/3/")):
         with Job(run_dir, count, 4 // count, pace=0.3) as job:
             assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()

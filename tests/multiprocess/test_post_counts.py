@@ -1,11 +1,10 @@
 """Post-training with one mesh in one and two processes, and with other meshes: the same answers and figures."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import POST, Job, answers, gone, records
+from harness import POST, Job, answers, copied, gone, records
 
 pytestmark = pytest.mark.multiprocess
 
@@ -16,8 +15,9 @@ pytestmark = pytest.mark.multiprocess
 RELATIVE = 2e-6
 # A loss of policy gradients is a difference of numbers of size 1: its error is that of these.
 ABSOLUTE = 2e-6
-STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=2" for stage in ("sft", "reward", "instruct", "rl")))
+STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=4" for stage in ("sft", "reward", "instruct", "rl")))
 POSTED = ("sft", "reward", "instruct", "rl")
+LATER = ("reward", "instruct", "rl", "recipe.json")
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,13 @@ def test_the_number_of_processes_changes_nothing(parent, tmp_path):
 
 def test_another_mesh_draws_the_same_answers(parent, tmp_path):
     """Of the policy that all begin with: its evaluation and its first step, in which every answer counts."""
-    run_dir = tmp_path / "mesh"
-    for name in ("data", "parent", "sft"):
-        shutil.copytree(parent / name, run_dir / name)
+    run_dir = copied(tmp_path / "mesh", parent, *LATER)
     mesh = ("mesh.fsdp=2", "mesh.tensor=2")
     with Job(run_dir, 1, 4, "rl", *STEPS, "stages.rl.steps=1", *mesh, recipe=POST, pace=0.02) as job:
         assert job.until(lambda: job.has("rl//scoring")) and job.until(lambda: job.has("rl/1/")), job.tails()
         first = answers(run_dir, "rl")
         assert job.wait() == [0], job.tails()
-    other = tmp_path / "other"
-    for name in ("data", "parent", "sft"):
-        shutil.copytree(parent / name, other / name)
+    other = copied(tmp_path / "other", parent, *LATER)
     with Job(other, 1, 1, "rl", *STEPS, "stages.rl.steps=1", recipe=POST, pace=0.02) as job:
         assert job.until(lambda: job.has("rl/1/")), job.tails()
         assert first == answers(other, "rl") and first
@@ -74,9 +70,7 @@ def test_another_mesh_draws_the_same_answers(parent, tmp_path):
 @pytest.mark.parametrize("on_error", ["stop", "drop"])
 def test_a_reward_that_fails_on_one_process(parent, tmp_path, on_error):
     """Both end with what that one says; where answers may be dropped, half of all are not too many."""
-    run_dir = tmp_path / "fails"
-    for name in ("data", "parent", "sft"):
-        shutil.copytree(parent / name, run_dir / name)
+    run_dir = copied(tmp_path / "fails", parent, *LATER)
     function = "stages.rl.rewards.wordy.function=post_cases:fails_on_the_second_process"
     words = (*STEPS, "stages.rl.steps=1", function, f"stages.rl.on_error={on_error}")
     with Job(run_dir, 2, 1, "rl", *words, recipe=POST) as job:

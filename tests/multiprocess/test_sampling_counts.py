@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import _free_port
+from harness import COMPILED, COMPILING, free_port
 
 pytestmark = pytest.mark.multiprocess
 WORKER = Path(__file__).with_name("sampling_worker.py")
@@ -17,8 +17,8 @@ WORKER = Path(__file__).with_name("sampling_worker.py")
 def sampled(folder: Path, count: int) -> list[dict]:
     """What each process has drawn."""
     outputs = [folder / f"{count}.{index}.json" for index in range(count)]
-    coordinator = f"127.0.0.1:{_free_port()}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    coordinator = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, **COMPILING, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
     started = [
         subprocess.Popen(
             [sys.executable, str(WORKER), coordinator, str(count), str(index), str(4 // count), str(output)],

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import POST, POST_TRAINED, RETRY, Job, answers, assert_same_bits, gone, members, records, warmed
+from harness import POST, POST_TRAINED, RETRY, Job, answers, assert_same_bits, gone, members, records
 
 from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import UserReward
@@ -46,7 +46,7 @@ def test_the_run_has_what_is_to_be_compared(unbroken):
 
 def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_path):
     """A stop is sent to all processes of a job, as schedulers do: workers of rewards finish the step's."""
-    run_dir = warmed(tmp_path / "run", unbroken)
+    run_dir = tmp_path / "run"
     for moment, harm in MOMENTS:
         with Job(run_dir, 1, 1, *STEPS, recipe=POST, pace=0.02) as job:
             assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()
