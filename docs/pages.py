@@ -50,11 +50,9 @@ def reference() -> dict[str, str]:
 
 
 def place(room: str) -> tuple[int, str]:
-    """Of a room in the order of imports, which `[tool.importlinter]` of pyproject.toml holds; the package itself first."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
-        "contracts"
-    ]
-    layers = [layer for contract in contracts for layer in contract.get("layers", ())]
+    """Of a room in the order of imports, which `[tool.importlinter]` of pyproject.toml holds; the package is first."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [layer for contract in settings["contracts"] for layer in contract.get("layers", ())]
     order = [name.strip() for layer in layers for name in layer.replace("|", ":").split(":")]
     return (order.index(room) + 1 if room in order else len(order) + 1 if room else 0), room
 
