@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos chaos-short slurm parity wheel lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short slurm parity wheel docs notebooks lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (about 20 minutes on 2 cores)"
@@ -14,7 +14,9 @@ help:
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make wheel     a wheel, checked far from the checkout"
-	@echo "make lint      formatting, lint and types"
+	@echo "make lint      formatting, lint, spelling, the order of imports, and types"
+	@echo "make docs      the site, in build/site"
+	@echo "make notebooks the notebooks of examples/, executed"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -24,6 +26,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/parity: $(VENV)/installed
 	$(PIP) -e '.[parity]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 cascade: $(VENV)/installed
@@ -54,9 +60,19 @@ wheel: $(VENV)/installed
 	rm -rf build/wheel && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
 	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python -c "import ministral_jax, ministral_jax.recipe.load as r; assert 'build' in ministral_jax.__file__; print(len(r.load_recipe('configs/tiny.yaml').stages), 'stages, from', ministral_jax.__file__)"
 
+# A page or a link that is missing is an error. Nothing is fetched, and the pages fetch nothing.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict
+
+# Their outputs are not kept: a cell that raises is an error.
+notebooks: $(VENV)/docs
+	JAX_PLATFORMS=cpu $(BIN)/jupyter-execute examples/*.ipynb
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ministral_jax.models.vlm import VLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path: str | Path, dtype: Any = "float32") -> tuple[VLM, dict[str, Any]]:
