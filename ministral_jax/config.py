@@ -20,7 +20,7 @@ from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.policy import PolicyOptions
 from ministral_jax.losses.preference import PreferenceOptions
 from ministral_jax.models.vlm import Compute
-from ministral_jax.pruning.prune import PruneOptions
+from ministral_jax.pruning.score import PruneOptions
 from ministral_jax.settings import Frozen
 from ministral_jax.teachers.codecs import Codec, SampledCodec
 

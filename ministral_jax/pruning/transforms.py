@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = dict[str, Any]
+from ministral_jax.models.vlm import Params
+
 Edit = Callable[[jax.Array], jax.Array]
 TieSeed = Literal["embed", "head", "mean"]
 

@@ -358,7 +358,7 @@ _SHAPE_KEYS = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width"
 
 def _check_sizes(stage: Stage, spec: ModelSpec, source: ModelSpec | None, where: str) -> None:
     if isinstance(stage, PruneStage) and source is not None:
-        from ministral_jax.pruning.prune import check_target
+        from ministral_jax.pruning.surgery import check_target
 
         check_target(source, spec, where)
     elif source is not None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import jax
-
 from ministral_jax.config import PruneStage
 from ministral_jax.distributed.processes import poll
 from ministral_jax.losses.evaluation import make_evaluate, taught_by
-from ministral_jax.pruning.prune import prune
+from ministral_jax.pruning.surgery import Surgery
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import data_details, held_out_batches, open_data, train_batches
 from ministral_jax.training.metrics import ProgressLine
@@ -30,20 +28,19 @@ def run(job: Job) -> Result:
         )
         return evaluate(pruned, params, held_out_batches(job, data))[0]["kl"]
 
+    surgery = Surgery(
+        job.spec,
+        calibration,
+        stage.options,
+        stage.seed,
+        compute=stage.compute,
+        placement=job.placement,
+        measure=kl_to_source,
+        say=ProgressLine(job.name, 0).say,
+    )
     with job.placement.rules.active():
-        pruned, pruned_spec, report = prune(
-            params,
-            spec,
-            job.spec,
-            calibration,
-            stage.options,
-            jax.random.key(stage.seed),
-            ProgressLine(job.name, 0).say,
-            compute=stage.compute,
-            measure=kl_to_source,
-            placement=job.placement,
-        )
+        pruned, pruned_spec, report = surgery.run(params, spec)
     files = job.save(pruned)
     metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
-    details = {"prune": report, "data": data_details(data)}
+    details = {"prune": report.model_dump(mode="json"), "data": data_details(data)}
     return Result(metrics, files=files, details=details, spec=pruned_spec)
