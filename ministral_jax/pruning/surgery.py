@@ -68,7 +68,7 @@ class Model(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """What surgery leaves. The spec is the target's, but for the norms' epsilon where `PruneOptions.norm_eps` is exact."""
+    """What surgery leaves: the target's spec but for the norms' epsilon where `PruneOptions.norm_eps` is exact."""
 
     params: Params
     spec: ModelSpec
