@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.distributed.placement import Placement, Rules
-from ministral_jax.distributed.processes import poll
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Hidden
 from ministral_jax.models.spec import ModelSpec
@@ -83,8 +82,7 @@ def make_evaluate(
 
     def evaluate(params: Params, constants: Params | None, batches: Iterable[Batch]):
         outputs, predictions = [], []
-        for number, batch in enumerate(batches, 1):
-            poll(f"evaluating batch {number}", slow=number == 1)
+        for batch in batches:
             targets = None
             if taught is not None and constants is not None:
                 their_states, theirs = taught(constants, batch)

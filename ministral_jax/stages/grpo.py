@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.alignment.rollout import Arrays, Sampler, training_rows
+from ministral_jax.distributed.processes import announce
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, token_weights
@@ -46,7 +47,8 @@ def run(job: Job) -> Result:
             clock.switch("step")
             batches, signal = minibatches(stage, job.spec, answers, scores.total)
             metrics = []
-            for batch in batches * stage.num_iterations:
+            for number, batch in enumerate(batches * stage.num_iterations, 1):
+                announce(f"update {number}")
                 state, found = update(state, fixed, job.placement.place_whole(batch))
                 metrics.append(found)
             host = {**reward_metrics(scores), **conduct_metrics(answers.samples), "groups_with_signal": signal}

@@ -12,6 +12,7 @@ import jax
 from ministral_jax.config import DataStage, Looped, PruneStage, Steps
 from ministral_jax.data.pipeline import Join, PackedData, batches, held_out, prepare
 from ministral_jax.distributed.placement import Placement
+from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import make_evaluate
 from ministral_jax.stages.image_answers import write_samples
 from ministral_jax.stages.job import Job, Params, Result
@@ -108,7 +109,8 @@ def run_loop(
 
     def evaluate(state: Any) -> dict[str, float]:
         params = {**state["params"], **fixed}
-        figures, predictions[:] = evaluator(params, taught, held_out_batches(job, data, held_out_join))
+        rows = polled(held_out_batches(job, data, held_out_join), "evaluating batch")
+        figures, predictions[:] = evaluator(params, taught, rows)
         return figures | (examine(params) if examine else {})
 
     outcome, store = run_steps(

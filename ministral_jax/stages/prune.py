@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ministral_jax.config import PruneStage
-from ministral_jax.distributed.processes import poll
+from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import make_evaluate, taught_by
 from ministral_jax.pruning.surgery import Surgery
 from ministral_jax.stages.job import Job, Result, load_stage
@@ -17,20 +17,15 @@ def run(job: Job) -> Result:
     spec, params = load_stage(job.source, placement=job.placement)
     data = open_data(job)
 
-    def calibration():
-        for number, batch in enumerate(train_batches(job, data, stop=stage.calibration), 1):
-            poll(f"calibration batch {number}", slow=number == 1)
-            yield batch
-
     def kl_to_source(pruned, pruned_spec) -> float:
         evaluate = make_evaluate(
             pruned_spec, stage.compute, job.placement, taught_by(spec, stage.compute, job.placement)
         )
-        return evaluate(pruned, params, held_out_batches(job, data))[0]["kl"]
+        return evaluate(pruned, params, polled(held_out_batches(job, data), "evaluating batch"))[0]["kl"]
 
     surgery = Surgery(
         job.spec,
-        calibration,
+        lambda: polled(train_batches(job, data, stop=stage.calibration), "calibration batch"),
         stage.options,
         stage.seed,
         compute=stage.compute,
