@@ -38,7 +38,7 @@ class PruneOptions(Frozen):
     norm_eps: Literal["spec", "exact"] = "spec"
     """Keep the target spec's epsilon, or scale the source's by the squared gain, which makes the sliced norm exact."""
     projector: Literal["rotated", "fresh"] = "rotated"
-    """Turn and narrow the source's projector with the decoder, or draw a new one as the paper does."""
+    """Rotate and narrow the source's projector with the decoder, or draw a new one as the paper does."""
     tie_seed: TieSeed = "head"
     """What the shared matrix starts from when the target ties embedding and head. Of the three, `head` was nearest to
     the source both right after tying and after a short distillation."""
@@ -58,7 +58,7 @@ def top(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def layer_scores(statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> np.ndarray:
-    """Worth of each decoder layer, [L] (Ministral 3 Algorithm 2; Minitron arXiv 2407.14679 for block influence)."""
+    """Importance of each layer, [L] (Ministral 3, Algorithm 2; Minitron, arXiv 2407.14679, for block influence)."""
     ratio = statistics.mean(statistics.norm_ratio, options.image_weight)
     match options.layer_score:
         case "norm_ratio":
@@ -72,7 +72,7 @@ def layer_scores(statistics: Statistics, options: PruneOptions, rng: np.random.G
 
 
 def mlp_scores(params: Params, statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> np.ndarray:
-    """Worth of each feed-forward neuron, [L, F]; `weight_norm` takes the norm's gain as part of gate and up."""
+    """Importance of each feed-forward neuron, [L, F]; `weight_norm` takes the norm's gain as part of gate and up."""
     match options.mlp_score:
         case "activation":
             return statistics.mean(statistics.mlp, options.image_weight)

@@ -91,7 +91,7 @@ class Surgery:
     """Where the parameters lie; every step makes its result there."""
     measure: Callable[[Params, ModelSpec], float] | None = None
     """Called with parameters and spec after every step, for instance for the KL from the source: `PruneReport.kl`."""
-    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[str], None] = lambda line: None
     """Called with a line of progress now and then."""
 
     def run(self, params: Params, spec: ModelSpec) -> Pruned:
@@ -126,7 +126,7 @@ class Surgery:
         """Statistics of the model as it now is, for the cut of `size`, or for all of them when they are taken once."""
         narrows = self.target.width < model.spec.width
         width = narrows and (size == "width" or not self.options.recollect)
-        tell = lambda line: self.say(f"{size.removesuffix('_width')}: {line}")
+        tell = lambda line: self.progress(f"{size.removesuffix('_width')}: {line}")
         statistics = collect(VLM(model.spec, self.compute), model.params, self.batches(), width=width, progress=tell)
         scores_projector = narrows and model.spec.vision is not None and self.options.projector == "rotated"
         if scores_projector and not statistics.tokens[1] > 0:
@@ -138,7 +138,7 @@ class Surgery:
 
     def _noted(self, report: PruneReport, step: Step, model: Model) -> PruneReport:
         kl = {} if self.measure is None else {step.step: float(self.measure(*model))}
-        self.say(f"{step.step}: done")
+        self.progress(f"{step.step}: done")
         return report.model_copy(update={"steps": (*report.steps, step), "kl": report.kl | kl})
 
     def _apply(self, transform: Callable[..., Params], spec: ModelSpec, *arguments: Any) -> Model:

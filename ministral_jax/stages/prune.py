@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ministral_jax.config import PruneStage
 from ministral_jax.distributed.processes import polled
-from ministral_jax.losses.evaluation import make_evaluate, taught_by
+from ministral_jax.losses.evaluation import as_teacher, make_evaluate
 from ministral_jax.pruning.surgery import Surgery
 from ministral_jax.stages.job import Job, Result, load_stage
 from ministral_jax.stages.looped import data_details, held_out_batches, open_data, train_batches
@@ -19,7 +19,7 @@ def run(job: Job) -> Result:
 
     def kl_to_source(pruned, pruned_spec) -> float:
         evaluate = make_evaluate(
-            pruned_spec, stage.compute, job.placement, taught_by(spec, stage.compute, job.placement)
+            pruned_spec, stage.compute, job.placement, as_teacher(spec, stage.compute, job.placement)
         )
         return evaluate(pruned, params, polled(held_out_batches(job, data), "evaluating batch"))[0]["kl"]
 
@@ -31,7 +31,7 @@ def run(job: Job) -> Result:
         compute=stage.compute,
         placement=job.placement,
         measure=kl_to_source,
-        say=ProgressLine(job.name, 0).say,
+        progress=ProgressLine(job.name, 0).say,
     )
     with job.placement.rules.active():
         pruned, pruned_spec, report = surgery.run(params, spec)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from ministral_jax.data.pipeline import Join
 from ministral_jax.distributed.placement import Placement, Rules, partition
-from ministral_jax.losses.evaluation import hidden, taught_by
+from ministral_jax.losses.evaluation import as_teacher, hidden
 from ministral_jax.losses.targets import Hidden, Targets
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
@@ -48,7 +48,7 @@ class Teacher:
 def online(spec: ModelSpec, params: Params, compute: Compute, placement: Placement, length: int) -> Teacher:
     """A model that runs on the student's mesh, by its own rules."""
     targets = online_targets(spec, compute, placement.rules)
-    return Teacher(params, targets, taught_by(spec, compute, placement), spec.flops_per_token(length))
+    return Teacher(params, targets, as_teacher(spec, compute, placement), spec.flops_per_token(length))
 
 
 def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[[Params, Batch], Hidden]:

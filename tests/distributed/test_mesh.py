@@ -11,7 +11,7 @@ from ministral_jax.config import OptimizerConfig
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
-from ministral_jax.losses.evaluation import hidden, make_evaluate, taught_by
+from ministral_jax.losses.evaluation import as_teacher, hidden, make_evaluate
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
@@ -157,7 +157,7 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
             params, data = fresh_params(TEACHER, 1, place), place.place(batch(), ROWS)
             statistics = collect(VLM(TEACHER, COMPUTE), params, [data])
             cut = Surgery(target, lambda: [data], placement=place).run(params, TEACHER)
-            evaluate = make_evaluate(cut[1], COMPUTE, place, taught_by(TEACHER, COMPUTE, place))
+            evaluate = make_evaluate(cut[1], COMPUTE, place, as_teacher(TEACHER, COMPUTE, place))
             figures, predictions = evaluate(cut[0], params, [data])
             return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], figures, predictions
 

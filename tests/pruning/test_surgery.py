@@ -48,7 +48,7 @@ def test_the_cascade_of_the_family():
 
         before = jax.tree.map(np.array, params)
         options = PruneOptions(recollect=name != "3b")
-        surgery = Surgery(target, calibration, options, measure=measure, say=lines.append)
+        surgery = Surgery(target, calibration, options, measure=measure, progress=lines.append)
         small, small_spec, report = surgery.run(params, spec)
         assert small_spec == target
         check_params(small, target, name)
