@@ -18,6 +18,7 @@ from ministral_jax.alignment.rollout import Params, Sampler, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
 from ministral_jax.data.prompts import PromptData
 from ministral_jax.distributed.collectives import first_problem, gathered, is_first
+from ministral_jax.distributed.processes import announce
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.settings import Frozen
@@ -106,6 +107,7 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
     Raises:
         UserError: a reward failed, on any of them, or too many did where they may.
     """
+    announce("scoring")
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return scorer.score(samples)

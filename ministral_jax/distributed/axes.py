@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 Axes = tuple[str, ...]
 
 
-def cuts(size: int, axes: Iterable[str], mesh: Mapping[str, int], multiple_of: int = 1) -> Axes:
+def dividing_axes(size: int, axes: Iterable[str], mesh: Mapping[str, int], multiple_of: int = 1) -> Axes:
     """Those of the axes, in order, that cut a dimension into equal multiples of `multiple_of`; `mesh` has sizes."""
     chosen, count = [], multiple_of
     for axis in axes:
@@ -22,7 +22,7 @@ def cuts(size: int, axes: Iterable[str], mesh: Mapping[str, int], multiple_of: i
     return tuple(chosen)
 
 
-def layout(shape: tuple[int, ...], names: tuple[str | None, ...], multiple_of: int = 1) -> tuple[Axes, ...]:
+def sharded_axes(shape: tuple[int, ...], names: tuple[str | None, ...], multiple_of: int = 1) -> tuple[Axes, ...]:
     """Mesh axes of every dimension, () for whole: those the rules name while they divide it (`length` into multiples of
     `multiple_of`). All () without a mesh or rules."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -31,7 +31,7 @@ def layout(shape: tuple[int, ...], names: tuple[str | None, ...], multiple_of: i
     def cut(size: int, name: str | None) -> Axes:
         entry = (rules.get(name) if name else None) or ()
         axes = (entry,) if isinstance(entry, str) else entry
-        return cuts(size, axes, sizes, multiple_of if name == "length" else 1)
+        return dividing_axes(size, axes, sizes, multiple_of if name == "length" else 1)
 
     return tuple(cut(size, name) for size, name in zip(shape, names, strict=True))
 
@@ -41,5 +41,5 @@ def constrain(x: Array, names: tuple[str | None, ...], multiple_of: int = 1) -> 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not nn.get_logical_axis_rules():
         return x
-    axes = layout(x.shape, names, multiple_of)
+    axes = sharded_axes(x.shape, names, multiple_of)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in axes)))

@@ -67,8 +67,8 @@ def first_problem(problem: str | None) -> str | None:
     text = np.frombuffer((problem or "").encode()[:_LONGEST], np.uint8)
     line[: len(text)] = text
     lines = np.asarray(multihost_utils.process_allgather(line))
-    said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in lines]
-    return next((text for text in said if text), None)
+    problems = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in lines]
+    return next((text for text in problems if text), None)
 
 
 def first_then_all(work: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import Field, model_validator
 
-from ministral_jax.distributed.axes import cuts
+from ministral_jax.distributed.axes import dividing_axes
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
@@ -137,7 +137,7 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules
     entries = []
     for size, name in zip(shape, axes, strict=True):
         free = [axis for axis in getattr(rules, name or "", ()) if axis not in taken]
-        chosen = cuts(size, free, mesh.shape)
+        chosen = dividing_axes(size, free, mesh.shape)
         taken.update(chosen)
         entries.append(chosen if len(chosen) > 1 else chosen[0] if chosen else None)
     return PartitionSpec(*entries)
@@ -154,7 +154,7 @@ class Placement:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def lies(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         """Where an array with these logical axes lies."""
         return NamedSharding(self.mesh, partition(shape, axes, self.rules, self.mesh))
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -24,8 +24,8 @@ from pydantic import Field
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
+Batch = TypeVar("Batch")
 RETRY = 75
-T = TypeVar("T")
 _LEAVE_SECONDS = 10
 
 
@@ -55,6 +55,7 @@ class _Job:
     polls: int = 0
     doing: str = "starting"
     deadline: float | None = None
+    observer: Callable[[str], None] | None = None
 
 
 _job = _Job()
@@ -140,13 +141,6 @@ def poll(doing: str, slow: bool = False) -> None:
         raise Preempted(doing)
 
 
-def polled(items: Iterable[T], doing: str) -> Iterator[T]:
-    """The items, with a `poll` once each is there and before it is worked on; the first is slow, since it compiles."""
-    for number, item in enumerate(items, 1):
-        poll(f"{doing} {number}", slow=number == 1)
-        yield item
-
-
 def poll_slow(doing: str) -> None:
     """`poll` before what may have to be compiled."""
     poll(doing, slow=True)
@@ -159,13 +153,36 @@ def poll_alone(doing: str) -> None:
         raise Preempted(doing)
 
 
+def polled(batches: Iterable[Batch], doing: str) -> Iterator[Batch]:
+    """The batches, with a `poll` before each is worked on, "`doing` n" with n from 1; the first one's work compiles.
+
+    Raises:
+        Preempted: see `poll`.
+    """
+    for number, batch in enumerate(batches, 1):
+        poll(f"{doing} {number}", slow=number == 1)
+        yield batch
+
+
+def announce(doing: str) -> None:
+    """Say what comes next, where it may take as long as what is slow and does not stop on the way."""
+    _arm(doing, _job.limits.slow)
+
+
 def saving() -> None:
-    """What comes next takes as long as a save and does not stop on the way."""
-    _arm("saving", _job.limits.slow)
+    """`announce` a save."""
+    announce("saving")
+
+
+def observe(told: Callable[[str], None]) -> None:
+    """Have `told` called with what comes next whenever this process says it: for whoever watches a job from inside."""
+    _job.observer = told
 
 
 def _arm(doing: str, seconds: float) -> None:
     _job.doing, _job.deadline = doing, time.monotonic() + seconds
+    if _job.observer is not None:
+        _job.observer(doing)
 
 
 def _watch() -> None:
@@ -190,24 +207,24 @@ def _index() -> int:
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
-_LOST = re.compile(
-    r"gloo|connection (reset|closed|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|barrier|peer|"
-    r"CANCELLED|NCCL",
-    re.IGNORECASE,
-)
+_LOST = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|ABORTED): |[A-Z_]+: (.*: )?(Gloo|NCCL) .*failed")
+"""How the status of a wait for other processes begins: by its code, or by the transport of the collective."""
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of a job of several processes says that another one is gone."""
+    """Whether an error of a job of several processes, or what it came from, says that another one is gone.
+
+    It is the runtime's own then: a `JaxRuntimeError`, or the plain `ValueError` that JAX makes of the status of a
+    collective that fails while it is dispatched. Other errors are faults of this program or its user, whatever words
+    their texts have.
+    """
     if not jax.distributed.is_initialized():
         return False
     seen: BaseException | None = error
     while seen is not None:
-        # a collective that fails while it is dispatched comes as a ValueError, later as a RuntimeError
-        known = (RuntimeError, TimeoutError, OSError, ValueError)
-        if isinstance(seen, known) and not isinstance(seen, UserError) and _LOST.search(str(seen)):
+        if (isinstance(seen, jax.errors.JaxRuntimeError) or type(seen) is ValueError) and _LOST.match(str(seen)):
             return True
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return False
 
 

@@ -28,12 +28,12 @@ from ministral_jax.losses.divergences import (
     Axis,
     Categorical,
     Comparison,
-    at,
+    argmax,
     categorical,
     compare,
-    first_of,
-    shards,
-    top,
+    logit_at,
+    maximum,
+    shard_count,
 )
 from ministral_jax.losses.sparse import compare_sampled, compare_topk
 from ministral_jax.losses.targets import (
@@ -85,7 +85,7 @@ def distillation_loss(
         UserError: shapes do not fit together, or sparse targets meet another objective than `forward_kl` at
             temperature 1.
     """
-    check_shapes(hidden, head, targets, labels, mask, shards(vocab_axis))
+    check_shapes(hidden, head, targets, labels, mask, shard_count(vocab_axis))
     check_options(options, type(targets).__name__.lower())
     loss, sums, count = _loss(*vary_alike(hidden, head, targets, labels, mask, vocab_axis), options, vocab_axis)
     return loss, {name: (sums[name], count) for name in ("ce", *_compared(targets))}
@@ -125,7 +125,7 @@ def evaluate_positions(
     gives to it, and `correct` is 1 where it is the label, else 0. All but `prediction` are float32 (float64 for float64
     hidden states).
     """
-    check_shapes(hidden, head, targets, labels, shards=shards(vocab_axis))
+    check_shapes(hidden, head, targets, labels, shards=shard_count(vocab_axis))
     rows, teacher_kernel = _unpack(targets)
     kernel, options = head.astype(hidden.dtype), LossOptions(ce_weight=1, chunk=chunk)
     names = ("ce", "prediction", "confidence", *(() if targets is None else ("kl",)))
@@ -151,13 +151,13 @@ def _chunk_losses(arrays, kernel, teacher_kernel, options: LossOptions, axis: Ax
     hidden, rows, labels = arrays
     student = chunk_logits(hidden, kernel)
     first = 0 if axis is None else jax.lax.axis_index(axis) * student.shape[-1]
-    q, best = categorical(student, axis), top(student, axis)
-    at_label = at(labels - first, student, axis)
+    q, best = categorical(student, axis), maximum(student, axis)
+    at_label = logit_at(labels - first, student, axis)
     ce = q.lse - at_label
     readings = {
         "ce": ce,
         "accuracy": (at_label == best).astype(ce.dtype),
-        "prediction": first_of(best, student, first, axis),
+        "prediction": argmax(best, student, first, axis),
         "confidence": jnp.exp(best - q.lse),
     }
     losses, gradients = [], []

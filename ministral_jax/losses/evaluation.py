@@ -18,7 +18,7 @@ from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, head_matrix
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
-Taught = Callable[[Params, Batch], tuple[jax.Array, Params]]
+TeacherFn = Callable[[Params, Batch], tuple[jax.Array, Params]]
 """`(constants, batch)` to a teacher's final states `[B, T, D']` and parameters of which it has at least the head."""
 Evaluate = Callable[[Params, Params | None, Iterable[Batch]], tuple[dict[str, float], list[np.ndarray]]]
 CALIBRATION_BINS = 15
@@ -56,7 +56,7 @@ forward: Any = cache(_compile)
 reading: Any = cache(_compile_reading)
 
 
-def taught_by(spec: ModelSpec, compute: Compute, placement: Placement) -> Taught:
+def as_teacher(spec: ModelSpec, compute: Compute, placement: Placement) -> TeacherFn:
     """A model as a teacher: its parameters are the constants."""
     return lambda params, batch: (forward(spec, compute, placement)(params, batch), params)
 
@@ -65,7 +65,7 @@ def make_evaluate(
     spec: ModelSpec,
     compute: Compute,
     placement: Placement,
-    taught: Taught | None = None,
+    teacher: TeacherFn | None = None,
     teacher_rules: Rules | None = None,
 ) -> Evaluate:
     """An evaluator of models of one size, against a teacher when what it says is given.
@@ -84,8 +84,8 @@ def make_evaluate(
         outputs, predictions = [], []
         for batch in batches:
             targets = None
-            if taught is not None and constants is not None:
-                their_states, theirs = taught(constants, batch)
+            if teacher is not None and constants is not None:
+                their_states, theirs = teacher(constants, batch)
                 targets = (their_states, head(theirs))
             states = forward(spec, compute, placement)(params, batch)
             read = reading(LossHead(placement, teacher_rules or placement.rules))

@@ -15,7 +15,7 @@ from jax import Array
 
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import accumulator, chunk_logits, cut_tokens, join_tokens, vary_alike, where_counted
-from ministral_jax.losses.divergences import Axis, across, at, categorical
+from ministral_jax.losses.divergences import Axis, categorical, logit_at, reduce_over
 from ministral_jax.losses.targets import DEFAULT_CHUNK, check_shapes
 
 
@@ -58,8 +58,8 @@ def _label_value(hidden, head, labels, temperature: float, chunk: int, axis: Axi
     def read(_, arrays):
         x, y = arrays
         q = categorical(chunk_logits(x, kernel) / temperature, axis)
-        entropy = -across(jax.lax.psum, jnp.sum(q.probabilities * q.log, axis=-1), axis)
-        return None, (at(y - _first(kernel, axis), q.logits, axis) - q.lse, entropy, q.lse)
+        entropy = -reduce_over(jax.lax.psum, jnp.sum(q.probabilities * q.log, axis=-1), axis)
+        return None, (logit_at(y - _first(kernel, axis), q.logits, axis) - q.lse, entropy, q.lse)
 
     with jax.named_scope("label_logprobs"):
         _, readings = jax.lax.scan(read, None, cut_tokens((hidden, labels), chunk))

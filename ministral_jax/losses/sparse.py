@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ministral_jax.losses.divergences import Categorical, Comparison, across, logsumexp, shards, top
+from ministral_jax.losses.divergences import Categorical, Comparison, logsumexp, maximum, reduce_over, shard_count
 from ministral_jax.losses.targets import Sampled, TopK
 
 
@@ -42,11 +42,11 @@ def compare_topk(targets: TopK, q: Categorical, best: Array) -> Comparison:
     log_q = logits - q.lse[..., None]
     without = _scatter(targets.ids, jnp.full_like(logits, -jnp.inf), q, q.logits, add=False)
     tail = logsumexp(without, q.axis)
-    kept = across(jax.lax.psum, jnp.sum(jnp.where(here, _excess(log_p, log_q), 0), axis=-1), q.axis)
+    kept = reduce_over(jax.lax.psum, jnp.sum(jnp.where(here, _excess(log_p, log_q), 0), axis=-1), q.axis)
     value = kept + _excess(log_tail, tail - q.lse)
 
     is_top = here & (log_p == jnp.max(log_p, axis=-1, keepdims=True))
-    at_top = top(jnp.where(is_top, logits, -jnp.inf), q.axis)
+    at_top = maximum(jnp.where(is_top, logits, -jnp.inf), q.axis)
     agreement = (at_top == best).astype(value.dtype)
 
     # softmax over the tail, so that a tail of the student that underflows still has a gradient; without a tail: zeros
@@ -63,7 +63,7 @@ def compare_sampled(targets: Sampled, q: Categorical) -> Comparison:
     share = counts / jnp.where(total > 0, total, 1)
     here, logits = _kept(targets.ids, q)
     surprise = jnp.sum(jnp.where(here, share * (q.lse[..., None] - logits), 0), axis=-1)
-    value = across(jax.lax.psum, surprise, q.axis) - targets.entropy.astype(q.lse.dtype)
+    value = reduce_over(jax.lax.psum, surprise, q.axis) - targets.entropy.astype(q.lse.dtype)
     return {"kl": value}, value, _scatter(targets.ids, -share, q, q.probabilities, add=True)
 
 
@@ -98,7 +98,7 @@ def _excess(log_p: Array, log_q: Array) -> Array:
 def _normalised(targets: TopK, q: Categorical) -> tuple[Array, Array]:
     """Log-probabilities of the kept ids [..., W] and of the tail [...] that sum to one."""
     log_p, tail = targets.logprobs.astype(q.lse.dtype), targets.tail.astype(q.lse.dtype)
-    if targets.ids.shape[-1] == q.logits.shape[-1] * shards(q.axis):
+    if targets.ids.shape[-1] == q.logits.shape[-1] * shard_count(q.axis):
         tail = jnp.full_like(tail, -jnp.inf)
     total = jnp.logaddexp(jax.nn.logsumexp(log_p, axis=-1), tail)
     return log_p - total[..., None], tail - total

@@ -14,7 +14,7 @@ from jax import Array
 
 from ministral_jax.distributed.axes import constrain
 from ministral_jax.models.attention import KEEP, attend_cached, keep
-from ministral_jax.models.rope import rotate
+from ministral_jax.models.rope import apply_rope
 from ministral_jax.models.sharded_attention import attend_on_mesh
 
 
@@ -117,7 +117,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, turn: tuple[Array, Array], heat: Array | None, segments: Any, past: tuple[Array, Array] | None
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        position_scale: Array | None,
+        segments: Any,
+        past: tuple[Array, Array] | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         s = self.spec
         D, H, K, h, _ = s.axes
@@ -128,9 +133,9 @@ class Attention(nn.Module):
         w_o = weight(self, "o", (s.heads, s.head_width, s.width), (H, h, D), out_std)
 
         q, k, v = (into_heads(x, w) for w in (w_q, w_k, w_v))
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        if heat is not None:
-            q = q * heat[:, :, None, None].astype(q.dtype)
+        q, k = apply_rope(q, *angles), apply_rope(k, *angles)
+        if position_scale is not None:
+            q = q * position_scale[:, :, None, None].astype(q.dtype)
         with jax.named_scope("attend"):
             mixed = attend_cached(q, k, v, past, segments) if past else self._attend(q, k, v, segments)
         return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D")), (k, v)
@@ -179,8 +184,8 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Array,
-        turn: tuple[Array, Array],
-        heat: Array | None,
+        angles: tuple[Array, Array],
+        position_scale: Array | None,
         segments: Any,
         tap: Callable | None,
         weights: Any,
@@ -193,7 +198,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             mixed, (key, value) = Attention(s, self.compute, name="attention")(
-                rms_norm(x, attention_gain, s.norm_eps), turn, heat, segments, past
+                rms_norm(x, attention_gain, s.norm_eps), angles, position_scale, segments, past
             )
             middle = residual(x + mixed, s.multiple_of)
         with jax.named_scope("mlp"):

@@ -1,6 +1,6 @@
 """What attention remembers of the tokens before: a plain dict of arrays.
 
-`k` (turned by its position) and `v` [L, B, K, S, h], and `segments` [B, S] int32, 0 where a slot is empty. Rows lie
+`k` (rotated by its position) and `v` [L, B, K, S, h], and `segments` [B, S] int32, 0 where a slot is empty. Rows lie
 over the batch's mesh axes, key-value heads over theirs. The slot of a token says nothing of its position, so that rows
 of prompts of several lengths go on in the same slot.
 """

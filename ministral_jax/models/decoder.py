@@ -57,9 +57,9 @@ class Decoder(nn.Module):
         s, wide = self.spec, jnp.promote_types(x.dtype, jnp.float32)
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
-        turn = rope.rotation(positions, s.rope, s.head_width, wide)
-        heat = rope.temperature(positions, s.rope, wide)
-        x, taps = self.layers(x, turn, heat, segments, tap and jax.tree_util.Partial(tap), weights, past)
+        angles = rope.rope_angles(positions, s.rope, s.head_width, wide)
+        position_scale = rope.position_scale(positions, s.rope, wide)
+        x, taps = self.layers(x, angles, position_scale, segments, tap and jax.tree_util.Partial(tap), weights, past)
         return rms_norm(x, self.norm, s.norm_eps), taps
 
     def logits(self, hidden: Array) -> Array:

@@ -22,18 +22,18 @@ def frequencies(width: int, theta: float) -> np.ndarray:
 def yarn_frequencies(width: int, rope: RopeSpec) -> np.ndarray:
     """Frequencies [width/2] of the decoder, float64; plain RoPE when `rope.yarn_factor == 1`.
 
-    YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): dimensions that turn more than `beta_fast` times within the
-    original context keep their frequency, those that turn less than `beta_slow` times are slowed by the factor, with a
-    linear ramp between. The ramp's ends are rounded outwards as `transformers` does. YaRN's constant temperature is
-    left out (attention factor 1): `temperature` takes its place.
+    YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): dimensions that rotate more than `beta_fast` times within
+    the original context keep their frequency, those that rotate less than `beta_slow` times are slowed by the factor,
+    with a linear ramp between. The ramp's ends are rounded outwards as `transformers` does. YaRN's constant temperature
+    is left out (attention factor 1): `position_scale` takes its place.
     """
     plain = frequencies(width, rope.theta)
     if rope.yarn_factor == 1:
         return plain
     length = _original(rope)
 
-    def dimension(turns: float) -> float:
-        return width * math.log(length / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+    def dimension(rotations: float) -> float:
+        return width * math.log(length / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
     high = min(math.ceil(dimension(rope.beta_slow)), width - 1)
@@ -46,30 +46,30 @@ def _original(rope: RopeSpec) -> int:
     return rope.original_context
 
 
-def temperature(positions: Array, rope: RopeSpec, dtype) -> Array | None:
+def position_scale(positions: Array, rope: RopeSpec, dtype) -> Array | None:
     """s(p) = 1 + beta ln(1 + floor(p / L0)), [B, T]: what queries are multiplied by; None where it is always 1."""
     if rope.temperature_beta == 0:
         return None
     return 1 + rope.temperature_beta * jnp.log1p((positions // _original(rope)).astype(dtype))
 
 
-def rotation(positions: Array, rope: RopeSpec, width: int, dtype) -> tuple[Array, Array]:
+def rope_angles(positions: Array, rope: RopeSpec, width: int, dtype) -> tuple[Array, Array]:
     """cos and sin [B, T, width/2] of the decoder's angles at `positions` [B, T]."""
     angles = positions[..., None].astype(dtype) * jnp.asarray(yarn_frequencies(width, rope), dtype)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def axial_rotation(rows: Array, columns: Array, theta: float, width: int, dtype) -> tuple[Array, Array]:
-    """cos and sin [B, P, width/2] for patches at `rows`, `columns` [B, P]: even frequencies turn with the row, odd ones
-    with the column (Pixtral, arXiv 2410.07073, section 2.2)."""
+def axial_angles(rows: Array, columns: Array, theta: float, width: int, dtype) -> tuple[Array, Array]:
+    """cos and sin [B, P, width/2] for patches at `rows`, `columns` [B, P]: even frequencies by row, odd ones by column
+    (Pixtral, arXiv 2410.07073, section 2.2)."""
     base = jnp.asarray(frequencies(width, theta), dtype)
     by_row, by_column = rows[..., None] * base[0::2], columns[..., None] * base[1::2]
     angles = jnp.concatenate([by_row, by_column], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (i, i + h/2) of `x` [B, T, H, h] by the angles of `cos`, `sin` [B, T, h/2]; in x's dtype."""
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the pairs (i, i + h/2) of `x` [B, T, H, h] by the angles of `cos`, `sin` [B, T, h/2]; in x's dtype."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -17,7 +17,7 @@ from einops import rearrange
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from ministral_jax.distributed.axes import Axes, layout
+from ministral_jax.distributed.axes import Axes, sharded_axes
 from ministral_jax.models import attention
 from ministral_jax.models.attention import Part, Tiles, attend, attend_parts, keep
 
@@ -41,7 +41,7 @@ def attend_on_mesh(
     Where T is cut, causal rows are in zig-zag order. Key-value heads that the axes of the heads do not divide are
     whole, and each device picks those of its query heads.
     """
-    batch, length, cut = layout(q.shape[:3], ("batch", "length", heads), multiple_of)
+    batch, length, cut = sharded_axes(q.shape[:3], ("batch", "length", heads), multiple_of)
     whole = partial(attend, causal=causal, implementation=implementation, block=block)
     if not (batch or length or cut):
         return whole(q, k, v, segments)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 
 from ministral_jax.models.block import BlockSpec, Compute, linear, rms_norm, stacked, weight
-from ministral_jax.models.rope import axial_rotation
+from ministral_jax.models.rope import axial_angles
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 AXES = ("vision_embed", "vision_heads", "vision_heads", "vision_head", "vision_mlp")
@@ -29,12 +29,12 @@ class VisionTower(nn.Module):
         gain = weight(self, "norm", (s.width,), ("vision_embed",), None)
         x = rms_norm(linear(patches.astype(kernel.dtype), kernel), gain, s.norm_eps)
 
-        turn = axial_rotation(row, column, s.rope_theta, s.head_width, jnp.promote_types(x.dtype, jnp.float32))
+        angles = axial_angles(row, column, s.rope_theta, s.head_width, jnp.promote_types(x.dtype, jnp.float32))
         block = BlockSpec(
             s.width, s.heads, s.heads, s.head_width, s.mlp_width, s.norm_eps, False, AXES, s.layers, s.merge**2
         )
         layers = stacked(block, self.compute, "vision_layers", name="layers")
-        return layers(x, turn, None, image, None, None, None)[0]
+        return layers(x, angles, None, image, None, None, None)[0]
 
 
 class Projector(nn.Module):

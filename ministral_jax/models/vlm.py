@@ -165,7 +165,9 @@ def logical_axes(spec: ModelSpec) -> Params:
 
 def param_shardings(spec: ModelSpec, placement: Placement) -> Params:
     """Where every parameter lies."""
-    return jax.tree.map(lambda leaf, axes: placement.lies(leaf.shape, axes), abstract_params(spec), logical_axes(spec))
+    return jax.tree.map(
+        lambda leaf, axes: placement.sharding(leaf.shape, axes), abstract_params(spec), logical_axes(spec)
+    )
 
 
 def placed_params(spec: ModelSpec, placement: Placement, dtype=jnp.float32) -> Params:

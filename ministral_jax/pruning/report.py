@@ -39,7 +39,7 @@ class WidthStep(Frozen):
     retained_energy: float
     gain: float
     spectrum: Spectrum
-    projector: Kept | None = None
+    projector: Kept | None = Field(default=None, exclude_if=lambda kept: kept is None)
     """Hidden neurons of the projector, which is narrowed with the width."""
 
 

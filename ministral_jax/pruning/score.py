@@ -5,13 +5,14 @@ Every score reads "larger is more worth keeping"; `top` turns a score into indic
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from pydantic import Field
 
 from ministral_jax.distributed.collectives import fetch
+from ministral_jax.models.vlm import Params
 from ministral_jax.pruning.statistics import Statistics
 from ministral_jax.pruning.transforms import TieSeed
 from ministral_jax.settings import Frozen
@@ -37,7 +38,7 @@ class PruneOptions(Frozen):
     norm_eps: Literal["spec", "exact"] = "spec"
     """Keep the target spec's epsilon, or scale the source's by the squared gain, which makes the sliced norm exact."""
     projector: Literal["rotated", "fresh"] = "rotated"
-    """Turn and narrow the source's projector with the decoder, or draw a new one as the paper does."""
+    """Rotate and narrow the source's projector with the decoder, or draw a new one as the paper does."""
     tie_seed: TieSeed = "head"
     """What the shared matrix starts from when the target ties embedding and head. Of the three, `head` was nearest to
     the source both right after tying and after a short distillation."""
@@ -56,29 +57,25 @@ def top(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order, axis=-1).astype(np.int32)
 
 
-def layer_scores(
-    statistics: Statistics, score: LayerScore, image_weight: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Worth of each decoder layer, [L] (Ministral 3 Algorithm 2; Minitron arXiv 2407.14679 for block influence)."""
-    ratio = statistics.mean(statistics.norm_ratio, image_weight)
-    match score:
+def layer_scores(statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> np.ndarray:
+    """Importance of each layer, [L] (Ministral 3, Algorithm 2; Minitron, arXiv 2407.14679, for block influence)."""
+    ratio = statistics.mean(statistics.norm_ratio, options.image_weight)
+    match options.layer_score:
         case "norm_ratio":
             return ratio
         case "norm_ratio_inverse":
             return 1 / ratio
         case "block_influence":
-            return 1 - statistics.mean(statistics.cosine, image_weight)
+            return 1 - statistics.mean(statistics.cosine, options.image_weight)
         case "random":
             return rng.random(ratio.shape)
 
 
-def mlp_scores(
-    params: dict[str, Any], statistics: Statistics, score: MlpScore, image_weight: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Worth of each feed-forward neuron, [L, F]; `weight_norm` takes the norm's gain as part of gate and up."""
-    match score:
+def mlp_scores(params: Params, statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> np.ndarray:
+    """Importance of each feed-forward neuron, [L, F]; `weight_norm` takes the norm's gain as part of gate and up."""
+    match options.mlp_score:
         case "activation":
-            return statistics.mean(statistics.mlp, image_weight)
+            return statistics.mean(statistics.mlp, options.image_weight)
         case "random":
             return rng.random(statistics.mlp.shape[1:])
         case "weight_norm":
@@ -89,7 +86,7 @@ def mlp_scores(
             )
 
 
-def _weight_norm(layer: dict[str, Any]) -> np.ndarray:
+def _weight_norm(layer: Params) -> np.ndarray:
     gain = fetch(layer["mlp_norm"]).astype(np.float64)[:, None]
     gate, up, down = (fetch(layer["mlp"][name]).astype(np.float64) for name in ("gate", "up", "down"))
     return np.linalg.norm(gain * gate, axis=0) * np.linalg.norm(gain * up, axis=0) * np.linalg.norm(down, axis=1)
@@ -108,15 +105,15 @@ class Basis(NamedTuple):
         return float(self.energy[:width].sum() / self.energy.sum())
 
 
-def width_basis(statistics: Statistics, kind: WidthBasis, image_weight: float, rng: np.random.Generator) -> Basis:
+def width_basis(statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> Basis:
     """Basis to express the residual stream in before it is cut.
 
     `pca` holds the eigenvectors of the uncentred second moment (float64 `eigh`), each with its largest entry positive;
     uncentred because no bias exists in the model that could absorb a mean.
     """
-    moment = statistics.mean(statistics.second_moment, image_weight)
+    moment = statistics.mean(statistics.second_moment, options.image_weight)
     width = len(moment)
-    match kind:
+    match options.width_basis:
         case "pca":
             energy, vectors = np.linalg.eigh(moment)
             energy, vectors = energy[::-1].clip(min=0), vectors[:, ::-1]

@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = dict[str, Any]
+from ministral_jax.models.vlm import Params
+
 Edit = Callable[[jax.Array], jax.Array]
 TieSeed = Literal["embed", "head", "mean"]
 
@@ -116,13 +117,13 @@ def rotate(params: Params, basis: jax.Array | np.ndarray) -> Params:
         raise ValueError("rotate needs an untied head: the final norm gain of a tied model cannot be folded")
 
     def along(axis: int) -> Edit:
-        def turn(w: jax.Array) -> jax.Array:
+        def rotated(w: jax.Array) -> jax.Array:
             dtype = jnp.promote_types(w.dtype, jnp.float32)
             q = jnp.asarray(basis, dtype)
-            turned = jnp.tensordot(w.astype(dtype), q, axes=(axis, 0), precision=jax.lax.Precision.HIGHEST)
-            return jnp.moveaxis(turned, -1, axis).astype(w.dtype)
+            product = jnp.tensordot(w.astype(dtype), q, axes=(axis, 0), precision=jax.lax.Precision.HIGHEST)
+            return jnp.moveaxis(product, -1, axis).astype(w.dtype)
 
-        return turn
+        return rotated
 
     edits = {path: along(axis) for path, axis in RESIDUAL_AXIS.items()}
     return edit(params, edits | {path: lambda g: g[..., : basis.shape[1]] for path in NORM_GAINS})

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Answers, Sampler, training_rows
 from ministral_jax.data.batch import Batch
-from ministral_jax.distributed.processes import poll_slow
+from ministral_jax.distributed.processes import announce, poll_slow
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, token_weights
@@ -106,7 +106,8 @@ class _Learner(OnlineLearner):
         self.clock.switch("step")
         batches, signal = minibatches(self.stage, self.job.spec, answers, scores.total)
         metrics = []
-        for batch in batches * self.stage.num_iterations:
+        for number, batch in enumerate(batches * self.stage.num_iterations, 1):
+            announce(f"update {number}")
             state, found = self.update(state, self.fixed, self.job.placement.place_whole(batch))
             metrics.append(found)
         host = {**reward_metrics(scores), **conduct_metrics(answers.samples), "groups_with_signal": signal}

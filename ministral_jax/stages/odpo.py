@@ -16,7 +16,7 @@ from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Answers, Params, Sampler, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
-from ministral_jax.distributed.processes import poll_slow
+from ministral_jax.distributed.processes import announce, poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
@@ -145,6 +145,7 @@ class _Learner(OnlineLearner):
         batch, kept = pairs(answers, probability, self.job.spec)
         placed = self.job.placement.place_whole(batch)
         placed["reference"] = self.logprobs(self.reference, placed)
+        announce("update 1")
         state, metrics = self.update(state, self.fixed, placed)
         return state, {**host, **conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import jax
 from pydantic import Field
 
 from ministral_jax.distributed.processes import polled
-from ministral_jax.losses.evaluation import make_evaluate, taught_by
+from ministral_jax.losses.evaluation import as_teacher, make_evaluate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM, placed_params
-from ministral_jax.pruning.prune import PruneOptions, check_target, prune
 from ministral_jax.pruning.statistics import _batch_sums
+from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, load_stage
 from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.rows import (
@@ -63,28 +61,24 @@ class Prune(RowStage):
         spec, params = load_stage(job.source, placement=job.placement)
         data = open_data(job)
 
-        def calibration() -> Iterator[Any]:
-            return polled(train_batches(job, data, stop=self.calibration), "calibration batch")
-
         def kl_to_source(pruned: Params, pruned_spec: ModelSpec) -> float:
-            taught = taught_by(spec, self.compute, job.placement)
-            evaluate = make_evaluate(pruned_spec, self.compute, job.placement, taught)
+            teacher = as_teacher(spec, self.compute, job.placement)
+            evaluate = make_evaluate(pruned_spec, self.compute, job.placement, teacher)
             return evaluate(pruned, params, polled(held_out_batches(job, data), "evaluating batch"))[0]["kl"]
 
+        surgery = Surgery(
+            job.spec,
+            lambda: polled(train_batches(job, data, stop=self.calibration), "calibration batch"),
+            self.options,
+            self.seed,
+            compute=self.compute,
+            placement=job.placement,
+            measure=kl_to_source,
+            progress=ProgressLine(job.name, 0).say,
+        )
         with job.placement.rules.active():
-            pruned, pruned_spec, report = prune(
-                params,
-                spec,
-                job.spec,
-                calibration,
-                self.options,
-                jax.random.key(self.seed),
-                ProgressLine(job.name, 0).say,
-                compute=self.compute,
-                measure=kl_to_source,
-                placement=job.placement,
-            )
+            pruned, pruned_spec, report = surgery.run(params, spec)
         files = job.save(pruned)
         metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
-        details = {"prune": report, "data": data_details(data)}
+        details = {"prune": report.model_dump(mode="json"), "data": data_details(data)}
         return Result(metrics, files=files, details=details, spec=pruned_spec)

@@ -321,7 +321,7 @@ def recorded_teacher(job: Job[Any], recorder: Record) -> Teacher:
         return {name: _described(job, name, array[0]) for name, array in one.items()}
 
     shape, kept = (spec.width, spec.vocab), recorder.kept(job.tokens.control)
-    lies = job.teacher_placement.lies(shape, ("embed", "vocab"))
+    lies = job.teacher_placement.sharding(shape, ("embed", "vocab"))
     head = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=lies)
     teacher = recorded(*kept["train"], dtype, head)
     return replace(teacher, train_arrays=added(*kept["train"]), held_out_arrays=added(*kept["held_out"]))

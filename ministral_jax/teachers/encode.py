@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from ministral_jax.distributed.placement import Placement, partition
 from ministral_jax.losses.chunked import cut_tokens, join_tokens
-from ministral_jax.losses.divergences import Axis, across, logsumexp, top
+from ministral_jax.losses.divergences import Axis, logsumexp, maximum, reduce_over
 from ministral_jax.losses.head import mesh_axes, whole_head
 from ministral_jax.teachers import codecs
 from ministral_jax.teachers.codecs import Codec, DenseCodec, HiddenCodec, SampledCodec, TopKCodec
@@ -214,15 +214,15 @@ def _blocks(values: Array, block: int, fill: float) -> Array:
 def _at(index: Array, logits: Array, axis: Axis) -> Array:
     """Values [..., f] of logits [..., v] at indices [f] that count from the first column of this device."""
     here = (index >= 0) & (index < logits.shape[-1])
-    return across(jax.lax.psum, jnp.where(here, logits[..., jnp.where(here, index, 0)], 0), axis)
+    return reduce_over(jax.lax.psum, jnp.where(here, logits[..., jnp.where(here, index, 0)], 0), axis)
 
 
 def _entropy(logits: Array, lse: Array, axis: Axis) -> Array:
     """-Σ p log p, with p = exp(logits - lse); of nothing it is 0. Dividing by Σ p takes out the rounding of `lse`."""
     lse = jnp.where(lse > -jnp.inf, lse, 0)[..., None]
     p = jnp.exp(logits - lse)
-    total = across(jax.lax.psum, jnp.sum(jnp.where(p > 0, p * (lse - logits), 0), axis=-1), axis)
-    mass = across(jax.lax.psum, jnp.sum(p, axis=-1), axis)
+    total = reduce_over(jax.lax.psum, jnp.sum(jnp.where(p > 0, p * (lse - logits), 0), axis=-1), axis)
+    mass = reduce_over(jax.lax.psum, jnp.sum(p, axis=-1), axis)
     return total / jnp.where(mass > 0, mass, 1)
 
 
@@ -236,7 +236,7 @@ def _draw(logits: Array, uniforms: Array, block: int, axis: Axis) -> Array:
     largest logit, which is the same however V is cut, and so are the sums over a block where it divides the device's V.
     """
     own = logits.shape[-1]
-    weights = _blocks(jnp.exp(logits - top(logits, axis)[..., None]), block, 0)
+    weights = _blocks(jnp.exp(logits - maximum(logits, axis)[..., None]), block, 0)
     masses, count = weights.sum(axis=-1), weights.shape[2]
     if axis is not None:
         masses = jax.lax.all_gather(masses, axis, axis=2, tiled=True)

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from ministral_jax.data.pipeline import Join
 from ministral_jax.distributed.placement import Placement, Rules
-from ministral_jax.losses.evaluation import Taught, hidden, taught_by
+from ministral_jax.losses.evaluation import TeacherFn, as_teacher, hidden
 from ministral_jax.losses.targets import Hidden, Targets
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
@@ -40,7 +40,7 @@ class Teacher:
 
     constants: Params
     targets: Callable[[Params, Batch], Targets]
-    held_out: Taught
+    held_out: TeacherFn
     flops_per_token: float = 0.0
     join: Join | None = None
     held_out_join: Join | None = None
@@ -53,7 +53,7 @@ class Teacher:
 def online(spec: ModelSpec, params: Params, compute: Compute, placement: Placement, length: int) -> Teacher:
     """A model that runs on the student's mesh, by its own rules."""
     targets = online_targets(spec, compute, placement.rules)
-    return Teacher(params, targets, taught_by(spec, compute, placement), spec.flops_per_token(length))
+    return Teacher(params, targets, as_teacher(spec, compute, placement), spec.flops_per_token(length))
 
 
 def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[[Params, Batch], Hidden]:
@@ -74,7 +74,7 @@ def stored(store: Store, placement: Placement) -> Teacher:
         return store.head(index).astype(info.dtype)
 
     shape = (info.width, info.vocab)
-    head = jax.make_array_from_callback(shape, placement.lies(shape, ("embed", "vocab")), part)
+    head = jax.make_array_from_callback(shape, placement.sharding(shape, ("embed", "vocab")), part)
     return replace(
         recorded(codec, info.forced, info.dtype, head),
         join=lambda hashes: unpack(store.read("train", hashes)),

@@ -7,15 +7,15 @@ import optax
 import pytest
 from hlo import collectives
 
-import ministral_jax.pruning.prune as pruning
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
-from ministral_jax.losses.evaluation import hidden, make_evaluate, taught_by
+from ministral_jax.losses.evaluation import as_teacher, hidden, make_evaluate
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
 from ministral_jax.pruning.statistics import collect
+from ministral_jax.pruning.surgery import Surgery
 from ministral_jax.stages.base import fresh_params
 from ministral_jax.stages.teaching import distillation
 from ministral_jax.teachers.teacher import online_targets
@@ -155,10 +155,8 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
         with jax.set_mesh(place.mesh), place.rules.active():
             params, data = fresh_params(TEACHER, 1, place), place.place(batch(), ROWS)
             statistics = collect(VLM(TEACHER, COMPUTE), params, [data])
-            cut = pruning.prune(
-                params, TEACHER, target, lambda: [data], pruning.PruneOptions(), jax.random.key(0), placement=place
-            )
-            evaluate = make_evaluate(cut[1], COMPUTE, place, taught_by(TEACHER, COMPUTE, place))
+            cut = Surgery(target, lambda: [data], placement=place).run(params, TEACHER)
+            evaluate = make_evaluate(cut[1], COMPUTE, place, as_teacher(TEACHER, COMPUTE, place))
             figures, predictions = evaluate(cut[0], params, [data])
             return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], figures, predictions
 
@@ -166,7 +164,7 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
     for name in ("tokens", "norm_ratio", "cosine", "mlp", "second_moment", "projector"):
         a, b = getattr(one[0], name), getattr(many[0], name)
         np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max(), err_msg=name)
-    assert [s.get("kept") for s in one[2]["steps"]] == [s.get("kept") for s in many[2]["steps"]]
+    assert [getattr(s, "kept", None) for s in one[2].steps] == [getattr(s, "kept", None) for s in many[2].steps]
     # A basis is found from rounded moments: what is compared is what the cut models do.
     np.testing.assert_allclose(many[3]["kl"], one[3]["kl"], rtol=1e-3)
     assert np.mean(many[4][0] == one[4][0]) > 0.97

@@ -12,7 +12,7 @@ from model_cases import CASES, TEXT, YARN, Case, inputs, loss_and_grads, pack, r
 from ministral_jax.errors import UserError
 from ministral_jax.models.attention import attend
 from ministral_jax.models.block import linear, rms_norm
-from ministral_jax.models.rope import axial_rotation, rotate, rotation, temperature, yarn_frequencies
+from ministral_jax.models.rope import apply_rope, axial_angles, position_scale, rope_angles, yarn_frequencies
 from ministral_jax.models.spec import PRESETS, RopeSpec
 from ministral_jax.models.vlm import (
     VLM,
@@ -56,21 +56,21 @@ def test_position_temperature_of_the_released_sizes(x64):
     rope = PRESETS["ministral-3-3b"].rope
     positions = jnp.array([0, 16_383, 16_384, 32_768, 131_071, 262_143])
     expected = [1, 1, 1.069315, 1.109861, 1.207944, 1.277259]
-    np.testing.assert_allclose(temperature(positions, rope, jnp.float64), expected, rtol=5e-7)
-    assert temperature(positions, RopeSpec(), jnp.float64) is None
+    np.testing.assert_allclose(position_scale(positions, rope, jnp.float64), expected, rtol=5e-7)
+    assert position_scale(positions, RopeSpec(), jnp.float64) is None
 
 
 def test_rotation_is_multiplication_of_complex_pairs(x64):
     random = np.random.default_rng(0)
     x, positions = random.standard_normal((2, 5, 3, 8)), random.integers(0, 99, (2, 5))
-    turned = np.asarray(rotate(jnp.asarray(x), *rotation(jnp.asarray(positions), YARN, 8, jnp.float64)))
+    rotated = np.asarray(apply_rope(jnp.asarray(x), *rope_angles(jnp.asarray(positions), YARN, 8, jnp.float64)))
     pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * yarn_frequencies(8, YARN))
-    np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-13)
+    np.testing.assert_allclose(rotated, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-13)
 
 
 def test_even_frequencies_turn_with_the_row_and_odd_ones_with_the_column(x64):
     rows, columns = jnp.array([[0, 3]]), jnp.array([[5, 0]])
-    cos, _ = axial_rotation(rows, columns, 1e4, 16, jnp.float64)
+    cos, _ = axial_angles(rows, columns, 1e4, 16, jnp.float64)
     f = 1e4 ** (-np.arange(0, 16, 2) / 16)
     np.testing.assert_allclose(cos[0, 0], np.cos(np.concatenate([0 * f[0::2], 5 * f[1::2]])))
     np.testing.assert_allclose(cos[0, 1], np.cos(np.concatenate([3 * f[0::2], 0 * f[1::2]])))

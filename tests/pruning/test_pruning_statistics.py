@@ -13,7 +13,7 @@ from pruning_cases import IMAGES, SPEC, make_batch, params64
 from ministral_jax.errors import UserError
 from ministral_jax.models.vision import VisionTower
 from ministral_jax.models.vlm import VLM, Compute
-from ministral_jax.pruning.score import layer_scores, mlp_scores, top, width_basis
+from ministral_jax.pruning.score import PruneOptions, layer_scores, mlp_scores, top, width_basis
 from ministral_jax.pruning.statistics import Statistics, collect
 
 MODEL = VLM(SPEC)
@@ -167,7 +167,7 @@ def test_layer_scores_are_their_formulas(statistics, activations, batch):
         "random": np.random.default_rng(7).random(SPEC.layers),
     }
     for name, value in expect.items():
-        scores = layer_scores(statistics, name, 1.0, np.random.default_rng(7))
+        scores = layer_scores(statistics, PruneOptions(layer_score=name), np.random.default_rng(7))
         np.testing.assert_allclose(scores, value, rtol=1e-12, atol=1e-14)
 
 
@@ -181,7 +181,7 @@ def test_neuron_scores_are_their_formulas(params, statistics, activations, batch
         "random": np.random.default_rng(7).random((SPEC.layers, SPEC.mlp_width)),
     }
     for name, value in expect.items():
-        scores = mlp_scores(params, statistics, name, 1.0, np.random.default_rng(7))
+        scores = mlp_scores(params, statistics, PruneOptions(mlp_score=name), np.random.default_rng(7))
         np.testing.assert_allclose(scores, value, rtol=1e-12)
 
 
@@ -193,7 +193,7 @@ def test_bases_are_orthonormal_and_sorted(statistics, activations, batch):
     _, singular, right = np.linalg.svd(data, full_matrices=False)
     total = (data**2).sum() / len(data)
     for kind in ("pca", "magnitude", "random"):
-        basis = width_basis(statistics, kind, 1.0, np.random.default_rng(7))
+        basis = width_basis(statistics, PruneOptions(width_basis=kind), np.random.default_rng(7))
         np.testing.assert_allclose(basis.vectors.T @ basis.vectors, np.eye(SPEC.width), atol=1e-12)
         np.testing.assert_allclose(basis.energy, ((data @ basis.vectors) ** 2).mean(0), rtol=1e-9)
         assert basis.retained(SPEC.width) == pytest.approx(1, abs=1e-12)

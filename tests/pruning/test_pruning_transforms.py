@@ -40,13 +40,13 @@ def test_full_width_rotation_leaves_the_logits_unchanged():
     params, batch = params64(SPEC), make_batch()
     source = logits(params, SPEC, batch)
     folded = fold_norm_gains(params)
-    turned = rotate(folded, orthogonal(SPEC.width))
+    rotated = rotate(folded, orthogonal(SPEC.width))
     assert relative(logits(folded, SPEC, batch), source) < EXACT
-    assert relative(logits(turned, SPEC, batch), source) < EXACT
+    assert relative(logits(rotated, SPEC, batch), source) < EXACT
     # The gains are why folding comes first, and every table entry is needed.
     assert relative(logits(rotate(params, orthogonal(SPEC.width)), SPEC, batch), source) > 1e-2
     for path in RESIDUAL_AXIS:
-        stale = edit(turned, {path: lambda w, path=path: _leaf(folded, path)})
+        stale = edit(rotated, {path: lambda w, path=path: _leaf(folded, path)})
         assert relative(logits(stale, SPEC, batch), source) > 1e-6, path
 
 
@@ -61,8 +61,8 @@ def test_a_tied_model_rotates_once_untied():
         rotate(half_folded, orthogonal(spec.width))
     free = untie(params)
     check_params(free, SPEC, "untied")
-    turned = rotate(fold_norm_gains(free), orthogonal(spec.width))
-    assert relative(logits(turned, SPEC, batch), source) < EXACT
+    rotated = rotate(fold_norm_gains(free), orthogonal(spec.width))
+    assert relative(logits(rotated, SPEC, batch), source) < EXACT
 
 
 def test_keeping_everything_in_any_order_leaves_the_logits_unchanged():
@@ -122,8 +122,8 @@ def test_slicing_directions_without_energy_is_exact(images, eps):
     source = logits(params, spec, batch)
 
     gain = slice_gain(spec.width, kept)
-    turned = rotate(params, basis)
-    small = narrow_projector(slice_width(turned, kept, gain), np.arange(kept))
+    rotated = rotate(params, basis)
+    small = narrow_projector(slice_width(rotated, kept, gain), np.arange(kept))
     sliced = spec.model_copy(update={"width": kept, "norm_eps": eps * gain**2})
     check_params(small, sliced, "sliced")
     assert relative(logits(small, sliced, batch), source) < EXACT
@@ -132,7 +132,7 @@ def test_slicing_directions_without_energy_is_exact(images, eps):
     )
     assert relative(logits(without, sliced, batch), source) > 1e-2
     at_once = slice_width(rotate(params, basis[:, :kept]), kept, gain)
-    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(slice_width(turned, kept, gain)), strict=True):
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(slice_width(rotated, kept, gain)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-13)
 
 

@@ -1,4 +1,4 @@
-"""`prune` from end to end: the family's four sizes on a tiny model, exact where it can be, refused where it must be."""
+"""Surgery from end to end: the family's four sizes on a tiny model, exact where it can be, refused where it must be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning_cases import SPEC, logits, make_batch, params32, params64, relative
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS, RopeSpec
 from ministral_jax.models.vlm import abstract_params, check_params, init_params
-from ministral_jax.pruning.prune import PruneOptions, check_target, prune
+from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.pruning.transforms import edit
 
 FAMILY = {
@@ -23,12 +23,15 @@ FAMILY = {
     "8b": SPEC.model_copy(update={"layers": 3, "width": 16, "mlp_width": 14, "rope": RopeSpec(theta=1e4)}),
     "3b": SPEC.model_copy(update={"layers": 2, "width": 12, "mlp_width": 9, "tied": True, "rope": RopeSpec(theta=1e4)}),
 }
-KEY = jax.random.key(0)
 TEXT = SPEC.model_copy(update={"vision": None})
 
 
 def calibration():
     return [make_batch(seed) for seed in (0, 1)]
+
+
+def as_json(report):
+    return json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))
 
 
 def test_the_cascade_of_the_family():
@@ -44,15 +47,15 @@ def test_the_cascade_of_the_family():
             return len(seen)
 
         before = jax.tree.map(np.array, params)
-        small, small_spec, report = prune(
-            params, spec, target, calibration, PruneOptions(recollect=name != "3b"), KEY, lines.append, measure=measure
-        )
+        options = PruneOptions(recollect=name != "3b")
+        surgery = Surgery(target, calibration, options, measure=measure, progress=lines.append)
+        small, small_spec, report = surgery.run(params, spec)
         assert small_spec == target
         check_params(small, target, name)
         assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(small))
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True))
 
-        report = json.loads(json.dumps(report, allow_nan=False))
+        report = as_json(report)
         assert [step["step"] for step in report["steps"]] == expected
         assert report["kl"] == dict(zip(expected, range(1, 9), strict=False))
         assert report["tokens"] == {"text": 2 * 3 * 17, "image": 2 * 3 * 3}
@@ -88,15 +91,15 @@ def test_cutting_only_what_is_unused_keeps_the_logits():
         )
         spec = SPEC.model_copy(update={"norm_eps": 1e-13})  # the projector's norm shares the scaled epsilon
         options = PruneOptions(layer_score="block_influence", norm_eps="exact")
-        small, small_spec, report = prune(params, spec, target, calibration, options, KEY)
+        small, small_spec, report = Surgery(target, calibration, options).run(params, spec)
         batch = make_batch(3)
-        assert report["steps"][0]["kept"] == [0, 2]
-        assert report["steps"][1]["retained_energy"] == pytest.approx(1, abs=1e-12)
+        assert report.steps[0].kept == (0, 2)
+        assert report.steps[1].retained_energy == pytest.approx(1, abs=1e-12)
         assert small_spec.norm_eps == pytest.approx(1e-13 * SPEC.width / target.width)
         assert relative(logits(small, small_spec, batch), logits(params, spec, batch)) < 1e-11
         # With the whole energy retained, the energy-matched gain is the exact one.
         energy = PruneOptions(layer_score="block_influence", norm_eps="exact", norm_gain="energy", recollect=False)
-        small, small_spec, _ = prune(params, spec, target, calibration, energy, KEY)
+        small, small_spec, _ = Surgery(target, calibration, energy).run(params, spec)
         assert relative(logits(small, small_spec, batch), logits(params, spec, batch)) < 1e-11
 
 
@@ -116,16 +119,19 @@ def test_every_option_runs_on_text_alone_with_one_pass(chosen):
         passes.append(None)
         return [make_batch(0, images=False)]
 
-    small, spec, report = prune(params, TEXT, target, batches, PruneOptions(**chosen, recollect=False), KEY)
+    options = PruneOptions(**chosen, recollect=False)
+    small, spec, report = Surgery(target, batches, options).run(params, TEXT)
     assert len(passes) == 1
     check_params(small, spec, "small")
+    report = as_json(report)
     width = report["steps"][1]
+    assert "projector" not in width
     rho = width["retained_energy"] if chosen.get("norm_gain") == "energy" else 1.0
     assert 0.5 < width["retained_energy"] < 1 and width["gain"] == pytest.approx((rho * TEXT.width / 15) ** 0.5)
     np.testing.assert_allclose(small["decoder"]["layers"]["attention_norm"], width["gain"], rtol=1e-6)
     exact = chosen.get("norm_eps") == "exact"
     assert spec.norm_eps == pytest.approx(TEXT.norm_eps * (width["gain"] ** 2 if exact else 1))
-    other = prune(params, TEXT, target, batches, PruneOptions(**chosen, recollect=False), jax.random.key(1))[2]
+    other = as_json(Surgery(target, batches, options, seed=1).run(params, TEXT).report)
     assert (other["steps"][0]["scores"] != report["steps"][0]["scores"]) == (chosen["layer_score"] == "random")
 
 
@@ -133,15 +139,15 @@ def test_a_fresh_projector_is_drawn_last_and_needs_no_image_tokens():
     target = SPEC.model_copy(update={"width": 15})
     params = params32(SPEC, jnp.bfloat16)
     text = [make_batch(0, images=False)]
-    small, _, report = prune(params, SPEC, target, lambda: text, PruneOptions(projector="fresh"), jax.random.key(9))
-    assert [step["step"] for step in report["steps"]] == ["width", "projector"]
+    small, _, report = Surgery(target, lambda: text, PruneOptions(projector="fresh"), seed=9).run(params, SPEC)
+    assert [step.step for step in report.steps] == ["width", "projector"]
     check_params(small, target, "small")
     drawn = jax.jit(lambda key: init_params(target, key, jnp.bfloat16)["projector"])(jax.random.key(9))
     assert all(
         np.array_equal(drawn[name], leaf) and leaf.dtype == jnp.bfloat16 for name, leaf in small["projector"].items()
     )
     with pytest.raises(UserError, match=r"no image token.*projector: fresh"):
-        prune(params, SPEC, target, lambda: text, PruneOptions(), KEY)
+        Surgery(target, lambda: text).run(params, SPEC)
 
 
 def test_a_tied_source_prunes_to_tied_and_untied_targets():
@@ -149,12 +155,12 @@ def test_a_tied_source_prunes_to_tied_and_untied_targets():
     batches = lambda: [make_batch(0, images=False)]
     with jax.enable_x64(True):
         params, batch = params64(tied), make_batch(1, images=False)
-        untied, spec, report = prune(params, tied, TEXT, batches, PruneOptions(), KEY)
-        assert report == {"tokens": None, "steps": [], "kl": {}} and not spec.tied
+        untied, spec, report = Surgery(TEXT, batches).run(params, tied)
+        assert as_json(report) == {"tokens": None, "steps": [], "kl": {}} and not spec.tied
         assert relative(logits(untied, spec, batch), logits(params, tied, batch)) < 1e-12
         target = tied.model_copy(update={"width": 15})
-        small, spec, report = prune(params, tied, target, batches, PruneOptions(), KEY)
-        assert [step["step"] for step in report["steps"]] == ["width", "tie"] and "head" not in small["decoder"]
+        small, spec, report = Surgery(target, batches).run(params, tied)
+        assert [step.step for step in report.steps] == ["width", "tie"] and "head" not in small["decoder"]
         check_params(small, target, "tied")
 
 
@@ -177,12 +183,12 @@ def test_an_impossible_target_is_refused(change, message):
         check_target(SPEC, target, "here")
     assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="prune target"):
-        prune({}, SPEC, target, lambda: pytest.fail("must not calibrate"), PruneOptions(), KEY)
+        Surgery(target, lambda: pytest.fail("must not calibrate")).run({}, SPEC)
 
 
 def test_parameters_of_another_model_are_refused():
     with pytest.raises(UserError, match="prune source: parameter"):
-        prune(abstract_params(TEXT), SPEC, FAMILY["8b"], lambda: pytest.fail("must not calibrate"), PruneOptions(), KEY)
+        Surgery(FAMILY["8b"], lambda: pytest.fail("must not calibrate")).run(abstract_params(TEXT), SPEC)
 
 
 @pytest.mark.parametrize("prefix", ["tiny", "ministral-3"])
