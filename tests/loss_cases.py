@@ -15,6 +15,18 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
+def log_softmax(x):
+    """In float64."""
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def single(tree):
+    """float64 as float32."""
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, tree)
+
+
 def loss_and_gradients(hidden, head, targets, labels, mask, options):
     """((loss, metrics), (d_hidden, d_head)), compiled and fetched."""
     objective = lambda h, w, *rest: distillation_loss(h, w, *rest, options)

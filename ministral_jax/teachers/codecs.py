@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 from pydantic import Field
 
 from ministral_jax.errors import UserError
@@ -123,8 +124,8 @@ def layout(codec: Codec, length: int, width: int, vocab: int, forced: tuple[int,
             return counted | {"logits": per_token("float32", vocab)}
 
 
-def uniforms(codec: Codec, seed: int, row_hash: bytes, length: int) -> np.ndarray | None:
-    """Random numbers float32 `[T, S]` in [0, 1), ascending along S; None for codecs that draw nothing.
+def uniforms(codec: Codec, seed: int, row_hash: bytes, length: int) -> Float[np.ndarray, "T S"] | None:
+    """Random float32 numbers in [0, 1), ascending along S; None for codecs that draw nothing.
 
     They depend on the seed and on the row's content alone, so that any mesh, in any order, draws the same. Their
     resolution is 2^-24, by which the probability that an id is drawn may be off.

@@ -20,6 +20,7 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.placement import Placement, partition
 from ministral_jax.losses.chunked import cut_tokens, join_tokens
@@ -30,6 +31,7 @@ from ministral_jax.teachers.codecs import Codec, DenseCodec, HiddenCodec, Sample
 
 Encoder = Callable[[Array, Array, Array, Array | None], dict[str, Array]]
 Keep = Callable[[Array, Array | None, Axis], dict[str, Array]]
+Largest = tuple[Float[Array, "B c k"], Int[Array, "B c k"]]
 
 
 def encoder(codec: Codec, placement: Placement, forced: tuple[int, ...], chunk: int) -> Encoder:
@@ -179,8 +181,8 @@ def _top_k(
     }
 
 
-def _largest(values: Array, ids: Array, size: int, axis: Axis) -> tuple[Array, Array]:
-    """The `size` largest of values [..., v] over all devices, descending, and their ids; of equal ones the lower id."""
+def _largest(values: Float[Array, "B c v"], ids: Int[Array, " v"], size: int, axis: Axis) -> Largest:
+    """The `size` largest values over all devices, descending, and their ids; of equal ones the lower id."""
     found, index = _largest_here(values, min(size, values.shape[-1]))
     best = ids[0] + index
     if axis is not None:
@@ -191,7 +193,7 @@ def _largest(values: Array, ids: Array, size: int, axis: Axis) -> tuple[Array, A
     return found, best
 
 
-def _largest_here(values: Array, size: int) -> tuple[Array, Array]:
+def _largest_here(values: Float[Array, "B c v"], size: int) -> Largest:
     """`jax.lax.top_k`, without its sort of all values: the k largest lie in the k blocks whose maxima are the largest.
 
     Of equal values the lower index still comes first: every block that precedes a value's own, by its maximum and then
@@ -205,19 +207,19 @@ def _largest_here(values: Array, size: int) -> tuple[Array, Array]:
     return found, jnp.take_along_axis(which, index // block, axis=-1) * block + index % block
 
 
-def _blocks(values: Array, block: int, fill: float) -> Array:
-    """[B, c, v] as [B, c, n, block], padded by `fill`."""
+def _blocks(values: Float[Array, "B c v"], block: int, fill: float) -> Float[Array, "B c n k"]:
+    """Blocks of k = `block`, the last one padded by `fill`."""
     padded = jnp.pad(values, [(0, 0), (0, 0), (0, -values.shape[-1] % block)], constant_values=fill)
     return rearrange(padded, "b c (n k) -> b c n k", k=block)
 
 
-def _at(index: Array, logits: Array, axis: Axis) -> Array:
-    """Values [..., f] of logits [..., v] at indices [f] that count from the first column of this device."""
+def _at(index: Int[Array, " f"], logits: Float[Array, "B c v"], axis: Axis) -> Float[Array, "B c f"]:
+    """Logits at indices that count from the first column of this device."""
     here = (index >= 0) & (index < logits.shape[-1])
     return reduce_over(jax.lax.psum, jnp.where(here, logits[..., jnp.where(here, index, 0)], 0), axis)
 
 
-def _entropy(logits: Array, lse: Array, axis: Axis) -> Array:
+def _entropy(logits: Float[Array, "B c v"], lse: Float[Array, "B c"], axis: Axis) -> Float[Array, "B c"]:
     """-Σ p log p, with p = exp(logits - lse); of nothing it is 0. Dividing by Σ p takes out the rounding of `lse`."""
     lse = jnp.where(lse > -jnp.inf, lse, 0)[..., None]
     p = jnp.exp(logits - lse)
@@ -229,8 +231,10 @@ def _entropy(logits: Array, lse: Array, axis: Axis) -> Array:
 # ---- draws ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(logits: Array, uniforms: Array, block: int, axis: Axis) -> Array:
-    """Ids [B, c, S] int32 at which the cumulative distribution over V passes uniforms [B, c, S].
+def _draw(
+    logits: Float[Array, "B c v"], uniforms: Float[Array, "B c S"], block: int, axis: Axis
+) -> Int[Array, "B c S"]:
+    """Ids at which the cumulative distribution over V passes the uniforms.
 
     In two levels, blocks of ids and ids of a block, so that float32 sums are short. Weights are taken relative to the
     largest logit, which is the same however V is cut, and so are the sums over a block where it divides the device's V.
@@ -248,9 +252,11 @@ def _draw(logits: Array, uniforms: Array, block: int, axis: Axis) -> Array:
     return ids if axis is None else jax.lax.psum(jnp.where(here, ids, 0), axis)
 
 
-def inverse_cdf(weights: Array, u: Array) -> tuple[Array, Array]:
-    """Where u [..., S] in [0, 1) falls among the cumulative weights [..., 1 or S, n] as shares of their sum: the index
-    [..., S], always of a positive weight, and the place in [0, 1] between its ends."""
+def inverse_cdf(
+    weights: Float[Array, "*B #S n"], u: Float[Array, "*B S"]
+) -> tuple[Int[Array, "*B S"], Float[Array, "*B S"]]:
+    """Where u in [0, 1) falls among the cumulative weights as shares of their sum: the index, always of a positive
+    weight, and the place in [0, 1] between its ends."""
     ends = jnp.cumsum(weights, axis=-1)
     ends = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends], axis=-1)
     u = u * ends[..., -1]

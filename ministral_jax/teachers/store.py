@@ -217,11 +217,7 @@ class Writer:
             self._commit({f"{split}/hash": stored}, rows)
 
     def put_head(self, part: np.ndarray, index: tuple[slice, ...] = _WHOLE) -> None:
-        """Write `part` of the teacher's output matrix [D', V] at `index`; several processes may, each its part.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
+        """Write `part` of the teacher's output matrix [D', V] at `index`; several processes may, each its part."""
         if self._finished is None:
             with self._files.fault("the head could not be written"):
                 self._commit({"head": part}, index)
@@ -266,10 +262,9 @@ class Writer:
         if self._finished is None:
             _clean(self._files)
             finished = self._summed(records)
-            if missing := sorted(finished.digests().keys() - self._files.list()):
-                raise UserError(
-                    f"store {self._files.root} cannot be finished: {missing[0]} is missing; record its rows again"
-                )
+            if lost := sorted(finished.digests().keys() - self._files.list()):
+                where = f"store {self._files.root} cannot be finished"
+                raise UserError(f"{where}: {lost[0]} is missing; record its rows again")
             self._files.save(FINISHED, finished)
         _clean(self._files, sealed=True)
 

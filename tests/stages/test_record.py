@@ -18,6 +18,7 @@ from ministral_jax.files import read_jsonl
 from ministral_jax.stages import record
 from ministral_jax.stages.record import plan_batches
 from ministral_jax.teachers.store import Store
+from ministral_jax.teachers.store_format import FINISHED, Files, Finished, TeacherIdentity
 
 DEVICES = jax.devices()
 RECIPE = str(TESTS / "micro_stored.yaml")
@@ -200,19 +201,22 @@ def test_other_data_is_refused_before_anything_is_written(taught, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("changed", "message"),
     [
-        ("teacher", {"stage": "parent", "digest": "0" * 64}, "teacher"),
-        ("tokenizer_digest", "0" * 64, "tokenizer"),
-        ("data_digest", "0" * 64, "data"),
+        ({"teacher": TeacherIdentity(stage="parent", digest="0" * 64)}, "teacher"),
+        ({"tokenizer_digest": "0" * 64}, "tokenizer"),
+        ({"data_digest": "0" * 64}, "data"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_teacher_tokenizer_or_packing_is_refused(parent, tmp_path, capsys, monkeypatch, key, value, message):
-    run_dir, real = copy_of(parent, tmp_path), record.StoreInfo
-    monkeypatch.setattr(record, "StoreInfo", lambda **known: real.model_validate({**known, key: value}))
-    run(run_dir, "logits")
-    error = refused(capsys, run_dir)
-    assert message in error and "000000" in error and str(run_dir / STORE) in error, error
+def test_another_teacher_tokenizer_or_packing_is_refused(taught, capsys, changed, message):
+    store = Files(str(taught / STORE))
+    finished = store.load(Finished, FINISHED)
+    info = finished.description.info.model_copy(update=changed)
+    description = finished.description.model_copy(update={"info": info})
+    store.save(FINISHED, finished.model_copy(update={"description": description}))
+    error = refused(capsys, taught)
+    assert message in error and "000000" in error and str(taught / STORE) in error, error
 
 
 def test_a_flipped_byte_is_refused(taught, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import log_softmax
 from scipy.stats import chi2, ncx2
 
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
@@ -57,12 +58,6 @@ def teacher():
 
 
 # ---- oracle ---------------------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    top = logits.max(-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
 def entropy_of(p):
