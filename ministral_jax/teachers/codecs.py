@@ -3,13 +3,6 @@
 A row has T positions. `encode.py` computes what is kept on the device that holds the teacher; here `pack` brings that
 into the form on disk, `unpack` turns what was read into arrays of a batch, still small, and `targets` restores them
 inside the training step. Positions that are not counted (loss_mask 0) are zeros throughout and mean nothing.
-
-- `topk`: the S most probable ids outside the forced ones, ascending, as differences; codes of their log-probabilities
-  and of the f forced ids' (whose ids are the same everywhere); the mass and the entropy of all other ids.
-- `sampled`: S draws from the teacher as ids with counts, and its entropy. An expectation over them is unbiased
-  (random-sampling distillation, Anshumann et al. 2025).
-- `hidden`: the final hidden states; with the teacher's head they are the whole distribution.
-- `dense`: logits, for tests and toy vocabularies.
 """
 
 from __future__ import annotations
@@ -35,7 +28,8 @@ _NOT_LEARNT = ("counted", "tail_entropy", "curve")
 
 
 class TopKCodec(Frozen):
-    """The `entries` most probable tokens, log-probabilities in `bits` bits, and what the rest weighs."""
+    """The `entries` (S) most probable ids outside the f forced ones, ascending, as differences; log-probabilities of
+    all S + f in `bits` bits; the mass and the entropy of all other ids."""
 
     kind: Literal["topk"] = "topk"
     entries: int = Field(default=64, ge=2)
@@ -43,8 +37,10 @@ class TopKCodec(Frozen):
 
 
 class SampledCodec(Frozen):
-    """`entries` draws per token: evenly spaced through the distribution from one random start (`systematic`, least
-    variance: a token of probability p is drawn S p times, rounded down or up), or `independent`."""
+    """`entries` (S) draws per token as ids with counts, and the teacher's entropy. An expectation over them is unbiased
+    (random-sampling distillation, Anshumann et al. 2025). They are evenly spaced through the distribution from one
+    random start (`systematic`, least variance: an id of probability p is drawn S p times, rounded down or up), or
+    `independent`."""
 
     kind: Literal["sampled"] = "sampled"
     entries: int = Field(default=50, ge=1, le=2**16 - 1)
@@ -52,14 +48,15 @@ class SampledCodec(Frozen):
 
 
 class HiddenCodec(Frozen):
-    """The teacher's final hidden states in `dtype`; float8 is e4m3 with one scale per token."""
+    """The teacher's final hidden states in `dtype`; float8 is e4m3 with one scale per token. With the teacher's head
+    they are the whole distribution."""
 
     kind: Literal["hidden"] = "hidden"
     dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
 
 
 class DenseCodec(Frozen):
-    """All logits in float32."""
+    """All logits in float32, for tests and toy vocabularies."""
 
     kind: Literal["dense"] = "dense"
 
@@ -127,12 +124,8 @@ def layout(codec: Codec, length: int, width: int, vocab: int, forced: tuple[int,
 def uniforms(codec: Codec, seed: int, row_hash: bytes, length: int) -> Float[np.ndarray, "T S"] | None:
     """Random float32 numbers in [0, 1), ascending along S; None for codecs that draw nothing.
 
-    They depend on the seed and on the row's content alone, so that any mesh, in any order, draws the same. Their
-    resolution is 2^-24, by which the probability that an id is drawn may be off.
-
-    Args:
-        seed: from 0 to 2^64 - 1.
-        row_hash: 16 bytes.
+    They depend on the seed (below 2^64) and on the row's content hash (16 bytes) alone, so that any mesh, in any order,
+    draws the same. Their resolution is 2^-24, by which the probability that an id is drawn may be off.
     """
     if not isinstance(codec, SampledCodec):
         return None
@@ -146,11 +139,7 @@ def uniforms(codec: Codec, seed: int, row_hash: bytes, length: int) -> Float[np.
 
 
 def pack(codec: Codec, arrays: Arrays) -> Arrays:
-    """What `encode.encoder` computed of n rows, as it lies on disk (`layout`).
-
-    Args:
-        arrays: `[n, T, ..]` or `[n, ..]`, tokens in the row's order, zeros where not counted.
-    """
+    """What `encode.encoder` computed of n rows (tokens in the row's order), as it lies on disk (`layout`)."""
     counted = arrays["counted"]
     match codec:
         case TopKCodec(entries=entries, bits=bits):
@@ -190,9 +179,8 @@ def unpack(arrays: Arrays) -> Arrays:
 
 
 def targets(codec: Codec, batch: dict[str, Any], head: Array | None, forced: tuple[int, ...]) -> Targets:
-    """The teacher of a batch that `unpack`'s arrays are part of, on the device, for `distillation.targets`.
-
-    Quantised distributions do not sum to one exactly (the loss normalises them).
+    """The teacher of a batch that `unpack`'s arrays are part of, on the device. Quantised distributions do not sum to
+    one exactly (the loss normalises them).
 
     Args:
         head: the teacher's output matrix `[D', V]` for `hidden`, whose states are cast to its dtype; else unused.

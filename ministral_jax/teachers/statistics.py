@@ -24,11 +24,8 @@ EDGES = 10 ** (np.arange(_DECADES * _PER_DECADE + 1) / _PER_DECADE - _DECADES)
 
 
 def statistics(codec: Codec, arrays: Arrays) -> dict[str, Any]:
-    """Sums over the counted tokens of n rows as they lie on disk (`codecs.layout`): plain numbers and lists.
-
-    `tokens` for every codec. topk: `tail_mass`, its histogram `tail_histogram` over `EDGES`, `entropy` of the teacher
-    (from quantised log-probabilities), `tail_entropy`, and `curve`. sampled: `entropy` and `unique_ids`.
-    """
+    """Sums over the counted tokens of n rows as they lie on disk (`codecs.layout`): plain numbers and lists. `entropy`
+    is the teacher's, with `topk` from quantised log-probabilities; `tail_histogram` is over `EDGES`."""
     counted = arrays["counted"] > 0
     sums: dict[str, Any] = {"tokens": int(counted.sum())}
     match codec:
