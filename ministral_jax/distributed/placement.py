@@ -234,6 +234,13 @@ class Placement:
 
         return {name: put(name, array) for name, array in batch.items()}
 
+    def described(self, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch of which shapes and dtypes alone are known, as `place` would put it on the devices."""
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding(name, len(shape)))
+            for name, (shape, dtype) in shapes.items()
+        }
+
     def place_whole(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """`place` of a global batch that every process has whole."""
         count = len(batch["tokens"])
