@@ -171,9 +171,18 @@ class Placement:
         entries = [self.rules.batch, length or None, *[None] * (ndim - 2)]
         return NamedSharding(self.mesh, PartitionSpec(*entries[:ndim]))
 
+    @cached_property
+    def row_shards(self) -> int:
+        """Parts into which the rows of a batch are cut."""
+        return int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+
+    def even(self, rows: int) -> int:
+        """The next number of rows that the devices share evenly."""
+        return -(-rows // self.row_shards) * self.row_shards
+
     def check_batch(self, sequences: int, length: int, where: str, microbatches: int = 1) -> None:
         """Raise `UserError` when a global batch does not split evenly."""
-        rows = int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+        rows = self.row_shards
         if sequences % (rows * microbatches):
             parts = " * ".join(f"{a} {self.mesh.shape[a]}" for a in self.rules.batch if self.mesh.shape[a] > 1)
             micro = f" * microbatches {microbatches}" if microbatches > 1 else ""

@@ -107,8 +107,7 @@ class OnlineStage(Stage, Steps):
         """A step's answers must split evenly over the mesh and the microbatches."""
         each, parts = self.answers_per_prompt, self.updates_per_step
         rows = self.prompts * each // parts
-        placement = job.placement
-        devices = int(np.prod([placement.mesh.shape[axis] for axis in placement.rules.batch]))
+        devices = job.placement.row_shards
         if rows % (devices * self.microbatches) or self.prompts // parts % self.microbatches:
             raise UserError(
                 f"{job.where}.prompts = {self.prompts} with {each} answers each makes updates of {rows} rows, which "

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.scoring import Scorer
@@ -73,8 +72,7 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
     options, choice = SamplingOptions(), Choice(temperature=temperature, top_p=1.0, top_k=0)
     run = programs(spec, compute, place, choice, (job.tokens.eos,), options.chunk)
-    shards = int(np.prod([place.mesh.shape[axis] for axis in place.rules.batch]))
-    count, total = (-(-n // shards) * shards for n in (prompts, prompts * each))
+    count, total = place.even(prompts), place.even(prompts * each)
     params, patches = placed_params(spec, place), job.stage.data.patches
     batch = shapes(count, bucket(length), (), bucket(patches) if patches else 0, spec.vision)
     batch = place.described({name: batch[name] for name in batch.keys() - {"positions", "labels"}})

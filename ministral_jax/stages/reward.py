@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
-from ministral_jax.alignment.judge import Judge, both_orders, judge_reader, rows_of_questions
+from ministral_jax.alignment.judge import ROWS, Judge, both_orders, judge_reader
 from ministral_jax.alignment.rollout import Params
 from ministral_jax.data.batch import shapes
 from ministral_jax.data.conversation import spell
@@ -73,7 +73,7 @@ def judge_program(job: Job[Any], spec: ModelSpec) -> Program:
     """Reading a batch of the longest questions that a judge of `spec` can be asked."""
     placement, compute = job.placement, job.stage.compute
     read = judge_reader(spec, compute, placement, job.tokens.choices)
-    batch = shapes(rows_of_questions(placement), spec.context)
+    batch = shapes(placement.even(ROWS), spec.context)
     batch = placement.described({name: batch[name] for name in batch if name != "labels"})
     return Program(read, (placed_params(spec, placement, jnp.dtype(compute.dtype)), batch))
 
