@@ -24,7 +24,7 @@ from ministral_jax.models.vlm import VLM, head_matrix
 
 Params = dict[str, Any]
 ROWS = 64
-"""Questions in a batch, at least."""
+"""Questions in a batch, or as many more as the devices share evenly."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Judge:
 
     def logits(self, params: Params, questions: Sequence[np.ndarray]) -> np.ndarray:
         """float64 `[N]`: of A over B after each question."""
-        count = rows_of_questions(self.placement)
+        count = self.placement.even(ROWS)
         found = []
         for first in range(0, len(questions), count):
             self.on_step(f"judging pair {first}")
@@ -89,12 +89,6 @@ def judge_reader(spec: ModelSpec, compute: Compute, placement: Placement, choice
         return logits[:, 0] - logits[:, 1]
 
     return jax.jit(placement.rules.scoped(read), out_shardings=placement.replicated)
-
-
-def rows_of_questions(placement: Placement) -> int:
-    """Questions in a batch: as many as the devices share evenly."""
-    shards = int(np.prod([placement.mesh.shape[axis] for axis in placement.rules.batch]))
-    return -(-ROWS // shards) * shards
 
 
 def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.ndarray:

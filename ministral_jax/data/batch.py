@@ -31,6 +31,20 @@ SMALLEST = 32
 """Tokens to which the shortest row of one document is padded; also the fewest patches."""
 
 
+def shapes(
+    rows: int, length: int, floats: Sequence[str] = ("loss_mask",), patches: int = 0, vision: VisionSpec | None = None
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and dtype of each array of a batch, with these float32 arrays `[B, T]`; images where there are patches."""
+    integers = ["tokens", "positions", "segments", "labels"]
+    found = {}
+    if patches and vision is not None:
+        integers.append("image_slot")
+        found = dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((rows, patches), np.int32))
+        found |= {"patches": ((rows, patches, vision.patch_width), np.float32)}
+    found |= dict.fromkeys(integers, ((rows, length), np.int32))
+    return found | dict.fromkeys(floats, ((rows, length), np.float32))
+
+
 def bucket(size: int) -> int:
     """The next of 32, 48, 64, 96, 128, ..: a third is padding at most, and few shapes are compiled."""
     power = max(SMALLEST, 1 << (size - 1).bit_length())

@@ -76,7 +76,7 @@ def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
     elif kind == "jsonl":
         rows = ((relative, path, n, line) for relative, path in source.files for n, line in lines_of(path))
         for relative, path, n, line in islice(rows, limit):
-            yield from _parse_row(line, path, f"{relative}:{n}", f"{path} row {n}", prompts)
+            yield from parse_row(line, path, f"{relative}:{n}", f"{path} row {n}", prompts)
     else:
         for relative, path in source.files:
             yield Document(relative, str(path), text=_read_text(path))
@@ -165,17 +165,13 @@ def _named_images(line: bytes, path: Path, where: str) -> Iterator[Path]:
     if isinstance(row, dict) and "text" in row and "messages" not in row:
         return
     # with or without an answer: its images are the user's
-    for document in _parse_row(line, path, "", where, prompts=True):
+    for document in parse_row(line, path, "", where, prompts=True):
         for message in document.messages:
             yield from (part for part in message.parts if isinstance(part, Path))
 
 
 def json_row(line: bytes, where: str) -> Any:
-    """The value of a row of JSONL.
-
-    Raises:
-        UserError: it is not UTF-8 or not JSON.
-    """
+    """The value of a row of JSONL; `UserError` where it is not UTF-8 or not JSON."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -184,7 +180,12 @@ def json_row(line: bytes, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({error})") from None
 
 
-def _parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
+def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
+    """The documents of a row of the JSONL file at `path`: two of a pair of answers, else one.
+
+    Raises:
+        UserError: the row is malformed; begins with `where`.
+    """
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
@@ -214,16 +215,15 @@ def _conversation(row: dict[str, Any], base: Path, prompt: bool, where: str) -> 
     raw = row["messages"] if "messages" in row else row["prompt"]
     if "messages" in row or isinstance(raw, list):
         return parse_messages(raw, base, where, prompt)
-    return (Message("user", (*images_of(row, base, where), _string(row, "prompt", where))),)
+    return (Message("user", (*_images(row, base, where), _string(row, "prompt", where))),)
 
 
 def _question(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:
-    messages = exchange((*images_of(row, base, where), _string(row, "question", where)), _string(row, "answer", where))
+    messages = exchange((*_images(row, base, where), _string(row, "question", where)), _string(row, "answer", where))
     return messages[:-1] if prompt else messages
 
 
-def images_of(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
-    """Paths of the images that a row names beside its text."""
+def _images(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
     images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
     if not isinstance(images, list):
         raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")

@@ -171,9 +171,18 @@ class Placement:
         entries = [self.rules.batch, length or None, *[None] * (ndim - 2)]
         return NamedSharding(self.mesh, PartitionSpec(*entries[:ndim]))
 
+    @cached_property
+    def row_shards(self) -> int:
+        """Parts into which the rows of a batch are cut."""
+        return int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+
+    def even(self, rows: int) -> int:
+        """The next number of rows that the devices share evenly."""
+        return -(-rows // self.row_shards) * self.row_shards
+
     def check_batch(self, sequences: int, length: int, where: str, microbatches: int = 1) -> None:
         """Raise `UserError` when a global batch does not split evenly."""
-        rows = int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+        rows = self.row_shards
         if sequences % (rows * microbatches):
             parts = " * ".join(f"{a} {self.mesh.shape[a]}" for a in self.rules.batch if self.mesh.shape[a] > 1)
             micro = f" * microbatches {microbatches}" if microbatches > 1 else ""
@@ -233,6 +242,13 @@ class Placement:
             return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: put(name, array) for name, array in batch.items()}
+
+    def described(self, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch of which shapes and dtypes alone are known, as `place` would put it on the devices."""
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding(name, len(shape)))
+            for name, (shape, dtype) in shapes.items()
+        }
 
     def place_whole(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """`place` of a global batch that every process has whole."""

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import TokenizerConfig
-from ministral_jax.data.conversation import Document, Message, parse_messages, parse_tools
-from ministral_jax.data.sources import images_of, json_row, lines_of
+from ministral_jax.data.conversation import Document, Message
+from ministral_jax.data.sources import json_row, lines_of, parse_row
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, text_of
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.distributed.processes import poll_slow
@@ -50,11 +50,11 @@ def run_generate(args: Namespace) -> None:
         raise UserError(f"--seed {args.seed}; it must not be negative")
     spec, tokenizer = open_checkpoint(args.checkpoint)
     options = _options(args, tokenizer)
-    rows = _read(args.jsonl) if args.jsonl else [({"prompt": text}, f"--prompt {text[:40]!r}") for text in args.prompt]
+    rows = _read(args.jsonl) if args.jsonl else [({"prompt": t}, _prompt(t, args.image)) for t in args.prompt]
     prompts = []
-    for number, (row, where) in enumerate(rows):
-        document = _document(row, args.jsonl.parent if args.jsonl else Path(), where, args.image)
-        rendered = _render(document, args.chat or "messages" in row, args.think, tokenizer, spec)
+    for number, (row, document) in enumerate(rows):
+        chat = args.chat or not isinstance(row.get("prompt"), str) or "messages" in row
+        rendered = _render(document, chat, args.think, tokenizer, spec)
         prompts.append(as_prompt(rendered, spec.vision, (args.seed + number) % 2**32))
     sample = _sampler(args.checkpoint, spec, options)
     if args.jsonl:
@@ -109,31 +109,23 @@ def _sampler(path: Path, spec: ModelSpec, options: SamplingOptions) -> Sample:
     return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
 
 
-def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Rows of a JSONL file, and where each stands."""
+def _read(path: Path) -> list[tuple[dict[str, Any], Document]]:
+    """Rows of a JSONL file, and what is to be answered of each."""
     if not path.is_file():
         raise UserError(f"--jsonl {path} is not a file")
     found = []
     for number, line in lines_of(path):
         where = f"{path} row {number}"
-        row = json_row(line, where)
-        if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-            raise UserError(f"{where}: needs 'prompt' or 'messages', got {str(row)[:60]}")
-        found.append((row, where))
+        (document,) = parse_row(line, path, where, where, prompts=True)
+        found.append((json_row(line, where), document))
     if not found:
         raise UserError(f"--jsonl {path} has no rows")
     return found
 
 
-def _document(row: dict[str, Any], base: Path, where: str, images: list[Path]) -> Document:
-    """What is to be answered: a row's messages with the tools that it offers, or one text after images."""
-    if "messages" in row:
-        messages = parse_messages(row["messages"], base, where, prompt=True)
-        return Document(where, where, messages=messages, tools=parse_tools(row.get("tools", []), where))
-    if not isinstance(row["prompt"], str):
-        raise UserError(f"{where}: 'prompt' must be text, got {row['prompt']!r}")
-    parts = *images, *images_of(row, base, where), row["prompt"]
-    return Document(where, where, messages=(Message("user", parts),))
+def _prompt(text: str, images: list[Path]) -> Document:
+    where = f"--prompt {text[:40]!r}"
+    return Document(where, where, messages=(Message("user", (*images, text)),))
 
 
 def _render(document: Document, chat: bool, think: bool, tokenizer: Tokenizer, spec: ModelSpec) -> Rendered:

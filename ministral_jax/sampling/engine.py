@@ -142,9 +142,8 @@ def stream(
     place = by_rows(placement)
     choice = Choice(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
     run = programs(spec, model.compute, place, choice, options.stop_ids, options.chunk)
-    shards = int(np.prod([place.mesh.shape[axis] for axis in place.rules.batch]))
-    batch = _batch(prompts, spec, shards)
-    parents, rows = _rows(prompts, spec, options, shards)
+    batch = _batch(prompts, spec, place.even(len(prompts)))
+    parents, rows = _rows(prompts, spec, options, place.even(len(prompts) * options.completions_per_prompt))
     room, (_, width) = min(SLOTS, options.max_completion_length), batch["tokens"].shape
     with jax.set_mesh(place.mesh):
         lengths = np.maximum(batch["segments"].sum(axis=1, dtype=np.int32), 1)
@@ -196,19 +195,18 @@ def _check(prompt: Prompt, spec: ModelSpec, where: str) -> None:
         raise UserError(f"{where} has {places} [IMG] tokens but images of {images}")
 
 
-def _batch(prompts: Sequence[Prompt], spec: ModelSpec, shards: int) -> Batch:
-    """A prompt in each row; rows are added until the devices share them evenly."""
-    rows = one_per_row([prompt.tokens for prompt in prompts], -(-len(prompts) // shards) * shards)
+def _batch(prompts: Sequence[Prompt], spec: ModelSpec, count: int) -> Batch:
+    """A prompt in each row; rows of padding are added until there are `count`."""
+    rows = one_per_row([prompt.tokens for prompt in prompts], count)
     batch = {name: rows[name] for name in ("tokens", "segments")}
     is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
     return batch | images_of_rows([prompt.images for prompt in prompts], is_image, spec.vision)
 
 
-def _rows(prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, shards: int) -> tuple[np.ndarray, Rows]:
+def _rows(prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, total: int) -> tuple[np.ndarray, Rows]:
     """Which prompt each row goes on from, and what is known of it; rows that are added have stopped from the start."""
     each = options.completions_per_prompt
     count = len(prompts) * each
-    total = -(-count // shards) * shards
     parents = np.minimum(np.arange(total) // each, len(prompts) - 1).astype(np.int32)
     lengths = np.array([len(prompts[p].tokens) for p in parents], np.int32)
     ends = np.minimum(lengths.astype(np.int64) + options.max_completion_length, spec.context).astype(np.int32)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, field_validator
 
@@ -15,7 +14,7 @@ from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.examine import Examiner, GenerateConfig, conduct, score_together
 from ministral_jax.alignment.rollout import Answers, Params, Sampler, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores
-from ministral_jax.data.batch import bucket
+from ministral_jax.data.batch import bucket, shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
@@ -108,8 +107,7 @@ class OnlineStage(Stage, Steps):
         """A step's answers must split evenly over the mesh and the microbatches."""
         each, parts = self.answers_per_prompt, self.updates_per_step
         rows = self.prompts * each // parts
-        placement = job.placement
-        devices = int(np.prod([placement.mesh.shape[axis] for axis in placement.rules.batch]))
+        devices = job.placement.row_shards
         if rows % (devices * self.microbatches) or self.prompts // parts % self.microbatches:
             raise UserError(
                 f"{job.where}.prompts = {self.prompts} with {each} answers each makes updates of {rows} rows, which "
@@ -211,21 +209,9 @@ class OnlineLearner:
 def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch that `training_rows` makes of a step's answers, with `more` float32 arrays `[N, T]` beside it:
     shapes, dtypes and where they lie."""
-    stage: OnlineStage = job.stage
-    vision, patches, length = job.spec.vision, stage.data.patches, bucket(stage.longest_row)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        **dict.fromkeys(("tokens", "positions", "segments", "labels"), ((rows, length), jnp.int32)),
-        **dict.fromkeys(("loss_mask", *more), ((rows, length), jnp.float32)),
-    }
-    if patches and vision is not None:
-        width = bucket(patches)
-        shapes |= {"image_slot": ((rows, length), jnp.int32)}
-        shapes |= {"patches": ((rows, width, vision.patch_width), jnp.float32)}
-        shapes |= dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((rows, width), jnp.int32))
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=job.placement.batch_sharding(name, len(shape)))
-        for name, (shape, dtype) in shapes.items()
-    }
+    stage, floats = job.stage, ("loss_mask", *more)
+    patches = bucket(stage.data.patches) if stage.data.patches else 0
+    return job.placement.described(shapes(rows, bucket(stage.longest_row), floats, patches, job.spec.vision))
 
 
 def reward_metrics(scores: Scores) -> HostMetrics:

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.scoring import Scorer
-from ministral_jax.data.batch import bucket
+from ministral_jax.data.batch import bucket, shapes
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.prompts import PromptData, PromptRow, open_prompts
@@ -73,19 +72,10 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
     options, choice = SamplingOptions(), Choice(temperature=temperature, top_p=1.0, top_k=0)
     run = programs(spec, compute, place, choice, (job.tokens.eos,), options.chunk)
-    shards = int(np.prod([place.mesh.shape[axis] for axis in place.rules.batch]))
-    count, total = (-(-n // shards) * shards for n in (prompts, prompts * each))
-    params, width = placed_params(spec, place), bucket(length)
-
-    def shape(name: str, *sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place.batch_sharding(name, len(sizes)))
-
-    batch = {name: shape(name, count, width) for name in ("tokens", "segments")}
-    if spec.vision is not None and job.stage.data.patches:
-        patches = bucket(job.stage.data.patches)
-        batch |= {name: shape(name, count, patches) for name in ("patch_image", "patch_row", "patch_col")}
-        batch["patches"] = shape("patches", count, patches, spec.vision.patch_width, dtype=jnp.float32)
-        batch["image_slot"] = shape("image_slot", count, width)
+    count, total = place.even(prompts), place.even(prompts * each)
+    params, patches = placed_params(spec, place), job.stage.data.patches
+    batch = shapes(count, bucket(length), (), bucket(patches) if patches else 0, spec.vision)
+    batch = place.described({name: batch[name] for name in batch.keys() - {"positions", "labels"}})
     lengths = jax.ShapeDtypeStruct((count,), jnp.int32)
     per_row = {name: jax.ShapeDtypeStruct((total,), jnp.int32) for name in ("parents", "lengths", "ends", "samples")}
     rows = Rows(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
 from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
-from ministral_jax.alignment.judge import Judge, both_orders, judge_reader, rows_of_questions
+from ministral_jax.alignment.judge import ROWS, Judge, both_orders, judge_reader
 from ministral_jax.alignment.rollout import Params
+from ministral_jax.data.batch import shapes
 from ministral_jax.data.conversation import spell
 from ministral_jax.data.pairwise import CHOICES
 from ministral_jax.data.prompts import PromptRow
@@ -73,12 +73,8 @@ def judge_program(job: Job[Any], spec: ModelSpec) -> Program:
     """Reading a batch of the longest questions that a judge of `spec` can be asked."""
     placement, compute = job.placement, job.stage.compute
     read = judge_reader(spec, compute, placement, job.tokens.choices)
-    count, length = rows_of_questions(placement), spec.context
-    shapes = dict.fromkeys(("tokens", "positions", "segments"), jnp.int32) | {"loss_mask": jnp.float32}
-    batch = {
-        name: jax.ShapeDtypeStruct((count, length), dtype, sharding=placement.batch_sharding(name, 2))
-        for name, dtype in shapes.items()
-    }
+    batch = shapes(placement.even(ROWS), spec.context)
+    batch = placement.described({name: batch[name] for name in batch if name != "labels"})
     return Program(read, (placed_params(spec, placement, jnp.dtype(compute.dtype)), batch))
 
 

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from pydantic import Field, field_validator
 
+from ministral_jax.data.batch import shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.pipeline import ENDLESS, Join, batches, held_out
@@ -161,19 +161,9 @@ def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
 
 def abstract_batch(job: Job[Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of the stage as `data.pipeline.batches` gives it: shapes, dtypes and where they lie."""
-    stage, vision, placement = job.stage, job.spec.vision, job.placement
-    rows, length, patches = stage.batch.sequences, stage.batch.length, stage.data.patches
-    integers, floats = ("tokens", "positions", "segments", "labels"), ("loss_mask", "answer_mask", "text_bytes")
-    shapes = dict.fromkeys(integers, ((rows, length), jnp.int32))
-    shapes |= dict.fromkeys(floats, ((rows, length), jnp.float32))
-    if patches and vision is not None:
-        shapes |= {"image_slot": ((rows, length), jnp.int32)}
-        shapes |= {"patches": ((rows, patches, vision.patch_width), jnp.float32)}
-        shapes |= dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((rows, patches), jnp.int32))
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch_sharding(name, len(shape)))
-        for name, (shape, dtype) in shapes.items()
-    }
+    batch, floats = job.stage.batch, ("loss_mask", "answer_mask", "text_bytes")
+    found = shapes(batch.sequences, batch.length, floats, job.stage.data.patches, job.spec.vision)
+    return job.placement.described(found)
 
 
 def evaluation_programs(job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None) -> dict[str, Program]:

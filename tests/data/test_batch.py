@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from ministral_jax.data.batch import bucket, images_of_rows, one_per_row
+from ministral_jax.data.batch import bucket, images_of_rows, one_per_row, shapes
 from ministral_jax.data.chat import render
 from ministral_jax.data.conversation import Message
 from ministral_jax.data.images import to_patches
@@ -12,7 +12,6 @@ from ministral_jax.data.rows import decode_row
 from ministral_jax.models.spec import PRESETS
 
 VISION = PRESETS["tiny-24b"].vision
-INT, FLOAT = np.dtype(np.int32), np.dtype(np.float32)
 
 
 def test_a_packed_row_of_one_document_is_that_of_a_prompt(tokenizer):
@@ -23,8 +22,9 @@ def test_a_packed_row_of_one_document_is_that_of_a_prompt(tokenizer):
     packed = decode_row(save(record), bucket(size), bucket(len(images.patches)), tokenizer, VISION)
     batch = one_per_row([document.tokens, [1, 2]], rows=3)
     batch |= images_of_rows([images, None], batch["tokens"] == tokenizer.image_ids[0], VISION)
+    described = shapes(3, bucket(size), (), bucket(len(images.patches)), VISION)
+    assert {key: (array.shape, array.dtype) for key, array in batch.items()} == described
     for key, array in batch.items():
-        assert array.dtype == (FLOAT if key == "patches" else INT) and len(array) == 3
         np.testing.assert_array_equal(array[0], packed[key], key)
         assert key == "image_slot" or not array[2].any()
     assert batch["labels"][1, :2].tolist() == [2, 0] and batch["positions"][1, :3].tolist() == [0, 1, 0]

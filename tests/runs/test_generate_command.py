@@ -83,8 +83,8 @@ def test_the_command_reads_prompts_images_and_rows(checkpoint, say, monkeypatch)
     [
         ("", "has no rows"),
         ("{", "row 1: not JSON"),
-        ('{"text": "a"}', "row 1: needs 'prompt' or 'messages'"),
-        ('\n{"prompt": 3}', "row 2: 'prompt' must be text, got 3"),
+        ('{"text": "a"}', "row 1: has ['text'] but needs 'messages', 'prompt'"),
+        ('\n{"prompt": 3}', "row 2: 'prompt' must be text that is not empty, got 3"),
         ('{"prompt": "a", "images": ["gone.png"]}', "gone.png does not exist"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is from 'assistant' where"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "in turn"),
