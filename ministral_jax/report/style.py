@@ -1,8 +1,6 @@
-"""How the report looks: one palette for page and plots, light and dark, and the style sheet."""
+"""One palette for page and plots, light and dark."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 PALETTE: dict[str, tuple[str, str]] = {
     "paper": ("#fdfdfc", "#15181c"),
@@ -25,8 +23,7 @@ them apart, and reach a contrast of 4.5 on paper. No light value occurs twice: p
 
 def accent(index: int) -> str:
     """The colour of the parent (0) or of child 1, 2, ...; they repeat after the fifth, the parent's never."""
-    accents = sum(name.startswith("model-") for name in PALETTE) - 1
-    return f"model-{0 if index == 0 else (index - 1) % accents + 1}"
+    return f"model-{index and (index - 1) % 5 + 1}"
 
 
 def light(name: str) -> str:
@@ -38,8 +35,3 @@ def variables(selector: str) -> str:
     values = ["".join(f"--{name}:{pair[tone]};" for name, pair in PALETTE.items()) for tone in (0, 1)]
     dark = "@media screen and (prefers-color-scheme:dark)"
     return f"{selector}{{{values[0]}}}\n{dark}{{{selector}{{{values[1]}}}}}\n"
-
-
-SANS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
-
-PAGE_CSS = variables(":root") + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
