@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.report.page import render
-from ministral_jax.report.style import accent, variables
+from ministral_jax.report.plots import accent, variables
 from ministral_jax.report.units import decimal, percent
 from ministral_jax.runs.published import Entry
 
@@ -64,11 +64,10 @@ def family_figure(models: Mapping[str, Entry], portrait: bool = False) -> str:
 
 def _slabs(spec: ModelSpec) -> list[dict[str, int]]:
     """From the top: parameters by kind of what lies side by side."""
-    attention = spec.width * spec.head_width * 2 * (spec.heads + spec.kv_heads)
-    table = {"embeddings": spec.vocab * spec.width}
-    layers = [{"attention": attention, "mlp": 3 * spec.width * spec.mlp_width}] * spec.layers
-    vision = [{"vision": spec.vision_parameters}] if spec.vision else []
-    return ([] if spec.tied else [table]) + layers + [table] + vision
+    sizes, vision = spec.components, [{"vision": spec.vision_parameters}] if spec.vision else []
+    layer = {"attention": sizes["attention"] // spec.layers, "mlp": sizes["feed-forward"] // spec.layers}
+    head = [{"embeddings": sizes["head"]}] if sizes["head"] else []
+    return [*head, *[layer] * spec.layers, {"embeddings": sizes["embedding"]}, *vision]
 
 
 def _row(slab: dict[str, int], top: float, pitch: float, scale: float) -> list[dict[str, float | str]]:

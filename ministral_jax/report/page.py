@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ministral_jax.report import units
-from ministral_jax.report.style import variables
+from ministral_jax.report.plots import variables
 from ministral_jax.stages.figures import Figure
 
 _HERE = Path(__file__).parent

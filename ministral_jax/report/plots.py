@@ -1,10 +1,9 @@
-"""Lines as inline SVG. Matplotlib draws in the light palette; its colours become the page's variables, light or dark."""
+"""Lines as inline SVG. Matplotlib draws in the light palette; its colours become the page's variables."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,47 +16,50 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ministral_jax.report.style import PALETTE, light
 from ministral_jax.report.units import THIN, count, tick
 
+PALETTE: dict[str, tuple[str, str]] = {
+    "paper": ("#fdfdfc", "#15181c"), "panel": ("#f4f4f1", "#1c2026"), "ink": ("#1b1f24", "#e7e9ec"),
+    "muted": ("#5f6872", "#9aa4af"), "faint": ("#a4abb3", "#5d6772"), "rule": ("#e2e3df", "#2d333b"),
+    "wrong": ("#b1261d", "#ff8f85"), "model-0": ("#47505c", "#b4bfcc"), "model-1": ("#0069a8", "#5db7ee"),
+    "model-2": ("#00795a", "#3cc79a"), "model-3": ("#bd4b00", "#ff9850"), "model-4": ("#9c4280", "#e39bc8"),
+    "model-5": ("#7a6300", "#dfc24a"),
+}  # fmt: skip
+"""Name of a colour to its light and dark value. The `model-n` follow Okabe and Ito, so that colour-blind readers tell
+them apart, and reach a contrast of 4.5 on paper. No light value occurs twice: plots find their variable by it."""
+_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 _RC: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ministral_jax",
-    "text.parse_math": False,
-    "font.size": 11,
-    "axes.edgecolor": light("faint"),
-    "axes.labelcolor": light("muted"),
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.labelcolor": light("muted"),
-    "ytick.labelcolor": light("muted"),
-    "text.color": light("ink"),
-    "legend.frameon": False,
-    "lines.solid_capstyle": "butt",
-    "grid.color": light("rule"),
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-}
+    "svg.fonttype": "none", "svg.hashsalt": "ministral_jax", "text.parse_math": False, "text.color": _LIGHT["ink"],
+    "font.size": 11, "axes.edgecolor": _LIGHT["faint"], "axes.labelcolor": _LIGHT["muted"], "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "xtick.labelcolor": _LIGHT["muted"],
+    "ytick.labelcolor": _LIGHT["muted"], "legend.frameon": False, "lines.solid_capstyle": "butt",
+    "grid.color": _LIGHT["rule"], "grid.linewidth": 0.8,
+}  # fmt: skip
 _MARKS = {"ring": ("o", 4.8, 1.2), "dot": ("o", 6.0, 1.2), "cross": ("x", 8.0, 2.0), "dash": ("_", 9.0, 1.4)}
 """Marker of matplotlib, size and edge."""
-MANY = 400
-"""Points; more are drawn as means of equal bins."""
+
+
+def accent(index: int) -> str:
+    """The colour of the parent (0) or of child 1, 2, ...; they repeat after the fifth, the parent's never."""
+    return f"model-{index and (index - 1) % 5 + 1}"
+
+
+def variables(selector: str) -> str:
+    """The palette as CSS custom properties of `selector`: dark on dark screens, light elsewhere (on paper too)."""
+    light, dark = ("".join(f"--{name}:{pair[tone]};" for name, pair in PALETTE.items()) for tone in (0, 1))
+    return f"{selector}{{{light}}}\n@media screen and (prefers-color-scheme:dark){{{selector}{{{dark}}}}}\n"
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points in order; what no axis can show is a gap."""
+    """Points in order; what no axis can show is a gap. `style` is matplotlib's, "" for marks alone; see `_MARKS`."""
 
     x: Sequence[float] | np.ndarray
     y: Sequence[float] | np.ndarray
     colour: str = "ink"
-    """Of the palette, of course."""
     label: str | None = None
     style: str = "-"
-    """Matplotlib's; "" for marks alone."""
     mark: str = ""
-    """"ring", "dot", "cross" or "dash"."""
     width: float = 1.9
     alpha: float = 1.0
     down_to: float | None = None
@@ -69,19 +71,16 @@ class Axis:
     label: str = ""
     form: Callable[[float], str] = tick
     """Of its ticks."""
-    log: bool = False
+    log: bool | None = False
+    """None: where the values call for it."""
     share: bool = False
     """From nothing to all, in per cent."""
     zero: bool = False
     """It begins there."""
-    ticks: Sequence[float] = ()
-    """Where, if they are few."""
+    high: float | None = None
+    """Where it ends."""
     names: Sequence[str] = ()
     """Of the places 0, 1, 2, ... instead of numbers."""
-
-    @property
-    def write(self) -> Callable[[float], str]:
-        return (lambda value: f"{tick(round(100 * value, 6))}{THIN}%") if self.share else self.form
 
 
 TOKENS, STEPS = Axis("tokens", count, zero=True), Axis("steps", count, zero=True)
@@ -96,8 +95,13 @@ class Note:
     text: str
 
 
-def lines(shown: Sequence[Line], x: Axis, y: Axis, alt: str, notes: Sequence[Note] = (), wide: bool = False) -> Any:
+def lines(
+    shown: Sequence[Line], x: Axis, y: Axis, alt: str, notes: Sequence[Note] = (), wide: bool = False
+) -> Markup | None:
     """The one kind of figure. Takes its colours from the page; None when there is nothing that can be drawn."""
+    if y.log is None:
+        values = np.concatenate([np.asarray(line.y, float) for line in shown])
+        y = replace(y, log=len(values) > 0 and 0 < 10 * values.min() < values.max())
     shown = [line for line in (_drawable(line, x, y) for line in shown) if np.isfinite(line.y).any()]
     if not shown:
         return None
@@ -120,28 +124,24 @@ def lines(shown: Sequence[Line], x: Axis, y: Axis, alt: str, notes: Sequence[Not
 
 def _drawable(line: Line, *axes: Axis) -> Line:
     """Numbers of a sensible size, positive on a logarithmic axis, and NaN for all else."""
-    x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    for values, axis in zip((x, y), axes, strict=True):
-        with np.errstate(invalid="ignore"):
-            shown = np.isfinite(x + y) & (abs(values) < 1e30) & ((values > 1e-30) | (not axis.log))
-        x, y = np.where(shown, x, np.nan), np.where(shown, y, np.nan)
+    ends = np.array([line.x, line.y], float)
+    low = np.array([[1e-30 if axis.log else -1e30] for axis in axes])
+    x, y = np.where(((ends > low) & (ends < 1e30)).all(0), ends, np.nan)
     return replace(line, x=x, y=y)
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    colour, (marker, size, edge) = light(line.colour), _MARKS.get(line.mark, ("", 0, 0))
-    face = light("paper") if line.mark == "ring" else colour
-    look: dict[str, Any] = {"marker": marker, "ms": size, "mew": edge, "mfc": face, "mec": colour}
+    colour, (marker, size, edge) = _LIGHT[line.colour], _MARKS.get(line.mark, ("", 0, 0))
+    look: dict[str, Any] = {"marker": marker, "ms": size, "mew": edge, "mec": colour, "clip_on": not line.mark}
+    look |= {"ls": line.style or "None", "lw": line.width, "alpha": line.alpha, "label": line.label}
     if line.down_to is not None:
         axes.fill_between(line.x, line.y, line.down_to, color=colour, alpha=0.18, lw=0)
-    look |= {"ls": line.style or "None", "lw": line.width, "alpha": line.alpha, "label": line.label}
-    axes.plot(line.x, line.y, color=colour, **look)
+    axes.plot(line.x, line.y, color=colour, mfc=_LIGHT["paper"] if line.mark == "ring" else colour, **look)
 
 
 def _scale(axes: Axes, side: str, scale: Axis, values: np.ndarray) -> None:
-    axis, values = getattr(axes, f"{side}axis"), values[np.isfinite(values)]
-    low, high = float(values.min()), float(values.max())
-    limit = getattr(axes, f"set_{side}lim")
+    axis, limit = getattr(axes, f"{side}axis"), getattr(axes, f"set_{side}lim")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     axis.set_label_text(scale.label)
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=scale.form is count))
     if scale.log:
@@ -151,19 +151,15 @@ def _scale(axes: Axes, side: str, scale: Axis, values: np.ndarray) -> None:
     elif scale.share and high > 0.3:
         limit(-0.03, 1.03)
         axis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
-    elif len(values) > MANY // 2 and side == "y":
-        high = float(np.quantile(values, 0.995))  # limits that a few outliers do not decide
-        limit(low - 0.06 * (high - low), high + 0.06 * (high - low))
-    if scale.zero:
-        limit(0, None)
+    if scale.zero or scale.high is not None:
+        limit(0 if scale.zero else None, scale.high)
     if scale.names:
         limit(-0.5, len(scale.names) - 0.5)
         slant: Any = {"rotation": 25, "ha": "right"} if sum(len(name) + 2 for name in scale.names) > 44 else {}
         axes.set_xticks(range(len(scale.names)), scale.names, **slant)
     else:
-        if scale.ticks:
-            axis.set_major_locator(FixedLocator(list(scale.ticks)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: scale.write(value)))
+        form = (lambda value: f"{tick(round(100 * value, 6))}{THIN}%") if scale.share else scale.form
+        axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axis.set_minor_locator(NullLocator())
 
 
@@ -171,9 +167,8 @@ def _write(axes: Axes, note: Note, height: float) -> None:
     if note.y is not None:
         axes.annotate(note.text, (note.x, note.y), (7, -4), textcoords="offset points", va="top")
         return
-    axes.axvline(note.x, color=light("faint"), lw=0.9)
-    (left, _), (right, _) = axes.transAxes.transform([(0, 0), (1, 0)])
-    late = axes.transData.transform((note.x, 1))[0] > (left + right) / 2
+    axes.axvline(note.x, color=_LIGHT["faint"], lw=0.9)
+    late = axes.transAxes.inverted().transform(axes.transData.transform((note.x, 1)))[0] > 0.5
     side: Any = {"ha": "right", "xytext": (-5, 0)} if late else {"ha": "left", "xytext": (5, 0)}
     place = (note.x, height)
     axes.annotate(note.text, place, xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="top", **side)
@@ -182,39 +177,22 @@ def _write(axes: Axes, note: Note, height: float) -> None:
 def _legend(axes: Axes, names: list[str], wide: bool) -> None:
     if wide and 3 < len(names) <= 16:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
-    elif names and len(names) <= 6:
+    elif 0 < len(names) <= 6:
         columns = min(len(names), 3, max(1, 60 // (max(map(len, names)) + 6)))
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.0, handlelength=1.8)
 
 
 def _inline(svg: str, alt: str) -> Markup:
     """Matplotlib's file as part of a page: no prologue, no foreign name spaces, ids of its own, colours by variable."""
-    body = svg[svg.index("<svg") :]
-    view = re.search(r'viewBox="([^"]*)"', body)
-    assert view is not None
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body[body.index(">") + 1 :], flags=re.S)
+    view = re.findall(r'viewBox="([^"]*)"', svg)[0]
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.S)
     body = re.sub(r" font-family: [^;\"]*;", "", body).replace("xlink:href", "href")
     used = set(re.findall(r'(?:url\(|href=")#(\w+)', body))
     prefix = f"f{hashlib.sha256((alt + body).encode('utf-8', 'replace')).hexdigest()[:8]}-"
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(url\(|href=")#(\w+)', rf"\1#{prefix}\2", body)
-    for name, (hexadecimal, _) in PALETTE.items():
-        body = body.replace(hexadecimal, f"var(--{name})")
+    for name, light in _LIGHT.items():
+        body = body.replace(light, f"var(--{name})")
     body = re.sub(r"\s*\n\s*", " ", body)
-    return Markup(f'<svg class="plot" role="img" aria-label="{escape(alt)}" viewBox="{view[1]}">{body}')
-
-
-def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average over a tenth of the points, shorter at the ends."""
-    at = np.arange(len(y))
-    half = np.minimum(np.minimum(at, len(y) - 1 - at), max(1, len(y) // 20))
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    return (total[at + half + 1] - total[at - half]) / (2 * half + 1)
-
-
-def thin(values: np.ndarray) -> np.ndarray:
-    """Means of equal bins when there are more points than a figure can show."""
-    if len(values) <= MANY:
-        return values
-    starts = np.arange(0, len(values), math.ceil(len(values) / MANY))
-    return np.add.reduceat(values, starts) / np.diff(starts, append=len(values))
+    return Markup(f'<svg class="plot" role="img" aria-label="{escape(alt)}" viewBox="{view}">{body}')

@@ -10,7 +10,6 @@ from typing import Any
 THIN = "\u202f"
 """Narrow no-break space: between a number and its unit."""
 TIMES = "\u00d7"
-MISSING = "\u2013"
 _PREFIXES = {"count": ("", "k", "M", "B", "T"), "si": ("", "k", "M", "G", "T", "P", "E")}
 
 
@@ -19,11 +18,9 @@ def _writer(write: Callable[..., str]) -> Callable[..., str]:
 
     @functools.wraps(write)
     def any_number(value: float | None, *form: Any) -> str:
-        if value is None or math.isnan(value):
-            return MISSING if value is None else "NaN"
-        if math.isinf(value):
-            return "\u221e" if value > 0 else "\u2212\u221e"
-        return write(value, *form)
+        if value is not None and math.isfinite(value):
+            return write(value, *form)
+        return {None: "\u2013", math.inf: "\u221e", -math.inf: "\u2212\u221e"}.get(value, "NaN")
 
     return any_number
 
@@ -37,15 +34,13 @@ def _scientific(value: float) -> str:
 @_writer
 def count(value: float, unit: str = "", kind: str = "count") -> str:
     """Three significant digits and a prefix: 1.48 M. `kind` "si" writes G where `count` writes B (billion)."""
-    prefixes = _PREFIXES[kind]
-    rank, scaled = 0, float(value)
+    prefixes, rank, scaled = _PREFIXES[kind], 0, float(value)
     while abs(scaled) >= 999.5 and rank < len(prefixes) - 1:
         rank, scaled = rank + 1, scaled / 1000
     if abs(scaled) >= 999.5:
         return f"{_scientific(value)}{THIN}{unit}".rstrip(THIN)
     places = 2 - math.floor(math.log10(abs(scaled))) if rank else 0
-    number = f"{scaled:.{places}f}"
-    number = number.rstrip("0").rstrip(".") if places else number
+    number = f"{scaled:.{places}f}".rstrip("0").rstrip(".") if places else f"{scaled:.0f}"
     return f"{number}{THIN}{prefixes[rank]}{unit}".rstrip(THIN)
 
 
@@ -55,17 +50,15 @@ def decimal(value: float, places: int | None = None) -> str:
     size = abs(value)
     if size >= 1e5 or 0 < size < 1e-3:
         return _scientific(value)
-    if places is None:
-        places = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-    return f"{value:.{places}f}"
+    return f"{value:.{sum(size < edge for edge in (1, 10, 100)) if places is None else places}f}"
 
 
 def tick(value: float) -> str:
     """A decimal without trailing zeros, for the axis of a plot."""
     text = decimal(value, 6)
-    if text.startswith(f"1{THIN}{TIMES}"):
-        return text.rsplit(THIN, 1)[1]
-    return text.rstrip("0").rstrip(".") if "." in text and TIMES not in text else text
+    if TIMES in text:
+        return text.removeprefix(f"1{THIN}{TIMES}{THIN}")
+    return text.rstrip("0").rstrip(".")
 
 
 @_writer
@@ -86,12 +79,10 @@ def factor(ratio: float) -> str:
 @_writer
 def duration(seconds: float) -> str:
     """The two largest units: 2 d 3 h, 3 h 12 min, 12 min 5 s, 4.2 s."""
-    if seconds >= 1e9:
-        return f"{_scientific(seconds)}{THIN}s"
-    if seconds < 59.5:
-        return f"{seconds:.1f}{THIN}s" if seconds < 9.95 else f"{seconds:.0f}{THIN}s"
-    whole = round(seconds)
+    if seconds < 59.5 or seconds >= 1e9:
+        return f"{decimal(seconds, 1 if seconds < 9.95 else 0)}{THIN}s"
     units = ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
-    size, unit, small, lesser = next(u for u in units if whole >= u[0])
+    whole = round(seconds)
+    size, unit, small, lesser = next(found for found in units if whole >= found[0])
     rest = whole % size // small
     return f"{whole // size}{THIN}{unit}" + (f" {rest}{THIN}{lesser}" if rest else "")

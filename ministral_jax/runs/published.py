@@ -1,4 +1,4 @@
-"""What a run says of itself beside its manifests, as types: `summary.json`, `samples.json` and `<stage>/answers.json`."""
+"""What a run says of itself beside its manifests: `summary.json`, `samples.json`, `<stage>/answers.json`."""
 
 from __future__ import annotations
 
