@@ -52,17 +52,17 @@ def recovery(member: Member, colour: str) -> Chart:
             x, y = points(stage.evals if stage else [], "kl", "tokens")
             shown.append(Line(x + begin, y, colour, None if begin else name, look[0], width=look[1]))
         begin += max((stage.seen("tokens") or 0.0 for stage in stages if stage), default=0.0)
-    entry, scratch = member.entry, member.stages.get("scratch_short")
-    if scratch and entry.token_speedup and not member.at_once and (kl := scratch.last("kl")) is not None:
+    scratch, speedup = member.stages.get("scratch_short"), member.figure("token_speedup")
+    if scratch and speedup and not member.at_once and (kl := scratch.last("kl")) is not None:
         end = scratch.seen("tokens") or 0.0
-        shown.append(Line([end / entry.token_speedup, end], [kl, kl], style=":", width=1.1))
-        shown.append(Line([end / entry.token_speedup], [kl], colour, mark="ring"))
-        notes.append(Note(end / entry.token_speedup, kl, f"{factor(entry.token_speedup)} fewer tokens"))
+        shown.append(Line([end / speedup, end], [kl, kl], style=":", width=1.1))
+        shown.append(Line([end / speedup], [kl], colour, mark="ring"))
+        notes.append(Note(end / speedup, kl, f"{factor(speedup)} fewer tokens"))
     y_axis = Axis("held-out KL to the parent, nats", log=True)
     picture = lines(shown, TOKENS, y_axis, f"Held-out KL of {member.name} against tokens.", notes)
-    told = {"after surgery": entry.kl_after_surgery, "at the end": entry.kl_final, "from random": entry.kl_scratch}
-    caption = ", ".join(f"{decimal(kl)} {when}" for when, kl in told.items() if kl is not None)
-    return Chart(member.name, picture, f"KL: {caption}." if caption else "", colour)
+    words = {"kl_after_surgery": "after surgery", "kl_final": "at the end", "kl_scratch": "from random"}
+    told = [f"{decimal(kl)} {when}" for key, when in words.items() if (kl := member.figure(key)) is not None]
+    return Chart(member.name, picture, f"KL: {', '.join(told)}." if told else "", colour)
 
 
 def curve(stage: Stage, colour: str, wide: bool = False) -> Chart | None:
@@ -132,20 +132,26 @@ def left_out(name: str, split: SplitSummary, colour: str) -> list[Chart]:
         outline = Line(edges[[*starts, last + 1]].repeat(2)[1:-1], bars.repeat(2), colour, width=1.2, down_to=0.0)
         notes = [Note(tail.mean, None, "mean"), Note(tail.p99, None, "99th percentile")]
         y_axis, alt = (
-            Axis("tokens in each bar", share=True, high=1.25 * bars.max()),
+            Axis("tokens in each bar", share=True, zero=True, high=1.25 * bars.max()),
             f"Tokens by what {name} leaves out of them.",
         )
-        by_shard = (split.tail_by_shard or {}).get("mean", (tail.mean,))
-        caption = f"Shard to shard the mean is {percent(min(by_shard), 2)} to {percent(max(by_shard), 2)}."
+        caption = f"Half of the tokens miss less than {percent(tail.p50, 2)}."
         made.append(Chart("Token by token", lines([outline], _LEFT_OUT, y_axis, alt, notes), caption))
+    if split.tail_by_shard:
+        words, shown = {"mean": ("mean", "dot"), "p99": ("99th percentile", "ring")}, []
+        for key, values in split.tail_by_shard.items():
+            at, y = thin(np.arange(len(values), dtype=float)), thin(np.array(values))
+            shown.append(Line(at, y, colour, words[key][0], "", words[key][1]))
+        picture = lines(shown, Axis("shard", count), _LEFT_OUT, f"What {name} leaves out, shard by shard.")
+        made.append(Chart("Shard by shard", picture, f"{split.shards} shards."))
     if len(split.curve) > 1:
-        sizes, now = sorted(split.curve), split.codec.get("entries")
+        sizes, now = sorted(split.curve), split.codec.get("entries", 0)
         others = Line(sizes, [split.curve[size] for size in sizes], colour, width=1.2, mark="ring")
         stored = Line([now], [split.curve.get(now, math.nan)], colour, mark="dot")
         x_axis = Axis("entries per token", count, log=True)
         picture = lines([others, stored], x_axis, _LEFT_OUT, f"What {name} would leave out with other sizes.")
         made.append(Chart("With another number of entries", picture, f"Mean over tokens; filled: the {now} stored."))
-    return made
+    return charts(*made)
 
 
 def cuts(made: Manifest, colour: str) -> list[Chart]:
@@ -189,8 +195,9 @@ def _neurons(made: Manifest, step: MlpStep, colour: str) -> Chart:
         ends = np.where(begin < end, [begin, end, math.nan * end], math.nan)
         return Line(at.repeat(3), ends.T.ravel(), colour, width=width, alpha=0.55 if colour == "muted" else 1.0)
 
+    thick = min(7.0, 180 / len(at))
     shown = [bars(low, cut, "muted", 1.6), bars(cut, high, colour, 1.6)]
-    shown += [bars(quarter, np.minimum(cut, upper), "muted", 7), bars(np.maximum(cut, quarter), upper, colour, 7)]
+    shown += [bars(quarter, np.minimum(cut, upper), "muted", thick), bars(np.maximum(cut, quarter), upper, colour, thick)]
     shown += [Line(at, median, "paper", style="", mark="dash"), Line(at, cut, style="", mark="dash")]
     y_axis = Axis("score of a neuron", log=True)
     picture = lines(shown, Axis("layer", count), y_axis, f"Neuron scores of {made.stage} by layer.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.report.page import render
 from ministral_jax.report.plots import accent, variables
 from ministral_jax.report.units import decimal, percent
-from ministral_jax.runs.published import Entry
+from ministral_jax.runs.reading import Member
 
 COLUMN = 285.0
 XY = tuple[float, float]
@@ -35,29 +35,29 @@ class Tower:
     """Middle of the arrow from the tower before."""
 
 
-def family_figure(models: Mapping[str, Entry], portrait: bool = False) -> str:
+def family_figure(members: Sequence[Member], portrait: bool = False) -> str:
     """A stand-alone SVG of parent and children, light and dark by the viewer's preference.
 
     Args:
-        models: the parent first, with their `spec`; one without is left out.
+        members: the parent first; one without sizes is left out.
         portrait: one below the other, for a phone.
     """
-    named = [(name, accent(i), e, e.spec) for i, (name, e) in enumerate(models.items()) if e.spec]
+    named = [(member, accent(i), member.spec) for i, member in enumerate(members) if member.spec]
     slabs = [_slabs(spec) for *_, spec in named]
     tallest, widest = max(map(len, slabs), default=1), max((sum(s.values()) for t in slabs for s in t), default=1)
     pitch, scale = (min(14.0, 190 / tallest), 150 / widest) if portrait else (min(24.0, 250 / tallest), 142 / widest)
     made: list[Tower] = []
     y = 8.0
-    for i, ((name, colour, entry, spec), tower) in enumerate(zip(named, slabs, strict=True)):
+    for i, ((member, colour, spec), tower) in enumerate(zip(named, slabs, strict=True)):
         parts = [part for row, slab in enumerate(tower) for part in _row(slab, row * pitch, pitch, scale)]
-        cuts, figures, height = _cuts(made[-1].spec, spec) if made else [], _figures(entry), len(tower) * pitch
+        cuts, figures, height = _cuts(made[-1].spec, spec) if made else [], _figures(member), len(tower) * pitch
         x, ground = COLUMN * (i + 0.5), tallest * pitch + 16
         at, text, arrow = (x, ground - height), (x, ground), (x - COLUMN / 2, ground - 70)
         if portrait:
             lines, gap = 92.0 + 19 * len(figures), 26 + max(34, 16 * len(cuts)) if made else 0
             arrow, y, room = (80, y + gap / 2), y + gap, max(height, lines)
             at, text, y = (80, y + (room - height) / 2), (178, y + (room - lines) / 2 - 12), y + room + 8
-        made.append(Tower(name, colour, spec, figures, cuts, parts, at, text, arrow))
+        made.append(Tower(member.name, colour, spec, figures, cuts, parts, at, text, arrow))
     size = (360, y + 90) if portrait else (COLUMN * max(len(made), 2), tallest * pitch + 226)
     return render("family.svg.j2", towers=made, style=variables(".family"), portrait=portrait, size=size)
 
@@ -79,13 +79,13 @@ def _row(slab: dict[str, int], top: float, pitch: float, scale: float) -> list[d
     return made
 
 
-def _figures(entry: Entry) -> list[tuple[str, str]]:
+def _figures(member: Member) -> list[tuple[str, str]]:
     told = (
-        (entry.kl_final, decimal, "nats KL to parent"),
-        (entry.bits_per_byte, lambda bits: decimal(bits, 3), "bits per byte"),
-        (entry.digit_accuracy, percent, "images read right"),
+        ("kl_final", decimal, "nats KL to parent"),
+        ("bits_per_byte", lambda bits: decimal(bits, 3), "bits per byte"),
+        ("digit_accuracy", percent, "images read right"),
     )
-    return [(write(value), label) for value, write, label in told if value is not None]
+    return [(write(value), label) for key, write, label in told if (value := member.figure(key)) is not None]
 
 
 def _cuts(before: ModelSpec, after: ModelSpec) -> list[str]:

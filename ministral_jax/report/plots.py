@@ -106,7 +106,7 @@ def lines(
     if not shown:
         return None
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(7.6, 3.4) if wide else (4.7, 3.4), layout="constrained")
+        figure = Figure(figsize=(8.8, 3.6) if wide else (4.7, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="y")
         axes.tick_params(length=0)
@@ -151,6 +151,8 @@ def _scale(axes: Axes, side: str, scale: Axis, values: np.ndarray) -> None:
     elif scale.share and high > 0.3:
         limit(-0.03, 1.03)
         axis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    elif scale.share:
+        limit(-0.03 * (top := max(1.05 * high, 0.02)), top)
     if scale.zero or scale.high is not None:
         limit(0 if scale.zero else None, scale.high)
     if scale.names:

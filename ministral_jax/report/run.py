@@ -11,8 +11,7 @@ from ministral_jax.report import charts
 from ministral_jax.report.family import family_figure
 from ministral_jax.report.page import prompt, render, write
 from ministral_jax.report.plots import accent
-from ministral_jax.runs.published import Answer
-from ministral_jax.runs.reading import Run, Stage, read_run
+from ministral_jax.runs.reading import Answer, Run, Stage, read_run
 from ministral_jax.stages.figures import Figure
 from ministral_jax.training.goodput import KINDS
 
@@ -36,9 +35,8 @@ def build_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    models, pictures = {member.name: member.entry for member in run.members}, []
-    if any(entry.spec for entry in models.values()):
-        pictures = [Markup(family_figure(models, portrait)) for portrait in (False, True)]
+    pictures = [Markup(family_figure(run.members, portrait)) for portrait in (False, True)]
+    if any(member.spec for member in run.members):
         write(run_dir / "family.svg", pictures[0])
     return write(run_dir / "report.html", render("run.html.j2", run=run, pictures=pictures, **_sections(run)))
 
@@ -53,7 +51,7 @@ def _sections(run: Run) -> dict[str, Any]:
     timed, words = [stage for stage in stages if stage.time], dict(zip(KINDS, _KINDS.split("/"), strict=True))
     return {
         "colours": colours,
-        "published": any(member.entry.parameters for member in run.members),
+        "published": any(member.published for member in run.members),
         "images": [image for image in run.images if image.png.startswith("iVBORw0KGgo") and len(image.png) <= _LARGEST],
         "recoveries": charts.charts(*(charts.recovery(member, colours[member.name]) for member in run.members[1:])),
         "groups": groups,
@@ -62,7 +60,7 @@ def _sections(run: Run) -> dict[str, Any]:
         "stores": [(s, charts.left_out(s.name, next(iter(m.store.values())), c)) for s, m, c in made if m.store],
         "surgeries": [(s, charts.cuts(m, c), run.stages.get(s.source or "", s).spec) for s, m, c in made if m.prune],
         "steps": {f"KL after {w}": s for s, w in _CUTS.items() if any(s in m.prune.kl for _, m, _ in made if m.prune)},
-        "sized": [member for member in run.members if member.entry.spec],
+        "sized": [member for member in run.members if member.spec],
         "versions": dict.fromkeys(f"{name} {version}" for _, m, _ in made for name, version in m.versions.items()),
         "commits": dict.fromkeys(f"commit {m.git[:10]}" for _, m, _ in made if m.git),
         "timed": timed,

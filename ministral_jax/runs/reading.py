@@ -1,7 +1,7 @@
 """A run directory as typed values. Bears what a killed or unfinished run leaves behind.
 
 run = read_run(Path("runs/tiny"))
-run.stages["14b-short"].evals[-1]["kl"], run.members[1].entry.token_speedup
+run.stages["14b-short"].evals[-1]["kl"], run.members[1].figure("token_speedup")
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pydantic import BaseModel, Field, ValidationError
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_jsonl
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.recipe.load import scratch_name
-from ministral_jax.runs.published import Answer, Answers, Entry, Sample, Samples, Summary
-from ministral_jax.stages._verbs_shim import verbs
+from ministral_jax.recipe.types import Family
+from ministral_jax.runs import summary
+from ministral_jax.stages import verbs
+from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.figures import Curve, Figure
 from ministral_jax.stages.manifest import Manifest, digest, read_manifest
 from ministral_jax.training.goodput import goodput
@@ -29,21 +30,50 @@ Row = dict[str, Any]
 
 
 class Settings(BaseModel):
-    """A stage in recipe.json, of any verb."""
+    """A stage in recipe.json, of any verb and any version."""
 
     do: str
     source: str | None = Field(default=None, alias="from")
-
-
-class Family(BaseModel):
-    parent: str
-    children: dict[str, str]
 
 
 class RecipeFile(BaseModel):
     name: str
     stages: dict[str, Settings]
     family: Family | None = None
+
+
+class Sample(BaseModel):
+    """A held-out image and what the models say to it."""
+
+    png: str
+    """Base64."""
+    question: str
+    label: str
+    answers: dict[str, str]
+    """By model."""
+
+
+class Samples(BaseModel):
+    """`samples.json`."""
+
+    images: list[Sample] = Field(default_factory=list)
+
+
+class Answer(BaseModel):
+    """What a stage said to a held-out prompt."""
+
+    prompt: str
+    """JSON: text, or a list of chunks."""
+    answer: str
+    reward: float | None = None
+    parts: dict[str, float | None] = Field(default_factory=dict)
+    """Of the reward."""
+
+
+class Answers(BaseModel):
+    """`<stage>/answers.json`."""
+
+    answers: list[Answer] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,7 @@ class Stage:
 
     @property
     def figures(self) -> tuple[Figure, ...]:
+        """Of its verb; none where that is not installed."""
         return verbs()[self.do].figures if self.do in verbs() else ()
 
     @property
@@ -108,16 +139,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Member:
-    """A model of the family: its sizes and published figures, and by role (see `Entry.stages`) what made it."""
+    """A model of the family."""
 
     name: str
-    entry: Entry
+    spec: ModelSpec | None
+    """Of the last of its stages that is finished."""
+    published: summary.Member | None
+    """Its figures in summary.json."""
     stages: dict[str, Stage]
+    """By role, see `summary.Child.stages`; of the parent `base` alone."""
+
+    def figure(self, key: str) -> float | None:
+        return getattr(self.published, key, None)
 
     @property
     def at_once(self) -> bool:
         """Whether the pruned start was ahead of its trained random start before any training."""
-        scratch, after = self.stages.get("scratch_short"), self.entry.kl_after_surgery
+        scratch, after = self.stages.get("scratch_short"), self.figure("kl_after_surgery")
         return scratch is not None and after is not None and after <= (scratch.last("kl") or 0)
 
 
@@ -156,14 +194,14 @@ def read_run(run_dir: Path) -> Run:
     if (recipe := _read(RecipeFile, path, notes)) is None:
         raise UserError(f"{str(path)!r} is not a recipe: it must be a JSON object with `name` and `stages`")
     stages = {name: read_stage(run_dir / Path(name).name, name, s, notes) for name, s in recipe.stages.items()}
-    summary = _read(Summary, run_dir / "summary.json", notes) or Summary()
+    told = _read(summary.Summary, run_dir / "summary.json", notes)
     samples = _read(Samples, run_dir / "samples.json", notes) or Samples()
     for stage in stages.values():
         for made in stage.manifest.inputs.values() if stage.manifest else ():
             if made.stage in stages and stages[made.stage].digest != made.digest:
                 notes.append(f"{stage.name} was made from another {made.stage} than the one that is here now.")
-    members = _family(recipe.family, summary, stages)
-    return Run(recipe.name, members, stages, summary.wall_seconds, samples.images, notes)
+    members = _family(recipe.family, told, stages)
+    return Run(recipe.name, members, stages, told and told.wall_seconds, samples.images, notes)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -221,37 +259,37 @@ def points(rows: list[Row], key: str, over: str) -> tuple[np.ndarray, np.ndarray
     return x, y
 
 
-def _family(family: Family | None, summary: Summary, stages: dict[str, Stage]) -> list[Member]:
+def _family(family: Family | None, told: summary.Summary | None, stages: dict[str, Stage]) -> list[Member]:
     if family is None:
         sizes = {stage.spec.parameters: stage for stage in reversed(stages.values()) if stage.spec}
-        return [_member(s.name, Entry(), {"base": s}) for s in reversed(sizes.values())]
+        return [_member(stage.name, None, {"base": stage}) for stage in reversed(sizes.values())]
     parent = {"base": stages[family.parent]} if family.parent in stages else {}
-    members = [_member("parent", summary.parent or Entry(), parent)]
+    members = [_member("parent", told and told.parent, parent)]
     for name, last in family.children.items():
-        entry = summary.children.get(name, Entry())
-        roles = entry.stages or _roles(last, stages)
+        published = told.children.get(name) if told else None
+        roles = published.stages if published else _roles(last, stages)
         found = {role: stages[stage] for role, stage in roles.items() if stage in stages}
         for role, long in (("short", "base"), ("scratch_short", "scratch_base")):
             if found.get(role) is found.get(long):  # one distil stage is both
                 found.pop(long, None)
-        members.append(_member(name, entry, found))
+        members.append(_member(name, published, found))
     return members
 
 
-def _member(name: str, entry: Entry, stages: dict[str, Stage]) -> Member:
+def _member(name: str, published: summary.Member | None, stages: dict[str, Stage]) -> Member:
     specs = [stages[role].spec for role in ("base", "short", "pruned") if role in stages]
-    spec = next((spec for spec in specs if spec), None)
-    return Member(name, entry.model_copy(update={"spec": spec}), stages)
+    return Member(name, next((spec for spec in specs if spec), None), published, stages)
 
 
 def _roles(last: str | None, stages: dict[str, Stage]) -> dict[str, str]:
     """Of a child that is not in the summary yet, walking back from its last stage to the surgery."""
     chain: list[str] = []
-    while last in stages and last not in chain and "prune" not in [stages[name].do for name in chain[:1]]:
+    while last in stages and last not in chain:
         chain.insert(0, last)
-        last = stages[last].source
-    pruned, *distilled = chain or [""]
-    if not distilled:
-        return {"pruned": pruned}
-    scratch = {"scratch_short": scratch_name(distilled[0]), "scratch_base": scratch_name(distilled[-1])}
-    return {"pruned": pruned, "short": distilled[0], "base": distilled[-1], **scratch}
+        verb = verbs().get(stages[last].do)
+        last = None if verb and verb.prunes else stages[last].source
+    distilled = [name for name in chain if (verb := verbs().get(stages[name].do)) and verb.distils]
+    roles = {"pruned": chain[0]} if chain else {}
+    for role, name in zip(("short", "base"), (distilled[0], distilled[-1]) if distilled else (), strict=False):
+        roles |= {role: name, f"scratch_{role}": scratch_name(name)}
+    return roles
