@@ -91,26 +91,36 @@ class ModelSpec(Frozen):
         return self
 
     @property
-    def decoder_parameters(self) -> int:
-        """Parameters of embedding, layers, final norm and head (one matrix when tied)."""
-        attention = self.width * self.head_width * 2 * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.width * self.mlp_width + 2 * self.width
-        return self.layers * layer + self.width + self.vocab * self.width * (1 if self.tied else 2)
+    def components(self) -> dict[str, int]:
+        """Parameters by component."""
+        v, table = self.vision, self.vocab * self.width
+        sizes = {
+            "embedding": table,
+            "attention": self.layers * self.width * self.head_width * 2 * (self.heads + self.kv_heads),
+            "feed-forward": self.layers * 3 * self.width * self.mlp_width,
+            "norms": (2 * self.layers + 1) * self.width,
+            "head": 0 if self.tied else table,
+        }
+        if v is None:
+            return sizes
+        layer = 4 * v.width**2 + 3 * v.width * v.mlp_width + 2 * v.width
+        tower = v.patch_width * v.width + v.width + v.layers * layer
+        projector = v.width + v.merge**2 * v.width**2 + v.width * self.width + self.width**2
+        return {**sizes, "vision tower": tower, "projector": projector}
 
     @property
     def vision_parameters(self) -> int:
         """Parameters of the vision tower and the projector."""
-        v = self.vision
-        if v is None:
-            return 0
-        layer = 4 * v.width**2 + 3 * v.width * v.mlp_width + 2 * v.width
-        tower = v.patch_width * v.width + v.width + v.layers * layer
-        projector = v.width + v.merge**2 * v.width**2 + v.width * self.width + self.width**2
-        return tower + projector
+        return sum(self.components.get(name, 0) for name in ("vision tower", "projector"))
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of embedding, layers, final norm and head (one matrix when tied)."""
+        return self.parameters - self.vision_parameters
 
     @property
     def parameters(self) -> int:
-        return self.decoder_parameters + self.vision_parameters
+        return sum(self.components.values())
 
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs of the decoder for one token: 2 per weight used, and attention over `length` / 2 keys."""

@@ -1,331 +1,200 @@
-"""Figures as inline SVG. Matplotlib draws in the light palette; its colours become the page's variables, light or dark.
-
-No text that comes from data enters a figure: names stand in the HTML around it.
-"""
+"""Lines as inline SVG. Matplotlib draws in the light palette; its colours become the page's variables."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
-import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ministral_jax.report.collect import Crossing, Row, series
-from ministral_jax.report.markup import Html, escape
-from ministral_jax.report.style import PALETTE, light
-from ministral_jax.report.units import THIN, count, factor, percent, tick
+from ministral_jax.report.units import THIN, count, tick
 
+PALETTE: dict[str, tuple[str, str]] = {
+    "paper": ("#fdfdfc", "#15181c"), "panel": ("#f4f4f1", "#1c2026"), "ink": ("#1b1f24", "#e7e9ec"),
+    "muted": ("#5f6872", "#9aa4af"), "faint": ("#a4abb3", "#5d6772"), "rule": ("#e2e3df", "#2d333b"),
+    "wrong": ("#b1261d", "#ff8f85"), "model-0": ("#47505c", "#b4bfcc"), "model-1": ("#0069a8", "#5db7ee"),
+    "model-2": ("#00795a", "#3cc79a"), "model-3": ("#bd4b00", "#ff9850"), "model-4": ("#9c4280", "#e39bc8"),
+    "model-5": ("#7a6300", "#dfc24a"),
+}  # fmt: skip
+"""Name of a colour to its light and dark value. The `model-n` follow Okabe and Ito, so that colour-blind readers tell
+them apart, and reach a contrast of 4.5 on paper. No light value occurs twice: plots find their variable by it."""
+_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 _RC: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ministral_jax",
-    "text.parse_math": False,
-    "font.size": 11,
-    "axes.edgecolor": light("faint"),
-    "axes.labelcolor": light("muted"),
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "xtick.color": light("faint"),
-    "ytick.color": light("faint"),
-    "xtick.labelcolor": light("muted"),
-    "ytick.labelcolor": light("muted"),
-    "text.color": light("ink"),
-    "legend.frameon": False,
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-    "grid.color": light("rule"),
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-}
-_POINTS = 400
+    "svg.fonttype": "none", "svg.hashsalt": "ministral_jax", "text.parse_math": False, "text.color": _LIGHT["ink"],
+    "font.size": 11, "axes.edgecolor": _LIGHT["faint"], "axes.labelcolor": _LIGHT["muted"], "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "xtick.labelcolor": _LIGHT["muted"],
+    "ytick.labelcolor": _LIGHT["muted"], "legend.frameon": False, "lines.solid_capstyle": "butt",
+    "grid.color": _LIGHT["rule"], "grid.linewidth": 0.8,
+}  # fmt: skip
+_MARKS = {"ring": ("o", 4.8, 1.2), "dot": ("o", 6.0, 1.2), "cross": ("x", 8.0, 2.0), "dash": ("_", 9.0, 1.4)}
+"""Marker of matplotlib, size and edge."""
 
 
-def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = (4.7, 3.4)) -> Html:
-    """One figure with one axes, `size` in inches of 72 CSS pixels, as SVG that takes its colours from the page."""
+def accent(index: int) -> str:
+    """The colour of the parent (0) or of child 1, 2, ...; they repeat after the fifth, the parent's never."""
+    return f"model-{index and (index - 1) % 5 + 1}"
+
+
+def variables(selector: str) -> str:
+    """The palette as CSS custom properties of `selector`: dark on dark screens, light elsewhere (on paper too)."""
+    light, dark = ("".join(f"--{name}:{pair[tone]};" for name, pair in PALETTE.items()) for tone in (0, 1))
+    return f"{selector}{{{light}}}\n@media screen and (prefers-color-scheme:dark){{{selector}{{{dark}}}}}\n"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points in order; what no axis can show is a gap. `style` is matplotlib's, "" for marks alone; see `_MARKS`."""
+
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    colour: str = "ink"
+    label: str | None = None
+    style: str = "-"
+    mark: str = ""
+    width: float = 1.9
+    alpha: float = 1.0
+    down_to: float | None = None
+    """Fill between this and the points."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    label: str = ""
+    form: Callable[[float], str] = tick
+    """Of its ticks."""
+    log: bool | None = False
+    """None: where the values call for it."""
+    share: bool = False
+    """From nothing to all, in per cent."""
+    zero: bool = False
+    """It begins there."""
+    high: float | None = None
+    """Where it ends."""
+    names: Sequence[str] = ()
+    """Of the places 0, 1, 2, ... instead of numbers."""
+
+
+TOKENS, STEPS = Axis("tokens", count, zero=True), Axis("steps", count, zero=True)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A word at a point, or without `y` at a vertical rule."""
+
+    x: float
+    y: float | None
+    text: str
+
+
+def lines(
+    shown: Sequence[Line], x: Axis, y: Axis, alt: str, notes: Sequence[Note] = (), wide: bool = False
+) -> Markup | None:
+    """The one kind of figure. Takes its colours from the page; None when there is nothing that can be drawn."""
+    if y.log is None:
+        values = np.concatenate([np.asarray(line.y, float) for line in shown])
+        y = replace(y, log=len(values) > 0 and 0 < 10 * values.min() < values.max())
+    shown = [line for line in (_drawable(line, x, y) for line in shown) if np.isfinite(line.y).any()]
+    if not shown:
+        return None
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(8.8, 3.6) if wide else (4.7, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="y")
         axes.tick_params(length=0)
-        paint(axes)
+        for line in shown:
+            _draw(axes, line)
+        _scale(axes, "x", x, np.concatenate([line.x for line in shown]))
+        _scale(axes, "y", y, np.concatenate([line.y for line in shown]))
+        for place, note in enumerate(notes):
+            _write(axes, note, 0.98 - 0.09 * place)
+        _legend(axes, [line.label for line in shown if line.label], wide)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), alt)
 
 
-def _inline(svg: str, alt: str) -> Html:
+def _drawable(line: Line, *axes: Axis) -> Line:
+    """Numbers of a sensible size, positive on a logarithmic axis, and NaN for all else."""
+    ends = np.array([line.x, line.y], float)
+    low = np.array([[1e-30 if axis.log else -1e30] for axis in axes])
+    x, y = np.where(((ends > low) & (ends < 1e30)).all(0), ends, np.nan)
+    return replace(line, x=x, y=y)
+
+
+def _draw(axes: Axes, line: Line) -> None:
+    colour, (marker, size, edge) = _LIGHT[line.colour], _MARKS.get(line.mark, ("", 0, 0))
+    look: dict[str, Any] = {"marker": marker, "ms": size, "mew": edge, "mec": colour, "clip_on": not line.mark}
+    look |= {"ls": line.style or "None", "lw": line.width, "alpha": line.alpha, "label": line.label}
+    if line.down_to is not None:
+        axes.fill_between(line.x, line.y, line.down_to, color=colour, alpha=0.18, lw=0)
+    axes.plot(line.x, line.y, color=colour, mfc=_LIGHT["paper"] if line.mark == "ring" else colour, **look)
+
+
+def _scale(axes: Axes, side: str, scale: Axis, values: np.ndarray) -> None:
+    axis, limit = getattr(axes, f"{side}axis"), getattr(axes, f"set_{side}lim")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    axis.set_label_text(scale.label)
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=scale.form is count))
+    if scale.log:
+        getattr(axes, f"set_{side}scale")("log")
+        limit(low / 1.25, high * 1.25)
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 250 * low else (1,), numticks=8))
+    elif scale.share and high > 0.3:
+        limit(-0.03, 1.03)
+        axis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    elif scale.share:
+        limit(-0.03 * (top := max(1.05 * high, 0.02)), top)
+    if scale.zero or scale.high is not None:
+        limit(0 if scale.zero else None, scale.high)
+    if scale.names:
+        limit(-0.5, len(scale.names) - 0.5)
+        slant: Any = {"rotation": 25, "ha": "right"} if sum(len(name) + 2 for name in scale.names) > 44 else {}
+        axes.set_xticks(range(len(scale.names)), scale.names, **slant)
+    else:
+        form = (lambda value: f"{tick(round(100 * value, 6))}{THIN}%") if scale.share else scale.form
+        axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axis.set_minor_locator(NullLocator())
+
+
+def _write(axes: Axes, note: Note, height: float) -> None:
+    if note.y is not None:
+        axes.annotate(note.text, (note.x, note.y), (7, -4), textcoords="offset points", va="top")
+        return
+    axes.axvline(note.x, color=_LIGHT["faint"], lw=0.9)
+    late = axes.transAxes.inverted().transform(axes.transData.transform((note.x, 1)))[0] > 0.5
+    side: Any = {"ha": "right", "xytext": (-5, 0)} if late else {"ha": "left", "xytext": (5, 0)}
+    place = (note.x, height)
+    axes.annotate(note.text, place, xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="top", **side)
+
+
+def _legend(axes: Axes, names: list[str], wide: bool) -> None:
+    if wide and 3 < len(names) <= 16:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
+    elif 0 < len(names) <= 6:
+        columns = min(len(names), 3, max(1, 60 // (max(map(len, names)) + 6)))
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.0, handlelength=1.8)
+
+
+def _inline(svg: str, alt: str) -> Markup:
     """Matplotlib's file as part of a page: no prologue, no foreign name spaces, ids of its own, colours by variable."""
-    body = svg[svg.index("<svg") :]
-    view = re.search(r'viewBox="([^"]*)"', body)
-    assert view is not None
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body[body.index(">") + 1 :], flags=re.S)
-    body = re.sub(r" font-family: [^;\"]*;", "", body)
-    body = body.replace("xlink:href", "href")
+    view = re.findall(r'viewBox="([^"]*)"', svg)[0]
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.S)
+    body = re.sub(r" font-family: [^;\"]*;", "", body).replace("xlink:href", "href")
     used = set(re.findall(r'(?:url\(|href=")#(\w+)', body))
     prefix = f"f{hashlib.sha256((alt + body).encode('utf-8', 'replace')).hexdigest()[:8]}-"
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(url\(|href=")#(\w+)', rf"\1#{prefix}\2", body)
-    for name, (hexadecimal, _) in PALETTE.items():
-        body = body.replace(hexadecimal, f"var(--{name})")
+    for name, light in _LIGHT.items():
+        body = body.replace(light, f"var(--{name})")
     body = re.sub(r"\s*\n\s*", " ", body)
-    return Html(f'<svg class="plot" role="img" aria-label="{escape(alt)}" viewBox="{view[1]}">{body}')
-
-
-def log_y(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic, limits with some air, ticks written as plain decimals."""
-    low, high = min(values), max(values)
-    low, high = low / 1.25, high * 1.25
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 2.6 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
-
-
-def percent_axis(axes: Axes, highest: float) -> None:
-    """Shares, from nothing to all; where even the highest is small, to a little above it."""
-    top = 1.0 if highest > 0.3 else max(1.1 * highest, 0.02)
-    axes.set_ylim(-0.03 * top, 1.03 * top)
-    axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]) if top == 1 else MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{tick(100 * y)}{THIN}%"))
-
-
-def token_axis(axes: Axes, label: str = "tokens") -> None:
-    axes.set_xlabel(label)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-
-
-def thin(xs: list[float], ys: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Means of equal bins when there are more points than a figure can show."""
-    x, y = np.asarray(xs), np.asarray(ys)
-    if len(x) <= _POINTS:
-        return x, y
-    starts = np.arange(0, len(x), -(-len(x) // _POINTS))
-    sizes = np.diff(starts, append=len(x))
-    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
-
-
-def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average over a tenth of the points, shorter at the ends."""
-    at = np.arange(len(y))
-    half = np.minimum(np.minimum(at, len(y) - 1 - at), max(1, len(y) // 20))
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    return (total[at + half + 1] - total[at - half]) / (2 * half + 1)
-
-
-def kl_curves(
-    colour: str, pruned: list[list[Row]], scratch: list[list[Row]], found: Crossing | None, alt: str
-) -> Html | None:
-    """Held-out KL against tokens: pruned start and baseline, short stage and then long stage on one axis.
-
-    `pruned` and `scratch` hold the evaluations of the short and, where there is one, the long stage.
-    """
-    accent = light(colour)
-    starts = _starts(pruned, scratch)
-    lines = [
-        (series(rows, "kl", start, positive=True), style)
-        for stages, style in ((scratch, "--"), (pruned, "-"))
-        for rows, start in zip(stages, starts, strict=False)
-    ]
-    lines = [line for line in lines if line[0][1]]
-    values = [y for (_, ys), _ in lines for y in ys]
-    if not values:
-        return None
-
-    def paint(axes: Axes) -> None:
-        log_y(axes, values)
-        labels = {"-": "pruned start", "--": "random start"}
-        for (xs, ys), style in lines:
-            if style == "-" and found is not None and found.tokens and xs and xs[0] == 0:
-                xs, ys = zip(*sorted([*zip(xs, ys, strict=True), (found.tokens, found.kl)]), strict=True)
-            faded = 0.75 if style == "--" else 1.0
-            axes.plot(
-                xs,
-                ys,
-                style,
-                color=accent,
-                alpha=faded,
-                label=labels.pop(style, None),
-                lw=1.5 if style == "--" else 2.2,
-            )
-            if len(xs) == 1:
-                axes.plot(xs, ys, "o", color=accent, ms=5, alpha=faded)
-        if found is not None:
-            _mark_crossing(axes, found, accent)
-        for start in starts[1:]:
-            axes.axvline(start, color=light("faint"), lw=0.9)
-            axes.text(
-                start, 1.01, " long context", transform=axes.get_xaxis_transform(), color=light("muted"), va="bottom"
-            )
-        token_axis(axes)
-        axes.set_ylabel("held-out KL to the parent, nats")
-        handles, names = axes.get_legend_handles_labels()
-        short_end = starts[1] / axes.get_xlim()[1] if len(starts) > 1 else 1.0
-        axes.legend(handles[::-1], names[::-1], loc="upper right", bbox_to_anchor=(short_end, 1.0), handlelength=2.2)
-
-    return draw(paint, alt)
-
-
-def _starts(pruned: list[list[Row]], scratch: list[list[Row]]) -> list[float]:
-    """Where each stage begins on the common axis; stages count their own tokens from 0."""
-    ends = [[rows[-1].get("tokens", 0.0) for rows in stages if rows] for stages in (pruned, scratch)]
-    longest = [max(same) for same in itertools.zip_longest(*ends, fillvalue=0.0)]
-    return list(itertools.accumulate([0.0, *longest[:-1]])) if longest else []
-
-
-def _mark_crossing(axes: Axes, found: Crossing, accent: str) -> None:
-    begin = found.tokens if found.tokens is not None else 0.0
-    axes.plot([begin, found.scratch_tokens], [found.kl] * 2, ":", color=light("ink"), lw=1.1)
-    if found.tokens is None or found.speedup is None:
-        return
-    axes.plot([found.tokens], [found.kl], "o", ms=7, mfc=light("paper"), mec=accent, mew=2, zorder=5, clip_on=False)
-    if found.tokens > 0 and found.speedup > 1.05:
-        where = ((begin + found.scratch_tokens) / 2, found.kl)
-        axes.annotate(
-            f"{factor(found.speedup)} fewer tokens", where, (0, -5), textcoords="offset points", ha="center", va="top"
-        )
-
-
-def loss_curve(
-    colour: str,
-    train: list[Row],
-    evals: list[Row],
-    key: str,
-    label: str,
-    alt: str,
-    size: tuple[float, float] = (4.7, 3.4),
-    of_training: str = "loss",
-    over: str = "tokens",
-) -> Html | None:
-    """Training loss (or what else `of_training`), smoothed over the raw one, and held-out values of `key` as points."""
-    xs, ys = thin(*series(train, of_training, over=over))
-    held_x, held_y = series(evals, key, over=over)
-    if not len(xs) and not held_x:
-        return None
-    accent = light(colour)
-
-    def paint(axes: Axes) -> None:
-        if len(xs):
-            axes.plot(xs, ys, color=accent, alpha=0.28, lw=1)
-            axes.plot(xs, smooth(ys), color=accent, label="training")
-        if held_x:
-            axes.plot(held_x, held_y, "o", ms=4.5, mfc=light("paper"), mec=light("ink"), mew=1.2, label="held out")
-        _cut_spikes(axes, np.concatenate([ys, held_y]))
-        token_axis(axes, "steps" if over == "step" else over)
-        axes.set_ylabel(label)
-        axes.legend(loc="best")
-
-    return draw(paint, alt, size)
-
-
-def _cut_spikes(axes: Axes, values: np.ndarray) -> None:
-    """Limits that a few outliers do not decide."""
-    low, high = float(values.min()), float(np.quantile(values, 0.995))
-    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    axes.set_ylim(low - room, max(high, float(values[0]) if values[0] < 3 * abs(high) else high) + room)
-
-
-def spectrum(
-    colour: str, index: list[float], energy: list[float], kept: int, retained: float | None, alt: str
-) -> Html | None:
-    """Energy of the residual stream along each direction, most important first, and where it was cut."""
-    pairs = [
-        (i + 1, e) for i, e in zip(index, energy, strict=False) if math.isfinite(i + e) and 1e-30 < e < 1e30 and i >= 0
-    ]
-    if not pairs:
-        return None
-    x, y = (np.array(values) for values in zip(*pairs, strict=True))
-    y = y / y.max()
-    accent = light(colour)
-
-    def paint(axes: Axes) -> None:
-        log_y(axes, list(y))
-        floor = axes.get_ylim()[0]
-        axes.fill_between(x, y, floor, where=(x <= kept).tolist(), color=accent, alpha=0.18, lw=0)
-        axes.plot(x, y, color=light("faint"), lw=1.6)
-        axes.plot(x[x <= kept], y[x <= kept], color=accent, lw=2.2)
-        axes.axvline(kept + 0.5, color=light("ink"), lw=1, ls=":")
-        side = {"ha": "right", "xytext": (-6, 0)} if kept > x.max() / 2 else {"ha": "left", "xytext": (6, 0)}
-        note = f"{kept} kept" + (f", {percent(retained)} of the energy" if retained is not None else "")
-        axes.annotate(
-            note, (kept + 0.5, 0.97), xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="top", **side
-        )
-        axes.set_xlim(0, x.max() + 1)
-        axes.set_xlabel("principal direction of the residual stream")
-        axes.set_ylabel("energy, largest = 1")
-
-    return draw(paint, alt)
-
-
-def layer_scores(colour: str, scores: list[float], kept: list[int], alt: str) -> Html | None:
-    """One point per layer of the source; a dropped one is a cross."""
-    values = np.array([s if math.isfinite(s) and abs(s) < 1e30 else 0.0 for s in scores])
-    if not len(values):
-        return None
-    accent = light(colour)
-
-    def paint(axes: Axes) -> None:
-        position = np.arange(len(values))
-        stays = np.isin(position, kept)
-        axes.plot(position, values, color=light("rule"), lw=1.6)
-        axes.plot(position[stays], values[stays], "o", color=accent, ms=7, label="kept")
-        axes.plot(position[~stays], values[~stays], "x", color=light("ink"), ms=8, mew=2, label="dropped")
-        axes.margins(x=0.06, y=0.12)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.0)
-        axes.xaxis.set_major_locator(
-            MaxNLocator(9, integer=True) if len(values) > 12 else FixedLocator(position.tolist())
-        )
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("score")
-
-    return draw(paint, alt)
-
-
-def mlp_scores(colour: str, layers: list[tuple[list[float], float]], alt: str) -> Html | None:
-    """Spread of neuron scores in every layer; what lies above the cut was kept.
-
-    `layers` holds for each its quantiles (minimum, quarter, median, three quarters, maximum) and its lowest kept score.
-    """
-    finite = [
-        (q, cut) for q, cut in layers if len(q) == 5 and all(math.isfinite(v) and abs(v) < 1e30 for v in [*q, cut])
-    ]
-    positive = [v for q, _ in finite for v in q if v > 0]
-    if not positive:
-        return None
-    floor, accent = min(positive), light(colour)
-
-    def paint(axes: Axes) -> None:
-        log_y(axes, positive)
-        for x, (quantiles, cut) in enumerate(finite):
-            low, quarter, median, upper, high = (max(v, floor) for v in quantiles)
-            cut = min(max(cut, low), high)
-            for begin, end, color, alpha in ((low, cut, light("muted"), 0.55), (cut, high, accent, 1.0)):
-                axes.plot([x, x], [begin, end], color=color, alpha=alpha, lw=1.6, solid_capstyle="butt")
-                if (lower := max(begin, quarter)) < (top := min(end, upper)):
-                    axes.plot([x, x], [lower, top], color=color, alpha=alpha, lw=8, solid_capstyle="butt")
-            axes.plot([x - 0.17, x + 0.17], [median] * 2, color=light("paper"), lw=1.6, solid_capstyle="butt")
-            axes.plot([x - 0.4, x + 0.4], [cut] * 2, color=light("ink"), lw=1.4, solid_capstyle="butt")
-        axes.set_xlim(-0.7, len(finite) - 0.3)
-        axes.xaxis.set_major_locator(
-            MaxNLocator(9, integer=True) if len(finite) > 12 else FixedLocator(range(len(finite)))
-        )
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("neuron score")
-
-    return draw(paint, alt)
+    return Markup(f'<svg class="plot" role="img" aria-label="{escape(alt)}" viewBox="{view}">{body}')

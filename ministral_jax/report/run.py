@@ -1,0 +1,100 @@
+"""The page of a run, from whatever it has produced so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ministral_jax.report import charts
+from ministral_jax.report.family import family_figure
+from ministral_jax.report.page import prompt, render, write
+from ministral_jax.report.plots import accent
+from ministral_jax.runs.reading import Answer, Run, Stage, read_run
+from ministral_jax.stages.figures import Figure
+from ministral_jax.training.goodput import KINDS
+
+Colours = dict[str, str]
+"""Of members and stages, by name."""
+_KINDS = "loading/compiling/waiting for data/generating/judging/steps/saving/evaluating/lost to restarts/not running"
+_CUTS = {"layers": "layers", "width": "width", "mlp": "feed-forward", "tie": "tying", "projector": "projector"}
+_MOST_PROMPTS = 6
+_LARGEST = 27_000
+"""Characters of an image in base64, 20 kB; together they keep a page below 2 MB of images."""
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write `<run_dir>/report.html` and `<run_dir>/family.svg`.
+
+    Returns:
+        path of the page.
+
+    Raises:
+        UserError: `run_dir` is not a run's directory.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    pictures = [Markup(family_figure(run.members, portrait)) for portrait in (False, True)]
+    if any(member.spec for member in run.members):
+        write(run_dir / "family.svg", pictures[0])
+    return write(run_dir / "report.html", render("run.html.j2", run=run, pictures=pictures, **_sections(run)))
+
+
+def _sections(run: Run) -> dict[str, Any]:
+    """What the template asks for beside the run; what is empty is left out."""
+    stages, members = list(run.stages.values()), {member.name: accent(i) for i, member in enumerate(run.members)}
+    colours = {name: members.get(run.member_of().get(name, ""), accent(0)) for name in run.stages} | members
+    groups, parent = _post_training(run, colours), run.members[0].stages.get("base") if run.members else None
+    shown = [parent, *(stage for group in groups for stage in group["stages"])]
+    made = [(stage, stage.manifest, colours[stage.name]) for stage in stages if stage.manifest]
+    timed, words = [stage for stage in stages if stage.time], dict(zip(KINDS, _KINDS.split("/"), strict=True))
+    return {
+        "colours": colours,
+        "published": any(member.published for member in run.members),
+        "images": [image for image in run.images if image.png.startswith("iVBORw0KGgo") and len(image.png) <= _LARGEST],
+        "recoveries": charts.charts(*(charts.recovery(member, colours[member.name]) for member in run.members[1:])),
+        "groups": groups,
+        "parts": charts.parts,
+        "parents": charts.charts(parent and charts.curve(parent, colours[parent.name], wide=True)),
+        "stores": [(s, charts.left_out(s.name, next(iter(m.store.values())), c)) for s, m, c in made if m.store],
+        "surgeries": [(s, charts.cuts(m, c), run.stages.get(s.source or "", s).spec) for s, m, c in made if m.prune],
+        "steps": {f"KL after {w}": s for s, w in _CUTS.items() if any(s in m.prune.kl for _, m, _ in made if m.prune)},
+        "sized": [member for member in run.members if member.spec],
+        "versions": dict.fromkeys(f"{name} {version}" for _, m, _ in made for name, version in m.versions.items()),
+        "commits": dict.fromkeys(f"commit {m.git[:10]}" for _, m, _ in made if m.git),
+        "timed": timed,
+        "kinds": {kind: word for kind, word in words.items() if any(kind in stage.time for stage in timed)},
+        "others": charts.charts(*(charts.curve(s, colours[s.name]) for s in stages if s not in shown)),
+    }
+
+
+def _post_training(run: Run, colours: Colours) -> list[dict[str, Any]]:
+    """Stages that learn to answer or judge, by the stage they begin from, where any has begun."""
+    learning = {stage.name: stage for stage in run.stages.values() if charts.learned(stage)}
+    roots: dict[str, list[Stage]] = {}
+    for name in learning:
+        chain = [name]
+        while (source := run.stages[chain[-1]].source) in learning and source not in chain:
+            chain.append(source)
+        roots.setdefault(chain[-1], []).append(learning[name])
+    begun = {root: group for root, group in roots.items() if any(stage.state != "waiting" for stage in group)}
+    return [_group(run.stages[root].source, group, colours) for root, group in begun.items()]
+
+
+def _group(source: str | None, group: list[Stage], colours: Colours) -> dict[str, Any]:
+    figures: dict[Figure, list[Stage]] = {}
+    said: dict[str, list[tuple[str, Answer]]] = {}
+    for stage in group:
+        for figure in filter(stage.has, charts.learned(stage)):
+            figures.setdefault(figure, []).append(stage)
+        for answer in stage.answers:
+            said.setdefault(prompt(answer.prompt), []).append((stage.name, answer))
+    return {
+        "source": source,
+        "stages": group,
+        "shared": [figure for figure, stages in figures.items() if len(stages) > 1 or len(group) == 1],
+        "besides": [figure for figure, stages in figures.items() if len(stages) == 1 < len(group)],
+        "charts": [chart for stage in group for chart in charts.learning(stage, colours[stage.name])],
+        "answers": sorted(said.items(), key=lambda item: -len(item[1]))[:_MOST_PROMPTS],
+    }
