@@ -88,8 +88,7 @@ def collect(
     """
     total: Statistics | None = None
     for number, batch in enumerate(batches, 1):
-        inputs = {key: batch[key] for key in ("tokens", "positions", "segments", *IMAGE_KEYS) if key in batch}
-        sums = jax.device_get(_batch_sums(model, width, params, inputs))
+        sums = jax.device_get(batch_sums(model, width, params, calibrated(batch)))
         part = Statistics(**{name: np.asarray(value, np.float64) for name, value in sums.items()})
         total = part if total is None else total + part
         if progress is not None:
@@ -106,8 +105,13 @@ def collect(
     return total
 
 
+def calibrated(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch calibration reads."""
+    return {key: batch[key] for key in ("tokens", "positions", "segments", *IMAGE_KEYS) if key in batch}
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The fields of `Statistics` for one batch."""
     counted = batch["segments"] > 0
     images = {key: batch[key] for key in IMAGE_KEYS} if "image_slot" in batch else None

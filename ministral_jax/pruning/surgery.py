@@ -15,7 +15,7 @@ from ministral_jax.distributed.collectives import agreed
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, Params, check_params, init_params, param_shardings
+from ministral_jax.models.vlm import VLM, Compute, Params, check_params, init_params, param_shardings, placed_params
 from ministral_jax.pruning.report import (
     Kept,
     LayersStep,
@@ -142,10 +142,41 @@ class Surgery:
         return report.model_copy(update={"steps": (*report.steps, step), "kl": report.kl | kl})
 
     def _apply(self, transform: Callable[..., Params], spec: ModelSpec, *arguments: Any) -> Model:
-        """`transform(*arguments)`, the parameters of `spec`, computed part by part where they will lie."""
-        if self.placement is not None:
-            transform = jax.jit(transform, out_shardings=param_shardings(spec, self.placement))
-        return Model(transform(*arguments), spec)
+        return Model(self._compiled(transform, spec)(*arguments), spec)
+
+    def _compiled(self, transform: Callable[..., Params], spec: ModelSpec) -> Callable[..., Params]:
+        """`transform`, which makes parameters of `spec`, computed part by part where they will lie."""
+        if self.placement is None:
+            return transform
+        return jax.jit(transform, out_shardings=param_shardings(spec, self.placement))
+
+    def programs(self, spec: ModelSpec) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """The cuts that lead from a model of `spec` to the target, each compiled function with abstract arguments.
+
+        Which layers and neurons are kept stands in a program as constants; here the first ones are.
+        """
+        assert self.placement is not None, "programs lie on a mesh"
+        found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+        def then(name: str, transform: Callable[..., Params], change: dict[str, Any], *more: Any) -> None:
+            nonlocal spec
+            before, spec = placed_params(spec, self.placement), spec.model_copy(update=change)
+            found[f"cut/{name}"] = (self._compiled(transform, spec), (before, *more))
+
+        target, first = self.target, np.arange
+        if target.layers < spec.layers:
+            then("layers", partial(drop_layers, keep=first(target.layers)), {"layers": target.layers})
+        if target.width < spec.width:
+            kept = None if spec.vision is None else first(target.width)
+            basis = jax.ShapeDtypeStruct((spec.width, target.width), jnp.float32)
+            then("width", partial(_narrowed, gain=1.0, kept=kept), {"width": target.width, "tied": False}, basis)
+        if target.mlp_width < spec.mlp_width:
+            keep = np.tile(first(target.mlp_width), (spec.layers, 1))
+            then("mlp", partial(narrow_mlp, keep=keep), {"mlp_width": target.mlp_width})
+        if target.tied != spec.tied:
+            tie = partial(tie_embeddings, seed=self.options.tie_seed) if target.tied else untie
+            then("tie", tie, {"tied": target.tied})
+        return found
 
     # ---- Algorithm 2 ----
 
@@ -164,16 +195,15 @@ class Surgery:
         energy = float(agreed(basis.retained(width)))
         gain = slice_gain(model.spec.width, width, energy if options.norm_gain == "energy" else 1.0)
         step = WidthStep(basis=options.width_basis, retained_energy=energy, gain=gain, spectrum=_spectrum(basis))
-        narrow: Callable[[Params], Params] = lambda params: params
+        kept = None
         if model.spec.vision is not None:
             assert statistics.projector is not None
             scores = statistics.projector[1] / max(statistics.tokens[1], 1)
             kept = top(scores, width)
-            narrow = partial(narrow_projector, keep=kept)
             step = step.model_copy(update={"projector": _kept(scores, kept)})
         eps = model.spec.norm_eps * (gain**2 if options.norm_eps == "exact" else 1)
         spec = model.spec.model_copy(update={"width": width, "norm_eps": eps, "tied": False})
-        cut = lambda params, vectors: narrow(_project(params, vectors, gain))
+        cut = partial(_narrowed, gain=gain, kept=kept)
         return self._apply(cut, spec, model.params, jnp.asarray(agreed(basis.vectors[:, :width]))), step
 
     def _mlp(self, model: Model, statistics: Statistics, rng: np.random.Generator) -> tuple[Model, MlpStep]:
@@ -208,6 +238,12 @@ class Surgery:
         moved = Model(model.params, self.target.model_copy(update={"norm_eps": eps}))
         same = model.spec.rope == self.target.rope
         return moved, None if same else RopeStep(to=self.target.rope.model_dump(mode="json"))
+
+
+def _narrowed(params: Params, basis: jax.Array, gain: float, kept: np.ndarray | None) -> Params:
+    """`_project`, and of the projector's hidden neurons those that are `kept`."""
+    narrow = _project(params, basis, gain)
+    return narrow if kept is None else narrow_projector(narrow, kept)
 
 
 @jax.jit

@@ -197,7 +197,10 @@ def _neurons(made: Manifest, step: MlpStep, colour: str) -> Chart:
 
     thick = min(7.0, 180 / len(at))
     shown = [bars(low, cut, "muted", 1.6), bars(cut, high, colour, 1.6)]
-    shown += [bars(quarter, np.minimum(cut, upper), "muted", thick), bars(np.maximum(cut, quarter), upper, colour, thick)]
+    shown += [
+        bars(quarter, np.minimum(cut, upper), "muted", thick),
+        bars(np.maximum(cut, quarter), upper, colour, thick),
+    ]
     shown += [Line(at, median, "paper", style="", mark="dash"), Line(at, cut, style="", mark="dash")]
     y_axis = Axis("score of a neuron", log=True)
     picture = lines(shown, Axis("layer", count), y_axis, f"Neuron scores of {made.stage} by layer.")

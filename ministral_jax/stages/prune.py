@@ -9,8 +9,8 @@ from pydantic import Field
 from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import as_teacher, make_evaluate
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import IMAGE_KEYS, VLM, placed_params
-from ministral_jax.pruning.statistics import _batch_sums
+from ministral_jax.models.vlm import VLM, placed_params
+from ministral_jax.pruning.statistics import batch_sums, calibrated
 from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, load_stage
 from ministral_jax.stages.figures import Figure
@@ -50,10 +50,11 @@ class Prune(RowStage):
         source = job.graph.specs[self.source]
         params = placed_params(source, job.placement)
         teacher = online(source, params, self.compute, job.placement, self.batch.length)
-        keys = ("tokens", "positions", "segments", *IMAGE_KEYS)
-        batch = {name: array for name, array in abstract_batch(job).items() if name in keys}
+        batch = abstract_batch(job)
+        surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
         return {
-            "calibrate": Program(_batch_sums, (VLM(source, self.compute), True, params, batch)),
+            "calibrate": Program(batch_sums, (VLM(source, self.compute), True, params, calibrated(batch))),
+            **{name: Program(*program) for name, program in surgery.programs(source).items()},
             **evaluation_programs(job, job.spec, teacher),
         }
 
