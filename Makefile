@@ -74,6 +74,7 @@ lint: $(VENV)/installed
 	$(BIN)/codespell
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright -p pyright.strict.json --pythonpath $(BIN)/python
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -14,7 +14,8 @@ Axes = tuple[str, ...]
 
 def dividing_axes(size: int, axes: Iterable[str], mesh: Mapping[str, int], multiple_of: int = 1) -> Axes:
     """Those of the axes, in order, that cut a dimension into equal multiples of `multiple_of`; `mesh` has sizes."""
-    chosen, count = [], multiple_of
+    chosen: list[str] = []
+    count = multiple_of
     for axis in axes:
         if mesh.get(axis, 1) > 1 and size % (count * mesh[axis]) == 0:
             chosen.append(axis)

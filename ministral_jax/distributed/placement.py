@@ -6,17 +6,18 @@ engine: every process runs the same program over one global mesh. Nothing here g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 from pydantic import Field, model_validator
 
 from ministral_jax.distributed.axes import dividing_axes
@@ -25,6 +26,8 @@ from ministral_jax.settings import Frozen
 
 AXES = ("slice", "data", "fsdp", "tensor", "context")
 Tree = Any
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class MeshConfig(Frozen):
@@ -98,15 +101,15 @@ class Rules(Frozen):
         return self
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within it, the logical axes of a model that is traced mean these (`models.mesh`)."""
+    def active(self) -> Generator[None, None, None]:
+        """Within it, the logical axes of a model that is traced mean these (`axes.constrain`)."""
         with nn.logical_axis_rules([(name, getattr(self, name) or None) for name in type(self).model_fields]):
             yield
 
-    def scoped(self, function: Callable) -> Callable:
+    def scoped(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """`function`, always traced under these rules."""
 
-        def under_rules(*args, **kwargs):
+        def under_rules(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             with self.active():
                 return function(*args, **kwargs)
 
@@ -134,7 +137,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
     """Mesh axes of each dimension: those of the rules while they divide it and no earlier dimension has taken them."""
     taken: set[str] = set()
-    entries = []
+    entries: list[str | tuple[str, ...] | None] = []
     for size, name in zip(shape, axes, strict=True):
         free = [axis for axis in getattr(rules, name or "", ()) if axis not in taken]
         chosen = dividing_axes(size, free, mesh.shape)
@@ -195,7 +198,7 @@ class Placement:
                 f"{where}.batch.length = {length} must be a multiple of {2 * self._context}, twice mesh.context"
             )
 
-    def rows(self, count: int) -> np.ndarray:
+    def rows(self, count: int) -> Int[np.ndarray, " rows"]:
         """Which rows of a global batch of `count` the devices of this process hold, ascending."""
         held = np.zeros(count, bool)
         index: Any = self.batch_sharding("tokens", 2).addressable_devices_indices_map((count, 2 * self._context))
@@ -203,7 +206,7 @@ class Placement:
             held[rows] = True
         return np.flatnonzero(held)
 
-    def row_owners(self, count: int) -> list[tuple[np.ndarray, int]]:
+    def row_owners(self, count: int) -> list[tuple[Int[np.ndarray, " rows"], int]]:
         """The blocks of rows into which a global batch of `count` falls over processes, and the first process that
         holds each."""
         held: dict[int, np.ndarray] = {}
@@ -220,7 +223,7 @@ class Placement:
         parts = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
         return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
 
-    def order(self, length: int) -> np.ndarray:
+    def order(self, length: int) -> Int[np.ndarray, " T"]:
         """In which the tokens of a row lie on the mesh."""
         return zigzag(length, self._context)
 
@@ -259,8 +262,8 @@ class Placement:
 _PER_PATCH = ("patches", "patch_image", "patch_row", "patch_col")
 
 
-def zigzag(length: int, shards: int) -> np.ndarray:
-    """Order of T tokens in which equal contiguous shards do equal causal work: of 2n chunks, shard i has i and
+def zigzag(length: int, shards: int) -> Int[np.ndarray, " T"]:
+    """Order of tokens in which equal contiguous shards do equal causal work: of 2n chunks, shard i has i and
     2n-1-i. The identity for one shard."""
     if shards == 1:
         return np.arange(length)
@@ -269,29 +272,22 @@ def zigzag(length: int, shards: int) -> np.ndarray:
 
 
 def with_shardings(abstract: Tree, shardings: Tree) -> Tree:
+    """Abstract arrays that say where they lie."""
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
 
 
 def like_params(state: Tree, params: Tree, shardings: Tree, default: NamedSharding) -> Tree:
     """Shardings of an optimiser's state: a leaf that stands for a parameter (same path at its end, same shape) lies
     where that does. Under `jit` alone, moments would be whole on every device."""
-    key = lambda path: tuple(str(k) for k in path)
-    table = {
-        key(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    names = lambda path: tuple(str(key) for key in path)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    table = {names(path): (leaf.shape, sharding) for (path, leaf), sharding in leaves}
 
-    def find(path: tuple, leaf: Any) -> NamedSharding:
-        names = key(path)
-        for start in range(len(names)):
-            shape, sharding = table.get(names[start:], (None, default))
+    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            shape, sharding = table.get(names(path[start:]), (None, default))
             if shape == leaf.shape:
                 return sharding
         return default
 
     return jax.tree_util.tree_map_with_path(find, state)
-
-
-# ---- several processes ----------------------------------------------------------------------------------------------

@@ -7,46 +7,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from ministral_jax.losses.targets import LossOptions
 
 Axis = str | tuple[str, ...] | None
-Comparison = tuple[dict[str, Array], Array, Array]  # readings by name [...], divergence [...], its gradient [..., V]
+PerToken = Float[Array, "..."]
+Logits = Float[Array, "... V"]
+Comparison = tuple[dict[str, PerToken], PerToken, Logits]
+"""Readings by name, the divergence, and its gradient in the student's logits."""
 
 
 class Categorical(NamedTuple):
-    """A distribution over V as unnormalised log-probabilities [..., V], cut over `axis`, and their logsumexp [...]."""
+    """A distribution over V as unnormalised log-probabilities, cut over `axis`, and their logsumexp."""
 
-    logits: Array
-    lse: Array
+    logits: Logits
+    lse: PerToken
     axis: Axis
 
     @property
-    def log(self) -> Array:
+    def log(self) -> Logits:
         return self.logits - self.lse[..., None]
 
     @property
-    def probabilities(self) -> Array:
+    def probabilities(self) -> Logits:
         return jnp.exp(self.log)
 
 
-def categorical(logits: Array, axis: Axis) -> Categorical:
+def categorical(logits: Logits, axis: Axis) -> Categorical:
+    """softmax(logits)."""
     return Categorical(logits, logsumexp(logits, axis), axis)
 
 
-def logsumexp(logits: Array, axis: Axis) -> Array:
-    """[...] of logits [..., V]; -inf where all of them are."""
+def logsumexp(logits: Logits, axis: Axis) -> PerToken:
+    """-inf where all of them are."""
     lse = jax.nn.logsumexp(logits, axis=-1)
     if axis is None:
         return lse
-    top = jax.lax.pmax(lse, axis)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    return top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
+    largest = jax.lax.pmax(lse, axis)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    return largest + jnp.log(jax.lax.psum(jnp.exp(lse - largest), axis))
 
 
 def shard_count(axis: Axis) -> int:
@@ -54,18 +59,18 @@ def shard_count(axis: Axis) -> int:
     return 1 if axis is None else jax.lax.axis_size(axis)
 
 
-def reduce_over(collective: Callable, x: Array, axis: Axis) -> Array:
+def reduce_over(collective: Callable[[Array, Any], Array], x: Array, axis: Axis) -> Array:
     """What the devices have of a reduction over V, reduced over them."""
     return x if axis is None else collective(x, axis)
 
 
-def maximum(logits: Array, axis: Axis) -> Array:
-    """Maximum [...] of logits [..., V]."""
+def maximum(logits: Logits, axis: Axis) -> PerToken:
+    """Over V."""
     return reduce_over(jax.lax.pmax, jnp.max(logits, axis=-1), axis)
 
 
-def logit_at(index: Array, logits: Array, axis: Axis) -> Array:
-    """Value [...] of logits [..., V] at an index that counts from the first column of this device."""
+def logit_at(index: Int[Array, "..."], logits: Logits, axis: Axis) -> PerToken:
+    """At an index that counts from the first column of this device."""
     if axis is None:
         return jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     here = (index >= 0) & (index < logits.shape[-1])
@@ -73,30 +78,30 @@ def logit_at(index: Array, logits: Array, axis: Axis) -> Array:
     return jax.lax.psum(jnp.where(here, value, 0), axis)
 
 
-def argmax(top: Array, logits: Array, first: Array | int, axis: Axis) -> Array:
-    """Index of the maximum [...] in logits [..., V]: jnp.argmax as a plain reduction, four times as fast on CPU."""
+def argmax(maximum: PerToken, logits: Logits, first: Array | int, axis: Axis) -> Int[Array, "..."]:
+    """Where the maximum stands: jnp.argmax as a plain reduction, four times as fast on CPU."""
     own = logits.shape[-1]
     last = own * shard_count(axis) - 1
-    candidates = jnp.where(logits == top[..., None], first + jnp.arange(own, dtype=jnp.int32), last)
+    candidates = jnp.where(logits == maximum[..., None], first + jnp.arange(own, dtype=jnp.int32), last)
     return reduce_over(jax.lax.pmin, jnp.min(candidates, axis=-1), axis)
 
 
-def forward_kl(p: Categorical, q: Categorical, options: LossOptions) -> tuple[Array, Array]:
-    """KL(p‖q) = Σ p (log p - log q) [...] and its gradient q - p with respect to the logits of q [..., V]."""
+def forward_kl(p: Categorical, q: Categorical, options: LossOptions) -> tuple[PerToken, Logits]:
+    """KL(p‖q) = Σ p (log p - log q) and its gradient q - p with respect to the logits of q."""
     weights = p.probabilities
     value = _mean(weights, p.logits - q.logits, q.axis) - p.lse + q.lse
     return value, q.probabilities - weights
 
 
-def reverse_kl(p: Categorical, q: Categorical, options: LossOptions) -> tuple[Array, Array]:
-    """KL(q‖p) [...] and its gradient q (log q - log p - KL) with respect to the logits of q [..., V]."""
+def reverse_kl(p: Categorical, q: Categorical, options: LossOptions) -> tuple[PerToken, Logits]:
+    """KL(q‖p) and its gradient q (log q - log p - KL) with respect to the logits of q."""
     weights, ratio = q.probabilities, q.logits - p.logits
     mean = _mean(weights, ratio, q.axis)
     return mean - q.lse + p.lse, weights * (ratio - mean[..., None])
 
 
-def jsd(p: Categorical, q: Categorical, options: LossOptions) -> tuple[Array, Array]:
-    """β KL(p‖m) + (1 - β) KL(q‖m) [...] and its gradient with respect to the logits of q [..., V].
+def jsd(p: Categorical, q: Categorical, options: LossOptions) -> tuple[PerToken, Logits]:
+    """β KL(p‖m) + (1 - β) KL(q‖m) and its gradient with respect to the logits of q.
 
     dJSD/dq = (1 - β) log(q/m), since what comes through m cancels: the gradient of (1 - β) KL(q‖m) with m held fixed.
     """
@@ -110,8 +115,8 @@ def jsd(p: Categorical, q: Categorical, options: LossOptions) -> tuple[Array, Ar
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
 
 
-def compare(teacher: Array, q: Categorical, best: Array, options: LossOptions) -> Comparison:
-    """Student q, whose highest logits are `best` [...], against a teacher's logits [..., V].
+def compare(teacher: Logits, q: Categorical, best: PerToken, options: LossOptions) -> Comparison:
+    """Student q, whose highest logits are `best`, against a teacher's logits.
 
     The readings are `kl` and `agreement`, at temperature 1; the divergence is the one that `options` name, at their
     temperature, and its gradient is in the logits over the temperature.
@@ -127,7 +132,7 @@ def compare(teacher: Array, q: Categorical, best: Array, options: LossOptions) -
     return readings, *DIVERGENCES[options.objective](p, q, options)
 
 
-def _mean(weights: Array, x: Array, axis: Axis) -> Array:
+def _mean(weights: Logits, x: Logits, axis: Axis) -> PerToken:
     """Mean over V; dividing by the sum of the weights takes out the rounding of `lse` that all of them share."""
     total = reduce_over(jax.lax.psum, jnp.sum(weights * x, axis=-1), axis)
     return total / reduce_over(jax.lax.psum, jnp.sum(weights, axis=-1), axis)

@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ministral_jax.distributed.placement import Placement, Rules
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Hidden
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, head_matrix
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, Params, head_matrix
 
-Params = dict[str, Any]
-Batch = dict[str, Any]
-TeacherFn = Callable[[Params, Batch], tuple[jax.Array, Params]]
-"""`(constants, batch)` to a teacher's final states `[B, T, D']` and parameters of which it has at least the head."""
-Evaluate = Callable[[Params, Params | None, Iterable[Batch]], tuple[dict[str, float], list[np.ndarray]]]
+Batch = dict[str, Array]
+TeacherFn = Callable[[Params, Batch], tuple[Float[Array, "B T D'"], Params]]
+"""`(constants, batch)` to a teacher's final states and parameters of which it has at least the head."""
+Predictions = list[Int[np.ndarray, "B T"]]
+Evaluate = Callable[[Params, Params | None, Iterable[Batch]], tuple[dict[str, float], Predictions]]
 CALIBRATION_BINS = 15
 
 
@@ -30,20 +32,23 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return dict(positions=batch["positions"], segments=batch["segments"], images=images or None)
 
 
-def hidden(model: VLM, params: Params, batch: Batch) -> jax.Array:
-    """`[B, T, D]` after the final norm."""
-    return model.apply({"params": params}, batch["tokens"], **model_inputs(batch), method="hidden")  # type: ignore[return-value]
+def hidden(model: VLM, params: Params, batch: Batch) -> Float[Array, "B T D"]:
+    """After the final norm."""
+    states: Any = model.apply({"params": params}, batch["tokens"], **model_inputs(batch), method="hidden")
+    return states
 
 
-def _compile(spec: ModelSpec, compute: Compute, placement: Placement) -> Callable[[Params, Batch], jax.Array]:
+def _compile(spec: ModelSpec, compute: Compute, placement: Placement) -> Callable[[Params, Batch], Array]:
     """`hidden` of one size."""
     return jax.jit(placement.rules.scoped(partial(hidden, VLM(spec, compute))))
 
 
-def _compile_reading(head: LossHead) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
-    """Sums over a batch and predictions `[B, T]`, whole on every device."""
+def _compile_reading(head: LossHead) -> Callable[..., tuple[dict[str, Array], Int[Array, "B T"]]]:
+    """Sums over a batch and predictions, whole on every device."""
 
-    def read(states: jax.Array, params: Params, targets: tuple[jax.Array, Params] | None, batch: Batch):
+    def read(
+        states: Array, params: Params, targets: tuple[Array, Params] | None, batch: Batch
+    ) -> tuple[dict[str, Array], Array]:
         teacher = None if targets is None else Hidden(targets[0], head_matrix(targets[1]))
         readings = head.evaluate_positions(states, head_matrix(params), teacher, batch["labels"])
         return sums(batch, readings), readings["prediction"]
@@ -72,7 +77,7 @@ def make_evaluate(
 
     Returns:
         `(params, constants, batches) -> (figures, predictions)`: means over the counted positions of all batches
-        (as `Placement.place` gives them), and per batch the most probable next token `[B, T]` in the row's order.
+        (as `Placement.place` gives them), and per batch the most probable next token in the row's order.
         `constants` are the teacher's.
     """
 
@@ -80,8 +85,11 @@ def make_evaluate(
         decoder = params["decoder"]
         return {"decoder": {key: decoder[key] for key in ("embed", "head") if key in decoder}}
 
-    def evaluate(params: Params, constants: Params | None, batches: Iterable[Batch]):
-        outputs, predictions = [], []
+    def evaluate(
+        params: Params, constants: Params | None, batches: Iterable[Batch]
+    ) -> tuple[dict[str, float], Predictions]:
+        outputs: list[dict[str, np.ndarray]] = []
+        predictions: Predictions = []
         for batch in batches:
             targets = None
             if teacher is not None and constants is not None:
@@ -97,7 +105,7 @@ def make_evaluate(
     return evaluate
 
 
-def sums(batch: Batch, readings: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def sums(batch: Batch, readings: dict[str, Shaped[Array, "B T"]]) -> dict[str, Array]:
     """What `figures` needs of one batch: sums over its positions."""
     counted, answers = batch["loss_mask"], batch["answer_mask"]
     total = {
@@ -112,9 +120,11 @@ def sums(batch: Batch, readings: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return total | ({"kl": (counted * readings["kl"]).sum()} if "kl" in readings else {})
 
 
-def _calibration(counted: jax.Array, confidence: jax.Array, right: jax.Array) -> jax.Array:
+def _calibration(
+    counted: Float[Array, "B T"], confidence: Float[Array, "B T"], right: Bool[Array, "B T"]
+) -> Float[Array, "3 bins"]:
     """Of the positions whose prediction has a probability within each bin: how many, their probabilities, how many are
-    right; `[3, bins]` sums."""
+    right; sums."""
     bins = jnp.minimum((confidence * CALIBRATION_BINS).astype(jnp.int32), CALIBRATION_BINS - 1)
     in_bin = counted[..., None] * (bins[..., None] == jnp.arange(CALIBRATION_BINS))
     values = jnp.stack([jnp.ones_like(confidence), confidence, right.astype(confidence.dtype)])

@@ -1,4 +1,4 @@
-"""The loss head on a mesh: the local functions of `kl.py` and `logprobs.py` in one `jax.shard_map`.
+"""The loss head on a mesh: the functions of `chunked.py` and `logprobs.py` in one `jax.shard_map`.
 
 Tokens lie over the batch and length axes, V of the heads over the others that cut it. Before the loop over chunks each
 head is gathered over the axes that cut D; the transpose of that is one reduce-scatter of `d_head` after the loop. In
@@ -15,26 +15,26 @@ from typing import Any
 import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int, Shaped
 
 from ministral_jax.distributed.placement import Placement, Rules, partition
-from ministral_jax.losses import chunked as kl
-from ministral_jax.losses.chunked import Metrics
+from ministral_jax.losses.chunked import Inputs, cross_entropy, distillation_loss, evaluate_positions
+from ministral_jax.losses.divergences import Axis
 from ministral_jax.losses.logprobs import label_logprobs
 from ministral_jax.losses.targets import (
     DEFAULT_CHUNK,
     Dense,
     Hidden,
     LossOptions,
-    Sampled,
+    Metrics,
     Targets,
-    TopK,
     check_shapes,
 )
 
 
 @dataclass(frozen=True)
 class LossHead:
-    """The same arguments, results and errors as in `kl` and `logprobs`, on arrays that lie on `placement`.
+    """The same arguments, results and errors as in `chunked` and `logprobs`, on arrays that lie on `placement`.
 
     Heads are [D, V], `embed.T` when tied, and lie by the rules for ("embed", "vocab"), the teacher's by
     `teacher_rules` where these differ. Sums and metrics come out whole on every device, gradients where their arrays
@@ -45,72 +45,103 @@ class LossHead:
     teacher_rules: Rules | None = None
 
     def distillation_loss(
-        self, hidden: Array, head: Array, targets: Targets, labels: Array, mask: Array, options: LossOptions
+        self,
+        hidden: Float[Array, "B T D"],
+        head: Float[Array, "D V"],
+        targets: Targets,
+        labels: Int[Array, "B T"],
+        mask: Float[Array, "B T"],
+        options: LossOptions,
     ) -> tuple[Array, Metrics]:
-        """See `kl.distillation_loss`."""
-        local = lambda *arrays, axis: kl.distillation_loss(*arrays, options=options, vocab_axis=axis)
-        return self._mapped(local, True, hidden, head, targets, labels, mask)
+        """See `chunked.distillation_loss`."""
+
+        def local(x: Inputs, axis: Axis) -> tuple[Array, Metrics]:
+            assert x.targets is not None and x.mask is not None
+            return distillation_loss(x.hidden, x.head, x.targets, x.labels, x.mask, options, axis)
+
+        return self._mapped(local, True, Inputs(hidden, head, targets, labels, mask))
 
     def cross_entropy(
-        self, hidden: Array, head: Array, labels: Array, mask: Array, chunk: int = DEFAULT_CHUNK
+        self,
+        hidden: Float[Array, "B T D"],
+        head: Float[Array, "D V"],
+        labels: Int[Array, "B T"],
+        mask: Float[Array, "B T"],
+        chunk: int = DEFAULT_CHUNK,
     ) -> tuple[Array, Metrics]:
-        """See `kl.cross_entropy`."""
-        local = lambda hidden, head, _, labels, mask, axis: kl.cross_entropy(hidden, head, labels, mask, chunk, axis)
-        return self._mapped(local, True, hidden, head, None, labels, mask)
+        """See `chunked.cross_entropy`."""
+
+        def local(x: Inputs, axis: Axis) -> tuple[Array, Metrics]:
+            assert x.mask is not None
+            return cross_entropy(x.hidden, x.head, x.labels, x.mask, chunk, axis)
+
+        return self._mapped(local, True, Inputs(hidden, head, None, labels, mask))
 
     def evaluate_positions(
-        self, hidden: Array, head: Array, targets: Targets | None, labels: Array, chunk: int = DEFAULT_CHUNK
-    ) -> dict[str, Array]:
-        """See `kl.evaluate_positions`; the readings lie as the labels do."""
-        local = lambda *arrays, axis: kl.evaluate_positions(*arrays, chunk=chunk, vocab_axis=axis)
-        return self._mapped(local, False, hidden, head, targets, labels)
+        self,
+        hidden: Float[Array, "B T D"],
+        head: Float[Array, "D V"],
+        targets: Targets | None,
+        labels: Int[Array, "B T"],
+        chunk: int = DEFAULT_CHUNK,
+    ) -> dict[str, Shaped[Array, "B T"]]:
+        """See `chunked.evaluate_positions`; the readings lie as the labels do."""
+        local = lambda x, axis: evaluate_positions(x.hidden, x.head, x.targets, x.labels, chunk, axis)
+        return self._mapped(local, False, Inputs(hidden, head, targets, labels, None))
 
     def label_logprobs(
-        self, hidden: Array, head: Array, labels: Array, temperature: float = 1.0, chunk: int = DEFAULT_CHUNK
-    ) -> dict[str, Array]:
+        self,
+        hidden: Float[Array, "B T D"],
+        head: Float[Array, "D V"],
+        labels: Int[Array, "B T"],
+        temperature: float = 1.0,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> dict[str, Float[Array, "B T"]]:
         """See `logprobs.label_logprobs`; both results lie as the labels do."""
-        local = lambda hidden, head, _, labels, axis: label_logprobs(hidden, head, labels, temperature, chunk, axis)
-        return self._mapped(local, False, hidden, head, None, labels)
+        local = lambda x, axis: label_logprobs(x.hidden, x.head, x.labels, temperature, chunk, axis)
+        return self._mapped(local, False, Inputs(hidden, head, None, labels, None))
 
-    def _mapped(self, local: Callable, summed: bool, hidden, head, targets, labels, *mask) -> Any:
+    def _mapped(self, local: Callable[[Inputs, Axis], Any], summed: bool, inputs: Inputs) -> Any:
         """`local` over the shards, its results summed over them or left where the tokens lie."""
         mesh, rules = self.placement.mesh, self.placement.rules
         if mesh.size == 1:
-            return local(hidden, head, targets, labels, *mask, axis=None)
-        check_shapes(hidden, head, targets, labels, *mask)
-        tokens: Any = partition(labels.shape, ("batch", "length"), rules, mesh)
+            return local(inputs, None)
+        check_shapes(*inputs)
+        tokens: Any = partition(inputs.labels.shape, ("batch", "length"), rules, mesh)
         over = mesh_axes(*tokens)
         # Where rules cut V over an axis of the tokens, or D over another, the head comes in without that cut.
-        vocab = tuple(a for a in mesh_axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over)
+        vocab = tuple(
+            a for a in mesh_axes(partition(inputs.head.shape, ("embed", "vocab"), rules, mesh)[1]) if a not in over
+        )
 
         def lies(head: Array, rules: Rules) -> Any:
             cut = mesh_axes(partition(head.shape, ("embed", "vocab"), rules, mesh)[0])
             return P(tuple(a for a in cut if a in over), vocab)
 
-        own = lies(head, rules)
+        # Any: the trees of specs have the types of the trees of arrays
         rows: Any = P(*tokens, None)
         dense: Any = P(*tokens, vocab)
-        match targets:
-            case Hidden():
-                theirs: Any = Hidden(rows, lies(targets.head, self.teacher_rules or rules))
-            case Dense():
-                theirs = Dense(dense)
-            case TopK() | Sampled():
-                theirs = type(targets)(rows, rows, tokens)
-            case None:
-                theirs = None
+        own = lies(inputs.head, rules)
+        theirs: Any = None
+        if isinstance(inputs.targets, Hidden):
+            theirs = Hidden(rows, lies(inputs.targets.head, self.teacher_rules or rules))
+        elif isinstance(inputs.targets, Dense):
+            theirs = Dense(dense)
+        elif inputs.targets is not None:
+            theirs = type(inputs.targets)(rows, rows, tokens)
 
-        def inside(hidden, head, targets, labels, *mask):
-            head = whole_head(head, own, over)
-            if isinstance(targets, Hidden):
+        def inside(shard: Inputs) -> Any:
+            shard = shard._replace(head=whole_head(shard.head, own, over))
+            if isinstance(targets := shard.targets, Hidden):
                 # Cast first, as it gets no gradient: half the bytes to gather.
-                targets = Hidden(targets.hidden, whole_head(targets.head.astype(targets.hidden.dtype), theirs.head))
-            result = local(hidden, head, targets, labels, *mask, axis=vocab or None)
+                head = whole_head(targets.head.astype(targets.hidden.dtype), theirs.head)
+                shard = shard._replace(targets=Hidden(targets.hidden, head))
+            result = local(shard, vocab or None)
             return jax.lax.psum(result, over) if summed and over else result
 
-        in_specs = (rows, own, theirs, tokens, *(tokens for _ in mask))
-        mapped = jax.shard_map(inside, mesh=mesh, in_specs=in_specs, out_specs=P() if summed else tokens)
-        return mapped(hidden, head, targets, labels, *mask)
+        lie: Any = Inputs(rows, own, theirs, tokens, None if inputs.mask is None else tokens)
+        mapped = jax.shard_map(inside, mesh=mesh, in_specs=(lie,), out_specs=P() if summed else tokens)
+        return mapped(inputs)
 
 
 def mesh_axes(*entries: Any) -> tuple[str, ...]:
@@ -118,7 +149,7 @@ def mesh_axes(*entries: Any) -> tuple[str, ...]:
     return tuple(axis for e in entries for axis in ((e,) if isinstance(e, str) else e or ()))
 
 
-def whole_head(head: Array, spec: P, over: tuple[str, ...] = ()) -> Array:
+def whole_head(head: Float[Array, "D/n V/m"], spec: P, over: tuple[str, ...] = ()) -> Float[Array, "D V/m"]:
     """A head's shard with all of D. It varies over `over` before it is gathered, so that its gradient is scattered
     before it is summed over the axes that hold copies."""
     cut = mesh_axes(spec[0])

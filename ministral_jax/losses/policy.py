@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 
 from ministral_jax.errors import UserError
+from ministral_jax.losses.targets import Metrics
 from ministral_jax.settings import Frozen
 
 LossType = Literal["magistral", "dapo", "grpo", "dr_grpo"]
 ScaleRewards = Literal["batch", "group", "none"]
-Metrics = dict[str, tuple[Array, Array]]
 
 _STD_FLOOR = 1e-6
 """Added to the standard deviation of rewards that an advantage is divided by."""
@@ -46,8 +47,10 @@ class PolicyOptions(Frozen):
 # ---- on the host: over the whole batch of an update -----------------------------------------------------------------
 
 
-def advantages(rewards: np.ndarray, scale_rewards: ScaleRewards) -> tuple[np.ndarray, np.ndarray]:
-    """Advantages `[P, G]` (float64, 0 where left out) and which groups are kept `[P]` (bool).
+def advantages(
+    rewards: Float[np.ndarray, "P G"], scale_rewards: ScaleRewards
+) -> tuple[Float[np.ndarray, "P G"], Bool[np.ndarray, " P"]]:
+    """Advantages (float64, 0 where left out) and which groups are kept.
 
     The advantage is the reward less the mean of its group. A group is kept when it has two rewards or more and they
     differ: one without any variance says nothing, so its advantages are 0 and `token_weights` gives it no weight.
@@ -55,7 +58,7 @@ def advantages(rewards: np.ndarray, scale_rewards: ScaleRewards) -> tuple[np.nda
     the advantages of all kept groups, less their mean; "group", as in GRPO, by that of the group's own rewards.
 
     Args:
-        rewards: `[P, G]`; NaN is a completion to be left out, whose tokens must not be counted in `token_weights`.
+        rewards: NaN is a completion to be left out, whose tokens must not be counted in `token_weights`.
 
     Raises:
         UserError: a reward is infinite, or `rewards` is not `[P, G]`.
@@ -77,8 +80,10 @@ def advantages(rewards: np.ndarray, scale_rewards: ScaleRewards) -> tuple[np.nda
     return centred, kept
 
 
-def token_weights(mask: np.ndarray, kept: np.ndarray, loss_type: LossType, limit: int) -> np.ndarray:
-    """Weights `[P, G, T]` (float64) of the token losses: they sum to 1, or are all 0 when nothing is counted.
+def token_weights(
+    mask: Shaped[np.ndarray, "P G T"], kept: Bool[np.ndarray, " P"], loss_type: LossType, limit: int
+) -> Float[np.ndarray, "P G T"]:
+    """Weights (float64) of the token losses: they sum to 1, or are all 0 when nothing is counted.
 
     - "magistral": every kept group has the same weight, shared evenly by all its tokens (Magistral §2.1: the loss is
       divided by the tokens of the group).
@@ -90,8 +95,8 @@ def token_weights(mask: np.ndarray, kept: np.ndarray, loss_type: LossType, limit
     Groups and completions without a counted token have no part in these counts.
 
     Args:
-        mask: `[P, G, T]`, 1 at the completion tokens that count and 0 elsewhere.
-        kept: `[P]`, from `advantages`.
+        mask: 1 at the completion tokens that count and 0 elsewhere.
+        kept: from `advantages`.
         limit: tokens that a completion was allowed (TRL's `max_completion_length`); of use to "dr_grpo" alone.
 
     Raises:
@@ -127,12 +132,16 @@ def _centred(values: np.ndarray, used: np.ndarray, axis: int | None) -> np.ndarr
 
 
 def policy_loss(
-    logprobs: Array, old_logprobs: Array, advantages: Array, weights: Array, options: PolicyOptions
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    options: PolicyOptions,
 ) -> tuple[Array, Metrics]:
     """Sum of weights times -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A), and metrics as (sum, count).
 
-    The ratio is exp(logprobs - old_logprobs); A is the advantage. All arrays are `[B, T]`. Differentiable in `logprobs`
-    alone. Where the weight is 0 nothing is added to sums and gradients, whatever the other arrays hold there.
+    The ratio is exp(logprobs - old_logprobs); A is the advantage. Differentiable in `logprobs` alone. Where the weight
+    is 0 nothing is added to sums and gradients, whatever the other arrays hold there.
 
     Metrics, which add up over parts of a batch and carry no gradient: `loss`, of which the count is the sum of the
     weights (at most 1 over the whole batch); and means over the tokens with a weight: `ratio`; `clipped_low` and

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.scipy.special import entr
+from jaxtyping import Bool, Float
 from pydantic import Field
 
 from ministral_jax.errors import UserError
+from ministral_jax.losses.targets import Metrics
 from ministral_jax.settings import Frozen
-
-Metrics = dict[str, tuple[Array, Array]]
 
 
 class PreferenceOptions(Frozen):
@@ -37,8 +37,10 @@ class PreferenceOptions(Frozen):
     rescale_beta: bool = True
 
 
-def decide(probability: np.ndarray, a_loops: np.ndarray, b_loops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The probability `[P]` (float64) that A is better, and which pairs are kept `[P]` (bool).
+def decide(
+    probability: Float[np.ndarray, " P"], a_loops: Bool[np.ndarray, " P"], b_loops: Bool[np.ndarray, " P"]
+) -> tuple[Float[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
+    """The probability (float64) that A is better, and which pairs are kept.
 
     A looping response is the loser whatever the judge says. A pair is left out, with a probability of 1/2, when both
     loop, or when neither does and the judge gave none (NaN).
@@ -55,21 +57,22 @@ def decide(probability: np.ndarray, a_loops: np.ndarray, b_loops: np.ndarray) ->
     return np.where(kept, probability, 0.5), kept
 
 
+Pair = tuple[Float[Array, " P"], Float[Array, " P"]]
+"""Summed log-probabilities of the completions A and B (nats)."""
+
+
 def preference_loss(
-    policy_a: Array,
-    policy_b: Array,
-    reference_a: Array,
-    reference_b: Array,
-    probability: Array,
-    weights: Array,
+    policy: Pair,
+    reference: Pair,
+    probability: Float[Array, " P"],
+    weights: Float[Array, " P"],
     options: PreferenceOptions,
 ) -> tuple[Array, Metrics]:
     """Sum of weights times -p log σ(βΔ) - (1 - p) log σ(-βΔ), over β with `rescale_beta`, and metrics as (sum, count).
 
-    Δ = (policy_a - reference_a) - (policy_b - reference_b) of summed log-probabilities of the completions (nats), and p
-    is the probability that A is better; "dpo" hardens it to 0 or 1, and leaves 1/2. All arrays are `[P]`.
-    Differentiable in the policy's log-probabilities alone. Where the weight is 0 nothing is added to sums and
-    gradients, whatever the other arrays hold there.
+    Δ = (policy A - reference A) - (policy B - reference B), and p is the probability that A is better; "dpo" hardens it
+    to 0 or 1, and leaves 1/2. Differentiable in the policy's log-probabilities alone. Where the weight is 0 nothing is
+    added to sums and gradients, whatever the other arrays hold there.
 
     Metrics, weighted means which add up over parts of a batch and carry no gradient: `loss`; `entropy_floor`, the
     entropy of p (over β), which is the loss's lower bound; and over the pairs with p ≠ 1/2: `margin`, βΔ from the
@@ -84,7 +87,7 @@ def preference_loss(
     side = jnp.sign(p - 0.5)
     if options.loss_type == "dpo":
         p = (1 + side) / 2
-    log_ratio_a, log_ratio_b = there(policy_a) - fixed(reference_a), there(policy_b) - fixed(reference_b)
+    log_ratio_a, log_ratio_b = (there(ours) - fixed(theirs) for ours, theirs in zip(policy, reference, strict=True))
     # Not the difference of two products: of equals, fused with the subtraction, it leaves the rounding of one.
     margin = options.beta * (log_ratio_a - log_ratio_b)
     scale = weights / options.beta if options.rescale_beta else weights

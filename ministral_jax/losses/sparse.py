@@ -22,13 +22,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
-from ministral_jax.losses.divergences import Categorical, Comparison, logsumexp, maximum, reduce_over, shard_count
+from ministral_jax.losses.divergences import (
+    Categorical,
+    Comparison,
+    Logits,
+    PerToken,
+    logsumexp,
+    maximum,
+    reduce_over,
+    shard_count,
+)
 from ministral_jax.losses.targets import Sampled, TopK
 
+Ids = Int[Array, "... W"]
 
-def compare_topk(targets: TopK, q: Categorical, best: Array) -> Comparison:
-    """Student q, whose highest logits are `best` [...], against `TopK` targets [..., W].
+
+def compare_topk(targets: TopK, q: Categorical, best: PerToken) -> Comparison:
+    """Student q, whose highest logits are `best`, against `TopK` targets.
 
     The readings are `kl`, `agreement` (the student's top is the teacher's most probable entry, a tie on either side
     included) and `tail` (p_t).
@@ -57,7 +69,7 @@ def compare_topk(targets: TopK, q: Categorical, best: Array) -> Comparison:
 
 
 def compare_sampled(targets: Sampled, q: Categorical) -> Comparison:
-    """Student q against `Sampled` targets [..., S]; the reading `kl` is the divergence, an estimate."""
+    """Student q against `Sampled` targets; the reading `kl` is the divergence, an estimate."""
     counts = targets.counts.astype(q.lse.dtype)
     total = jnp.sum(counts, axis=-1, keepdims=True)
     share = counts / jnp.where(total > 0, total, 1)
@@ -67,25 +79,7 @@ def compare_sampled(targets: Sampled, q: Categorical) -> Comparison:
     return {"kl": value}, value, _scatter(targets.ids, -share, q, q.probabilities, add=True)
 
 
-def gradient_error_bound(tail: Array) -> Array:
-    """2 p_t: what the gradient of KL_K in the logits differs by, at most, in L1 norm from that of KL(p‖q).
-
-    `tail` [...] is the teacher's tail mass (not its log), as the metric `tail` has it.
-    """
-    return 2 * tail
-
-
-def gradient_error(p: Array, q: Array, in_tail: Array) -> Array:
-    """2 p_t TV(p(.|tail), q(.|tail)) [...]: what that difference is, for whole distributions p, q [..., V].
-
-    `in_tail` [..., V] is true at the ids outside K, where both must have some mass.
-    """
-    p, q = jnp.where(in_tail, p, 0), jnp.where(in_tail, q, 0)
-    tail = jnp.sum(p, axis=-1, keepdims=True)
-    return jnp.sum(jnp.abs(p - tail * q / jnp.sum(q, axis=-1, keepdims=True)), axis=-1)
-
-
-def _excess(log_p: Array, log_q: Array) -> Array:
+def _excess(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
     """p log(p/q) - p + q >= 0, q where p is zero."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     ratio = jnp.where(p > 0, log_p - log_q, 0)
@@ -95,8 +89,8 @@ def _excess(log_p: Array, log_q: Array) -> Array:
     return jnp.maximum(jnp.where((p > 0) & (ratio > -1), near, q + p * (ratio - 1)), 0)
 
 
-def _normalised(targets: TopK, q: Categorical) -> tuple[Array, Array]:
-    """Log-probabilities of the kept ids [..., W] and of the tail [...] that sum to one."""
+def _normalised(targets: TopK, q: Categorical) -> tuple[Float[Array, "... W"], PerToken]:
+    """Log-probabilities of the kept ids and of the tail that sum to one."""
     log_p, tail = targets.logprobs.astype(q.lse.dtype), targets.tail.astype(q.lse.dtype)
     if targets.ids.shape[-1] == q.logits.shape[-1] * shard_count(q.axis):
         tail = jnp.full_like(tail, -jnp.inf)
@@ -104,25 +98,25 @@ def _normalised(targets: TopK, q: Categorical) -> tuple[Array, Array]:
     return log_p - total[..., None], tail - total
 
 
-def _own(ids: Array, q: Categorical) -> Array:
+def _own(ids: Ids, q: Categorical) -> Ids:
     """Ids as columns of this device; V, which is none of them, for those of others."""
     own = q.logits.shape[-1]
     columns = ids - (0 if q.axis is None else jax.lax.axis_index(q.axis) * own)
     return jnp.where((columns >= 0) & (columns < own), columns, own)
 
 
-def _kept(ids: Array, q: Categorical) -> tuple[Array, Array]:
-    """Which of the ids [..., W] are columns of this device, and the student's logits there; zero elsewhere."""
+def _kept(ids: Ids, q: Categorical) -> tuple[Bool[Array, "... W"], Float[Array, "... W"]]:
+    """Which of the ids are columns of this device, and the student's logits there; zero elsewhere."""
     columns = _own(ids, q)
     here = columns < q.logits.shape[-1]
     values = jnp.take_along_axis(q.logits, jnp.where(here, columns, 0), axis=-1)
     return here, jnp.where(here, values, 0)
 
 
-def _scatter(ids: Array, values: Array, q: Categorical, into: Array, add: bool) -> Array:
-    """`into` [..., V] with `values` [..., W] set or added at this device's ids; those of other devices are dropped."""
+def _scatter(ids: Ids, values: Float[Array, "... W"], q: Categorical, into: Logits, add: bool) -> Logits:
+    """`into` with `values` set or added at this device's ids; those of other devices are dropped."""
 
-    def one(into, columns, values):
+    def one(into: Array, columns: Array, values: Array) -> Array:
         return into.at[columns].add(values, mode="drop") if add else into.at[columns].set(values, mode="drop")
 
     return jnp.vectorize(one, signature="(v),(w),(w)->(v)")(into, _own(ids, q), values)

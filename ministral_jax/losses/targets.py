@@ -10,12 +10,15 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from jax import Array
+from jaxtyping import Float, Int, Shaped
 from pydantic import Field
 
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
 DEFAULT_CHUNK = 512
+Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+"""(sum, count) by name: of parts of a batch they add up."""
 
 
 class LossOptions(Frozen):
@@ -40,40 +43,40 @@ class LossOptions(Frozen):
 
 
 class Hidden(NamedTuple):
-    """Teacher targets as final hidden states `[B, T, D']` and the teacher's head `[D', V]`."""
+    """Teacher targets as its final hidden states and its head."""
 
-    hidden: Array
-    head: Array
+    hidden: Float[Array, "B T D'"]
+    head: Float[Array, "D' V"]
 
 
 class Dense(NamedTuple):
-    """Teacher targets as logits `[B, T, V]`: for tests and toy vocabularies."""
+    """Teacher targets as logits: for tests and toy vocabularies."""
 
-    logits: Array
+    logits: Float[Array, "B T V"]
 
 
 class TopK(NamedTuple):
     """Teacher targets as W of its log-probabilities and the mass of all other ids, the tail.
 
-    `ids [B, T, W]` (int32, distinct within a token), `logprobs [B, T, W]` (float), and `tail [B, T]` (float), the log
-    of the tail's mass, -inf where there is none. If W = V there is no tail, whatever `tail` says.
+    `ids` are distinct within a token; `tail` is the log of the tail's mass, -inf where there is none. If W = V there is
+    no tail, whatever `tail` says.
     """
 
-    ids: Array
-    logprobs: Array
-    tail: Array
+    ids: Int[Array, "B T W"]
+    logprobs: Float[Array, "B T W"]
+    tail: Float[Array, "B T"]
 
 
 class Sampled(NamedTuple):
     """Teacher targets as ids drawn from it: unbiased, where `TopK` leaves out what happens inside the tail.
 
-    `ids [B, T, S]` (int32), `counts [B, T, S]` (any real dtype: how often each was drawn; a slot with count 0 is unused
-    and its id means nothing), and `entropy [B, T]` (float), that of the whole teacher distribution in nats.
+    `counts` say how often each was drawn; a slot with count 0 is unused and its id means nothing. `entropy` is that of
+    the whole teacher distribution in nats.
     """
 
-    ids: Array
-    counts: Array
-    entropy: Array
+    ids: Int[Array, "B T S"]
+    counts: Shaped[Array, "B T S"]
+    entropy: Float[Array, "B T"]
 
 
 Targets = Hidden | Dense | TopK | Sampled

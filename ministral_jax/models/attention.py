@@ -7,8 +7,9 @@ Queries and keys may be parts of a longer sequence: `starts` is then where in it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,29 @@ import numpy as np
 from einops import rearrange
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 KEEP = "keep"
+Implementation = Literal["auto", "xla", "blockwise"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What sees what, and how it is computed.
+
+    `implementation`: "xla" holds the T x T scores of every head, "blockwise" one `block` x `block` tile of them at a
+    time and skips the tiles above the diagonal; "auto" is blockwise once T > block. On a mesh (`attend_on_mesh`):
+    `context` says how the tokens of a row meet where it is cut, `heads` is the logical axis of the query heads, and the
+    length is cut into multiples of `multiple_of`.
+    """
+
+    causal: bool = True
+    implementation: Implementation = "auto"
+    block: int = 128
+    context: Literal["all_gather", "ring"] = "all_gather"
+    heads: str = "heads"
+    multiple_of: int = 2
 
 
 def keep(x: Array) -> Array:
@@ -26,34 +48,34 @@ def keep(x: Array) -> Array:
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Array | None = None,
-    *,
-    causal: bool = True,
-    implementation: str = "auto",
-    block: int = 128,
-) -> Array:
-    """softmax(q kᵀ / √h) v within a segment, softmax in float32 or wider.
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K h"],
+    segments: Int[Array, "B T"] | None = None,
+    spec: AttentionSpec = AttentionSpec(),
+) -> Float[Array, "B T H h"]:
+    """softmax(q kᵀ / √h) v within a segment, softmax in float32 or wider; in q's dtype.
 
-    `q` [B, T, H, h], `k` and `v` [B, T, K, h] with K dividing H (query head n reads key head n // (H/K)), `segments`
-    [B, T] int >= 0 or None for one segment per row. Token t sees the tokens of its own segment, with `causal` only
-    those at index <= t. It always sees itself, so padding rows stay finite. Returns [B, T, H, h] in q's dtype.
-
-    "xla" holds the T x T scores of every head, "blockwise" one `block` x `block` tile of them at a time and skips the
-    tiles above the diagonal; "auto" is blockwise once T > block.
+    K divides H: query head n reads key head n // (H/K). `segments` are >= 0, or None for one segment per row. Token t
+    sees the tokens of its own segment, with `spec.causal` only those at index <= t. It always sees itself, so padding
+    rows stay finite.
     """
     segments = jnp.zeros((1, q.shape[1]), jnp.int32) if segments is None else segments
     whole = Part(segments, np.zeros(1, np.int32))
-    return attend_parts(q, k, v, whole, whole, causal=causal, implementation=implementation, block=block)
+    return attend_parts(q, k, v, whole, whole, spec)
 
 
-def attend_cached(q: Array, k: Array, v: Array, past: tuple[Array, Array], segments: tuple[Array, Array]) -> Array:
-    """`attend` for the few tokens that follow others, whose keys and values are `past`, each [B, K, S, h].
+def attend_cached(
+    q: Float[Array, "B t H h"],
+    k: Float[Array, "B t K h"],
+    v: Float[Array, "B t K h"],
+    past: tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]],
+    segments: tuple[Int[Array, "B S"], Int[Array, "B t"]],
+) -> Float[Array, "B t H h"]:
+    """`attend` for the few tokens that follow others, whose keys and values are `past`.
 
-    `q` [B, t, H, h], `k` and `v` [B, t, K, h]; `segments` of the past [B, S] and of the tokens [B, t]. A token sees
-    its segment's past and, of the tokens, what stands before it. Returns [B, t, H, h].
+    `segments` are those of the past and of the tokens. A token sees its segment's past and, of the tokens, what stands
+    before it.
     """
     before, own = segments
     S, index, K = before.shape[1], jnp.arange(q.shape[1]), k.shape[2]
@@ -70,45 +92,67 @@ def attend_cached(q: Array, k: Array, v: Array, past: tuple[Array, Array], segme
 
 
 class Part(NamedTuple):
-    """What tokens [B, T] are: their segments [B, T], and where the equal chunks [c] that they form begin."""
+    """What tokens are: their segments, and where in the whole sequence the equal chunks that they form begin."""
 
-    segments: Array
-    starts: Array | np.ndarray
+    segments: Int[Array, "B T"]
+    starts: Int[Array, " c"] | Int[np.ndarray, " c"]
 
     @property
-    def index(self) -> Array:
-        """[T], of every token in the whole sequence."""
+    def indices(self) -> Int[Array, " T"]:
+        """Of every token in the whole sequence."""
         return rearrange(_every(self.starts, self.segments.shape[1] // len(self.starts), 1), "c t -> (c t)")
 
 
 def attend_parts(
-    q: Array, k: Array, v: Array, own: Part, other: Part, *, causal: bool, implementation: str, block: int
-) -> Array:
-    """`attend` for queries `own` and keys `other` of one sequence, the keys in ascending order."""
-    K, keys = k.shape[2], k.shape[1]
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    queries: Part,
+    keys: Part,
+    spec: AttentionSpec,
+) -> Float[Array, "B T H h"]:
+    """`attend` for tokens of one sequence and others whose keys are given in ascending order."""
+    K = k.shape[2]
     q = q * q.shape[-1] ** -0.5
-    if implementation == "auto":
-        implementation = "blockwise" if block < keys else "xla"
-    if implementation == "xla":
+    if chosen_implementation(spec, k.shape[1]) == "xla":
         q = rearrange(q, "B t (K G) h -> B K G t h", K=K)
         k, v = (rearrange(x, "B s K h -> B K s h") for x in (k, v))
-        p = jax.nn.softmax(_scores(q, k, _visible(own.segments, other.segments, own.index, other.index, causal)))
+        visible = _visible(queries.segments, keys.segments, queries.indices, keys.indices, spec.causal)
+        p = jax.nn.softmax(_scores(q, k, visible))
         return keep(rearrange(jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v), "B K G t h -> B t (K G) h"))
-    out: Array = _tiles(*into_tiles(q, k, v, own, other, block), causal)
-    return from_tiles(out, q.shape[1], len(own.starts))
+    out: Array = _tiles(*into_tiles(q, k, v, queries, keys, spec.block), spec.causal)
+    return from_tiles(out, q.shape[1], len(queries.starts))
+
+
+def chosen_implementation(spec: AttentionSpec, keys: int) -> Implementation:
+    """What "auto" is for this many keys."""
+    if spec.implementation != "auto":
+        return spec.implementation
+    return "blockwise" if spec.block < keys else "xla"
 
 
 class Tiles(NamedTuple):
-    """Tiles of a `Part`: segments [n, B, t], -1 where a tile goes past its chunk, and where each begins [n]."""
+    """Tiles of a `Part`: their segments, -1 where a tile goes past its chunk, and where each begins."""
 
-    segments: Array
-    starts: Array
+    segments: Int[Array, "n B t"]
+    starts: Int[Array, " n"]
+
+
+QueryTiles = Float[Array, "n B K G t h"]
+KeyTiles = Float[Array, "m B K t h"]
+QueryTile = Float[Array, "B K G t h"]
+Column = Float[Array, "B K G t 1"]
 
 
 def into_tiles(
-    q: Array, k: Array, v: Array, own: Part, other: Part, block: int
-) -> tuple[Array, Array, Array, Tiles, Tiles]:
-    """q [n, B, K, G, t, h], k and v [m, B, K, t, h] and what they are; each chunk is padded to whole tiles."""
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    queries: Part,
+    keys: Part,
+    block: int,
+) -> tuple[QueryTiles, KeyTiles, KeyTiles, Tiles, Tiles]:
+    """Arrays by tiles and what these are; each chunk is padded to whole tiles."""
 
     def cut(x: Array, part: Part, pad: int) -> Array:
         x = rearrange(x, "B (c t) ... -> B c t ...", c=len(part.starts))
@@ -119,63 +163,67 @@ def into_tiles(
         segments = cut(part.segments, part, -1)
         return Tiles(segments, _every(part.starts, len(segments) // len(part.starts), block).reshape(-1))
 
-    q = rearrange(cut(q, own, 0), "n B t (K G) h -> n B K G t h", K=k.shape[2])
-    k, v = (rearrange(cut(x, other, 0), "n B s K h -> n B K s h") for x in (k, v))
-    return q, k, v, tiles(own), tiles(other)
+    q = rearrange(cut(q, queries, 0), "n B t (K G) h -> n B K G t h", K=k.shape[2])
+    k, v = (rearrange(cut(x, keys, 0), "n B s K h -> n B K s h") for x in (k, v))
+    return q, k, v, tiles(queries), tiles(keys)
 
 
-def from_tiles(out: Array, tokens: int, chunks: int) -> Array:
-    """[n, B, K, G, t, h] -> [B, T, H, h] without the padding."""
+def from_tiles(out: QueryTiles, tokens: int, chunks: int) -> Float[Array, "B T H h"]:
+    """Without the padding."""
     out = rearrange(out, "(c n) B K G t h -> B c (n t) (K G) h", c=chunks)[:, :, : tokens // chunks]
     return rearrange(out, "B c t H h -> B (c t) H h")
 
 
-def _every(starts: Array | np.ndarray, count: int, step: int) -> Array:
-    """[c] -> [c, count]: `count` indices from each start on, `step` apart."""
+def _every(starts: Array | np.ndarray, count: int, step: int) -> Int[Array, "c count"]:
+    """`count` indices from each start on, `step` apart."""
     return jnp.asarray(starts)[:, None] + jnp.arange(count, dtype=jnp.int32) * step
 
 
-def _visible(own: Array, other: Array, index: Array, other_index: Array, causal: bool) -> Array:
-    """Which keys of segments `other` [B, s] the queries of segments `own` [B, t] see: bool [B, t, s]."""
-    same = own[:, :, None] == other[:, None, :]
+def _visible(
+    queries: Int[Array, "B t"],
+    keys: Int[Array, "B s"],
+    index: Int[Array, " t"],
+    key_index: Int[Array, " s"],
+    causal: bool,
+) -> Bool[Array, "B t s"]:
+    """Which keys the queries see, from the segments of both and their places in the sequence."""
+    same = queries[:, :, None] == keys[:, None, :]
     if not causal:
         return same
-    return same & (index[:, None] >= other_index)
+    return same & (index[:, None] >= key_index)
 
 
-def _scores(q: Array, k: Array, visible: Array) -> Array:
-    """[B, K, G, t, s] in float32 or wider; finite where nothing is visible."""
+def _scores(q: QueryTile, k: Float[Array, "B K s h"], visible: Bool[Array, "B t s"]) -> Float[Array, "B K G t s"]:
+    """In float32 or wider; finite where nothing is visible."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     s = jnp.einsum("BKGth,BKsh->BKGts", q, k, preferred_element_type=wide)
     return jnp.where(visible[:, None, None], s, jnp.finfo(wide).min)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _tiles(q: Array, k: Array, v: Array, own: Tiles, other: Tiles, causal: bool) -> Array:
-    """FlashAttention (arXiv 2205.14135, algorithms 1 and 4): softmax by a running maximum and sum over the tiles of a
-    row, and a backward pass that computes the scores again from each row's log-sum-exp.
-
-    `q` [n, B, K, G, t, h] scaled, `k` and `v` [m, B, K, t, h] -> [n, B, K, G, t, h].
-    """
-    return _tiles_forward(q, k, v, own, other, causal)[0]
+def _tiles(q: QueryTiles, k: KeyTiles, v: KeyTiles, queries: Tiles, keys: Tiles, causal: bool) -> QueryTiles:
+    """FlashAttention (arXiv 2205.14135, algorithms 1 and 4) of scaled queries: softmax by a running maximum and sum
+    over the tiles of a row, and a backward pass that computes the scores again from each row's log-sum-exp."""
+    return _tiles_forward(q, k, v, queries, keys, causal)[0]
 
 
-def _tiles_forward(q, k, v, own, other, causal):
-    def row(args):
-        q, own = args
-        return finish(row_forward(empty(q), q, own, k, v, other, causal), q.dtype)
+def _tiles_forward(
+    q: QueryTiles, k: KeyTiles, v: KeyTiles, queries: Tiles, keys: Tiles, causal: bool
+) -> tuple[QueryTiles, tuple[Any, ...]]:
+    def row(tile: tuple[QueryTile, Tiles]) -> tuple[QueryTile, Column]:
+        return softmax_result(attend_row(empty_softmax(tile[0]), *tile, (k, v, keys), causal), q.dtype)
 
-    out, lse = map(keep, lax.map(row, (q, own)))
-    return out, (q, k, v, own, other, out, lse)
+    out, lse = map(keep, lax.map(row, (q, queries)))
+    return out, (q, k, v, queries, keys, out, lse)
 
 
-def _tiles_backward(causal, saved, d_out):
-    q, k, v, own, other, out, lse = saved
+def _tiles_backward(causal: bool, saved: tuple[Any, ...], d_out: QueryTiles) -> tuple[Any, ...]:
+    q, k, v, queries, keys, out, lse = saved
 
-    def row(sums, args):
-        return row_backward(sums, args, k, v, other, causal)
+    def row(sums: KeyGradients, tile: RowCotangents) -> tuple[KeyGradients, QueryTile]:
+        return attend_row_backward(sums, tile, (k, v, keys), causal)
 
-    sums, d_q = lax.scan(row, transposed_zeros(k), (q, own, d_out, lse, delta(d_out, out, lse)))
+    sums, d_q = lax.scan(row, transposed_zeros(k), (q, queries, d_out, lse, delta(d_out, out, lse)))
     return d_q.astype(q.dtype), *(jnp.swapaxes(x, -1, -2).astype(k.dtype) for x in sums), None, None
 
 
@@ -184,11 +232,18 @@ _tiles.defvjp(_tiles_forward, _tiles_backward)
 
 # ---- one row of tiles -----------------------------------------------------------------------------------------------
 
-Running = tuple[Array, Array, Array]
+OnlineSoftmax = tuple[QueryTile, Column, Column]
+"""Output, maximum and sum over the keys until now."""
+Keys = tuple[KeyTiles, KeyTiles, Tiles]
+"""Keys, values and what they are."""
+KeyGradients = tuple[Float[Array, "m B K h t"], Float[Array, "m B K h t"]]
+"""Of keys and values, transposed: with the tile on the right of the product XLA need not transpose it."""
+RowCotangents = tuple[QueryTile, Tiles, QueryTile, Column, Column]
+"""Of one tile of queries: they, what they are, the output's cotangent, log-sum-exp and `delta`."""
 
 
-def empty(q: Array) -> Running:
-    """Output, maximum and sum over no key; made from the data they vary over the same `shard_map` axes."""
+def empty_softmax(q: QueryTile) -> OnlineSoftmax:
+    """Over no key; made from the data they vary over the same `shard_map` axes."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     column = q[..., :1]
     return (
@@ -198,35 +253,37 @@ def empty(q: Array) -> Running:
     )
 
 
-def finish(running: Running, dtype) -> tuple[Array, Array]:
+def softmax_result(softmax: OnlineSoftmax, dtype: DTypeLike) -> tuple[QueryTile, Column]:
     """The output and the log-sum-exp of its scores."""
-    out, top, total = running
+    out, top, total = softmax
     return (out / total).astype(dtype), top + jnp.log(total)
 
 
-def row_forward(running: Running, q: Array, own: Tiles, k: Array, v: Array, other: Tiles, causal: bool) -> Running:
-    """What one tile of queries, q [B, K, G, t, h], adds up from keys and values [m, B, K, t, h]."""
+def attend_row(softmax: OnlineSoftmax, q: QueryTile, queries: Tiles, keys: Keys, causal: bool) -> OnlineSoftmax:
+    """What one tile of queries adds up from keys and values."""
+    k, v, tiles = keys
 
-    def tile(j, carry):
+    def tile(j: Array, carry: OnlineSoftmax) -> OnlineSoftmax:
         out, top, total = carry
-        s = _scores(q, k[j], _between(own, other, j, causal))
+        s = _scores(q, k[j], _tile_visible(queries, tiles, j, causal))
         new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
         p, shrink = jnp.exp(s - new), jnp.exp(top - new)
         gain = jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v[j], preferred_element_type=out.dtype)
         return out * shrink + gain, new, total * shrink + jnp.sum(p, axis=-1, keepdims=True)
 
-    return lax.fori_loop(0, _reach(own, other, causal), tile, running)
+    return lax.fori_loop(0, _visited(queries, tiles, causal), tile, softmax)
 
 
-def row_backward(sums, args, k: Array, v: Array, other: Tiles, causal: bool) -> tuple[tuple[Array, Array], Array]:
+def attend_row_backward(
+    sums: KeyGradients, row: RowCotangents, keys: Keys, causal: bool
+) -> tuple[KeyGradients, QueryTile]:
     """The sums of d_k and d_v with those of one tile of queries added, and its d_q."""
-    q, own, d_out, lse, delta = args
+    (q, queries, d_out, lse, delta), (k, v, tiles) = row, keys
     wide = lse.dtype
 
-    # d_k and d_v stand transposed, [h, s]: with the tile on the right of the product XLA need not transpose it.
-    def tile(j, carry):
+    def tile(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         d_q, d_k, d_v = carry
-        p = jnp.exp(_scores(q, k[j], _between(own, other, j, causal)) - lse)
+        p = jnp.exp(_scores(q, k[j], _tile_visible(queries, tiles, j, causal)) - lse)
         d_p = jnp.einsum("BKGth,BKsh->BKGts", d_out, v[j], preferred_element_type=wide)
         d_s = (p * (d_p - delta)).astype(q.dtype)
         d_q += jnp.einsum("BKGts,BKsh->BKGth", d_s, k[j], preferred_element_type=wide)
@@ -234,27 +291,28 @@ def row_backward(sums, args, k: Array, v: Array, other: Tiles, causal: bool) -> 
         d_v_j = jnp.einsum("BKGth,BKGts->BKhs", d_out, p.astype(q.dtype), preferred_element_type=wide)
         return d_q, d_k.at[j].add(d_k_j), d_v.at[j].add(d_v_j)
 
-    d_q, *sums = lax.fori_loop(0, _reach(own, other, causal), tile, (jnp.zeros_like(q, wide), *sums))
-    return tuple(sums), d_q
+    d_q, d_k, d_v = lax.fori_loop(0, _visited(queries, tiles, causal), tile, (jnp.zeros_like(q, wide), *sums))
+    return (d_k, d_v), d_q
 
 
-def delta(d_out: Array, out: Array, lse: Array) -> Array:
+def delta(d_out: QueryTiles, out: QueryTiles, lse: Float[Array, "n B K G t 1"]) -> Float[Array, "n B K G t 1"]:
+    """rowsum(dO ∘ O), which the backward pass subtracts from dP (FlashAttention, algorithm 4)."""
     return jnp.sum(d_out.astype(lse.dtype) * out, axis=-1, keepdims=True)
 
 
-def transposed_zeros(k: Array) -> tuple[Array, Array]:
+def transposed_zeros(k: KeyTiles) -> KeyGradients:
     zeros = jnp.zeros_like(jnp.swapaxes(k, -1, -2), jnp.promote_types(k.dtype, jnp.float32))
     return zeros, zeros
 
 
-def _between(own: Tiles, other: Tiles, j: Array, causal: bool) -> Array:
-    """Visibility of key tile `j` for one tile of queries, [B, t, s]."""
-    index = jnp.arange(own.segments.shape[-1])
-    return _visible(own.segments, other.segments[j], own.starts - other.starts[j] + index, index, causal)
+def _tile_visible(queries: Tiles, keys: Tiles, j: Array, causal: bool) -> Bool[Array, "B t s"]:
+    """Of key tile `j` for one tile of queries."""
+    index = jnp.arange(queries.segments.shape[-1])
+    return _visible(queries.segments, keys.segments[j], queries.starts - keys.starts[j] + index, index, causal)
 
 
-def _reach(own: Tiles, other: Tiles, causal: bool) -> Array | int:
+def _visited(queries: Tiles, keys: Tiles, causal: bool) -> Array | int:
     """How many key tiles one tile of queries visits: with `causal`, those that begin before its end."""
     if not causal:
-        return other.segments.shape[0]
-    return jnp.sum(other.starts < own.starts + own.segments.shape[-1], dtype=jnp.int32)
+        return keys.segments.shape[0]
+    return jnp.sum(keys.starts < queries.starts + queries.segments.shape[-1], dtype=jnp.int32)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.axes import constrain
-from ministral_jax.models.attention import KEEP, attend_cached, keep
-from ministral_jax.models.rope import apply_rope
+from ministral_jax.models.attention import KEEP, AttentionSpec, Implementation, attend_cached, keep
+from ministral_jax.models.rope import Angles, apply_rope
 from ministral_jax.models.sharded_attention import attend_on_mesh
 
 
@@ -25,15 +26,33 @@ class Compute:
     `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `remat`: what the
     backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"), everything
     ("full"). `unroll`: layers unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see
-    `attention.attend`. `context`: how the tokens of a row meet where a mesh cuts it, see `attend_on_mesh`.
+    `AttentionSpec`. `context`: how the tokens of a row meet where a mesh cuts it.
     """
 
     dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
-    attention: Literal["auto", "xla", "blockwise"] = "auto"
+    attention: Implementation = "auto"
     attention_block: int = 128
     context: Literal["all_gather", "ring"] = "all_gather"
+
+
+Past = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]
+"""A layer's keys and values of the tokens before."""
+Segments = Int[Array, "B T"] | tuple[Int[Array, "B S"], Int[Array, "B T"]] | None
+"""The document each token belongs to, 0 for padding; with a past, those of the past and of the tokens."""
+
+
+class Tokens(NamedTuple):
+    """What attention is told of the tokens that it mixes."""
+
+    angles: Angles
+    position_scale: Float[Array, "B T"] | None
+    segments: Segments
+
+
+Tap = Callable[[dict[str, Array]], Any]
+"""What is made of a layer's activations, see `VLM.observe`."""
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
@@ -44,8 +63,8 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
 
 
 @jax.custom_vjp
-def linear(x: Array, kernel: Array) -> Array:
-    """`x` [..., in] times `kernel` [in, out].
+def linear(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    """`x` times `kernel`.
 
     Its own backward pass only to choose the order of the kernel gradient's product: the narrower of input and
     cotangent goes to the left, the operand XLA transposes on CPU, where JAX's rule always puts the cotangent.
@@ -70,13 +89,14 @@ def _linear_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Arr
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """gain · x / √(mean(x²) + eps) over the last axis (arXiv 1910.07467, equation 4), in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
-def residual(x: Array, multiple_of: int) -> Array:
+def residual(x: Float[Array, "B T D"], multiple_of: int) -> Float[Array, "B T D"]:
+    """The residual stream, kept on the mesh as the rules say."""
     return constrain(x, ("batch", "length", None), multiple_of)
 
 
@@ -100,17 +120,14 @@ class BlockSpec:
     multiple_of: int
 
 
-def into_heads(x: Array, kernel: Array) -> Array:
-    """[B, T, D] times [D, H, h] -> [B, T, H, h]."""
+def into_heads(x: Float[Array, "B T D"], kernel: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
+    """`x` times `kernel`."""
     flat = linear(x, rearrange(kernel, "D H h -> D (H h)"))
     return rearrange(flat, "B T (H h) -> B T H h", H=kernel.shape[1])
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without biases: [B, T, D] -> ([B, T, D], its keys and values [B, T, K, h]).
-
-    With `past`, keys and values that came before, `segments` are a pair: theirs and the tokens' own.
-    """
+    """Grouped-query attention without biases. Returns the mixture and the tokens' keys and values."""
 
     spec: BlockSpec
     compute: Compute
@@ -118,12 +135,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        angles: tuple[Array, Array],
-        position_scale: Array | None,
-        segments: Any,
-        past: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        past: Past | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K h"], Float[Array, "B T K h"]]]:
         s = self.spec
         D, H, K, h, _ = s.axes
         std, out_std = s.width**-0.5, (2 * s.depth * s.heads * s.head_width) ** -0.5
@@ -133,37 +148,30 @@ class Attention(nn.Module):
         w_o = weight(self, "o", (s.heads, s.head_width, s.width), (H, h, D), out_std)
 
         q, k, v = (into_heads(x, w) for w in (w_q, w_k, w_v))
-        q, k = apply_rope(q, *angles), apply_rope(k, *angles)
-        if position_scale is not None:
-            q = q * position_scale[:, :, None, None].astype(q.dtype)
+        q, k = apply_rope(q, tokens.angles), apply_rope(k, tokens.angles)
+        if tokens.position_scale is not None:
+            q = q * tokens.position_scale[:, :, None, None].astype(q.dtype)
         with jax.named_scope("attend"):
-            mixed = attend_cached(q, k, v, past, segments) if past else self._attend(q, k, v, segments)
+            if isinstance(tokens.segments, tuple):
+                assert past is not None
+                mixed = attend_cached(q, k, v, past, tokens.segments)
+            else:
+                mixed = attend_on_mesh(q, k, v, tokens.segments, self._attention())
         return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D")), (k, v)
 
-    def _attend(self, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    def _attention(self) -> AttentionSpec:
         s, c = self.spec, self.compute
-        return attend_on_mesh(
-            q,
-            k,
-            v,
-            segments,
-            causal=s.causal,
-            implementation=c.attention,
-            block=c.attention_block,
-            context=c.context,
-            heads=s.axes[1],
-            multiple_of=s.multiple_of,
-        )
+        return AttentionSpec(s.causal, c.attention, c.attention_block, c.context, s.axes[1], s.multiple_of)
 
 
 class SwiGLU(nn.Module):
-    """(silu(x gate) ⊙ x up) down (arXiv 2002.05202): [B, T, D] -> ([B, T, D], the hidden product [B, T, F])."""
+    """(silu(x gate) ⊙ x up) down (arXiv 2002.05202). Returns it and the hidden product."""
 
     spec: BlockSpec
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
         s = self.spec
         D, *_, F = s.axes
         std, out_std = s.width**-0.5, (2 * s.depth * s.mlp_width) ** -0.5
@@ -175,7 +183,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block. Returns the residual stream [B, T, D] and what `tap` made of the block's activations."""
+    """Pre-norm block. Returns the residual stream and what `tap` made of the block's activations."""
 
     spec: BlockSpec
     compute: Compute
@@ -183,14 +191,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        angles: tuple[Array, Array],
-        position_scale: Array | None,
-        segments: Any,
-        tap: Callable | None,
-        weights: Any,
-        past: tuple[Array, Array] | None,
-    ) -> tuple[Array, Any]:
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        tap: Tap | None,
+        past: Past | None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         s = self.spec
         D = s.axes[0]
         attention_gain = weight(self, "attention_norm", (s.width,), (D,), None)
@@ -198,7 +203,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             mixed, (key, value) = Attention(s, self.compute, name="attention")(
-                rms_norm(x, attention_gain, s.norm_eps), angles, position_scale, segments, past
+                rms_norm(x, attention_gain, s.norm_eps), tokens, past
             )
             middle = residual(x + mixed, s.multiple_of)
         with jax.named_scope("mlp"):
@@ -207,7 +212,7 @@ class Block(nn.Module):
         if tap is None:
             return out, None
         seen = {"attention_norm_in": x, "key": key, "value": value, "mlp_norm_in": middle, "mlp_hidden": hidden}
-        return out, tap({**seen, "out": out}, weights)
+        return out, tap({**seen, "out": out})
 
 
 _REMAT = {
@@ -222,7 +227,7 @@ def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = Non
     # Only a loop keeps XLA from merging the recomputation with the original.
     block = nn.remat(Block, policy=_REMAT[compute.remat], prevent_cse=compute.unroll != 1)
     everywhere: Any = nn.broadcast
-    in_axes: Any = (everywhere,) * 5 + (0,)
+    in_axes: Any = (everywhere, everywhere, 0)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},

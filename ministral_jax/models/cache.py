@@ -7,29 +7,32 @@ of prompts of several lengths go on in the same slot.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.axes import constrain
 
 Cache = dict[str, Array]
 
 
-def keys_and_values(activations: dict[str, Array], _: Any) -> tuple[Array, Array]:
-    """A tap: each layer's keys and values [B, K, T, h]."""
+LayerKeys = Float[Array, "L B K T h"]
+
+
+def keys_and_values(activations: dict[str, Array]) -> tuple[Float[Array, "B K T h"], Float[Array, "B K T h"]]:
+    """A tap: each layer's keys and values."""
     k, v = (rearrange(activations[name], "B T K h -> B K T h") for name in ("key", "value"))
     return k, v
 
 
-def new_cache(k: Array, v: Array, segments: Array) -> Cache:
+def new_cache(k: LayerKeys, v: LayerKeys, segments: Int[Array, "B T"]) -> Cache:
+    """One that holds these tokens and has no empty slot."""
     return _placed({"k": k, "v": v, "segments": segments})
 
 
-def append(cache: Cache, k: Array, v: Array, segments: Array, slot: Array) -> Cache:
-    """Tokens [L, B, K, t, h], [B, t] written to the slots from `slot` on, which must be there."""
+def append(cache: Cache, k: LayerKeys, v: LayerKeys, segments: Int[Array, "B T"], slot: Int[Array, ""]) -> Cache:
+    """With these tokens in the slots from `slot` on, which must be there."""
     zero = jnp.zeros_like(slot)
     at = (zero, zero, zero, slot, zero)
     return _placed(
@@ -41,7 +44,7 @@ def append(cache: Cache, k: Array, v: Array, segments: Array, slot: Array) -> Ca
     )
 
 
-def fork(cache: Cache, parents: Array) -> Cache:
+def fork(cache: Cache, parents: Int[Array, " rows"]) -> Cache:
     """Row i of the result is row `parents[i]`."""
     rows = {"k": cache["k"][:, parents], "v": cache["v"][:, parents], "segments": cache["segments"][parents]}
     return _placed(rows)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.axes import constrain
 from ministral_jax.models import rope
-from ministral_jax.models.block import BlockSpec, Compute, residual, rms_norm, stacked, weight
+from ministral_jax.models.block import (
+    BlockSpec,
+    Compute,
+    Past,
+    Segments,
+    Tap,
+    Tokens,
+    residual,
+    rms_norm,
+    stacked,
+    weight,
+)
 from ministral_jax.models.spec import ModelSpec
 
 AXES = ("embed", "heads", "kv_heads", "head", "mlp")
@@ -36,34 +46,31 @@ class Decoder(nn.Module):
         if not s.tied:
             self.head = weight(self, "head", (s.width, s.vocab), ("embed", "vocab"), s.width**-0.5)
 
-    def embed_tokens(self, tokens: Array) -> Array:
-        """[B, T] int -> [B, T, D]."""
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The tokens' rows of the embedding."""
         # Cut in V alone: from a table cut in D the compiler would make the rows of all devices on each of them.
         return residual(constrain(self.embed, ("vocab", None))[tokens], ZIGZAG)
 
     def __call__(
         self,
-        x: Array,
-        positions: Array | None,
-        segments: Any,
-        tap: Callable | None = None,
-        weights: Any = None,
-        past: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, Any]:
-        """Embedded tokens [B, T, D] -> (hidden states after the final norm [B, T, D], taps stacked over layers).
-
-        `past` and `segments`: see `Attention`, stacked over layers.
-        """
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None,
+        segments: Segments,
+        tap: Tap | None = None,
+        past: Past | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Of embedded tokens the hidden states after the final norm, and what `tap` made of every layer's activations,
+        stacked over layers as `past` is. `tap` is a pytree that can be called, like `jax.tree_util.Partial`."""
         s, wide = self.spec, jnp.promote_types(x.dtype, jnp.float32)
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         angles = rope.rope_angles(positions, s.rope, s.head_width, wide)
-        position_scale = rope.position_scale(positions, s.rope, wide)
-        x, taps = self.layers(x, angles, position_scale, segments, tap and jax.tree_util.Partial(tap), weights, past)
+        tokens = Tokens(angles, rope.position_scale(positions, s.rope, wide), segments)
+        x, taps = self.layers(x, tokens, tap, past)
         return rms_norm(x, self.norm, s.norm_eps), taps
 
-    def logits(self, hidden: Array) -> Array:
-        """[B, T, D] -> [B, T, V], float32 or wider."""
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 or wider."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         if self.spec.tied:
             return jnp.einsum("btd,vd->btv", hidden, self.embed, preferred_element_type=wide)

@@ -10,17 +10,22 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from ministral_jax.models.spec import RopeSpec
 
+Angles = tuple[Float[Array, "B T h/2"], Float[Array, "B T h/2"]]
+"""cos and sin of the angle by which each pair of features is rotated."""
 
-def frequencies(width: int, theta: float) -> np.ndarray:
+
+def frequencies(width: int, theta: float) -> Float[np.ndarray, " width/2"]:
     """theta^(-2i/width) for i < width/2, radians per position, float64 (RoFormer, arXiv 2104.09864, section 3.2.2)."""
     return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
 
 
-def yarn_frequencies(width: int, rope: RopeSpec) -> np.ndarray:
-    """Frequencies [width/2] of the decoder, float64; plain RoPE when `rope.yarn_factor == 1`.
+def yarn_frequencies(width: int, rope: RopeSpec) -> Float[np.ndarray, " width/2"]:
+    """Frequencies of the decoder, float64; plain RoPE when `rope.yarn_factor == 1`.
 
     YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): dimensions that rotate more than `beta_fast` times within
     the original context keep their frequency, those that rotate less than `beta_slow` times are slowed by the factor,
@@ -46,21 +51,23 @@ def _original(rope: RopeSpec) -> int:
     return rope.original_context
 
 
-def position_scale(positions: Array, rope: RopeSpec, dtype) -> Array | None:
-    """s(p) = 1 + beta ln(1 + floor(p / L0)), [B, T]: what queries are multiplied by; None where it is always 1."""
+def position_scale(positions: Int[Array, "B T"], rope: RopeSpec, dtype: DTypeLike) -> Float[Array, "B T"] | None:
+    """s(p) = 1 + beta ln(1 + floor(p / L0)): what queries are multiplied by; None where it is always 1."""
     if rope.temperature_beta == 0:
         return None
     return 1 + rope.temperature_beta * jnp.log1p((positions // _original(rope)).astype(dtype))
 
 
-def rope_angles(positions: Array, rope: RopeSpec, width: int, dtype) -> tuple[Array, Array]:
-    """cos and sin [B, T, width/2] of the decoder's angles at `positions` [B, T]."""
+def rope_angles(positions: Int[Array, "B T"], rope: RopeSpec, width: int, dtype: DTypeLike) -> Angles:
+    """Of the decoder."""
     angles = positions[..., None].astype(dtype) * jnp.asarray(yarn_frequencies(width, rope), dtype)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def axial_angles(rows: Array, columns: Array, theta: float, width: int, dtype) -> tuple[Array, Array]:
-    """cos and sin [B, P, width/2] for patches at `rows`, `columns` [B, P]: even frequencies by row, odd ones by column
+def axial_angles(
+    rows: Int[Array, "B P"], columns: Int[Array, "B P"], theta: float, width: int, dtype: DTypeLike
+) -> Angles:
+    """Of patches: even frequencies by row, odd ones by column
     (Pixtral, arXiv 2410.07073, section 2.2)."""
     base = jnp.asarray(frequencies(width, theta), dtype)
     by_row, by_column = rows[..., None] * base[0::2], columns[..., None] * base[1::2]
@@ -68,8 +75,8 @@ def axial_angles(rows: Array, columns: Array, theta: float, width: int, dtype) -
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs (i, i + h/2) of `x` [B, T, H, h] by the angles of `cos`, `sin` [B, T, h/2]; in x's dtype."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
+def apply_rope(x: Float[Array, "B T H h"], angles: Angles) -> Float[Array, "B T H h"]:
+    """Rotate the pairs (i, i + h/2) of `x`; in its dtype."""
+    cos, sin = (part[:, :, None] for part in angles)
     a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -7,6 +7,7 @@ With the length cut over n shards, a causal model's tokens lie in zig-zag order:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,38 +17,47 @@ import numpy as np
 from einops import rearrange
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.axes import Axes, sharded_axes
 from ministral_jax.models import attention
-from ministral_jax.models.attention import Part, Tiles, attend, attend_parts, keep
+from ministral_jax.models.attention import (
+    AttentionSpec,
+    KeyGradients,
+    Keys,
+    KeyTiles,
+    OnlineSoftmax,
+    Part,
+    QueryTile,
+    QueryTiles,
+    RowCotangents,
+    Tiles,
+    attend,
+    attend_parts,
+    chosen_implementation,
+    keep,
+)
 
 
 def attend_on_mesh(
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Array | None = None,
-    *,
-    causal: bool = True,
-    implementation: str = "auto",
-    block: int = 128,
-    context: str = "all_gather",
-    heads: str = "heads",
-    multiple_of: int = 2,
-) -> Array:
-    """`attention.attend` for arrays that lie as the active rules say for `batch`, `length` and the axis `heads`.
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K h"],
+    segments: Int[Array, "B T"] | None = None,
+    spec: AttentionSpec = AttentionSpec(),  # noqa: B008
+) -> Float[Array, "B T H h"]:
+    """`attention.attend` for arrays that lie as the active rules say for `batch`, `length` and `spec.heads`.
 
-    A dimension that its mesh axes do not divide (the length: into multiples of `multiple_of`) is whole everywhere.
+    A dimension that its mesh axes do not divide (the length: into multiples of `spec.multiple_of`) is whole everywhere.
     Where T is cut, causal rows are in zig-zag order. Key-value heads that the axes of the heads do not divide are
     whole, and each device picks those of its query heads.
     """
-    batch, length, cut = sharded_axes(q.shape[:3], ("batch", "length", heads), multiple_of)
-    whole = partial(attend, causal=causal, implementation=implementation, block=block)
+    batch, length, cut = sharded_axes(q.shape[:3], ("batch", "length", spec.heads), spec.multiple_of)
     if not (batch or length or cut):
-        return whole(q, k, v, segments)
+        return attend(q, k, v, segments, spec)
     segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
     segments = jnp.broadcast_to(segments, q.shape[:2])
-    chosen = ("blockwise" if block < q.shape[1] else "xla") if implementation == "auto" else implementation
+    chosen = replace(spec, implementation=chosen_implementation(spec, q.shape[1]))
     sizes = jax.sharding.get_abstract_mesh().shape
     with_keys = k.shape[2] % math.prod(sizes[axis] for axis in cut) == 0
     group, every = q.shape[2] // k.shape[2], (*batch, *length, *cut)
@@ -57,14 +67,13 @@ def attend_on_mesh(
         if not with_keys:
             k, v = (_own_heads(x, q.shape[2], group, cut) for x in (k, v))
         if not length:
-            return whole(q, k, v, segments)
-        own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], causal))
-        if context == "ring":
-            return _ring_attend(q, k, v, own, length, causal, block)
-        k, v, all_segments = (_gather(x, length, causal) for x in (k, v, segments))
-        other = Part(all_segments, np.zeros(1, np.int32))
-        tile = min(block, q.shape[1] // len(own.starts))
-        return attend_parts(q, k, v, own, other, causal=causal, implementation=chosen, block=tile)
+            return attend(q, k, v, segments, spec)
+        own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], spec.causal))
+        tiled = replace(chosen, block=min(spec.block, q.shape[1] // len(own.starts)))
+        if spec.context == "ring":
+            return _ring_attend(q, k, v, own, length, tiled)
+        k, v, all_segments = (_gather(x, length, spec.causal) for x in (k, v, segments))
+        return attend_parts(q, k, v, own, Part(all_segments, np.zeros(1, np.int32)), tiled)
 
     by_head = P(batch, length, cut, None)
     by_key = by_head if with_keys else P(batch, length, None, None)
@@ -77,14 +86,14 @@ def _varying(x: Array, axes: Axes) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _own_heads(x: Array, queries: int, group: int, cut: Axes) -> Array:
-    """Of key-value heads [B, T, K, h] those that this device's `queries` heads read, `group` of all read each."""
+def _own_heads(x: Float[Array, "B T K h"], queries: int, group: int, cut: Axes) -> Float[Array, "B T k h"]:
+    """Of key-value heads those that this device's `queries` heads read, `group` of all read each."""
     same = math.gcd(queries, group)
     first = lax.axis_index(cut) * queries
     return jnp.take(x, (first + jnp.arange(0, queries, same)) // group, axis=2)
 
 
-def _starts(shard: Array, shards: int, tokens: int, causal: bool) -> Array:
+def _starts(shard: Array, shards: int, tokens: int, causal: bool) -> Int[Array, " c"]:
     """Where in the row the chunks of a shard of `tokens` begin."""
     if not causal:
         return shard[None] * tokens
@@ -102,16 +111,18 @@ def _gather(x: Array, length: Axes, causal: bool) -> Array:
 # ---- ring -----------------------------------------------------------------------------------------------------------
 
 
-def _ring_attend(q: Array, k: Array, v: Array, own: Part, length: Axes, causal: bool, block: int) -> Array:
-    block = min(block, q.shape[1] // len(own.starts))
+RingCarry = tuple[QueryTiles, Keys, KeyGradients]
+
+
+def _ring_attend(q: Array, k: Array, v: Array, own: Part, length: Axes, spec: AttentionSpec) -> Array:
     scaled = q * q.shape[-1] ** -0.5
-    tiles = attention.into_tiles(scaled, k, v, own, own, block)
-    out: Any = _ring(tiles[0], tiles[1], tiles[2], tiles[3], length, causal)
+    *tiles, _ = attention.into_tiles(scaled, k, v, own, own, spec.block)
+    out: Any = _ring(*tiles, length, spec.causal)
     return attention.from_tiles(out, q.shape[1], len(own.starts))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _ring(q: Array, k: Array, v: Array, own: Tiles, length: Axes, causal: bool) -> Array:
+def _ring(q: QueryTiles, k: KeyTiles, v: KeyTiles, own: Tiles, length: Axes, causal: bool) -> QueryTiles:
     """`attention._tiles` where every shard has the keys of its own tokens; all of them come by once."""
     return _ring_forward(q, k, v, own, length, causal)[0]
 
@@ -121,29 +132,35 @@ def _pass_on(x: Any, length: Axes) -> Any:
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, length, [(i, (i + 1) % n) for i in range(n)]), x)
 
 
-def _ring_forward(q, k, v, own, length, causal):
-    def hop(carry, _):
-        running, keys = carry
-        k, v, other = keys
+def _ring_forward(
+    q: QueryTiles, k: KeyTiles, v: KeyTiles, own: Tiles, length: Axes, causal: bool
+) -> tuple[QueryTiles, tuple[Any, ...]]:
+    def hop(carry: tuple[OnlineSoftmax, Keys], _: None) -> tuple[tuple[OnlineSoftmax, Keys], None]:
+        softmax, keys = carry
         coming = _pass_on(keys, length)  # independent of what follows: it may travel meanwhile
-        row = lambda a: attention.row_forward(a[0], a[1], a[2], k, v, other, causal)
-        return (lax.map(row, (running, q, own)), coming), None
 
-    start = attention.empty(q), (k, v, own)
-    (running, _), _ = lax.scan(hop, start, length=lax.axis_size(length))
-    out, lse = map(keep, attention.finish(running, q.dtype))
+        def row(tile: tuple[OnlineSoftmax, QueryTile, Tiles]) -> OnlineSoftmax:
+            return attention.attend_row(*tile, keys, causal)
+
+        return (lax.map(row, (softmax, q, own)), coming), None
+
+    start = attention.empty_softmax(q), (k, v, own)
+    (softmax, _), _ = lax.scan(hop, start, length=lax.axis_size(length))
+    out, lse = map(keep, attention.softmax_result(softmax, q.dtype))
     return out, (q, k, v, own, out, lse)
 
 
-def _ring_backward(length, causal, saved, d_out):
+def _ring_backward(length: Axes, causal: bool, saved: tuple[Any, ...], d_out: QueryTiles) -> tuple[Any, ...]:
     q, k, v, own, out, lse = saved
     delta = attention.delta(d_out, out, lse)
 
-    def hop(carry, _):
+    def hop(carry: RingCarry, _: None) -> tuple[RingCarry, None]:
         d_q, keys, sums = carry
-        k, v, other = keys
         coming = _pass_on(keys, length)
-        row = lambda sums, args: attention.row_backward(sums, args, k, v, other, causal)
+
+        def row(sums: KeyGradients, tile: RowCotangents) -> tuple[KeyGradients, QueryTile]:
+            return attention.attend_row_backward(sums, tile, keys, causal)
+
         sums, gain = lax.scan(row, sums, (q, own, d_out, lse, delta))
         return (d_q + gain, coming, _pass_on(sums, length)), None
 

@@ -133,7 +133,7 @@ class ModelSpec(Frozen):
 _YARN: dict[str, Any] = dict(yarn_factor=16.0, original_context=16_384, temperature_beta=0.1)
 _REAL: dict[str, Any] = dict(heads=32, kv_heads=8, head_width=128, vocab=131_072)
 _TINY_VISION = VisionSpec(layers=2, width=32, mlp_width=96, heads=2, head_width=16, patch_size=2, max_image_size=32)
-_TINY: dict[str, Any] = dict(heads=4, kv_heads=2, head_width=16, vocab=2_048, context=128, vision=_TINY_VISION)
+_TINY: dict[str, Any] = dict(heads=4, kv_heads=2, head_width=16, vocab=2_048, vision=_TINY_VISION)
 
 PRESETS: dict[str, ModelSpec] = {
     "mistral-small-3.1-24b": ModelSpec(
@@ -148,8 +148,8 @@ PRESETS: dict[str, ModelSpec] = {
     "ministral-3-3b": ModelSpec(
         layers=26, width=3072, mlp_width=9216, context=262_144, rope=RopeSpec(theta=1e6, **_YARN), tied=True, **_REAL
     ),
-    "tiny-24b": ModelSpec(layers=8, width=80, mlp_width=512, rope=RopeSpec(theta=1e4), **{**_TINY, "context": 512}),
-    "tiny-14b": ModelSpec(layers=8, width=80, mlp_width=256, rope=RopeSpec(theta=1e4), **_TINY),
-    "tiny-8b": ModelSpec(layers=7, width=64, mlp_width=224, rope=RopeSpec(theta=1e4), **_TINY),
-    "tiny-3b": ModelSpec(layers=5, width=48, mlp_width=144, rope=RopeSpec(theta=1e4), tied=True, **_TINY),
+    "tiny-24b": ModelSpec(layers=8, width=80, mlp_width=512, context=512, rope=RopeSpec(theta=1e4), **_TINY),
+    "tiny-14b": ModelSpec(layers=8, width=80, mlp_width=256, context=128, rope=RopeSpec(theta=1e4), **_TINY),
+    "tiny-8b": ModelSpec(layers=7, width=64, mlp_width=224, context=128, rope=RopeSpec(theta=1e4), **_TINY),
+    "tiny-3b": ModelSpec(layers=5, width=48, mlp_width=144, context=128, rope=RopeSpec(theta=1e4), tied=True, **_TINY),
 }

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Int
 
-from ministral_jax.models.block import BlockSpec, Compute, linear, rms_norm, stacked, weight
+from ministral_jax.models.block import BlockSpec, Compute, Tokens, linear, rms_norm, stacked, weight
 from ministral_jax.models.rope import axial_angles
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
@@ -16,14 +17,20 @@ AXES = ("vision_embed", "vision_heads", "vision_heads", "vision_head", "vision_m
 
 
 class VisionTower(nn.Module):
-    """Flattened patches [B, P, 3pp] of packed images -> features [B, P, Dv]; there is no final norm."""
+    """Features of the flattened patches of packed images; there is no final norm."""
 
     spec: VisionSpec
     compute: Compute
 
     @nn.compact
-    def __call__(self, patches: Array, image: Array, row: Array, column: Array) -> Array:
-        """`image` [B, P] numbers the images of a row (0 is padding), `row` and `column` place a patch in its image."""
+    def __call__(
+        self,
+        patches: Float[Array, "B P 3*p*p"],
+        image: Int[Array, "B P"],
+        row: Int[Array, "B P"],
+        column: Int[Array, "B P"],
+    ) -> Float[Array, "B P Dv"]:
+        """`image` numbers the images of a row (0 is padding), `row` and `column` place a patch in its image."""
         s = self.spec
         kernel = weight(self, "patch_embed", (s.patch_width, s.width), ("patch", "vision_embed"), s.patch_width**-0.5)
         gain = weight(self, "norm", (s.width,), ("vision_embed",), None)
@@ -34,17 +41,17 @@ class VisionTower(nn.Module):
             s.width, s.heads, s.heads, s.head_width, s.mlp_width, s.norm_eps, False, AXES, s.layers, s.merge**2
         )
         layers = stacked(block, self.compute, "vision_layers", name="layers")
-        return layers(x, angles, None, image, None, None, None)[0]
+        return layers(x, Tokens(angles, None, image), None, None)[0]
 
 
 class Projector(nn.Module):
-    """Features [B, P, Dv] in merge-block order -> decoder embeddings [B, P/m², D], one for each m x m patches."""
+    """Decoder embeddings of features in merge-block order, one for each m x m patches."""
 
     spec: ModelSpec
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B P Dv"]) -> Float[Array, "B P/m**2 D"]:
         width, v = self.spec.width, self.spec.vision
         assert v is not None
         block = v.merge**2

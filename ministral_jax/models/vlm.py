@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.tree_util import Partial
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.placement import Placement, with_shardings
 from ministral_jax.errors import UserError
@@ -24,14 +27,17 @@ __all__ = ["VLM", "Compute", "abstract_params", "check_params", "head_matrix", "
 IMAGE_KEYS = ("patches", "patch_image", "patch_row", "patch_col", "image_slot")
 
 Params = dict[str, Any]
+"""A nested dict of arrays, or of shapes, axes or shardings in their place."""
+Images = dict[str, Array]
+Ids = Int[Array, "B T"]
+Hidden = Float[Array, "B T D"]
 
 
 class VLM(nn.Module):
     """Ministral 3. Arguments of every method:
 
-    tokens     [B, T] int
-    positions  [B, T] int, restarting at 0 in each packed document; None counts the tokens of a row
-    segments   [B, T] int, the document a token belongs to (0 is padding); None is one document per row
+    positions  restart at 0 in each packed document; None counts the tokens of a row
+    segments   the document a token belongs to (0 is padding); None is one document per row
     images     None or the five arrays named by `IMAGE_KEYS`: `patches` [B, P, 3pp] in merge-block order, `patch_image`,
                `patch_row`, `patch_col` [B, P] int, and `image_slot` [B, T] int, the merged token that stands at
                a position, -1 for text
@@ -47,53 +53,54 @@ class VLM(nn.Module):
             self.projector = Projector(self.spec, self.compute)
 
     def __call__(
-        self, tokens: Array, positions: Array | None = None, segments: Array | None = None, images: dict | None = None
-    ) -> Array:
-        """Logits [B, T, V], float32 or wider."""
+        self, tokens: Ids, positions: Ids | None = None, segments: Ids | None = None, images: Images | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32 or wider."""
         return self.decoder.logits(self.hidden(tokens, positions, segments, images))
 
     def hidden(
-        self, tokens: Array, positions: Array | None = None, segments: Array | None = None, images: dict | None = None
-    ) -> Array:
-        """Hidden states after the final norm [B, T, D], in the compute dtype."""
+        self, tokens: Ids, positions: Ids | None = None, segments: Ids | None = None, images: Images | None = None
+    ) -> Hidden:
+        """Hidden states after the final norm, in the compute dtype."""
         return self.decoder(self._embed(tokens, images), positions, segments)[0]
 
     def observe(
         self,
-        tokens: Array,
+        tokens: Ids,
         tap: Callable[[dict[str, Array], Any], Any],
         weights: Any = None,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        images: dict | None = None,
-    ) -> tuple[Array, Any]:
+        positions: Ids | None = None,
+        segments: Ids | None = None,
+        images: Images | None = None,
+    ) -> tuple[Hidden, Any]:
         """Hidden states and `tap(activations, weights)` of every decoder layer, stacked on a leading axis.
 
         `activations` holds "attention_norm_in", "mlp_norm_in", "out" [B, T, D], "key" and "value" [B, T, K, h], and
         "mlp_hidden" [B, T, F].
         """
-        return self.decoder(self._embed(tokens, images), positions, segments, tap, weights)
+        with_weights = Partial(lambda weights, activations: tap(activations, weights), weights)
+        return self.decoder(self._embed(tokens, images), positions, segments, with_weights)
 
-    def prefill(self, tokens: Array, segments: Array, images: dict | None = None) -> tuple[Array, Cache]:
-        """Hidden states [B, T, D] of prompts that begin at position 0, and the cache that `extend` goes on from."""
-        states, (k, v) = self.observe(tokens, keys_and_values, None, None, segments, images)
+    def prefill(self, tokens: Ids, segments: Ids, images: Images | None = None) -> tuple[Hidden, Cache]:
+        """Hidden states of prompts that begin at position 0, and the cache that `extend` goes on from."""
+        states, (k, v) = self.decoder(self._embed(tokens, images), None, segments, Partial(keys_and_values))
         return states, new_cache(k, v, segments)
 
     def extend(
-        self, tokens: Array, positions: Array, segments: Array, cache: Cache, slot: Array
-    ) -> tuple[Array, Cache]:
-        """Hidden states [B, t, D] of text that follows what the cache holds, all [B, t], and the cache with it at the
-        slots from `slot` on."""
+        self, tokens: Ids, positions: Ids, segments: Ids, cache: Cache, slot: Int[Array, ""]
+    ) -> tuple[Hidden, Cache]:
+        """Hidden states of text that follows what the cache holds, and the cache with it at the slots from `slot`
+        on."""
         x, past = self.decoder.embed_tokens(tokens), (cache["k"], cache["v"])
         pair = (cache["segments"], segments)
-        states, (k, v) = self.decoder(x, positions, pair, keys_and_values, None, past)
+        states, (k, v) = self.decoder(x, positions, pair, Partial(keys_and_values), past)
         return states, append(cache, k, v, segments, slot)
 
-    def next_logits(self, hidden: Array) -> Array:
-        """Logits [B, V] from hidden states [B, D]."""
+    def next_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Logits of the next token."""
         return self.decoder.logits(hidden[:, None])[:, 0]
 
-    def _embed(self, tokens: Array, images: dict | None) -> Array:
+    def _embed(self, tokens: Ids, images: Images | None) -> Hidden:
         x = self.decoder.embed_tokens(tokens)
         if images is None:
             return x
@@ -106,7 +113,7 @@ class VLM(nn.Module):
             return jnp.where(slot >= 0, jnp.take_along_axis(features, jnp.maximum(slot, 0), axis=1), x)
 
 
-def check_images(images: dict, spec: ModelSpec) -> None:
+def check_images(images: Images, spec: ModelSpec) -> None:
     """Raise `UserError` when a batch's image arrays cannot belong to a model of `spec`."""
     if spec.vision is None:
         raise UserError("the batch has images but the model has no vision tower (model.vision is null)")
@@ -147,13 +154,13 @@ def _init(spec: ModelSpec) -> Callable[[Array], Any]:
     return init
 
 
-def init_params(spec: ModelSpec, key: Array, dtype=jnp.float32) -> Params:
+def init_params(spec: ModelSpec, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Fresh parameters: gains 1, kernels normal with deviation 1/√fan-in, and 1/√(2·layers) of that where they write
     to the residual stream (GPT-2's rule)."""
     return jax.tree.map(lambda box: box.value.astype(dtype), _init(spec)(key), is_leaf=_is_box)
 
 
-def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> Params:
+def abstract_params(spec: ModelSpec, dtype: DTypeLike = jnp.float32) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
     return jax.tree.map(lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype), _boxed(spec), is_leaf=_is_box)
 
@@ -170,7 +177,7 @@ def param_shardings(spec: ModelSpec, placement: Placement) -> Params:
     )
 
 
-def placed_params(spec: ModelSpec, placement: Placement, dtype=jnp.float32) -> Params:
+def placed_params(spec: ModelSpec, placement: Placement, dtype: DTypeLike = jnp.float32) -> Params:
     """`abstract_params` that say where they lie."""
     return with_shardings(abstract_params(spec, dtype), param_shardings(spec, placement))
 
@@ -179,8 +186,8 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
 
 
-def head_matrix(params: Params) -> Array:
-    """The output head [D, V]: the embedding transposed when they are tied."""
+def head_matrix(params: Params) -> Float[Array, "D V"]:
+    """The output head: the embedding transposed when they are tied."""
     decoder = params["decoder"]
     return decoder["head"] if "head" in decoder else decoder["embed"].T
 
@@ -188,7 +195,7 @@ def head_matrix(params: Params) -> Array:
 def check_params(params: Params, spec: ModelSpec, where: str) -> None:
     """Raise `UserError` naming the first leaf of `params` (arrays or shapes) that a model of `spec` lacks, adds or has
     in another shape; `where` says in the message where the parameters came from."""
-    found, expected = ({_path(p): x.shape for p, x in _leaves(t)} for t in (params, abstract_params(spec)))
+    found, expected = (_shapes(tree) for tree in (params, abstract_params(spec)))
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise UserError(f"{where}: parameter {name} {expected[name]} is missing")
@@ -198,9 +205,7 @@ def check_params(params: Params, spec: ModelSpec, where: str) -> None:
             raise UserError(f"{where}: parameter {name} has shape {found[name]}, expected {expected[name]}")
 
 
-def _leaves(tree: Params) -> list[tuple]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _path(path: tuple) -> str:
-    return "/".join(str(k.key) for k in path)
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    """By the path of a leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}

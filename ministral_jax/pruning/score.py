@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 from pydantic import Field
 
 from ministral_jax.distributed.collectives import fetch
@@ -48,17 +49,14 @@ class PruneOptions(Frozen):
     """Collect the statistics again after each surgery step, on the model as it then is."""
 
 
-def top(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest scores along the last axis, ascending; of equal scores the first wins.
-
-    scores [..., N] -> [..., count] int32.
-    """
+def top(scores: Float[np.ndarray, "*layers N"], count: int) -> Int[np.ndarray, "*layers count"]:
+    """Indices (int32) of the `count` largest scores along the last axis, ascending; of equal scores the first wins."""
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
     return np.sort(order, axis=-1).astype(np.int32)
 
 
-def layer_scores(statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> np.ndarray:
-    """Importance of each layer, [L] (Ministral 3, Algorithm 2; Minitron, arXiv 2407.14679, for block influence)."""
+def layer_scores(statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> Float[np.ndarray, " L"]:
+    """Importance of each layer (Ministral 3, Algorithm 2; Minitron, arXiv 2407.14679, for block influence)."""
     ratio = statistics.mean(statistics.norm_ratio, options.image_weight)
     match options.layer_score:
         case "norm_ratio":
@@ -71,8 +69,10 @@ def layer_scores(statistics: Statistics, options: PruneOptions, rng: np.random.G
             return rng.random(ratio.shape)
 
 
-def mlp_scores(params: Params, statistics: Statistics, options: PruneOptions, rng: np.random.Generator) -> np.ndarray:
-    """Importance of each feed-forward neuron, [L, F]; `weight_norm` takes the norm's gain as part of gate and up."""
+def mlp_scores(
+    params: Params, statistics: Statistics, options: PruneOptions, rng: np.random.Generator
+) -> Float[np.ndarray, "L F"]:
+    """Importance of each feed-forward neuron; `weight_norm` takes the norm's gain as part of gate and up."""
     match options.mlp_score:
         case "activation":
             return statistics.mean(statistics.mlp, options.image_weight)
@@ -86,7 +86,7 @@ def mlp_scores(params: Params, statistics: Statistics, options: PruneOptions, rn
             )
 
 
-def _weight_norm(layer: Params) -> np.ndarray:
+def _weight_norm(layer: Params) -> Float[np.ndarray, " F"]:
     gain = fetch(layer["mlp_norm"]).astype(np.float64)[:, None]
     gate, up, down = (fetch(layer["mlp"][name]).astype(np.float64) for name in ("gate", "up", "down"))
     return np.linalg.norm(gain * gate, axis=0) * np.linalg.norm(gain * up, axis=0) * np.linalg.norm(down, axis=1)
@@ -95,10 +95,10 @@ def _weight_norm(layer: Params) -> np.ndarray:
 class Basis(NamedTuple):
     """An orthonormal basis of the residual stream, most important direction first, and the energy along each."""
 
-    vectors: np.ndarray
-    """[D, D] float64, directions in columns."""
-    energy: np.ndarray
-    """[D] mean square of the residual stream along each direction."""
+    vectors: Float[np.ndarray, "D D"]
+    """float64, directions in columns."""
+    energy: Float[np.ndarray, " D"]
+    """Mean square of the residual stream along each direction."""
 
     def retained(self, width: int) -> float:
         """Share of the energy in the first `width` directions, rho."""

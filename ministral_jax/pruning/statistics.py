@@ -15,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
 
 from ministral_jax.distributed.axes import constrain
 from ministral_jax.errors import UserError
 from ministral_jax.models.vision import Projector, VisionTower
-from ministral_jax.models.vlm import IMAGE_KEYS, VLM
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Images, Params
 
 DOMAINS = ("text", "image")
 """The leading axis of every sum."""
@@ -31,18 +33,18 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 class Statistics:
     """Sums over calibration tokens, float64 on the host; the leading axis is `DOMAINS`. `a + b` merges two."""
 
-    tokens: np.ndarray
-    """[2] tokens counted."""
-    norm_ratio: np.ndarray
-    """[2, L] |out| / |in| of each layer."""
-    cosine: np.ndarray
-    """[2, L] cos(in, out) of each layer."""
-    mlp: np.ndarray
-    """[2, L, F] |SiLU(gate x) * up x| of each feed-forward neuron."""
-    second_moment: np.ndarray | None = None
-    """[2, D, D] x x^T of the residual stream, averaged over the 2L inputs of attention and feed-forward norms."""
-    projector: np.ndarray | None = None
-    """[2, D] |GELU(linear_1 ...)| of each hidden neuron of the projector, over image tokens: the text row is zero."""
+    tokens: Float[np.ndarray, " 2"]
+    """Tokens counted."""
+    norm_ratio: Float[np.ndarray, "2 L"]
+    """|out| / |in| of each layer."""
+    cosine: Float[np.ndarray, "2 L"]
+    """cos(in, out) of each layer."""
+    mlp: Float[np.ndarray, "2 L F"]
+    """|SiLU(gate x) * up x| of each feed-forward neuron."""
+    second_moment: Float[np.ndarray, "2 D D"] | None = None
+    """x x^T of the residual stream, averaged over the 2L inputs of attention and feed-forward norms."""
+    projector: Float[np.ndarray, "2 D"] | None = None
+    """|GELU(linear_1 ...)| of each hidden neuron of the projector, over image tokens: the text row is zero."""
 
     def __add__(self, other: Statistics) -> Statistics:
         def plus(name: str) -> Any:
@@ -51,8 +53,8 @@ class Statistics:
 
         return Statistics(**{field.name: plus(field.name) for field in fields(self)})
 
-    def mean(self, sums: np.ndarray | None, image_weight: float = 1.0) -> np.ndarray:
-        """Mean over tokens of a field, one image token counting `image_weight` text tokens: [2, ...] -> [...]."""
+    def mean(self, sums: Float[np.ndarray, "2 ..."] | None, image_weight: float = 1.0) -> Float[np.ndarray, "..."]:
+        """Mean over tokens of a field, one image token counting `image_weight` text tokens."""
         if sums is None:
             raise ValueError("these statistics were collected without `width=True`")
         weight = np.array([1.0, image_weight])
@@ -64,7 +66,7 @@ class Statistics:
             )
         return np.tensordot(weight, sums, 1) / total
 
-    def take_layers(self, keep: np.ndarray) -> Statistics:
+    def take_layers(self, keep: Int[np.ndarray, " kept"]) -> Statistics:
         """What is left of the per-layer sums after `drop_layers`; `second_moment` still sees the dropped layers."""
         per_layer = {name: getattr(self, name)[:, keep] for name in ("norm_ratio", "cosine", "mlp")}
         return replace(self, **per_layer)
@@ -72,7 +74,7 @@ class Statistics:
 
 def collect(
     model: VLM,
-    params: dict[str, Any],
+    params: Params,
     batches: Iterable[Mapping[str, Any]],
     *,
     width: bool = True,
@@ -111,7 +113,7 @@ def calibrated(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def batch_sums(model: VLM, width: bool, params: Params, batch: dict[str, Array]) -> dict[str, Array]:
     """The fields of `Statistics` for one batch."""
     counted = batch["segments"] > 0
     images = {key: batch[key] for key in IMAGE_KEYS} if "image_slot" in batch else None
@@ -121,7 +123,7 @@ def batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str,
         masks = jnp.stack([counted & ~image, counted & image])
 
     tap = partial(_layer_sums, width)
-    where = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
+    where: dict[str, Any] = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
     observed: Any = model.apply({"params": params}, batch["tokens"], tap, masks, **where, method="observe")
     sums = {name: jnp.moveaxis(value, 0, 1) for name, value in observed[1].items()}  # [N, L, ...]
     sums["tokens"] = masks.sum((1, 2))
@@ -135,15 +137,15 @@ def batch_sums(model: VLM, width: bool, params: dict[str, Any], batch: dict[str,
     return jax.lax.with_sharding_constraint(sums, jax.sharding.PartitionSpec())
 
 
-def _layer_sums(width: bool, activations: dict[str, jax.Array], masks: jax.Array) -> dict[str, jax.Array]:
-    """One layer's sums over the tokens of each mask: masks [N, B, T] bool -> [N, ...]."""
+def _layer_sums(width: bool, activations: dict[str, Array], masks: Bool[Array, "N B T"]) -> dict[str, Array]:
+    """One layer's sums over the tokens of each mask, [N, ...]."""
     wide = {name: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for name, x in activations.items()}
     before, middle, after = wide["attention_norm_in"], wide["mlp_norm_in"], wide["out"]
     size_before, size_after = (jnp.linalg.norm(before, axis=-1), jnp.linalg.norm(after, axis=-1))
     cosine = jnp.sum(before * after, -1) / (size_before * size_after)
     keep = masks.astype(before.dtype)
 
-    def over_tokens(x: jax.Array) -> jax.Array:
+    def over_tokens(x: Float[Array, "B T"]) -> Float[Array, " N"]:
         # Whatever stands at padding may be 0/0; a zero weight would not remove a NaN.
         return jnp.where(masks, x, 0).sum((1, 2))
 
@@ -158,8 +160,10 @@ def _layer_sums(width: bool, activations: dict[str, jax.Array], masks: jax.Array
     return sums
 
 
-def _projector_sums(model: VLM, params: dict[str, Any], images: dict | None, masks: jax.Array) -> jax.Array:
-    """|hidden activation| of the projector summed over image tokens, [N, D] with the text row zero.
+def _projector_sums(
+    model: VLM, params: Params, images: Images | None, masks: Bool[Array, "N B T"]
+) -> Float[Array, "N D"]:
+    """|hidden activation| of the projector summed over image tokens; the text row is zero.
 
     With the identity for linear_2 the projector returns its hidden activations.
     """

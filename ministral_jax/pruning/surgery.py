@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
 
 from ministral_jax.distributed.collectives import agreed
 from ministral_jax.distributed.placement import Placement
@@ -247,7 +249,7 @@ def _narrowed(params: Params, basis: jax.Array, gain: float, kept: np.ndarray | 
 
 
 @jax.jit
-def _project(params: Params, basis: jax.Array, gain: float) -> Params:
+def _project(params: Params, basis: Float[Array, "D D'"], gain: float) -> Params:
     """Untie, fold, rotate and slice in one program that works on one layer at a time, so that no second copy of the
     model is alive in between."""
     params = untie(params)
@@ -265,13 +267,13 @@ def _project(params: Params, basis: jax.Array, gain: float) -> Params:
     return {**rest, "decoder": {**rest["decoder"], "layers": jax.lax.map(cut_one, layers)}}
 
 
-def _fresh_projector(spec: ModelSpec, params: Params, key: jax.Array) -> Params:
+def _fresh_projector(spec: ModelSpec, params: Params, key: Array) -> Params:
     drawn = jax.jit(lambda key: init_params(spec, key)["projector"])(key)  # only the projector is computed
     return {**params, "projector": jax.tree.map(lambda new, old: new.astype(old.dtype), drawn, params["projector"])}
 
 
-def _kept(scores: np.ndarray, kept: np.ndarray) -> Kept:
-    """Of scores [N] and the indices of the kept ones [N']."""
+def _kept(scores: Float[np.ndarray, " N"], kept: Int[np.ndarray, " N'"]) -> Kept:
+    """Of scores and the indices of the kept ones."""
     every, ours = (np.quantile(s, (0, 0.25, 0.5, 0.75, 1)).tolist() for s in (scores, scores[kept]))
     share = scores[kept].sum() / max(scores.sum(), np.finfo(float).tiny)
     return Kept(all=every, kept=ours, kept_share=float(share))

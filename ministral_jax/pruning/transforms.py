@@ -27,10 +27,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
 
 from ministral_jax.models.vlm import Params
 
-Edit = Callable[[jax.Array], jax.Array]
+Edit = Callable[[Array], Array]
 TieSeed = Literal["embed", "head", "mean"]
 
 RESIDUAL_AXIS: Mapping[str, int] = {
@@ -62,28 +64,28 @@ def edit(params: Params, edits: Mapping[str, Edit]) -> Params:
     return walk(params, "")
 
 
-def drop_layers(params: Params, keep: np.ndarray) -> Params:
-    """Keep the decoder layers with indices `keep` [L'], in the order given."""
+def drop_layers(params: Params, keep: Int[np.ndarray, " L'"]) -> Params:
+    """Keep the decoder layers with indices `keep`, in the order given."""
     layers = jax.tree.map(lambda leaf: leaf[np.asarray(keep)], params["decoder"]["layers"])
     return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 
-def narrow_mlp(params: Params, keep: np.ndarray) -> Params:
-    """Keep the feed-forward neurons with indices `keep` [L, F'] of each layer: columns of gate and up, rows of down."""
+def narrow_mlp(params: Params, keep: Int[np.ndarray, "L F'"]) -> Params:
+    """Keep the feed-forward neurons with indices `keep` of each layer: columns of gate and up, rows of down."""
     keep = np.asarray(keep)
 
-    def columns(w: jax.Array) -> jax.Array:
+    def columns(w: Array) -> Array:
         return jnp.take_along_axis(w, keep[:, None, :], axis=2)
 
-    def rows(w: jax.Array) -> jax.Array:
+    def rows(w: Array) -> Array:
         return jnp.take_along_axis(w, keep[:, :, None], axis=1)
 
     mlp = "decoder/layers/mlp"
     return edit(params, {f"{mlp}/gate": columns, f"{mlp}/up": columns, f"{mlp}/down": rows})
 
 
-def narrow_projector(params: Params, keep: np.ndarray) -> Params:
-    """Keep the projector's hidden neurons with indices `keep` [D']: columns of linear_1, rows of linear_2."""
+def narrow_projector(params: Params, keep: Int[np.ndarray, " D'"]) -> Params:
+    """Keep the projector's hidden neurons with indices `keep`: columns of linear_1, rows of linear_2."""
     keep = np.asarray(keep)
     return edit(params, {"projector/linear_1": lambda w: w[:, keep], "projector/linear_2": lambda w: w[keep]})
 
@@ -104,8 +106,8 @@ def fold_norm_gains(params: Params) -> Params:
     return edit(params, edits)
 
 
-def rotate(params: Params, basis: jax.Array | np.ndarray) -> Params:
-    """Express the residual stream in `basis` [D, D'], whose columns are orthonormal: x becomes x @ basis.
+def rotate(params: Params, basis: Float[Array, "D D'"] | Float[np.ndarray, "D D'"]) -> Params:
+    """Express the residual stream in `basis`, whose columns are orthonormal: x becomes x @ basis.
 
     Exact for D' = D once the gains are folded (identity 2 above). With D' < D this is the rotation and the cut in one
     product per leaf; the norms still need their gain, see `slice_width`.
@@ -117,7 +119,7 @@ def rotate(params: Params, basis: jax.Array | np.ndarray) -> Params:
         raise ValueError("rotate needs an untied head: the final norm gain of a tied model cannot be folded")
 
     def along(axis: int) -> Edit:
-        def rotated(w: jax.Array) -> jax.Array:
+        def rotated(w: Array) -> Array:
             dtype = jnp.promote_types(w.dtype, jnp.float32)
             q = jnp.asarray(basis, dtype)
             product = jnp.tensordot(w.astype(dtype), q, axes=(axis, 0), precision=jax.lax.Precision.HIGHEST)
@@ -129,7 +131,7 @@ def rotate(params: Params, basis: jax.Array | np.ndarray) -> Params:
     return edit(params, edits | {path: lambda g: g[..., : basis.shape[1]] for path in NORM_GAINS})
 
 
-def slice_width(params: Params, width: int, gain: float | jax.Array) -> Params:
+def slice_width(params: Params, width: int, gain: float | Array) -> Params:
     """Keep the first `width` components of the residual stream and multiply every decoder norm gain by `gain`.
 
     The projector's hidden neurons, which a checkpoint's config ties to the width, are left to `narrow_projector`.
@@ -175,9 +177,9 @@ def tie_embeddings(params: Params, seed: TieSeed) -> Params:
     return {**params, "decoder": {**rest, **tied}}
 
 
-def _scale(w: jax.Array, factor: float | jax.Array) -> jax.Array:
+def _scale(w: Array, factor: float | Array) -> Array:
     return (w * factor).astype(w.dtype)
 
 
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+def _ratio(numerator: Array, denominator: Array) -> Array:
     return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 1)

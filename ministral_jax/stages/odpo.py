@@ -200,7 +200,7 @@ def objective(spec: ModelSpec, compute: Compute, options: PreferenceOptions, hea
         policy_a, policy_b = jnp.split(read({**params, **frozen}, batch), 2)
         reference_a, reference_b = jnp.split(batch["reference"], 2)
         probability, weights = (jnp.split(batch[name], 2)[0] for name in ("probability", "weights"))
-        return preference_loss(policy_a, policy_b, reference_a, reference_b, probability, weights, options)
+        return preference_loss((policy_a, policy_b), (reference_a, reference_b), probability, weights, options)
 
     return loss
 

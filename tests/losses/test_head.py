@@ -10,7 +10,7 @@ from hlo import collectives
 
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
-from ministral_jax.losses import chunked as kl
+from ministral_jax.losses import chunked
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Dense, Hidden, LossOptions, Sampled, TopK
 
@@ -65,7 +65,7 @@ def everything(functions):
 @pytest.fixture(scope="module")
 def alone():
     with jax.enable_x64(True):
-        return jax.device_get(everything(kl)(*case()))
+        return jax.device_get(everything(chunked)(*case()))
 
 
 def close(got, want, tolerance):
@@ -91,7 +91,7 @@ def test_in_fp32_only_the_order_of_additions_differs(alone):
     """B T + V additions of fp32, each off by 2^-24 of a partial sum: 192 * 2^-24 = 1.1e-5; logits of size 10 err by
     D * 2^-24 * 10 = 1e-5 in every reading on both sides."""
     head = LossHead(placement(slice=2, fsdp=2, tensor=2))
-    got, want = (jax.device_get(everything(f)(*case(dtype=np.float32))) for f in (head, kl))
+    got, want = (jax.device_get(everything(f)(*case(dtype=np.float32))) for f in (head, chunked))
     jax.tree.map(functools.partial(close, tolerance=2.2e-5), got, want)
 
 
@@ -103,7 +103,7 @@ def test_a_vocabulary_that_is_not_divisible_other_rules_of_a_teacher_and_dense_t
             total = lambda h, w: function.distillation_loss(h, w, targets, labels, mask, JSD)
             return jax.device_get(jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, head))
 
-        return loss(LossHead(placement(fsdp=4, tensor=2), rules)), loss(kl)
+        return loss(LossHead(placement(fsdp=4, tensor=2), rules)), loss(chunked)
 
     hidden, head, theirs, labels, mask = case()
     dense = hidden, head, Dense(theirs.hidden @ theirs.head), labels, mask
@@ -159,7 +159,7 @@ def test_sparse_targets_give_on_meshes_what_they_give_on_one_device(kind):
             (63, 6, dict(fsdp=4, tensor=2)),
         ):
             head, inputs = LossHead(placement(**sizes)), sparse_case(kind, vocab, width)
-            want = jax.device_get(sparse_results(kl)(*inputs))
+            want = jax.device_get(sparse_results(chunked)(*inputs))
             with jax.set_mesh(head.placement.mesh):
                 compiled = sparse_results(head).lower(*inputs).compile()
                 got = jax.device_get(compiled(*inputs))
@@ -193,6 +193,6 @@ def test_one_device_runs_the_plain_functions_and_shapes_are_checked_before_they_
     hidden, head, targets, labels, mask = case(dtype=np.float32)
     one = LossHead(Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules()))
     text = lambda f: str(jax.make_jaxpr(lambda h: f.distillation_loss(h, head, targets, labels, mask, JSD))(hidden))
-    assert text(one) == text(kl)
+    assert text(one) == text(chunked)
     with pytest.raises(UserError, match=r"labels of shape \(8, 15\) must be \[B, T\] = \(8, 16\)"):
         LossHead(placement(fsdp=8)).cross_entropy(hidden, head, labels[:, 1:], mask)

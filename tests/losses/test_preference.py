@@ -34,9 +34,13 @@ def case(seed=0):
     return *values, p, weights
 
 
+def loss_of(policy_a, policy_b, reference_a, reference_b, probability, weights, options):
+    return preference_loss((policy_a, policy_b), (reference_a, reference_b), probability, weights, options)
+
+
 @functools.partial(jax.jit, static_argnums=6)
 def value_and_gradients(*arguments):
-    return jax.value_and_grad(preference_loss, (0, 1), has_aux=True)(*arguments)
+    return jax.value_and_grad(loss_of, (0, 1), has_aux=True)(*arguments)
 
 
 def of(*arguments):
@@ -164,9 +168,9 @@ def test_extreme_margins_and_masked_pairs_are_finite_in_fp32(loss_type):
 def test_parts_of_a_batch_add_up_and_nothing_but_the_policy_has_a_gradient():
     inputs, options = case(4), PreferenceOptions()
     with jax.enable_x64(True):
-        whole = preference_loss(*map(jnp.asarray, inputs), options)
-        parts = [preference_loss(*(jnp.asarray(x[i : i + 4]) for x in inputs), options) for i in range(0, N, 4)]
-        others = jax.grad(lambda *x: preference_loss(*x, options)[0], (2, 3, 4))(*map(jnp.asarray, inputs))
+        whole = loss_of(*map(jnp.asarray, inputs), options)
+        parts = [loss_of(*(jnp.asarray(x[i : i + 4]) for x in inputs), options) for i in range(0, N, 4)]
+        others = jax.grad(lambda *x: loss_of(*x, options)[0], (2, 3, 4))(*map(jnp.asarray, inputs))
     add = lambda w, *x: np.testing.assert_allclose(sum(x), w, rtol=1e-13)
     jax.tree.map(add, *jax.device_get((whole, *parts)))
     assert all((x == 0).all() for x in jax.device_get(others))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from model_cases import CASES, TEXT, YARN, Case, inputs, loss_and_grads, pack, random_params, relative
 
 from ministral_jax.errors import UserError
-from ministral_jax.models.attention import attend
+from ministral_jax.models.attention import AttentionSpec, attend
 from ministral_jax.models.block import linear, rms_norm
 from ministral_jax.models.rope import apply_rope, axial_angles, position_scale, rope_angles, yarn_frequencies
 from ministral_jax.models.spec import PRESETS, RopeSpec
@@ -63,7 +63,7 @@ def test_position_temperature_of_the_released_sizes(x64):
 def test_rotation_is_multiplication_of_complex_pairs(x64):
     random = np.random.default_rng(0)
     x, positions = random.standard_normal((2, 5, 3, 8)), random.integers(0, 99, (2, 5))
-    rotated = np.asarray(apply_rope(jnp.asarray(x), *rope_angles(jnp.asarray(positions), YARN, 8, jnp.float64)))
+    rotated = np.asarray(apply_rope(jnp.asarray(x), rope_angles(jnp.asarray(positions), YARN, 8, jnp.float64)))
     pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * yarn_frequencies(8, YARN))
     np.testing.assert_allclose(rotated, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-13)
 
@@ -98,7 +98,7 @@ def test_attention_agrees_with_loops_in_every_implementation_and_its_gradients_t
 
     def run(implementation, block):
         def f(q, k, v):
-            out = attend(q, k, v, segments, causal=causal, implementation=implementation, block=block)
+            out = attend(q, k, v, segments, AttentionSpec(causal, implementation, block))
             return jnp.sum(out * weight), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -108,14 +108,14 @@ def test_attention_agrees_with_loops_in_every_implementation_and_its_gradients_t
     assert relative(plain[0], naive_attention(q, k, v, segments, causal)) < EXACT
     for block in (5, 13, 16):
         assert max(map(relative, run("blockwise", block), plain)) < EXACT
-    without = attend(q, k, v, None, causal=causal, implementation="blockwise", block=5)
+    without = attend(q, k, v, None, AttentionSpec(causal, "blockwise", 5))
     assert relative(without[1], plain[0][1]) < EXACT
 
 
 def test_auto_attention_takes_blocks_once_there_are_several():
     def primitives(length):
         q = jnp.zeros((1, length, 2, 4))
-        return str(jax.make_jaxpr(lambda q: attend(q, q, q, block=8))(q))
+        return str(jax.make_jaxpr(lambda q: attend(q, q, q, spec=AttentionSpec(block=8)))(q))
 
     assert "while" in primitives(9) and "while" not in primitives(8)
 

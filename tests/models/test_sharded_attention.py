@@ -11,7 +11,7 @@ from model_cases import CASES, inputs, pack, random_params, relative, targets
 
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh, zigzag
 from ministral_jax.models import sharded_attention
-from ministral_jax.models.attention import attend
+from ministral_jax.models.attention import AttentionSpec, attend
 from ministral_jax.models.sharded_attention import attend_on_mesh
 from ministral_jax.models.vlm import VLM, Compute, param_shardings
 
@@ -49,7 +49,7 @@ def value_and_gradients(function, arrays):
 @functools.cache
 def alone(causal):
     with jax.enable_x64(True):
-        return value_and_gradients(functools.partial(attend, causal=causal, implementation="xla"), case())
+        return value_and_gradients(functools.partial(attend, spec=AttentionSpec(causal, "xla")), case())
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -60,10 +60,10 @@ def test_value_and_gradients_equal_those_of_one_device(mesh, causal):
     ways = [("all_gather", "blockwise", 5), ("ring", "blockwise", 2), ("all_gather", "xla", 128)]
     with jax.enable_x64(True), jax.set_mesh(place.mesh), place.rules.active():
         for context, implementation, block in ways if "context" in MESHES[mesh] else ways[:1]:
-            how = dict(causal=causal, implementation=implementation, block=block, context=context)
-            got = value_and_gradients(functools.partial(attend_on_mesh, **how), [x[:, order] for x in case()])
+            spec = AttentionSpec(causal, implementation, block, context)
+            got = value_and_gradients(functools.partial(attend_on_mesh, spec=spec), [x[:, order] for x in case()])
             for found, want in zip(got, alone(causal), strict=True):
-                assert relative(found, want[:, order]) < EXACT, how
+                assert relative(found, want[:, order]) < EXACT, spec
 
 
 def test_query_heads_pick_their_key_value_heads_wherever_the_cut_falls():
@@ -79,7 +79,7 @@ def test_query_heads_pick_their_key_value_heads_wherever_the_cut_falls():
 
 def test_without_a_mesh_or_rules_or_on_one_device_it_is_attend():
     q, k, v, _, segments = case()
-    text = lambda f: str(jax.make_jaxpr(functools.partial(f, block=8))(q, k, v, segments))
+    text = lambda f: str(jax.make_jaxpr(functools.partial(f, spec=AttentionSpec(block=8)))(q, k, v, segments))
     assert text(attend_on_mesh) == text(attend)
     one = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
     with jax.set_mesh(one.mesh), one.rules.active():
@@ -105,7 +105,8 @@ def test_shards_of_a_causal_row_visit_the_same_number_of_tiles_and_together_thos
 def test_keys_and_values_travel_and_nothing_else(context):
     place = placement(context=8)
     q, k, v, weight, segments = case()
-    total = lambda q, k, v: jnp.sum(attend_on_mesh(q, k, v, segments, block=2, context=context) * weight)
+    spec = AttentionSpec(block=2, context=context)
+    total = lambda q, k, v: jnp.sum(attend_on_mesh(q, k, v, segments, spec) * weight)
     with jax.set_mesh(place.mesh), place.rules.active():
         rows = jax.NamedSharding(place.mesh, jax.P(None, "context"))
         arrays = [jax.device_put(np.float32(x), rows) for x in (q, k, v)]
