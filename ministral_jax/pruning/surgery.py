@@ -157,12 +157,13 @@ class Surgery:
 
         Which layers and neurons are kept stands in a program as constants; here the first ones are.
         """
-        assert self.placement is not None, "programs lie on a mesh"
+        placement = self.placement
+        assert placement is not None, "programs lie on a mesh"
         found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
         def then(name: str, transform: Callable[..., Params], change: dict[str, Any], *more: Any) -> None:
             nonlocal spec
-            before, spec = placed_params(spec, self.placement), spec.model_copy(update=change)
+            before, spec = placed_params(spec, placement), spec.model_copy(update=change)
             found[f"cut/{name}"] = (self._compiled(transform, spec), (before, *more))
 
         target, first = self.target, np.arange
