@@ -6,9 +6,12 @@ import ctypes
 import os
 import signal
 import sys
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # not looked up between a fork and what follows
+_prctl: Any = (
+    ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+)  # not looked up between a fork and what follows
 
 
 def die_with(parent: int) -> None:
