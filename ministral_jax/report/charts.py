@@ -72,10 +72,10 @@ def curve(stage: Stage, colour: str, wide: bool = False) -> Chart | None:
     figure, over = stage.figure(stage.curve.figure), stage.curve.over
     x, y = (thin(values) for values in points(stage.train, stage.curve.training or "", over))
     held_out = points(stage.evals, figure.name, over)
-    high = max([*np.quantile(y, [0.995] * len(y[:1])), *held_out[1]], default=0.0)  # outliers do not decide it
+    high = max(np.quantile(y, 0.995), *held_out[1]) if len(y) > 200 else None  # outliers do not decide it
     shown = [Line(x, y, colour, width=1, alpha=0.28), Line(x, smooth(y), colour, "training" if len(x) else None)]
     shown.append(Line(*held_out, "ink" if len(x) else colour, "held out", ":" if len(x) else "-", "ring", 1.2))
-    at, y_axis = STEPS if over == "step" else TOKENS, replace(axis(figure), high=high if len(x) > 200 else None)
+    at, y_axis = STEPS if over == "step" else TOKENS, replace(axis(figure), high=high)
     picture = lines(shown, at, y_axis, f"{figure.label} of {stage.name} against {at.label}.", wide=wide)
     return Chart(stage.name, picture, f"{count(stage.seen(over))} {at.label}, {stage.state}.", colour)
 

@@ -1,4 +1,4 @@
-"""The report: reads what a run leaves behind, in whatever state, and says it in one safe, self-contained page."""
+"""The page of a run: what is there is shown, in whatever state, and what is shown is what the run says of itself."""
 
 from __future__ import annotations
 
@@ -7,181 +7,236 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-from report_run import CHILDREN, TOKENS_PER_STEP, recipe, samples, spec_of, summary, write_json, write_run
+from pages import anchors, check, parse, plain, rows, section, text_of
+from report_run import (
+    CHILDREN,
+    POST,
+    STORE,
+    manifest_of,
+    recipe,
+    samples,
+    split,
+    write_json,
+    write_rows,
+    write_run,
+    write_stage,
+)
 
 from ministral_jax.errors import UserError
-from ministral_jax.models.spec import PRESETS
-from ministral_jax.report import build_report, family_figure
-from ministral_jax.report.collect import crossing, read_run, series
-from ministral_jax.report.details import flops_of, parameters_of, stages
-from ministral_jax.report.markup import Html, el
-from ministral_jax.report.style import PALETTE
-from ministral_jax.report.units import THIN, count, decimal, duration, factor, percent, ranges, tick
+from ministral_jax.report import build_report, charts, family_figure
+from ministral_jax.report.plots import PALETTE, Axis, Line, lines
+from ministral_jax.report.units import count, decimal, duration, factor, percent, tick
+from ministral_jax.runs import reading
+from ministral_jax.runs.reading import read_run
+from ministral_jax.stages.figures import Curve, Figure
+from ministral_jax.teachers.statistics import EDGES
+from ministral_jax.teachers.summary import SplitSummary
 
-SVG = "{http://www.w3.org/2000/svg}"
+SECTIONS = ["numbers", "recovery", "images", "post", "parent", "stored", "surgery", "cost", "stages", "time", "curves"]
+EVIL = "<img src=x onerror=alert(1)>\"'&${0}{{ 7*7 }}\x01"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", more={**POST, "logits": STORE})
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def page(run) -> str:
+    return page_of(run)
 
 
 def page_of(run: Path) -> str:
-    return build_report(run).read_text(encoding="utf-8")
+    return check(build_report(run).read_text(encoding="utf-8"))
 
 
-def parse(page: str) -> ElementTree.Element:
-    """The page is XML as well as HTML, so that an XML parser can judge its nesting and escaping."""
-    assert page.startswith("<!DOCTYPE html>\n")
-    return ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
+def cells(page: str, anchor: str, head: str) -> list[str]:
+    return [plain(text_of(cell)) for cell in rows(page, anchor)[head]]
 
 
-def text_of(root: ElementTree.Element) -> str:
-    return " ".join(" ".join(root.itertext()).split())
+def test_a_finished_run_has_every_section(page, run):
+    assert anchors(page) == SECTIONS
+    assert [link.get("href") for link in parse(page).iter("a")] == [f"#{name}" for name in SECTIONS]
+    drawn = {name: sum(node.get("class") == "plot" for node in section(page, name).iter()) for name in SECTIONS}
+    expected = {"recovery": 3, "parent": 1, "stored": 3, "surgery": 7, "post": 8, "curves": 12}
+    assert {name: n for name, n in drawn.items() if n} == expected
+    assert f"25 of 25 stages finished, in {duration(25 * 243.7)}." in page
+    assert page.count('aria-label="wrong"') == 4 + 4  # of images and of answers, told by a sign and not by colour alone
+    assert not list(run.glob("*.tmp")) and page == page_of(run)  # the same files give the same page
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
+def test_figures_are_those_of_the_summary(copy):
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["children"]["14b"] |= {"token_speedup": 7.7, "kl_final": 0.5, "kl_scratch": 0.25}
+    write_json(copy / "summary.json", summary)
+    ahead = manifest_of(copy, "8b-short-scratch")
+    write_json(copy / "8b-short-scratch" / "manifest.json", {**ahead, "metrics": {"kl": 2.2}})
+    page = page_of(copy)
+    for name, entry in {"parent": summary["parent"], **summary["children"]}.items():
+        kls = [decimal(entry.get(key)) for key in ("kl_after_surgery", "kl_final", "kl_scratch")]
+        least = "> " if name == "8b" else ""  # the pruned start was ahead before any training
+        told = [*kls, least + factor(entry.get("token_speedup")), decimal(entry["bits_per_byte"], 3)]
+        sizes, _, *found = cells(page, "numbers", name)
+        assert sizes == plain(f"{count(entry['parameters'])} {count(entry['decoder_parameters'])} decoder")
+        assert found == [*told, plain(percent(entry["digit_accuracy"]))]
+    assert "7.7× fewer tokens" in text_of(section(page, "recovery"))
+    best = [name for name, row in rows(page, "numbers").items() for cell in row if cell.get("class") == "best"]
+    assert best == ["8b", "3b"]  # the 14b is worse than its baseline now
 
 
-@pytest.fixture(scope="module")
-def page(finished) -> str:
-    return page_of(finished)
+def test_what_post_training_changed(page, run):
+    records = [json.loads(line) for line in (run / "14b-sft" / "metrics.jsonl").open()]
+    first, *_, last = [record for record in records if record["kind"] == "eval"]
+    change = lambda key: plain(f"{percent(first[key])} → {percent(last[key])}")
+    right, reward, *_, time = cells(page, "post", "14b-sft")
+    sources = " ".join(f"{source} {change(f'reward_accuracy_{source}')}" for source in ("sums", "pictures"))
+    assert right == f"{change('reward_accuracy')} {sources}" and time == "4 min 4 s 20 steps"
+    assert reward == f"{decimal(first['reward'])} → {decimal(last['reward'])} format 1.00 → 1.00"
+    assert "pairs judged right" in " ".join(cells(page, "post", "14b-reward"))
+    post = section(page, "post")
+    assert next(post.iter("h3")).text == "From 14b-base: 14b-sft, 14b-reward, 14b-instruct"
+    prompts, answers = ([text_of(n) for told in post.iter("dl") for n in told.iter(tag)] for tag in ("dt", "dd"))
+    assert prompts == ["4-2=?", "25-6=?", "[IMG] Sum?"] * 2
+    assert len(answers) == 3 * 4 and "✗ reward 0.100" in answers[2]  # a judge answers nothing
+    assert page.count("<code>[THINK]</code>") == 12 and '<span class="thinking">1 steps</span>' in page
 
 
-def test_a_finished_run_is_one_self_contained_page(page, finished):
-    root = parse(page)
-    assert len(page.encode()) < 3_000_000
-    assert not re.search(r"(?:src|href|data|action|xlink:href)=\"(?!#|data:image/png;base64,)", page)
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg\")", page)
-    assert not re.search(r"<script|\son\w+=|javascript:|@import|url\((?!#)", page)
-    ids = [node.get("id") for node in root.iter() if node.get("id")]
-    assert len(ids) == len(set(ids))
-    targets = re.findall(r'(?:href="|url\()#([\w-]+)', page)
-    assert targets and set(targets) <= set(ids)
-    pictures = [node for node in root.iter() if node.tag in ("svg", f"{SVG}svg", "img")]
-    assert len(pictures) > 30 and all(node.get("aria-label") or node.get("alt") for node in pictures)
-    assert not list(finished.glob("*.tmp"))
+def test_what_a_stored_teacher_leaves_out(page, run):
+    tail = manifest_of(run, "logits")["store"]["train"]["tail_mass"]
+    found = cells(page, "stored", "train")
+    assert found[:6] == ["topk, entries 32, bits 8", "160", "20 k", "5", "48.0 960 kB", "1.50"]
+    assert found[6:] == [f"{100 * tail[key]:.2f} %" for key in ("mean", "p50", "p99")] + [decimal(2 * tail["mean"])]
+    assert cells(page, "stored", "held")[5:] == ["–"] * 5
 
 
-def test_it_says_what_was_found(page):
-    text = text_of(parse(page))
+def test_bars_hold_all_tokens(monkeypatch):
+    """181 bins are 30 bars of six and one of one."""
+    counts, told = np.random.default_rng(0).integers(1, 50, len(EDGES)), split(STORE["codec"], np.random.default_rng(0))
+    told["tail_histogram"]["tokens"] = counts.tolist()
+    drawn = []
+    monkeypatch.setattr(charts, "lines", lambda shown, *_: drawn.append(shown))
+    charts.left_out("a", SplitSummary.model_validate(told), "ink")
+    [outline] = drawn[0]
+    assert (outline.y[::2] == outline.y[1::2]).all() and (outline.x[1:-1:2] == outline.x[2::2]).all()
+    np.testing.assert_allclose(outline.y[::2] * counts.sum(), np.add.reduceat(counts, np.arange(0, 181, 6)))
+    widths = np.log10(outline.x[1::2] / outline.x[::2])
+    np.testing.assert_allclose(widths, [widths[0]] * 30 + [widths[0] / 6])
+
+
+def test_what_surgery_cut(page, run):
     for name in CHILDREN:
-        assert re.search(rf"{name} reaches its scratch baseline’s KL with \d+(\.\d)?× fewer tokens", text)
-    for section in ("numbers", "recovery", "images", "text", "parent", "surgery", "cost", "stages", "curves"):
-        assert f'<section id="{section}">' in page
-    assert "19 of 19 stages finished in 37 min 43 s" in text  # a narrow space is white space to split()
-    assert "Read right of 24 held-out images: parent 24, 14b 24, 8b 23, 3b 21" in text
-    assert "8b drops 1 of 8 layers" in text and "3b drops 2 of 7 layers" in text
-    assert "3b keeps 48 of 64 directions" in text and "14b keeps 256 neurons per layer" in text
-    assert page.count("image/png;base64") == 24
-    assert page.count('aria-label="wrong"') == 4  # told by a sign, not by colour alone
+        recorded = manifest_of(run, f"{name}-pruned")["prune"]["kl"]
+        told = [decimal(recorded.get(step)) for step in ("layers", "width", "mlp", "tie")]
+        assert cells(page, "surgery", f"{name}-pruned")[4:] == told
+    assert cells(page, "surgery", "3b-pruned")[:4] == ["7 → 5", "64 → 48", "224 → 144", "now tied"]
+    scores = next(s for s in manifest_of(run, "8b-pruned")["prune"]["steps"] if s["step"] == "layers")
+    [dropped] = set(range(8)) - set(scores["kept"])
+    assert f"Layers: without {dropped}" in text_of(section(page, "surgery"))
 
 
-def test_dark_and_light_share_every_figure(page):
-    figures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
-    drawn = re.sub(r"<style>.*?</style>", "", figures, flags=re.S)
-    assert "var(--model-1)" in drawn
-    assert not re.search(r"#[0-9a-f]{6}\b", drawn)  # no colour that the scheme does not set
-    used = set(re.findall(r"var\(--([\w-]+)\)", page)) - {"sans", "mono", "accent"}
-    assert used <= set(PALETTE)
-    assert len({light for light, _ in PALETTE.values()}) == len(PALETTE)
+def test_stages_say_what_they_were_made_from(page, copy):
+    digests = {stage.name: stage.digest or "" for stage in read_run(copy).stages.values()}
+    source, _, tokens, steps, *_, own = cells(page, "stages", "14b-instruct")
+    assert source == f"14b-sft {digests['14b-sft'][:10]} judge 14b-reward {digests['14b-reward'][:10]}"
+    assert (tokens, steps, own) == ("–", "20", digests["14b-instruct"][:10])
+    assert cells(page, "time", "14b-rl")[-3:] == ["3 min 20 s", "60.0 %", "0"]
+    manifest = copy / "8b-short" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    broken = "3b-pruned was made from another 8b-short than the one that is here now."
+    assert broken in page_of(copy) and broken not in page
 
 
 @pytest.mark.parametrize(
     ("until", "expected"),
     [
-        ("parent", "No model has been made yet"),
-        ("14b-pruned", "and no child yet"),
-        ("14b-short", "From one 1.48"),
-        ("14b-base", "14b reaches its scratch baseline"),
+        ("parent", "parent stages"),
+        ("14b-pruned", "parent cost stages"),
+        ("14b-short", "recovery parent surgery cost stages curves"),
+        ("14b-base", "recovery parent surgery cost stages curves"),
     ],
 )
-def test_a_run_that_is_still_going(tmp_path, until, expected):
+def test_a_run_that_was_killed(tmp_path, until, expected):
     run = write_run(tmp_path / "run", until)
-    (run / until).mkdir()
-    root = parse(page_of(run))
-    assert expected in text_of(root)
-    assert f"begun: {until}" in text_of(root)
-    assert "samples" not in text_of(root)
-
-
-def test_torn_and_repeated_lines(tmp_path):
-    run = write_run(tmp_path / "run", "14b-pruned")
-    metrics = run / "parent" / "metrics.jsonl"
-    again = {"kind": "train", "step": 600, "tokens": 600 * TOKENS_PER_STEP, "loss": 1.25}
-    before = read_run(run).stages[0]
-    with metrics.open("ab") as file:
-        file.write(json.dumps(again).encode() + b'\n[1]\nnull\n{"kind": "eval", "step": 700, "tok\xc3')
-    after = read_run(run).stages[0]
-    assert len(after.train) == len(before.train) == 600 and after.train[-1]["loss"] == 1.25
-    assert after.evals == before.evals
-    (run / "parent" / "manifest.json").write_text('{"status": "fini')
-    run_read = read_run(run)
-    assert run_read.stages[0].state == "unfinished" and "parent/manifest.json" in run_read.notes[0]
+    write_stage(run / until, until, recipe()["stages"][until])
+    (run / until / "manifest.json").unlink()
     page = page_of(run)
-    assert "could not be read" in text_of(parse(page))
-    assert page == page_of(run)  # the same files give the same page
+    assert anchors(page) == expected.split() and f"begun: {until}." in page
+    stages = text_of(section(page, "stages"))
+    assert stages.count("unfinished") == 1 and "waiting" in stages
 
 
-def test_values_no_axis_can_show(tmp_path):
+def test_torn_and_repeated_lines_and_files(tmp_path):
+    run = write_run(tmp_path / "run", "14b-pruned", more=POST)
+    before = read_run(run).stages["parent"]
+    with (run / "parent" / "metrics.jsonl").open("ab") as file:
+        again = {"kind": "train", "step": 300, "tokens": 614400, "loss": 1.25}
+        file.write(json.dumps(again).encode() + b'\n[1]\nnull\n{"kind": "eval", "step": 700, "tok\xc3')
+    after = read_run(run).stages["parent"]
+    assert len(after.train) == len(before.train) == 300 and after.train[-1]["loss"] == 1.25
+    assert after.evals == before.evals
+    write_stage(run / "14b-cot", "14b-cot", POST["14b-cot"])
+    places = ("parent/manifest.json", "14b-cot/answers.json", "run/summary.json", "run/samples.json")
+    for place in places:
+        (run.parent / place if place.startswith("run") else run / place).write_text('{"status": "fini')
+    assert read_run(run).stages["parent"].state == "unfinished"
+    text = text_of(section(page_of(run), "stages"))
+    assert all(f"{place} could not be read and is left out." in text for place in places)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e300, -1.0, 0.0], ids=str)
+def test_values_no_axis_can_show(tmp_path, odd):
+    run = write_run(tmp_path / "run", "8b-pruned", more=POST)
+    write_stage(run / "14b-rl", "14b-rl", POST["14b-rl"])
+    for stage in ("parent", "14b-short", "14b-short-scratch", "14b-rl"):
+        records, path = [], run / stage / "metrics.jsonl"
+        for i, record in enumerate(map(json.loads, path.open())):
+            kept = record.keys() if i % 3 or record["kind"] == "time" else ("kind", "step", "tokens")
+            records.append({key: value if key in kept else odd for key, value in record.items()})
+        write_rows(path, records)
+        manifest = manifest_of(run, stage)
+        write_json(run / stage / "manifest.json", {**manifest, "metrics": dict.fromkeys(manifest["metrics"], odd)})
+    answers = [{"prompt": "7", "answer": "a", "reward": odd, "parts": {"accuracy": math.nan}}]
+    write_json(run / "14b-rl" / "answers.json", {"answers": answers})
+    assert {"recovery", "post"} <= set(anchors(page_of(run)))
+
+
+def test_no_text_becomes_markup(tmp_path):
     run = write_run(tmp_path / "run", "8b-pruned")
-    for stage in ("parent", "14b-short", "14b-short-scratch"):
-        path = run / stage / "metrics.jsonl"
-        odd = [math.nan, math.inf, -math.inf, 1e300, -1.0, 0.0, None, "x", True, 10**400]
-        rows = [
-            {"kind": kind, "step": 1000 + i, "tokens": 10**6 + i, "loss": value, "kl": value, "ce": value}
-            for i, value in enumerate(odd)
-            for kind in ("train", "eval")
-        ]
-        path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
-    manifest = json.loads((run / "14b-pruned" / "manifest.json").read_text())
-    prune = manifest["prune"]
-    prune["kl"] = {"mlp": math.nan}
-    prune["steps"] += [
-        {"step": "layers", "scores": [math.nan, 1e308, "x", 1.0], "kept": [0, math.nan, 3], "score": None},
-        {
-            "step": "width",
-            "retained_energy": math.inf,
-            "spectrum": {"index": [0, 1, math.nan], "energy": [math.nan, -1]},
-        },
-        "nonsense",
-    ]
-    prune["steps"][0]["layers"] += [{"all": [math.nan] * 5, "kept": [], "kept_share": math.nan}, 7, {"all": [1]}]
-    (run / "14b-pruned" / "manifest.json").write_text(json.dumps(manifest))
-    figures = {"parameters": 1e30, "bits_per_byte": math.nan, "digit_accuracy": math.inf, "kl_final": -1e300}
-    child = {**figures, "stages": {"short": "nowhere", "base": 3}}
-    write_json(run / "summary.json", {"parent": figures, "children": {"14b": child, "x": {}}, "wall_seconds": math.inf})
-    root = parse(page_of(run))
-    assert "NaN" in text_of(root) and "∞" in text_of(root)
-    assert not re.search(r'[dxy]="[^"]*(nan|inf)', ElementTree.tostring(root, encoding="unicode"))
-
-
-def test_no_name_or_answer_becomes_markup(tmp_path):
-    evil = "<img src=x onerror=alert(1)>\"'&${0}\x00\ud800"
     raw = recipe()
-    raw["name"] = evil
-    raw["stages"][evil] = {"do": evil, "from": evil}
-    raw["stages"]["../outside"] = {"do": "train"}
-    raw["family"]["children"] = {evil: "14b-base", "8b": "8b-base"}
-    run = write_run(tmp_path / "run", "8b-pruned")
-    write_json(run / "recipe.json", raw)
-    write_json(tmp_path / "outside" / "manifest.json", {"status": "finished", "versions": {"read": "outside"}})
-    manifest = json.loads((run / "14b-pruned" / "manifest.json").read_text())
-    manifest.update(versions={evil: evil}, git=evil, spec={"layers": evil})
-    write_json(run / "14b-pruned" / "manifest.json", manifest)
-    image = {"pixels": [[[0, 0, 0]]], "question": evil, "label": evil, "answers": {"parent": evil, evil: "7"}}
-    bad = [{"png": "bm8gcG5n"}, {"png": "%%"}, {"pixels": [[1]]}, {"pixels": [[[0] * 3] * 4000]}, 7, {}]
-    text = [{"prompt": evil, "continuations": {"parent": evil}}]
-    write_json(run / "samples.json", {"images": [image, *bad], "text": text})
+    raw["stages"] |= {EVIL: {"do": EVIL, "from": EVIL}, "../outside": {"do": "train"}, **POST}
+    raw["family"]["children"] |= {EVIL: "14b-base"}
+    write_json(run / "recipe.json", {**raw, "name": EVIL})
+    write_json(tmp_path / "outside" / "manifest.json", {"status": "read"})
+    write_stage(run / "14b-cot", "14b-cot", POST["14b-cot"])
+    records = run / "14b-cot" / "metrics.jsonl"
+    records.write_text(records.read_text().replace("reward_format", json.dumps(f"reward_{EVIL}")[1:-1]))
+    said = {"versions": {EVIL: EVIL}, "git": EVIL, "inputs": {EVIL: {"stage": EVIL, "digest": EVIL}}}
+    write_json(run / "14b-cot" / "manifest.json", {**manifest_of(run, "14b-cot"), **said})
+    answers = [{"prompt": json.dumps(EVIL), "answer": f"{EVIL}[THINK]{EVIL * 99}"}, {"prompt": EVIL, "answer": EVIL}]
+    write_json(run / "14b-cot" / "answers.json", {"answers": answers})
+    [good] = samples(1)["images"]
+    images = [good | {"question": EVIL, "label": EVIL, "answers": {EVIL: EVIL, "parent": EVIL}}]
+    images += [good | {"png": png} for png in ("bm8gcG5n", "%%", EVIL, good["png"] * 999)]
+    write_json(run / "samples.json", {"images": images})
     page = page_of(run)
     root = parse(page)
     assert [node.get("src", "")[:15] for node in root.iter("img")] == ["data:image/png;"]
     assert not any(name.startswith("on") for node in root.iter() for name in node.attrib)
-    assert page.count("onerror=") == page.count("&lt;img src=x onerror=")
-    assert "outside" not in text_of(root).replace("../outside", "")
+    assert page.count("onerror=") == page.count("&lt;img src=x onerror=") > 20
+    assert "{{ 7*7 }}" in page and "\x01" not in page  # no template in a template
+    assert "<code>[THINK]</code>" in page and "…" in page and "outside/manifest" not in page
     family = (run / "family.svg").read_text(encoding="utf-8")
-    assert "onerror" in family and "<img" not in family
-    ElementTree.fromstring(family)
+    assert "<img" not in family and ElementTree.fromstring(family) is not None
 
 
 def test_what_is_not_a_run(tmp_path):
@@ -196,145 +251,92 @@ def test_what_is_not_a_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
-def test_the_family_follows_from_the_stages_alone(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    (run / "summary.json").unlink()
-    write_json(run / "recipe.json", {key: value for key, value in recipe().items() if key != "family"})
-    found, told = read_run(run), read_run(finished)
-    assert [m.name for m in found.models] == [m.name for m in told.models] == ["parent", *CHILDREN]
-    for mine, theirs in zip(found.models, told.models, strict=True):
-        assert {r: s.name for r, s in mine.stages.items()} == {r: s.name for r, s in theirs.stages.items()}
-        for key in ("parameters", "decoder_parameters", "tokens", "kl_after_surgery", "kl_final", "kl_scratch"):
-            assert mine.figures[key] == pytest.approx(theirs.figures[key]), key
+def test_a_verb_is_known_by_its_class_alone(tmp_path, monkeypatch):
+    figures, curve = (Figure("largest", "largest <weight>", "", "lower"),), Curve("largest", "loss", "step")
+    known = reading.verbs() | {"shrink": SimpleNamespace(figures=figures, curve=curve)}
+    monkeypatch.setattr(reading, "verbs", lambda: known)
+    more = {"small": {"do": "shrink", "from": "parent"}, "lost": {"do": "not-installed", "from": "parent"}}
+    run = write_run(tmp_path / "run", "14b-pruned", more)
+    for name, settings in more.items():
+        write_stage(run / name, name, settings)
+        records = [{"kind": k, "step": i, "loss": 1.0, "largest": 4 - i} for i in range(3) for k in ("train", "eval")]
+        write_rows(run / name / "metrics.jsonl", records)
+        write_json(run / name / "manifest.json", {**manifest_of(run, name), "metrics": {"largest": 2.0}})
+    page = page_of(run)
+    assert cells(page, "stages", "small")[1] == "largest <weight> 4.00 → 2.00"
+    assert cells(page, "stages", "lost")[1] == "–"
+    labels = [str(node.get("aria-label")) for node in parse(page).iter()]
+    assert "largest <weight> of small against steps." in labels and not any("of lost" in label for label in labels)
 
 
-def test_lineage_that_no_longer_holds_is_told(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    assert "was made from another" not in stages(read_run(run))
-    manifest = run / "8b-short" / "manifest.json"
-    manifest.write_text(manifest.read_text() + "\n")
-    assert "3b-pruned was made from another 8b-short than the one that is here now" in stages(read_run(run))
-
-
-def rows(*points: tuple[float, float]) -> list[dict[str, float]]:
-    return [{"tokens": float(tokens), "kl": kl} for tokens, kl in points]
-
-
-def test_crossing():
-    scratch = rows((0, 8.0), (100, 4.0), (1000, 1.0))
-    found = crossing(rows((0, 3.0), (100, 2.0), (200, 0.0 + 0.5), (1000, 0.1)), scratch)
-    assert found is not None and found.tokens == pytest.approx(100 + 100 * (1.0 / 1.5))
-    assert found.speedup == pytest.approx(1000 / found.tokens)
-    at_once = crossing(rows((0, 0.5), (10, 0.4)), scratch)
-    assert at_once is not None and (at_once.tokens, at_once.speedup) == (0.0, 100.0)
-    never = crossing(rows((0, 3.0), (1000, 1.5)), scratch)
-    assert never is not None and never.tokens is None and never.speedup is None
-    assert crossing([], scratch) is None and crossing(scratch, []) is None and crossing(scratch, scratch[:1]) is None
-    assert series([{"tokens": 1.0, "kl": math.nan}, {"kl": 2.0}, {"tokens": 3.0, "kl": 4.0}], "kl") == ([3.0], [4.0])
-
-
-def test_crossing_agrees_with_the_summary(finished):
-    from ministral_jax.runs.summary import token_speedup
-
-    for child in read_run(finished).children:
-        pruned, scratch = child.stages["short"].evals, child.stages["scratch_short"].evals
-        found = crossing(pruned, scratch)
-        assert found is not None and found.speedup == pytest.approx(token_speedup(pruned, scratch))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_components_add_up(name):
-    spec = PRESETS[name]
-    assert sum(parameters_of(spec).values()) == spec.parameters
-    for length in (1, 4096):
-        assert sum(flops_of(spec, length).values()) == spec.flops_per_token(length)
+def test_the_family_is_known_before_there_is_a_summary(run, copy):
+    (copy / "summary.json").unlink()
+    found, told = read_run(copy), read_run(run)
+    assert [m.name for m in found.members] == [m.name for m in told.members] == ["parent", *CHILDREN]
+    for mine, theirs in zip(found.members, told.members, strict=True):
+        assert mine.spec == theirs.spec and mine.stages == theirs.stages and mine.published is None
+    assert anchors(page_of(copy)) == SECTIONS[1:]  # no figure that the run has not published
+    write_json(copy / "recipe.json", {**recipe(), "family": None})
+    assert [m.name for m in read_run(copy).members] == ["parent", "14b-pruned", "8b-pruned", "3b-pruned"]
 
 
 @pytest.mark.parametrize("portrait", [False, True])
-def test_family_areas_are_parameters(portrait):
+def test_family_areas_are_parameters(run, portrait):
     """Drawn areas over parameters is one constant for every matrix group of every model."""
-    told = summary()
-    told["parent"]["spec"] = spec_of("parent")
-    for name, entry in told["children"].items():
-        entry["spec"] = spec_of(name).model_dump(mode="json")
-    root = ElementTree.fromstring(family_figure(told, portrait))
-    assert "8b: " in str(root.get("aria-label"))
-    groups = root.findall(f"{SVG}g")[:4]
-    ratios = []
-    for group, spec in zip(groups, map(spec_of, ("parent", *CHILDREN)), strict=True):
-        sizes = {
-            kind: sum(float(r.get("width", 0)) for r in group if r.get("class") == kind)
-            for kind in ("mlp", "attention")
-        }
-        parts = parameters_of(spec)
-        ratios += [sizes["mlp"] / parts["feed-forward"], sizes["attention"] / parts["attention"]]
-        assert sum(r.get("class") == "mlp" for r in group) == spec.layers
-        assert sum(r.get("class") == "embeddings" for r in group) == (1 if spec.tied else 2)
+    members, ratios = read_run(run).members, []
+    root = ElementTree.fromstring(family_figure(members, portrait))
+    towers = [group for group in root if sum(part.get("class") == "mlp" for part in group) > 1]
+    for tower, spec in zip(towers, (member.spec for member in members), strict=True):
+        assert spec is not None
+        for kind, component in (("mlp", "feed-forward"), ("attention", "attention")):
+            width = sum(float(part.get("width", 0)) for part in tower if part.get("class") == kind)
+            ratios.append(width / spec.components[component])
+        kinds = [part.get("class") for part in tower]
+        assert kinds.count("mlp") == spec.layers and kinds.count("embeddings") == (1 if spec.tied else 2)
     assert max(ratios) / min(ratios) < 1.01
-    assert len({r.get("height") for group in groups for r in group}) == 1
+    assert len({part.get("height") for tower in towers for part in tower}) == 1
+    ElementTree.fromstring(family_figure([]))
 
 
-def test_family_of_what_little_is_known():
-    for told in (
-        {},
-        {"parent": None, "children": {}},
-        {"parent": {}, "children": {"a": {}}},
-        {"children": {"a": {"parameters": 5e6}}},
-    ):
-        ElementTree.fromstring(family_figure(told))
-
-
-def test_many_images_and_none(tmp_path):
-    import numpy as np
-
+def test_many_images(tmp_path):
     run = write_run(tmp_path / "run", "parent")
-    assert 'id="images"' not in page_of(run)
-    write_json(run / "samples.json", samples(np.random.default_rng(1), images=70))
+    write_json(run / "samples.json", samples(images=70))
     page = page_of(run)
     assert page.count("image/png;base64") == 48 and "The first 48 of 70 are shown." in page
+    assert page.count("Which digit is this?") == 1
 
 
-def test_markup_escapes_unless_it_is_markup():
-    made = el("p", "<b>", Html("<b></b>"), ["&", None, [el("br")]], class_='"x"', hidden=False, data_x=1)
-    assert made == '<p class="&quot;x&quot;" data-x="1">&lt;b&gt;<b></b>&amp;<br /></p>'
-    assert not isinstance(Html("<b>") + "<i>", Html)  # what is concatenated is text again
-    assert el("p", "a\x00\ud800b") == "<p>a\ufffd\ufffdb</p>"
+def test_dark_and_light_share_every_figure(page):
+    drawn = re.sub(r"<style>.*?</style>", "", "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S)), flags=re.S)
+    assert "var(--model-1)" in drawn and not re.search(r"#[0-9a-f]{6}\b", drawn)  # no colour but the scheme's
+    assert set(re.findall(r"var\(--([\w-]+)\)", page)) - {"sans", "mono", "accent"} <= set(PALETTE)
+    assert len({light for light, _ in PALETTE.values()}) == len(PALETTE)
 
 
-def test_numbers_as_people_write_them():
-    plain = lambda text: text.replace(THIN, " ")
-    counts = {
-        0: "0",
-        7: "7",
-        999: "999",
-        1000: "1 k",
-        1.48e6: "1.48 M",
-        999_999: "1 M",
-        23.98e9: "24 B",
-        1e30: "1 × 10³⁰",
-    }
-    for value, text in counts.items():
-        assert plain(count(value)) == text
-    assert plain(count(2.5e9, "FLOP", "si")) == "2.5 GFLOP"
-    decimals = {
-        0.0: "0.000",
-        0.012: "0.012",
-        1.934: "1.93",
-        12.34: "12.3",
-        123.4: "123",
-        3.1e-5: "3.1 × 10⁻⁵",
-        -2.5: "-2.50",
-    }
-    for value, text in decimals.items():
-        assert plain(decimal(value)) == text
-    assert [tick(v) for v in (0.1, 0.05, 2.0, 1e-4, 20.0)] == ["0.1", "0.05", "2", "10⁻⁴", "20"]
-    assert [plain(percent(v)) for v in (0.975, 0.99973, 1.0, 0.0)] == ["97.5 %", "99.97 %", "100.0 %", "0.0 %"]
-    assert [factor(v) for v in (8.44, 12.3)] == ["8.4×", "12×"]
-    times = {4.24: "4.2 s", 59.7: "1 min", 725: "12 min 5 s", 11_520: "3 h 12 min", 183_600: "2 d 3 h"}
-    for value, text in times.items():
-        assert plain(duration(value)) == text
-    for write in (count, decimal, percent, factor, duration):
-        assert [write(v) for v in (None, math.nan, math.inf)] == ["–", "NaN", "∞"]
-    assert ranges([5, 3, 4, 9]) == "3–5, 9"
+def test_lines_that_cannot_be_drawn():
+    log = Axis("y", log=True)
+    for x, y in (([], []), ([1], [-1]), ([1, 2, math.inf], [math.nan, 1e300, 1])):
+        assert lines([Line(x, y)], Axis(), log, "a") is None
+    drawn = str(lines([Line([1, 2], [0.0, 1.0], label="a<b>&")], Axis(), log, '"<alt>"'))
+    assert "a&lt;b&gt;&amp;" in drawn and "<alt>" not in drawn
+    many = charts.thin(np.linspace(0.01, 0.02, 100_000))
+    assert len(many) <= 400 and many.mean() == pytest.approx(0.015)
+    np.testing.assert_allclose(charts.smooth(np.arange(100.0)), np.arange(100.0))  # a straight line stays one
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (count, {0: "0", 999: "999", 1000: "1 k", 1.48e6: "1.48 M", 999_999: "1 M", 1e30: "1 × 10³⁰", 2.4e10: "24 B"}),
+        (lambda value: count(value, "FLOP", "si"), {2.5e9: "2.5 GFLOP"}),
+        (decimal, {0.0: "0.000", 0.012: "0.012", 1.934: "1.93", 123.4: "123", -2.5: "-2.50", 3.1e-5: "3.1 × 10⁻⁵"}),
+        (tick, {0.1: "0.1", 0.05: "0.05", 2.0: "2", 1e-4: "10⁻⁴", 20.0: "20", 0.0: "0"}),
+        (percent, {0.975: "97.5 %", 0.99973: "99.97 %", 1.0: "100.0 %", 0.0: "0.0 %"}),
+        (factor, {8.44: "8.4×", 12.3: "12×"}),
+        (duration, {4.24: "4.2 s", 59.7: "1 min", 725: "12 min 5 s", 11_520: "3 h 12 min", 183_600: "2 d 3 h"}),
+    ],
+)
+def test_numbers_as_people_write_them(write, told):
+    assert {value: plain(write(value)) for value in told} == told
+    if write is not tick:
+        assert [write(value) for value in (None, math.nan, math.inf)] == ["–", "NaN", "∞"]
