@@ -22,7 +22,7 @@ import numpy as np
 
 from ministral_jax.alignment import code_reward, mathematics, reward_functions
 from ministral_jax.alignment.answer import Sample
-from ministral_jax.alignment.rewards import AnyReward, RubricReward
+from ministral_jax.alignment.rewards import AccuracyReward, AnyReward, RubricReward
 from ministral_jax.distributed.lifetime import die_with
 from ministral_jax.errors import UserError
 
@@ -203,9 +203,9 @@ def _prepare_worker(job: int, rewards: tuple[AnyReward, ...]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     die_with(job)
-    # Imports now, since the time of a sample counts from when a worker takes it.
+    # Imports and grammars now, since the time of a sample counts from when a worker takes it.
     if any(reward.kind == "accuracy" for reward in rewards):
-        importlib.import_module("math_verify")
+        mathematics.check_gold({"answer": "x + 1"}, AccuracyReward(), "")
     for path in (path for reward in rewards for path in _paths(reward)):
         with suppress(Exception):  # said when it is called
             resolve(path, "rewards")

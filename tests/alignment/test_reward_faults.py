@@ -37,12 +37,12 @@ def run(begun: Path, run_dir: Path, function: str, on_error: str) -> int:
         "stages.rl.steps=2",
         f"defaults.grpo.rewards={{mine: {{kind: user, function: 'fault_cases:{function}'}}}}",
         f"stages.rl.on_error={on_error}",
-        "stages.rl.reward_seconds=2",
+        f"stages.rl.reward_seconds={4 if function == 'sleeps' else 60}",
     ]
     return main(["run", RECIPE, "rl", *words, "--run-dir", str(run_dir)])
 
 
-@pytest.mark.parametrize(("function", "what"), [("raises", "ValueError: cannot judge that"), ("sleeps", "2 s")])
+@pytest.mark.parametrize(("function", "what"), [("raises", "ValueError: cannot judge that"), ("sleeps", "than 4 s")])
 def test_stop_names_the_reward_and_the_row(begun, tmp_path, capsys, function, what):
     assert run(begun, tmp_path / "run", function, "stop") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
