@@ -132,36 +132,27 @@ def test_chats_with_tools_are_encoded_as_in_mistral_common(name, tokenizer):
         assert prompt.tokens.tolist() == expected[: len(prompt.tokens)] and not set(prompt.flags) - {0, TRAINABLE}
 
 
-@pytest.mark.parametrize(
-    ("name", "spoken"),
-    [
-        ("one turn", ["Hi there.</s>"]),
-        ("system and turns", ["b\n</s>", "five</s>"]),
-        ("reasoning without tools", ["[THINK]easy[/THINK]4</s>"]),
-        (
-            "reasoning",
-            [
-                '[THINK]call it[/THINK]one moment[TOOL_CALLS]add[ARGS]{"a": 1}</s>',
-                "[THINK]fine[/THINK]It is 2. </s>",
-            ],
-        ),
-        (
-            "several, answered in another order",
-            [
-                '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]weather[ARGS]{}</s>',
-                "[TOOL_CALLS]add[ARGS]{}</s>",
-                "Both [TOOL_CALLS]</s>",
-                "z</s>",
-            ],
-        ),
+SPOKEN = {
+    "one turn": ["Hi there.</s>"],
+    "system and turns": ["b\n</s>", "five</s>"],
+    "reasoning without tools": ["[THINK]easy[/THINK]4</s>"],
+    "reasoning": [
+        '[THINK]call it[/THINK]one moment[TOOL_CALLS]add[ARGS]{"a": 1}</s>', "[THINK]fine[/THINK]It is 2. </s>",
     ],
-)
-def test_what_the_assistant_wrote_and_nothing_else_is_a_target(name, spoken, tokenizer):
+    "several, answered in another order": [
+        '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]weather[ARGS]{}</s>', "[TOOL_CALLS]add[ARGS]{}</s>",
+        "Both [TOOL_CALLS]</s>", "z</s>",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_what_the_assistant_wrote_and_nothing_else_is_a_target(name, tokenizer):
     document = rendered(*CHATS[name], tokenizer)
     on = np.flatnonzero(document.flags)
     assert set(document.flags[on]) == {TRAINABLE}
     runs = np.split(document.tokens[on], np.flatnonzero(np.diff(on) > 1) + 1)
-    assert [tokenizer.tekken.decode(run.tolist(), SpecialTokenPolicy.KEEP) for run in runs] == spoken
+    assert [tokenizer.tekken.decode(run.tolist(), SpecialTokenPolicy.KEEP) for run in runs] == SPOKEN[name]
 
 
 ORDERS = [

@@ -156,7 +156,11 @@ def test_digits_are_what_they_were():
     pixels = (load_digits(return_X_y=True)[0] * 255 / 16).round().astype(np.uint8)
     content = hashlib.sha256(pixels.tobytes()).hexdigest()
     assert source.digest == digest_of(["digits", None, content])
-    document = next(read_documents(source))
+    documents = list(read_documents(source))
+    assert len(documents) == 1797 and {parts(document)[0] for document in documents} == set("0123456789")
+    picture = np.asarray(parts(documents[0], 0)[0])
+    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8 and picture.max() == 255
+    document = documents[0]
     assert parts(document) == (document.columns["answer"],) and parts(document, 0)[1] == "Digit?" and not document.key
 
 
