@@ -62,11 +62,11 @@ wheel: $(VENV)/installed
 
 # A page or a link that is missing is an error. Nothing is fetched, and the pages fetch nothing.
 docs: $(VENV)/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Their outputs are not kept: a cell that raises is an error.
 notebooks: $(VENV)/docs
-	JAX_PLATFORMS=cpu $(BIN)/jupyter-execute examples/*.ipynb
+	JAX_PLATFORMS=cpu $(BIN)/jupyter-execute --startup_timeout=300 examples/*.ipynb
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
