@@ -1,7 +1,7 @@
 """A run directory as typed values. Bears what a killed or unfinished run leaves behind.
 
-run = read_run(Path("runs/tiny"))
-run.stages["14b-short"].evals[-1]["kl"], run.members[1].figure("token_speedup")
+Of `run = read_run(Path("runs/tiny"))`, for instance, `run.stages["14b-short"].evals[-1]["kl"]`, or
+`run.members[1].figure("token_speedup")`.
 """
 
 from __future__ import annotations
