@@ -47,6 +47,21 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+def matrix_products(function, *arguments, largest):
+    """How many a program has, none of whose arrays is larger than `largest`."""
+    found = list(equations(jax.make_jaxpr(function)(*arguments).jaxpr))
+    assert max(out.aval.size for equation in found for out in equation.outvars) == largest
+    return sum(equation.primitive.name == "dot_general" for equation in found)
+
+
+def check_memory(gradient, vocab=4_096, width=16, chunk=32):
+    """Of the compiled `gradient` of `abstract` arguments: it does not grow with the tokens times the vocabulary."""
+    compiled = (jax.jit(gradient).lower(*abstract(tokens, vocab, width)).compile() for tokens in (256, 1_024))
+    small, large = (program.memory_analysis().temp_size_in_bytes for program in compiled)
+    assert large - small < 768 * width * 4 * 8  # a few copies of the hidden states, 1/32 of one array of added logits
+    assert large < 4 * (width + 6 * chunk) * vocab
+
+
 def abstract(tokens, vocab, width, rows=2):
     f32, s32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.ShapeDtypeStruct
     position = (rows, tokens // rows)

@@ -41,10 +41,14 @@ from ministral_jax.losses.sparse import compare_sampled, compare_topk
 from ministral_jax.losses.targets import (
     DEFAULT_CHUNK,
     Dense,
+    Head,
     Hidden,
+    Labels,
     LossOptions,
     Metrics,
+    PerToken,
     Sampled,
+    States,
     Targets,
     TopK,
     check_options,
@@ -57,19 +61,19 @@ Arrays = TypeVar("Arrays")
 class Inputs(NamedTuple):
     """What a loss is taken of; `targets` and `mask` where there are some."""
 
-    hidden: Float[Array, "B T D"]
-    head: Float[Array, "D V"]
+    hidden: States
+    head: Head
     targets: Targets | None
-    labels: Int[Array, "B T"]
-    mask: Float[Array, "B T"] | None
+    labels: Labels
+    mask: PerToken | None
 
 
 def distillation_loss(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    hidden: States,
+    head: Head,
     targets: Targets,
-    labels: Int[Array, "B T"],
-    mask: Float[Array, "B T"],
+    labels: Labels,
+    mask: PerToken,
     options: LossOptions,
     vocab_axis: Axis = None,
 ) -> tuple[Array, Metrics]:
@@ -106,12 +110,7 @@ def distillation_loss(
 
 
 def cross_entropy(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
-    labels: Int[Array, "B T"],
-    mask: Float[Array, "B T"],
-    chunk: int = DEFAULT_CHUNK,
-    vocab_axis: Axis = None,
+    hidden: States, head: Head, labels: Labels, mask: PerToken, chunk: int = DEFAULT_CHUNK, vocab_axis: Axis = None
 ) -> tuple[Array, Metrics]:
     """Sum of the cross-entropy (nats) over counted tokens, and metrics `ce` and `accuracy` as (sum, count).
 
@@ -126,10 +125,10 @@ def cross_entropy(
 
 
 def evaluate_positions(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    hidden: States,
+    head: Head,
     targets: Targets | None,
-    labels: Int[Array, "B T"],
+    labels: Labels,
     chunk: int = DEFAULT_CHUNK,
     vocab_axis: Axis = None,
 ) -> dict[str, Shaped[Array, "B T"]]:
@@ -160,7 +159,7 @@ def evaluate_positions(
 
 Chunk = tuple[Float[Array, "B c D"], Any, Int[Array, "B c"]]
 """Hidden states, what is known of the teacher (`_unpack`), and labels."""
-Heads = tuple[Float[Array, "D V"], Float[Array, "D' V"] | None]
+Heads = tuple[Head, Float[Array, "D' V"] | None]
 """The student's and, where logits are made of its hidden states, the teacher's."""
 
 
@@ -212,7 +211,7 @@ def _compare(
     return compare(teacher.astype(q.logits.dtype), q, best, options)
 
 
-def chunk_logits(hidden: Float[Array, "B c D"], kernel: Float[Array, "D V"]) -> Float[Array, "B c V"]:
+def chunk_logits(hidden: Float[Array, "B c D"], kernel: Head) -> Float[Array, "B c V"]:
     """In the accumulator's dtype."""
     return jnp.einsum("bcd,dv->bcv", hidden, kernel, preferred_element_type=accumulator(hidden))
 
@@ -222,7 +221,7 @@ def chunk_logits(hidden: Float[Array, "B c D"], kernel: Float[Array, "D V"]) -> 
 
 Sums = tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, ""]]
 """Of the loss, of the readings by name, and of the weights."""
-Gradients = tuple[Float[Array, "B T D"], Float[Array, "D V"]]
+Gradients = tuple[States, Head]
 
 
 def _loss_value(inputs: Inputs, options: LossOptions, axis: Axis) -> Sums:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from ministral_jax.distributed.placement import Placement, Rules
 from ministral_jax.losses.head import LossHead
-from ministral_jax.losses.targets import Hidden
+from ministral_jax.losses.targets import Hidden, PerToken
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, Params, head_matrix
 
@@ -120,9 +120,7 @@ def sums(batch: Batch, readings: dict[str, Shaped[Array, "B T"]]) -> dict[str, A
     return total | ({"kl": (counted * readings["kl"]).sum()} if "kl" in readings else {})
 
 
-def _calibration(
-    counted: Float[Array, "B T"], confidence: Float[Array, "B T"], right: Bool[Array, "B T"]
-) -> Float[Array, "3 bins"]:
+def _calibration(counted: PerToken, confidence: PerToken, right: Bool[Array, "B T"]) -> Float[Array, "3 bins"]:
     """Of the positions whose prediction has a probability within each bin: how many, their probabilities, how many are
     right; sums."""
     bins = jnp.minimum((confidence * CALIBRATION_BINS).astype(jnp.int32), CALIBRATION_BINS - 1)

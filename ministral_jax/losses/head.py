@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 from ministral_jax.distributed.placement import Placement, Rules, partition
 from ministral_jax.losses.chunked import Inputs, cross_entropy, distillation_loss, evaluate_positions
@@ -24,9 +24,13 @@ from ministral_jax.losses.logprobs import label_logprobs
 from ministral_jax.losses.targets import (
     DEFAULT_CHUNK,
     Dense,
+    Head,
     Hidden,
+    Labels,
     LossOptions,
     Metrics,
+    PerToken,
+    States,
     Targets,
     check_shapes,
 )
@@ -45,58 +49,29 @@ class LossHead:
     teacher_rules: Rules | None = None
 
     def distillation_loss(
-        self,
-        hidden: Float[Array, "B T D"],
-        head: Float[Array, "D V"],
-        targets: Targets,
-        labels: Int[Array, "B T"],
-        mask: Float[Array, "B T"],
-        options: LossOptions,
+        self, hidden: States, head: Head, targets: Targets, labels: Labels, mask: PerToken, options: LossOptions
     ) -> tuple[Array, Metrics]:
         """See `chunked.distillation_loss`."""
-
-        def local(x: Inputs, axis: Axis) -> tuple[Array, Metrics]:
-            assert x.targets is not None and x.mask is not None
-            return distillation_loss(x.hidden, x.head, x.targets, x.labels, x.mask, options, axis)
-
+        local = lambda x, axis: distillation_loss(*x, options=options, vocab_axis=axis)
         return self._mapped(local, True, Inputs(hidden, head, targets, labels, mask))
 
     def cross_entropy(
-        self,
-        hidden: Float[Array, "B T D"],
-        head: Float[Array, "D V"],
-        labels: Int[Array, "B T"],
-        mask: Float[Array, "B T"],
-        chunk: int = DEFAULT_CHUNK,
+        self, hidden: States, head: Head, labels: Labels, mask: PerToken, chunk: int = DEFAULT_CHUNK
     ) -> tuple[Array, Metrics]:
         """See `chunked.cross_entropy`."""
-
-        def local(x: Inputs, axis: Axis) -> tuple[Array, Metrics]:
-            assert x.mask is not None
-            return cross_entropy(x.hidden, x.head, x.labels, x.mask, chunk, axis)
-
+        local = lambda x, axis: cross_entropy(x.hidden, x.head, x.labels, x.mask, chunk, axis)
         return self._mapped(local, True, Inputs(hidden, head, None, labels, mask))
 
     def evaluate_positions(
-        self,
-        hidden: Float[Array, "B T D"],
-        head: Float[Array, "D V"],
-        targets: Targets | None,
-        labels: Int[Array, "B T"],
-        chunk: int = DEFAULT_CHUNK,
+        self, hidden: States, head: Head, targets: Targets | None, labels: Labels, chunk: int = DEFAULT_CHUNK
     ) -> dict[str, Shaped[Array, "B T"]]:
         """See `chunked.evaluate_positions`; the readings lie as the labels do."""
         local = lambda x, axis: evaluate_positions(x.hidden, x.head, x.targets, x.labels, chunk, axis)
         return self._mapped(local, False, Inputs(hidden, head, targets, labels, None))
 
     def label_logprobs(
-        self,
-        hidden: Float[Array, "B T D"],
-        head: Float[Array, "D V"],
-        labels: Int[Array, "B T"],
-        temperature: float = 1.0,
-        chunk: int = DEFAULT_CHUNK,
-    ) -> dict[str, Float[Array, "B T"]]:
+        self, hidden: States, head: Head, labels: Labels, temperature: float = 1.0, chunk: int = DEFAULT_CHUNK
+    ) -> dict[str, PerToken]:
         """See `logprobs.label_logprobs`; both results lie as the labels do."""
         local = lambda x, axis: label_logprobs(x.hidden, x.head, x.labels, temperature, chunk, axis)
         return self._mapped(local, False, Inputs(hidden, head, None, labels, None))

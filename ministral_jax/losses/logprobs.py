@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
 
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import (
@@ -25,20 +24,20 @@ from ministral_jax.losses.chunked import (
     where_counted,
 )
 from ministral_jax.losses.divergences import Axis, categorical, logit_at, reduce_over
-from ministral_jax.losses.targets import DEFAULT_CHUNK, check_shapes
+from ministral_jax.losses.targets import DEFAULT_CHUNK, Head, Labels, PerToken, States, check_shapes
 
-Readings = tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]
+Readings = tuple[PerToken, PerToken, PerToken]
 """Log-probability, entropy and logsumexp."""
 
 
 def label_logprobs(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
-    labels: Int[Array, "B T"],
+    hidden: States,
+    head: Head,
+    labels: Labels,
     temperature: float = 1.0,
     chunk: int = DEFAULT_CHUNK,
     vocab_axis: Axis = None,
-) -> dict[str, Float[Array, "B T"]]:
+) -> dict[str, PerToken]:
     """`logprob`, log softmax(logits / temperature) at the label, and `entropy` of that distribution.
 
     Both are in nats and float32 (float64 for float64 hidden states). `logprob` is differentiable in `hidden` and

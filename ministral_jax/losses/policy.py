@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 
 from ministral_jax.errors import UserError
-from ministral_jax.losses.targets import Metrics
+from ministral_jax.losses.targets import Metrics, PerToken
 from ministral_jax.settings import Frozen
 
 LossType = Literal["magistral", "dapo", "grpo", "dr_grpo"]
@@ -132,11 +132,7 @@ def _centred(values: np.ndarray, used: np.ndarray, axis: int | None) -> np.ndarr
 
 
 def policy_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
-    options: PolicyOptions,
+    logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, weights: PerToken, options: PolicyOptions
 ) -> tuple[Array, Metrics]:
     """Sum of weights times -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A), and metrics as (sum, count).
 

@@ -28,7 +28,7 @@ from ministral_jax.losses.divergences import (
     Categorical,
     Comparison,
     Logits,
-    PerToken,
+    Reduced,
     logsumexp,
     maximum,
     reduce_over,
@@ -39,7 +39,7 @@ from ministral_jax.losses.targets import Sampled, TopK
 Ids = Int[Array, "... W"]
 
 
-def compare_topk(targets: TopK, q: Categorical, best: PerToken) -> Comparison:
+def compare_topk(targets: TopK, q: Categorical, best: Reduced) -> Comparison:
     """Student q, whose highest logits are `best`, against `TopK` targets.
 
     The readings are `kl`, `agreement` (the student's top is the teacher's most probable entry, a tie on either side
@@ -89,7 +89,7 @@ def _excess(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Arr
     return jnp.maximum(jnp.where((p > 0) & (ratio > -1), near, q + p * (ratio - 1)), 0)
 
 
-def _normalised(targets: TopK, q: Categorical) -> tuple[Float[Array, "... W"], PerToken]:
+def _normalised(targets: TopK, q: Categorical) -> tuple[Float[Array, "... W"], Reduced]:
     """Log-probabilities of the kept ids and of the tail that sum to one."""
     log_p, tail = targets.logprobs.astype(q.lse.dtype), targets.tail.astype(q.lse.dtype)
     if targets.ids.shape[-1] == q.logits.shape[-1] * shard_count(q.axis):

@@ -17,6 +17,10 @@ from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
 DEFAULT_CHUNK = 512
+States = Float[Array, "B T D"]
+Head = Float[Array, "D V"]
+Labels = Int[Array, "B T"]
+PerToken = Float[Array, "B T"]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 """(sum, count) by name: of parts of a batch they add up."""
 
@@ -64,7 +68,7 @@ class TopK(NamedTuple):
 
     ids: Int[Array, "B T W"]
     logprobs: Float[Array, "B T W"]
-    tail: Float[Array, "B T"]
+    tail: PerToken
 
 
 class Sampled(NamedTuple):
@@ -76,7 +80,7 @@ class Sampled(NamedTuple):
 
     ids: Int[Array, "B T S"]
     counts: Shaped[Array, "B T S"]
-    entropy: Float[Array, "B T"]
+    entropy: PerToken
 
 
 Targets = Hidden | Dense | TopK | Sampled
@@ -98,7 +102,7 @@ def check_options(options: LossOptions, kind: str) -> None:
 
 
 def check_shapes(
-    hidden: Array, head: Array, targets: Targets | None, labels: Array, mask: Array | None = None, shards: int = 1
+    hidden: States, head: Head, targets: Targets | None, labels: Labels, mask: PerToken | None = None, shards: int = 1
 ) -> None:
     """Raise `UserError` when the arguments of a loss do not fit together; V of the heads is cut over `shards`."""
     positions = hidden.shape[:2]

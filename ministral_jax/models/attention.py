@@ -21,6 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 KEEP = "keep"
+Queries = Float[Array, "B T H h"]
+KeyValues = Float[Array, "B T K h"]
 Implementation = Literal["auto", "xla", "blockwise"]
 
 
@@ -48,12 +50,12 @@ def keep(x: Array) -> Array:
 
 
 def attend(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    q: Queries,
+    k: KeyValues,
+    v: KeyValues,
     segments: Int[Array, "B T"] | None = None,
     spec: AttentionSpec = AttentionSpec(),
-) -> Float[Array, "B T H h"]:
+) -> Queries:
     """softmax(q kᵀ / √h) v within a segment, softmax in float32 or wider; in q's dtype.
 
     K divides H: query head n reads key head n // (H/K). `segments` are >= 0, or None for one segment per row. Token t
@@ -103,14 +105,7 @@ class Part(NamedTuple):
         return rearrange(_every(self.starts, self.segments.shape[1] // len(self.starts), 1), "c t -> (c t)")
 
 
-def attend_parts(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    queries: Part,
-    keys: Part,
-    spec: AttentionSpec,
-) -> Float[Array, "B T H h"]:
+def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Part, spec: AttentionSpec) -> Queries:
     """`attend` for tokens of one sequence and others whose keys are given in ascending order."""
     K = k.shape[2]
     q = q * q.shape[-1] ** -0.5
@@ -145,12 +140,7 @@ Column = Float[Array, "B K G t 1"]
 
 
 def into_tiles(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    queries: Part,
-    keys: Part,
-    block: int,
+    q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Part, block: int
 ) -> tuple[QueryTiles, KeyTiles, KeyTiles, Tiles, Tiles]:
     """Arrays by tiles and what these are; each chunk is padded to whole tiles."""
 
@@ -168,7 +158,7 @@ def into_tiles(
     return q, k, v, tiles(queries), tiles(keys)
 
 
-def from_tiles(out: QueryTiles, tokens: int, chunks: int) -> Float[Array, "B T H h"]:
+def from_tiles(out: QueryTiles, tokens: int, chunks: int) -> Queries:
     """Without the padding."""
     out = rearrange(out, "(c n) B K G t h -> B c (n t) (K G) h", c=chunks)[:, :, : tokens // chunks]
     return rearrange(out, "B c t H h -> B (c t) H h")

@@ -134,10 +134,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        tokens: Tokens,
-        past: Past | None,
+        self, x: Float[Array, "B T D"], tokens: Tokens, past: Past | None
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K h"], Float[Array, "B T K h"]]]:
         s = self.spec
         D, H, K, h, _ = s.axes
@@ -190,11 +187,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        tokens: Tokens,
-        tap: Tap | None,
-        past: Past | None,
+        self, x: Float[Array, "B T D"], tokens: Tokens, tap: Tap | None, past: Past | None
     ) -> tuple[Float[Array, "B T D"], Any]:
         s = self.spec
         D = s.axes[0]

@@ -26,8 +26,10 @@ from ministral_jax.models.attention import (
     KeyGradients,
     Keys,
     KeyTiles,
+    KeyValues,
     OnlineSoftmax,
     Part,
+    Queries,
     QueryTile,
     QueryTiles,
     RowCotangents,
@@ -40,12 +42,12 @@ from ministral_jax.models.attention import (
 
 
 def attend_on_mesh(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    q: Queries,
+    k: KeyValues,
+    v: KeyValues,
     segments: Int[Array, "B T"] | None = None,
     spec: AttentionSpec = AttentionSpec(),  # noqa: B008
-) -> Float[Array, "B T H h"]:
+) -> Queries:
     """`attention.attend` for arrays that lie as the active rules say for `batch`, `length` and `spec.heads`.
 
     A dimension that its mesh axes do not divide (the length: into multiples of `spec.multiple_of`) is whole everywhere.
@@ -86,7 +88,7 @@ def _varying(x: Array, axes: Axes) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _own_heads(x: Float[Array, "B T K h"], queries: int, group: int, cut: Axes) -> Float[Array, "B T k h"]:
+def _own_heads(x: KeyValues, queries: int, group: int, cut: Axes) -> Float[Array, "B T k h"]:
     """Of key-value heads those that this device's `queries` heads read, `group` of all read each."""
     same = math.gcd(queries, group)
     first = lax.axis_index(cut) * queries

@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 from hlo import collectives
+from mesh_cases import placement
+from model_cases import Case, pack, text, with_images
 
-from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.evaluation import as_teacher, hidden, make_evaluate
@@ -46,35 +48,15 @@ terms' size: N is up to 256 tokens times 128 columns here, and gradients are sum
 
 def batch() -> dict[str, np.ndarray]:
     """Rows of three packed documents and padding; the second document of every row begins with an image."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, TEACHER.vocab, (ROWS, T)).astype(np.int32)
-    segments = np.repeat([1, 2, 3, 0], [10, 12, 7, 3]).astype(np.int32)[None].repeat(ROWS, 0)
-    positions = np.concatenate([np.arange(n) for n in (10, 12, 7, 3)]).astype(np.int32)[None].repeat(ROWS, 0)
-    slot = np.full((ROWS, T), -1, np.int32)
-    slot[:, 10:12] = [0, 1]  # an image of 2 x 4 patches: two merged tokens
-    image = np.repeat([1, 0], 8).astype(np.int32)[None].repeat(ROWS, 0)
-    row, column = np.zeros((2, ROWS, P), np.int32)
-    row[:, :8], column[:, :8] = [0, 0, 1, 1] * 2, [0, 1, 0, 1, 2, 3, 2, 3]
-    mask = ((segments > 0) & (rng.random((ROWS, T)) < 0.8)).astype(np.float32)
+    rng, document = np.random.default_rng(0), lambda length, seed: text(length, seed, TEACHER)
+    rows = [(document(10, s), with_images([(1, 2)], 8, s, TEACHER), document(7, s)) for s in range(ROWS)]
+    packed = pack(Case(TEACHER, tuple(rows)), padding=3)
+    for name in ("patches", "patch_image", "patch_row", "patch_col"):
+        packed[name] = np.pad(packed[name], [(0, 0), (0, P - packed[name].shape[1]), (0, 0)][: packed[name].ndim])
+    mask = ((packed["segments"] > 0) & (rng.random((ROWS, T)) < 0.8)).astype(np.float32)
     mask[:, [9, 21, 28]] = 0
-    return {
-        "tokens": tokens,
-        "positions": positions,
-        "segments": segments,
-        "labels": np.roll(tokens, -1, 1),
-        "loss_mask": mask,
-        "answer_mask": mask,
-        "text_bytes": mask,
-        "patches": rng.normal(size=(ROWS, P, VISION.patch_width)).astype(np.float32),
-        "patch_image": image,
-        "patch_row": row,
-        "patch_col": column,
-        "image_slot": slot,
-    }
-
-
-def placed(mesh: dict, devices: int = 8) -> Placement:
-    return Placement(make_mesh(MeshConfig(**mesh), jax.devices()[:devices]), Rules())
+    labels = {"labels": np.roll(packed["tokens"], -1, 1)}
+    return packed | labels | dict.fromkeys(("loss_mask", "answer_mask", "text_bytes"), mask)
 
 
 def step_parts(do: str, place: Placement):
@@ -106,7 +88,7 @@ def gradient(do: str, place: Placement):
 
 @pytest.fixture(scope="module", params=["train", "distill"])
 def reference(request):
-    return request.param, gradient(request.param, placed(dict(fsdp=1), 1))
+    return request.param, gradient(request.param, placement(devices=1))
 
 
 def assert_close(ours, theirs, tolerance=TOLERANCE):
@@ -118,7 +100,7 @@ def assert_close(ours, theirs, tolerance=TOLERANCE):
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_loss_and_gradients_are_those_of_one_device(mesh, reference):
     do, (metrics, grads) = reference
-    ours, our_grads = gradient(do, placed(mesh))
+    ours, our_grads = gradient(do, placement(**mesh))
     for name, (total, count) in metrics.items():
         assert ours[name][1] == count
         np.testing.assert_allclose(ours[name][0], total, rtol=TOLERANCE, err_msg=name)
@@ -128,7 +110,7 @@ def test_loss_and_gradients_are_those_of_one_device(mesh, reference):
 
 
 def test_the_compiled_step_moves_the_head_once_and_keeps_moments_cut():
-    place = placed(dict(fsdp=4, tensor=2))
+    place = placement(fsdp=4, tensor=2)
     with jax.set_mesh(place.mesh):
         objective, params, constants, data = step_parts("distill", place)
         optimizer = make_optimizer(CONFIG, 10)
@@ -160,7 +142,7 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
             figures, predictions = evaluate(cut[0], params, [data])
             return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], figures, predictions
 
-    one, many = run(placed(dict(fsdp=1), 1)), run(placed(MESHES[mesh]))
+    one, many = run(placement(devices=1)), run(placement(**MESHES[mesh]))
     for name in ("tokens", "norm_ratio", "cosine", "mlp", "second_moment", "projector"):
         a, b = getattr(one[0], name), getattr(many[0], name)
         np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max(), err_msg=name)
@@ -174,13 +156,13 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
 
 def test_a_mesh_that_does_not_fit_is_one_sentence():
     with pytest.raises(UserError, match=r"mesh \{fsdp: -1, tensor: 3\} does not fit 8 devices"):
-        placed(dict(tensor=3))
+        placement(fsdp=-1, tensor=3)
     with pytest.raises(UserError, match=r"mesh \{fsdp: 4\} does not fit 8 devices"):
-        placed(dict(fsdp=4))
+        placement(fsdp=4)
     with pytest.raises(UserError, match=r"batch.sequences = 12 must be a multiple of 8.*fsdp 8"):
-        placed(dict(fsdp=8)).check_batch(12, 32, "stages.x")
+        placement(fsdp=8).check_batch(12, 32, "stages.x")
     with pytest.raises(UserError, match=r"batch.length = 34 must be a multiple of 4, twice mesh.context"):
-        placed(dict(fsdp=4, context=2)).check_batch(4, 34, "stages.x")
+        placement(fsdp=4, context=2).check_batch(4, 34, "stages.x")
     with pytest.raises(ValueError, match="one of them may be -1"):
         MeshConfig(data=-1)
     with pytest.raises(ValueError, match="mesh axis 'row'"):
@@ -188,7 +170,7 @@ def test_a_mesh_that_does_not_fit_is_one_sentence():
 
 
 def test_microbatches_on_a_mesh_change_nothing_but_rounding():
-    place = placed(dict(fsdp=4, tensor=2))
+    place = placement(fsdp=4, tensor=2)
     results = []
     for microbatches in (1, 2):
         with jax.set_mesh(place.mesh):
@@ -202,7 +184,7 @@ def test_microbatches_on_a_mesh_change_nothing_but_rounding():
 
 
 def test_every_host_reads_the_rows_of_its_devices():
-    place = placed(dict(fsdp=4, context=2))
+    place = placement(fsdp=4, context=2)
     assert place.rows(8).tolist() == list(range(8))  # one process holds them all
     data = place.place(batch(), ROWS)
     assert data["tokens"].sharding.shard_shape((ROWS, T)) == (2, 16)

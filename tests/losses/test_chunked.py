@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P
-from loss_cases import abstract, close, equations, loss_and_gradients, softmax
+from loss_cases import abstract, check_memory, close, loss_and_gradients, matrix_products, single, softmax
 
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import (
@@ -101,15 +101,13 @@ def test_loss_metrics_and_both_gradients_equal_the_fp64_oracle(objective, temper
         assert count == inputs["mask"].sum()
 
 
-def test_the_oracle_gradient_is_the_slope_of_the_oracle_loss():
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_oracle_gradient_is_the_slope_of_the_oracle_loss(objective):
     inputs, direction, step = case(), np.random.default_rng(1).normal(size=(B, T, D)), 1e-5
-    for objective in OBJECTIVES:
-        options = LossOptions(objective=objective, temperature=2, ce_weight=0.4, jsd_beta=0.3)
-        ahead, behind = (
-            oracle(**inputs | {"hidden": inputs["hidden"] + s * direction}, options=options)[0] for s in (step, -step)
-        )
-        slope = (oracle(**inputs, options=options)[2] * direction).sum()
-        np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-7)  # error O(step²), O(eps/step)
+    options = LossOptions(objective=objective, temperature=2, ce_weight=0.4, jsd_beta=0.3)
+    at = lambda s: oracle(**inputs | {"hidden": inputs["hidden"] + s * direction}, options=options)[0]
+    slope = (oracle(**inputs, options=options)[2] * direction).sum()
+    np.testing.assert_allclose((at(step) - at(-step)) / (2 * step), slope, rtol=1e-7)  # error O(step²), O(eps/step)
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 12, 1000])  # 1, 2, 4 and 7 of 7 positions; 2 and 4 do not divide
@@ -118,9 +116,8 @@ def test_chunk_size_does_not_change_the_result(chunk):
     want, _, d_hidden, d_head, _ = oracle(**inputs, options=options)
     with jax.enable_x64(True):
         (loss, _), gradients = loss_and_gradients(**inputs, options=options)
-        positions = evaluate_positions(
-            *map(jnp.asarray, (inputs["hidden"], inputs["head"])), None, inputs["labels"], chunk
-        )
+        student = map(jnp.asarray, (inputs["hidden"], inputs["head"]))
+        positions = evaluate_positions(*student, None, inputs["labels"], chunk)
     close(loss, want)
     close(gradients[0], d_hidden)
     close(gradients[1], d_head)
@@ -182,9 +179,8 @@ def test_evaluate_positions_agrees_with_the_oracle_and_with_the_metrics():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_masked_tokens_add_exactly_nothing_whatever_they_hold(objective):
     options, inputs = LossOptions(objective=objective, temperature=2, ce_weight=0.3, chunk=9), case(5)
-    step = jax.jit(
-        jax.value_and_grad(lambda h, w, *rest: distillation_loss(h, w, *rest, options), (0, 1), has_aux=True)
-    )
+    loss = lambda *arguments: distillation_loss(*arguments, options)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     hidden, head, targets, labels, mask = (jax.tree.map(jnp.asarray, inputs[name]) for name in inputs)
     masked = mask == 0
     spoil = lambda x, value: jnp.where(masked[..., None], value, x)
@@ -222,16 +218,13 @@ def test_bf16_gradients_err_by_one_rounding_per_product_and_sums_stay_fp32(head_
     u = 2^-8, plus fp32 noise. An fp32 head gets its gradient in fp32.
     """
     inputs, options = case(7, (2, 64, 16, 12, 64)), LossOptions(chunk=32)
-    rounded = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.bfloat16), (inputs["hidden"], inputs["head"], inputs["targets"])
-    )
-    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), rounded)
-    inputs |= dict(zip(("hidden", "head", "targets"), exact, strict=True))
+    floats = {name: inputs[name] for name in ("hidden", "head", "targets")}
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), floats)
+    inputs |= jax.tree.map(lambda x: np.asarray(x, np.float64), rounded)
+    exact = inputs["hidden"], inputs["head"]
     want, _, d_hidden, d_head, d_logits = oracle(**inputs, options=options)
-    hidden, head, targets = rounded
-    (loss, metrics), (got_hidden, got_head) = loss_and_gradients(
-        hidden, head.astype(head_dtype), targets, inputs["labels"], inputs["mask"], options
-    )
+    given = inputs | rounded | {"head": rounded["head"].astype(head_dtype)}
+    (loss, metrics), (got_hidden, got_head) = loss_and_gradients(**given, options=options)
     assert loss.dtype == jnp.float32 and metrics["kl"][0].dtype == jnp.float32
     assert got_hidden.dtype == jnp.bfloat16 and got_head.dtype == head_dtype
 
@@ -250,10 +243,8 @@ def test_bf16_gradients_err_by_one_rounding_per_product_and_sums_stay_fp32(head_
 
 def test_counts_and_sums_of_bf16_inputs_do_not_saturate():
     tokens = 1_000  # a bf16 counter stands still at 256
-    zeros = functools.partial(jnp.zeros, dtype=jnp.bfloat16)
-    loss, metrics = cross_entropy(
-        zeros((1, tokens, 2)), zeros((2, 4)), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), jnp.bfloat16), 10
-    )
+    hidden, head, mask = (jnp.full(s, x, jnp.bfloat16) for s, x in (((1, tokens, 2), 0), ((2, 4), 0), ((1, tokens), 1)))
+    loss, metrics = cross_entropy(hidden, head, jnp.zeros((1, tokens), jnp.int32), mask, 10)
     assert metrics["ce"][1] == tokens
     np.testing.assert_allclose(loss, tokens * np.log(4), rtol=1e-5)
 
@@ -263,9 +254,8 @@ def test_extreme_logits_stay_finite(objective):
     options = LossOptions(objective=objective, ce_weight=0.5)
     s = np.float32([[[1e4, -1e4, 0], [1e4, 1e4, -1e4], [0, 1e4, -1e4]]])
     t = np.float32([[[-1e4, 1e4, 0], [1e4, 1e4, -1e4], [-1e4, -1e4, -1e4]]])
-    (loss, metrics), gradients = loss_and_gradients(
-        s, np.eye(3, dtype=np.float32), Dense(t), np.int32([[1, 0, 1]]), np.ones((1, 3), np.float32), options
-    )
+    head, labels, mask = np.eye(3, dtype=np.float32), np.int32([[1, 0, 1]]), np.ones((1, 3), np.float32)
+    (loss, metrics), gradients = loss_and_gradients(s, head, Dense(t), labels, mask, options)
     assert np.isfinite(loss) and all(np.isfinite(g).all() for g in gradients)
     # row by row: 2e4; equal distributions; uniform teacher, (1e4 + 0 + 2e4) / 3 - log 3
     close(metrics["kl"][0], 2e4 + 0 + 1e4 - np.log(3), tolerance=1e-6)
@@ -291,79 +281,45 @@ def test_divergences_are_not_negative_and_zero_between_equals(s, t, shift):
 @jax.jit
 def divergences(s, t):
     """{objective: [2]}, one position at a time, so that no sum hides a negative term."""
-    one = jnp.ones((1, 1))
-    return {
-        name: jnp.stack(
-            [
-                distillation_loss(
-                    s[:, i : i + 1],
-                    jnp.eye(8),
-                    Dense(t[:, i : i + 1]),
-                    jnp.zeros((1, 1), int),
-                    one,
-                    LossOptions(objective=name),
-                )[0]
-                for i in range(2)
-            ]
-        )
-        for name in OBJECTIVES
-    }
+    label, one = jnp.zeros((1, 1), int), jnp.ones((1, 1))
+    at = lambda options: lambda s, t: distillation_loss(s, jnp.eye(8), Dense(t), label, one, options)[0]
+    positions = s.swapaxes(0, 1)[:, None], t.swapaxes(0, 1)[:, None]
+    return {name: jax.vmap(at(LossOptions(objective=name)))(*positions) for name in OBJECTIVES}
 
 
 # ---- memory and work ------------------------------------------------------------------------------------------------
 
 
 def test_no_array_of_tokens_by_vocabulary_and_no_gradient_work_without_a_gradient():
-    tokens, vocab, width, options = 8_192, 131_072, 16, LossOptions(chunk=256)
-    loss = lambda h, w, *rest: distillation_loss(h, w, *rest, options)
-    hidden, head, targets, labels, mask = abstract(tokens, vocab, width)
-    products = {}
-    for name, function, arguments in (
-        ("loss", loss, (hidden, head, targets, labels, mask)),
-        ("gradient", jax.grad(loss, (0, 1), has_aux=True), (hidden, head, targets, labels, mask)),
-        ("evaluate", functools.partial(evaluate_positions, chunk=256), (hidden, head, targets, labels)),
-    ):
-        found = list(equations(jax.make_jaxpr(function)(*arguments).jaxpr))
-        largest = max(out.aval.size for equation in found for out in equation.outvars)
-        assert largest == options.chunk * vocab, (name, largest)
-        products[name] = sum(equation.primitive.name == "dot_general" for equation in found)
-    assert products == {"loss": 2, "gradient": 4, "evaluate": 2}
+    vocab, options = 131_072, LossOptions(chunk=256)
+    loss = lambda *arguments: distillation_loss(*arguments, options)
+    evaluate = lambda *arguments: evaluate_positions(*arguments[:4], chunk=256)
+    count = lambda function: matrix_products(function, *abstract(8_192, vocab, 16), largest=256 * vocab)
+    assert [count(f) for f in (loss, jax.grad(loss, (0, 1), has_aux=True), evaluate)] == [2, 4, 2]
 
 
 def test_compiled_memory_does_not_grow_with_vocabulary_times_tokens():
-    vocab, width, chunk = 4_096, 16, 32
-    loss = lambda h, w, *rest: distillation_loss(h, w, *rest, LossOptions(chunk=chunk))
-
-    def temporary(tokens):
-        step = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-        return step.lower(*abstract(tokens, vocab, width)).compile().memory_analysis().temp_size_in_bytes
-
-    small, large = temporary(256), temporary(1_024)
-    assert large - small < 768 * width * 4 * 8  # a few copies of the hidden states, 1/32 of one array of added logits
-    assert large < 4 * (width + 6 * chunk) * vocab
+    loss = lambda *arguments: distillation_loss(*arguments, LossOptions(chunk=32))
+    check_memory(jax.grad(loss, (0, 1), has_aux=True))
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 
 def test_inside_shard_map_rows_are_split_and_a_replicated_head_gets_the_whole_gradient():
-    inputs, options = case(8, (8, 6, D, DT, V)), LossOptions(ce_weight=0.3, chunk=4)
-    as_32_bits = lambda x: jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32)
-    inputs = {name: jax.tree.map(as_32_bits, x) for name, x in inputs.items()}
+    inputs, options = single(case(8, (8, 6, D, DT, V))), LossOptions(ce_weight=0.3, chunk=4)
     want = loss_and_gradients(**inputs, options=options)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (P("data"), P(), Hidden(P("data"), P()), P("data"), P("data"))
 
-    def loss(hidden, head, *rest):
-        return distillation_loss(hidden, head, *rest, options)
+    loss = lambda *arguments: distillation_loss(*arguments, options)
 
     def inside(*arguments):
         (value, metrics), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*arguments)
         return jax.lax.psum((value, metrics), "data"), gradients
 
-    across = jax.shard_map(
-        lambda *arguments: jax.lax.psum(loss(*arguments), "data"), mesh=mesh, in_specs=specs, out_specs=P()
-    )
+    summed = lambda *arguments: jax.lax.psum(loss(*arguments), "data")
+    across = jax.shard_map(summed, mesh=mesh, in_specs=specs, out_specs=P())
     outside = jax.value_and_grad(across, (0, 1), has_aux=True)
     for function in (jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=(P(), (P("data"), P()))), outside):
         got = jax.jit(function)(*inputs.values())
@@ -379,14 +335,8 @@ def test_inside_shard_map_rows_are_split_and_a_replicated_head_gets_the_whole_gr
         (dict(head=jnp.zeros((D + 1, V))), r"hidden \(3, 7, 6\) and head \(7, 11\) must be \[B, T, D\] and \[D, V\]"),
         (dict(labels=jnp.zeros((B, T + 1), int)), r"labels of shape \(3, 8\) must be \[B, T\] = \(3, 7\)"),
         (dict(mask=jnp.zeros((B,))), r"mask of shape \(3,\) must be"),
-        (
-            dict(targets=Hidden(jnp.zeros((B, T, 4)), jnp.zeros((DT, V)))),
-            r"teacher hidden \(3, 7, 4\) and head \(5, 11\)",
-        ),
-        (
-            dict(targets=Dense(jnp.zeros((B, T - 1, V)))),
-            r"teacher targets cover \[B, T\] = \(3, 6\), the student \(3, 7\)",
-        ),
+        (dict(targets=Hidden(jnp.zeros((B, T, 4)), jnp.zeros((DT, V)))), r"hidden \(3, 7, 4\) and head \(5, 11\)"),
+        (dict(targets=Dense(jnp.zeros((B, T - 1, V)))), r"targets cover \[B, T\] = \(3, 6\), the student \(3, 7\)"),
         (dict(targets=Dense(jnp.zeros((B, T, V + 1)))), "teacher's vocabulary of 12 must equal the student's of 11"),
     ],
 )

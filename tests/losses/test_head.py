@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import collectives
+from loss_cases import log_softmax
+from mesh_cases import placement
 
-from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.distributed.placement import Rules
 from ministral_jax.errors import UserError
 from ministral_jax.losses import chunked
 from ministral_jax.losses.head import LossHead
@@ -26,10 +28,6 @@ MESHES = (
 )
 JSD = LossOptions(objective="jsd", temperature=1.5, ce_weight=0.3, jsd_beta=0.3, chunk=16)
 FORWARD = LossOptions(chunk=16)
-
-
-def placement(**sizes) -> Placement:
-    return Placement(make_mesh(MeshConfig(**{"fsdp": 1} | sizes)), Rules())
 
 
 def case(vocab=V, dtype=np.float64):
@@ -108,19 +106,14 @@ def test_a_vocabulary_that_is_not_divisible_other_rules_of_a_teacher_and_dense_t
     hidden, head, theirs, labels, mask = case()
     dense = hidden, head, Dense(theirs.hidden @ theirs.head), labels, mask
     with jax.enable_x64(True):
-        for inputs, rules in (
-            (case(vocab=63), None),
-            (case(), Rules(embed=("tensor",), vocab=())),
-            (dense, None),
-        ):
+        for inputs, rules in ((case(vocab=63), None), (case(), Rules(embed=("tensor",), vocab=())), (dense, None)):
             jax.tree.map(functools.partial(close, tolerance=1e-12), *losses(inputs, rules))
 
 
 def sparse_case(kind, vocab, width):
     """`case` with sparse targets: NaN, and ids that are not distinct or do not exist, where the mask is zero."""
     hidden, head, theirs, labels, mask = case(vocab)
-    logits = np.where((mask != 0)[..., None], theirs.hidden @ theirs.head, np.nan)
-    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    logprobs = log_softmax(np.where((mask != 0)[..., None], theirs.hidden @ theirs.head, np.nan))
     ids = np.argsort(-logprobs, axis=-1)[..., :width].astype(np.int32)
     ids[mask == 0] = np.random.default_rng(1).choice([0, -1, 3, vocab], size=ids[mask == 0].shape)
     if kind is TopK:
@@ -191,7 +184,7 @@ def test_heads_are_gathered_once_and_the_gradient_is_scattered_once_outside_the_
 
 def test_one_device_runs_the_plain_functions_and_shapes_are_checked_before_they_are_cut():
     hidden, head, targets, labels, mask = case(dtype=np.float32)
-    one = LossHead(Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules()))
+    one = LossHead(placement(devices=1))
     text = lambda f: str(jax.make_jaxpr(lambda h: f.distillation_loss(h, head, targets, labels, mask, JSD))(hidden))
     assert text(one) == text(chunked)
     with pytest.raises(UserError, match=r"labels of shape \(8, 15\) must be \[B, T\] = \(8, 16\)"):

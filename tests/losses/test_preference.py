@@ -50,7 +50,7 @@ def of(*arguments):
 
 def by_hand(policy_a, policy_b, reference_a, reference_b, p, weights, options):
     """(loss, gradient in policy_a, metrics), one pair at a time, with logistic functions spelled out."""
-    loss, gradient, sums, counts = 0.0, np.zeros(N), dict.fromkeys(("floor", "margin", "right", "chosen"), 0.0), 0.0
+    loss, floor, gradient, decided = 0.0, 0.0, np.zeros(N), [(0.0, 0.0, 0.0, 0.0)]
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     scale = 1 / options.beta if options.rescale_beta else 1.0
     for i in np.flatnonzero(weights):
@@ -59,35 +59,29 @@ def by_hand(policy_a, policy_b, reference_a, reference_b, p, weights, options):
         q = {"odpo": p[i], "dpo": {1: 1.0, 0: 0.5, -1: 0.0}[side]}[options.loss_type]
         loss -= weights[i] * scale * (q * np.log(sigmoid(margin)) + (1 - q) * np.log(sigmoid(-margin)))
         gradient[i] = weights[i] * scale * options.beta * (sigmoid(margin) - q)
-        sums["floor"] -= weights[i] * scale * sum(x * np.log(x) for x in (q, 1 - q) if x > 0)
+        floor -= weights[i] * scale * sum(x * np.log(x) for x in (q, 1 - q) if x > 0)
         if side:
-            counts += weights[i]
-            sums["margin"] += weights[i] * side * margin
-            sums["right"] += weights[i] * (side * margin > 0)
-            sums["chosen"] += weights[i] * options.beta * (log_ratio_a if side > 0 else log_ratio_b)
-    return loss, gradient, sums, counts
+            chosen = options.beta * (log_ratio_a if side > 0 else log_ratio_b)
+            decided.append(weights[i] * np.array([1, side * margin, side * margin > 0, chosen]))
+    count, *sums = np.sum(decided, axis=0)
+    metrics = {name: (x, count) for name, x in zip(("margin", "accuracy", "reward_chosen"), sums, strict=True)}
+    total = weights.sum()
+    return loss, gradient, metrics | {"loss": (loss, total), "entropy_floor": (floor, total)}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_loss_gradients_and_metrics_equal_the_formula(options):
     inputs = case()
     (loss, metrics), gradients = of(*inputs, options)
-    want, gradient, sums, count = by_hand(*inputs, options)
+    want, gradient, of_hand = by_hand(*inputs, options)
     assert loss.dtype == gradients[0].dtype == np.float64
     np.testing.assert_allclose(loss, want, rtol=1e-12)
     np.testing.assert_allclose(gradients[0], gradient, rtol=1e-12, atol=1e-15)
     np.testing.assert_array_equal(gradients[0], -gradients[1])
-    assert set(metrics) == {"loss", "entropy_floor", "margin", "accuracy", "reward_chosen"}
-    total = inputs[-1].sum()
-    for name, expected in (
-        ("loss", (want, total)),
-        ("entropy_floor", (sums["floor"], total)),
-        ("margin", (sums["margin"], count)),
-        ("accuracy", (sums["right"], count)),
-        ("reward_chosen", (sums["chosen"], count)),
-    ):
+    assert set(metrics) == set(of_hand)
+    for name, expected in of_hand.items():
         np.testing.assert_allclose(metrics[name], expected, rtol=1e-12, atol=1e-14, err_msg=name)
-    assert 0 < metrics["accuracy"][0] < count
+    assert 0 < metrics["accuracy"][0] < metrics["accuracy"][1]
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -155,9 +149,8 @@ def test_extreme_margins_and_masked_pairs_are_finite_in_fp32(loss_type):
     zero, weights = np.zeros(6, np.float32), np.float32([1, 1, 1, 1, 1, 0])
     for p in (0.0, 0.3, 0.5, 1.0):
         arguments = delta, zero, zero, zero, np.full(6, p, np.float32), weights
-        (loss, metrics), (d_a, d_b) = jax.device_get(
-            value_and_gradients(*arguments, PreferenceOptions(loss_type=loss_type))
-        )
+        options = PreferenceOptions(loss_type=loss_type)
+        (loss, metrics), (d_a, d_b) = jax.device_get(value_and_gradients(*arguments, options))
         assert loss.dtype == np.float32 and d_a.dtype == np.float32
         assert np.isfinite(loss) and np.isfinite(d_a).all() and np.isfinite(d_b).all() and d_a[-1] == d_b[-1] == 0
         assert all(np.isfinite(x) for x in jax.tree.leaves(metrics))

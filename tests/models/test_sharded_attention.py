@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import collectives
+from mesh_cases import placement
 from model_cases import CASES, inputs, pack, random_params, relative, targets
 
-from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh, zigzag
+from ministral_jax.distributed.placement import zigzag
 from ministral_jax.models import sharded_attention
 from ministral_jax.models.attention import AttentionSpec, attend
 from ministral_jax.models.sharded_attention import attend_on_mesh
@@ -23,10 +24,6 @@ MESHES = {
     "data 2, context 2, tensor 2": dict(data=2, context=2, tensor=2),
     "tensor 8 of 2 key-value heads": dict(tensor=8),
 }
-
-
-def placement(**sizes) -> Placement:
-    return Placement(make_mesh(MeshConfig(**{"fsdp": 1} | sizes)), Rules())
 
 
 def case(heads=H, kv_heads=K):
@@ -81,7 +78,7 @@ def test_without_a_mesh_or_rules_or_on_one_device_it_is_attend():
     q, k, v, _, segments = case()
     text = lambda f: str(jax.make_jaxpr(functools.partial(f, spec=AttentionSpec(block=8)))(q, k, v, segments))
     assert text(attend_on_mesh) == text(attend)
-    one = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
+    one = placement(devices=1)
     with jax.set_mesh(one.mesh), one.rules.active():
         assert "shard_map" not in text(attend_on_mesh)
     with jax.set_mesh(placement(context=8).mesh):

@@ -8,11 +8,12 @@ from dataclasses import fields
 import jax
 import numpy as np
 import pytest
-from pruning_cases import IMAGES, SPEC, make_batch, params64
+from model_cases import inputs
+from pruning_cases import SPEC, make_batch, params64
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.vision import VisionTower
-from ministral_jax.models.vlm import VLM, Compute
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute
 from ministral_jax.pruning.score import PruneOptions, layer_scores, mlp_scores, top, width_basis
 from ministral_jax.pruning.statistics import Statistics, collect
 
@@ -44,7 +45,7 @@ def batch():
     """Rows that differ in where their text, image and padding tokens stand."""
     batch = make_batch(5, rows=4)
     batch["segments"][1, 9:12] = 0
-    batch["image_slot"][2, 3] = -1
+    batch["image_slot"][2, 2] = -1
     batch["image_slot"][3, 22] = 1  # an image token in padding
     return batch
 
@@ -53,10 +54,9 @@ def batch():
 def activations(params, batch):
     """Every activation of every layer, kept."""
     with jax.enable_x64(True):
-        images = {key: batch[key] for key in IMAGES}
-        where = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
-        _, taps = MODEL.apply({"params": params}, batch["tokens"], lambda a, _: a, None, **where, method="observe")
-        features = VisionTower(SPEC.vision, Compute()).apply({"params": params["vision"]}, *map(batch.get, IMAGES[:4]))
+        _, taps = MODEL.apply({"params": params}, tap=lambda a, _: a, **inputs(batch), method="observe")
+        patches = map(batch.get, IMAGE_KEYS[:4])
+        features = VisionTower(SPEC.vision, Compute()).apply({"params": params["vision"]}, *patches)
     return jax.tree.map(np.asarray, {**taps, "features": features})
 
 
@@ -155,34 +155,29 @@ def test_top_keeps_the_largest_in_order():
     assert top(scores[0], 3).tolist() == [0, 2, 3]
 
 
-def test_layer_scores_are_their_formulas(statistics, activations, batch):
-    mask = batch["segments"] > 0
+def test_scores_are_their_formulas(params, statistics, activations, batch):
+    mask, layers = batch["segments"] > 0, jax.tree.map(np.asarray, params["decoder"]["layers"])
     before, after = activations["attention_norm_in"][:, mask], activations["out"][:, mask]
     ratio = (np.linalg.norm(after, axis=-1) / np.linalg.norm(before, axis=-1)).mean(1)
     unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (before, after)]
-    expect = {
+    gain = layers["mlp_norm"][:, :, None]
+    sizes = [np.sqrt(((gain * layers["mlp"][k]) ** 2).sum(1)) for k in ("gate", "up")]
+    rng = lambda: np.random.default_rng(7)
+    for score, want in {
         "norm_ratio": ratio,
         "norm_ratio_inverse": 1 / ratio,
         "block_influence": 1 - (unit[0] * unit[1]).sum(-1).mean(1),
-        "random": np.random.default_rng(7).random(SPEC.layers),
-    }
-    for name, value in expect.items():
-        scores = layer_scores(statistics, PruneOptions(layer_score=name), np.random.default_rng(7))
-        np.testing.assert_allclose(scores, value, rtol=1e-12, atol=1e-14)
-
-
-def test_neuron_scores_are_their_formulas(params, statistics, activations, batch):
-    layers = jax.tree.map(np.asarray, params["decoder"]["layers"])
-    gain = layers["mlp_norm"][:, :, None]
-    sizes = [np.sqrt(((gain * layers["mlp"][k]) ** 2).sum(1)) for k in ("gate", "up")]
-    expect = {
-        "activation": np.abs(activations["mlp_hidden"])[:, batch["segments"] > 0].mean(1),
+        "random": rng().random(SPEC.layers),
+    }.items():
+        found = layer_scores(statistics, PruneOptions(layer_score=score), rng())
+        np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-14)
+    for score, want in {
+        "activation": np.abs(activations["mlp_hidden"])[:, mask].mean(1),
         "weight_norm": sizes[0] * sizes[1] * np.sqrt((layers["mlp"]["down"] ** 2).sum(2)),
-        "random": np.random.default_rng(7).random((SPEC.layers, SPEC.mlp_width)),
-    }
-    for name, value in expect.items():
-        scores = mlp_scores(params, statistics, PruneOptions(mlp_score=name), np.random.default_rng(7))
-        np.testing.assert_allclose(scores, value, rtol=1e-12)
+        "random": rng().random((SPEC.layers, SPEC.mlp_width)),
+    }.items():
+        found = mlp_scores(params, statistics, PruneOptions(mlp_score=score), rng())
+        np.testing.assert_allclose(found, want, rtol=1e-12)
 
 
 def test_bases_are_orthonormal_and_sorted(statistics, activations, batch):

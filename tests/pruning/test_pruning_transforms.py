@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pruning_cases import SPEC, logits, make_batch, params64, relative
+from model_cases import relative
+from pruning_cases import SPEC, WRITERS, logits, make_batch, params64
 
 from ministral_jax.models.vlm import check_params
 from ministral_jax.pruning.transforms import (
+    NORM_GAINS,
     RESIDUAL_AXIS,
     drop_layers,
     edit,
@@ -26,10 +28,7 @@ from ministral_jax.pruning.transforms import (
 EXACT = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def orthogonal(width: int, seed: int = 1) -> np.ndarray:
@@ -116,8 +115,7 @@ def test_slicing_directions_without_energy_is_exact(images, eps):
     spec = SPEC.model_copy(update={"norm_eps": eps})
     params, batch = fold_norm_gains(params64(SPEC)), make_batch(images=images)
     inside = basis[:, :kept] @ basis[:, :kept].T
-    writers = ("decoder/embed", "decoder/layers/attention/o", "decoder/layers/mlp/down", "projector/linear_2")
-    params = edit(params, {path: lambda w: w @ inside for path in writers})
+    params = edit(params, {path: lambda w: w @ inside for path in WRITERS})
     params = edit(params, {"projector/linear_1": lambda w: w.at[:, kept:].set(0)})
     source = logits(params, spec, batch)
 
@@ -127,9 +125,7 @@ def test_slicing_directions_without_energy_is_exact(images, eps):
     sliced = spec.model_copy(update={"width": kept, "norm_eps": eps * gain**2})
     check_params(small, sliced, "sliced")
     assert relative(logits(small, sliced, batch), source) < EXACT
-    without = edit(
-        small, {f"decoder/{name}": jnp.ones_like for name in ("norm", "layers/attention_norm", "layers/mlp_norm")}
-    )
+    without = edit(small, dict.fromkeys(NORM_GAINS, jnp.ones_like))
     assert relative(logits(without, sliced, batch), source) > 1e-2
     at_once = slice_width(rotate(params, basis[:, :kept]), kept, gain)
     for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(slice_width(rotated, kept, gain)), strict=True):
@@ -145,9 +141,8 @@ def test_tying_fits_the_final_gain_by_least_squares(seed):
     check_params(result, tied, "tied")
     matrix, gain = np.asarray(result["decoder"]["embed"]), np.asarray(result["decoder"]["norm"])
     matched = head * np.linalg.norm(embed, axis=0) / np.linalg.norm(head, axis=0)
-    np.testing.assert_allclose(
-        matrix, {"embed": embed, "head": matched, "mean": (embed + matched) / 2}[seed], rtol=1e-12
-    )
+    want = {"embed": embed, "head": matched, "mean": (embed + matched) / 2}[seed]
+    np.testing.assert_allclose(matrix, want, rtol=1e-12)
     fitted = [np.linalg.lstsq(matrix[:, [i]], head[:, i], rcond=None)[0][0] for i in range(SPEC.width)]
     np.testing.assert_allclose(gain, fitted, rtol=1e-10)
     if seed == "head":

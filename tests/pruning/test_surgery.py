@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pruning_cases import SPEC, logits, make_batch, params32, params64, relative
+from model_cases import relative
+from pruning_cases import SPEC, WRITERS, logits, make_batch, params32, params64
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS, RopeSpec
@@ -78,17 +79,10 @@ def test_cutting_only_what_is_unused_keeps_the_logits():
     target = SPEC.model_copy(update={"layers": 2, "width": 14, "mlp_width": 19})
     with jax.enable_x64(True):
         basis = np.linalg.qr(np.random.default_rng(1).standard_normal((SPEC.width, SPEC.width)))[0][:, : target.width]
-        writers = ("decoder/embed", "decoder/layers/attention/o", "decoder/layers/mlp/down", "projector/linear_2")
-        params = edit(params64(SPEC), {path: lambda w: w @ basis @ basis.T for path in writers})
-        params = edit(
-            params,
-            {
-                "decoder/layers/attention/o": lambda w: w.at[1].set(0),
-                "decoder/layers/mlp/down": lambda w: w.at[1].set(0),
-                "decoder/layers/mlp/up": lambda w: w.at[:, :, :9].set(0),
-                "projector/linear_1": lambda w: w.at[:, 3:9].set(0),
-            },
-        )
+        params = edit(params64(SPEC), {path: lambda w: w @ basis @ basis.T for path in WRITERS})
+        silent = {f"decoder/layers/{name}": lambda w: w.at[1].set(0) for name in ("attention/o", "mlp/down")}
+        dead = {"decoder/layers/mlp/up": lambda w: w.at[:, :, :9].set(0)}
+        params = edit(params, silent | dead | {"projector/linear_1": lambda w: w.at[:, 3:9].set(0)})
         spec = SPEC.model_copy(update={"norm_eps": 1e-13})  # the projector's norm shares the scaled epsilon
         options = PruneOptions(layer_score="block_influence", norm_eps="exact")
         small, small_spec, report = Surgery(target, calibration, options).run(params, spec)
