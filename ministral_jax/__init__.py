@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ministral_jax.distributed.placement import Placement
     from ministral_jax.models.vlm import VLM
 
 __version__ = "0.2.0"
 
 
-def load(path: str | Path, dtype: Any = "float32") -> tuple[VLM, dict[str, Any]]:
-    """A model and its parameters, from a finished stage's directory or a Hugging Face directory.
+def load(path: str | Path, dtype: Any = "float32", placement: Placement | None = None) -> tuple[VLM, dict[str, Any]]:
+    """A model and its parameters, from a finished stage's directory or a Hugging Face directory; whole, or cut over a
+    mesh as `placement` says.
 
     `model.apply({"params": params}, tokens, positions=..., segments=..., images=...)` gives logits `[B, T, V]`; see
     `ministral_jax.models.vlm.VLM` for the layout of the batch.
@@ -23,15 +25,16 @@ def load(path: str | Path, dtype: Any = "float32") -> tuple[VLM, dict[str, Any]]
     import jax.numpy as jnp
 
     from ministral_jax.errors import UserError
-    from ministral_jax.interop.hf import import_hf
-    from ministral_jax.models.vlm import VLM, Compute
+    from ministral_jax.interop.hf import import_hf, read_spec
+    from ministral_jax.models.vlm import VLM, Compute, param_shardings
     from ministral_jax.stages.base import load_stage
 
     path = Path(path)
     if (path / "manifest.json").is_file():
-        spec, params = load_stage(path, jnp.dtype(dtype))
+        spec, params = load_stage(path, jnp.dtype(dtype), placement)
     elif (path / "config.json").is_file():
-        spec, params = import_hf(path, dtype)
+        shardings = param_shardings(read_spec(path), placement) if placement is not None else None
+        spec, params = import_hf(path, dtype, shardings)
     else:
         raise UserError(
             f"{path} is neither a finished stage (manifest.json) nor a Hugging Face directory (config.json)"

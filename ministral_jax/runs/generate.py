@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from ministral_jax import load
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Document, Message
@@ -20,11 +21,9 @@ from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, text_of
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
-from ministral_jax.interop.hf import import_hf, read_spec
+from ministral_jax.interop.hf import read_spec
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, param_shardings
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
-from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.manifest import read_manifest
 
 ROWS = 16
@@ -56,7 +55,7 @@ def run_generate(args: Namespace) -> None:
         chat = args.chat or not isinstance(row.get("prompt"), str) or "messages" in row
         rendered = _render(document, chat, args.think, tokenizer, spec)
         prompts.append(as_prompt(rendered, spec.vision, (args.seed + number) % 2**32))
-    sample = _sampler(args.checkpoint, spec, options)
+    sample = _sampler(args.checkpoint, options)
     if args.jsonl:
         _write(args.output, [row for row, _ in rows], prompts, sample, tokenizer)
     else:
@@ -98,14 +97,10 @@ def _options(args: Namespace, tokenizer: Tokenizer) -> SamplingOptions:
         raise UserError(f"{flag} {first['input']}: {message[0].lower()}{message[1:]}") from None
 
 
-def _sampler(path: Path, spec: ModelSpec, options: SamplingOptions) -> Sample:
+def _sampler(path: Path, options: SamplingOptions) -> Sample:
     """The checkpoint on all devices, ready to go on from prompts."""
     placement = Placement(make_mesh(MeshConfig()), Rules())
-    if (path / "manifest.json").is_file():
-        params = load_stage(path, placement=placement)[1]
-    else:
-        params = import_hf(path, shardings=param_shardings(spec, placement))[1]
-    model = VLM(spec)
+    model, params = load(path, placement=placement)
     return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from model_cases import random_params, vlm
 from PIL import Image
+from sampling_cases import placed
 
+from ministral_jax import load
 from ministral_jax.cli import main
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
@@ -111,6 +113,12 @@ def test_rows_that_cannot_be_read_write_nothing(say, tmp_path, rows, message):
 def test_arguments_that_cannot_be(say, argv, message):
     code, _, error = say(*argv)
     assert code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_a_checkpoint_is_loaded_onto_a_mesh(checkpoint):
+    (_, whole), (model, cut) = (load(checkpoint / "hf", placement=p) for p in (None, placed(dict(fsdp=2), 2)))
+    assert model.spec == TEXTS and jax.tree.all(jax.tree.map(np.array_equal, whole, cut))
+    assert len(cut["decoder"]["embed"].sharding.device_set) == 2
 
 
 def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
