@@ -30,7 +30,8 @@ POST = {
 }
 STORE = {"do": "record", "from": "parent", "codec": {"kind": "topk", "entries": 32, "bits": 8}}
 TOKENS_PER_STEP = 2048
-ASKED = ("4-2=?", "25-6=?", [{"type": "image"}, {"type": "text", "text": "Sum?"}])
+ASKED = (("4-2=?", 1.0), ("25-6=?", 0.0), ([{"type": "image"}, {"type": "text", "text": "Sum?"}], 1.0))
+"""Prompts, and whether they are answered right."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,7 +43,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def manifest_of(run: Path, stage: str) -> dict[str, Any]:
+def told_by(run: Path, stage: str) -> dict[str, Any]:
     return json.loads((run / stage / "manifest.json").read_text())
 
 
@@ -86,20 +87,11 @@ def write_stage(directory: Path, name: str, settings: dict[str, Any], seed: int 
     made = {"parent": settings.get("from"), "judge": settings.get("judge")}
     places = {role: directory.parent / stage for role, stage in made.items() if stage}
     last = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
-    manifest = {
-        "stage": name,
-        "do": do,
-        "status": "finished",
-        "config": {},
-        "spec": spec_of(name).model_dump(mode="json"),
-        "inputs": {role: {"stage": p.name, "digest": digest(p)} for role, p in places.items() if p.is_dir()},
-        "tokens": last.get("tokens", 0),
-        "steps": last.get("step", 0),
-        "seconds": 243.7,
-        "metrics": {key: value for key, value in last.items() if key not in ("kind", "step", "tokens")},
-        "versions": {"jax": "0.10.2"},
-        "git": "3f1c9ad0b7e84c55a1d2",
-    }
+    inputs = {role: {"stage": p.name, "digest": digest(p)} for role, p in places.items() if p.is_dir()}
+    figures = {key: value for key, value in last.items() if key not in ("kind", "step", "tokens")}
+    manifest = {"stage": name, "do": do, "status": "finished", "config": {}, "inputs": inputs, "metrics": figures}
+    manifest |= {"tokens": last.get("tokens", 0), "steps": last.get("step", 0), "seconds": 243.7, "git": "3f1c9ad0b7e8"}
+    manifest |= {"spec": spec_of(name).model_dump(mode="json"), "versions": {"jax": "0.10.2"}}
     if do == "prune":
         manifest["prune"] = surgery(spec_of(settings["from"]), spec_of(name), CHILDREN[name.split("-")[0]][1], rng)
     if do == "record":
@@ -107,7 +99,11 @@ def write_stage(directory: Path, name: str, settings: dict[str, Any], seed: int 
     write_json(directory / "manifest.json", manifest)
     write_rows(directory / "metrics.jsonl", rows)
     if name in POST and do != "reward":
-        write_json(directory / "answers.json", {"answers": [_answer(i, name) for i in range(len(ASKED))]})
+        answers = []
+        for prompt, right in ASKED:
+            said = {"prompt": json.dumps(prompt), "answer": f"[THINK]1 steps[/THINK]{name} says 7"}
+            answers.append({**said, "reward": 0.1 + 0.9 * right, "parts": {"accuracy": right, "format": None}})
+        write_json(directory / "answers.json", {"answers": answers})
 
 
 def metrics(name: str, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -141,34 +137,25 @@ def surgery(before: ModelSpec, after: ModelSpec, kl: float, rng: np.random.Gener
         kept = {"basis": "pca", "retained_energy": float(share[after.width - 1]), "gain": 1.1}
         steps.append({"step": "width", **kept, "spectrum": spectrum})
         kls["width"] = 0.8 * kl
-    neurons = [_quantiles(np.exp(rng.standard_normal(before.mlp_width)), after.mlp_width) for _ in range(after.layers)]
-    steps.append({"step": "mlp", "score": "activation", "kept": after.mlp_width, "layers": neurons})
+    neurons = {"all": [0.1, 0.2, 0.4, 0.8, 3.0], "kept": [0.3, 0.5, 0.7, 0.9, 3.0], "kept_share": 0.84}
+    steps.append({"step": "mlp", "score": "activation", "kept": after.mlp_width, "layers": [neurons] * after.layers})
     if after.tied:
         steps.append({"step": "tie", "seed": "mean"})
         kls["tie"] = kl
     return {"steps": steps, "kl": kls}
 
 
-def _quantiles(scores: np.ndarray, keep: int) -> dict[str, Any]:
-    kept = np.sort(scores)[-keep:]
-    quantiles = {
-        name: np.quantile(s, (0, 0.25, 0.5, 0.75, 1)).tolist() for name, s in (("all", scores), ("kept", kept))
-    }
-    return {**quantiles, "kept_share": float(kept.sum() / scores.sum())}
-
-
 def split(codec: dict[str, Any], rng: np.random.Generator, tokens: int = 20_000) -> dict[str, Any]:
     """What a logit store says of a split."""
-    told = {"codec": codec, "rows": 160, "shards": 5, "bytes": {"ids": 48 * tokens}, "tokens": tokens}
-    told["bytes_per_token"] = 48.0
+    told = {"codec": codec, "rows": 160, "shards": 5, "tokens": tokens}
+    told |= {"bytes": {"ids": 48 * tokens}, "bytes_per_token": 48.0}
     if codec["kind"] != "topk":
         return told
-    tail = np.exp(rng.normal(math.log(0.03), 0.7, tokens)).clip(max=0.9)
-    counts = np.bincount(np.minimum(np.searchsorted(EDGES, tail), len(EDGES) - 1), minlength=len(EDGES))
-    mean, p50, p90, p99 = float(tail.mean()), *np.quantile(tail, (0.5, 0.9, 0.99)).tolist()
+    counts = np.histogram(rng.normal(-1.5, 0.3, tokens), [-99, *np.log10(EDGES)])[0]
+    mean, p50, p90, p99 = 0.038, 0.0282, 0.0891, 0.1995
     return told | {
         "teacher_entropy": 1.5,
-        "tail_mass": {"mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": 0.9},
+        "tail_mass": {"mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": 0.631},
         "curve": {str(size): mean * (32 / size) ** 0.5 for size in (8, 16, 32, 64, 128)},
         "tail_histogram": {"at_most": EDGES.tolist(), "tokens": counts.tolist()},
         "tail_by_shard": {"mean": [mean * (1 + 0.1 * i) for i in range(5)], "p99": [0.2 + 0.01 * i for i in range(5)]},
@@ -184,12 +171,6 @@ def samples(images: int = 24) -> dict[str, Any]:
         told = {"question": "Which digit is this?", "label": str(i % 10), "answers": answers}
         made.append({"png": base64.b64encode(buffer.getvalue()).decode(), **told})
     return {"images": made}
-
-
-def _answer(index: int, name: str) -> dict[str, Any]:
-    right = float(index != 1)
-    said = {"prompt": json.dumps(ASKED[index]), "answer": f"[THINK]{index} steps[/THINK]{name} says 7"}
-    return {**said, "reward": 0.1 + 0.9 * right, "parts": {"accuracy": right, "format": None}}
 
 
 def post_metrics(do: str, rng: np.random.Generator, steps: int = 20) -> list[dict[str, Any]]:
@@ -228,7 +209,7 @@ def write_sweep(sweep: Path, axes: dict[str, list[Any]], stages: tuple[str, ...]
         places = {name: f"shared/{name}-{i}" for name in stages}
         for name, place in places.items():
             write_stage(sweep / place, name, (recipe()["stages"] | POST)[name], seed=i)
-        figures = {key: value + 0.001 * i for key, value in manifest_of(sweep, places[measure])["metrics"].items()}
+        figures = {key: value + 0.001 * i for key, value in told_by(sweep, places[measure])["metrics"].items()}
         point = {"name": f"point-{i}", "settings": dict(zip(axes, values, strict=True)), "stages": places}
         points.append({**point, "state": "finished", "figures": {measure: figures}})
     curve = [name for name in stages if name in recipe()["stages"]]

@@ -37,7 +37,7 @@ def charts(*made: Chart | None) -> list[Chart]:
 
 def axis(figure: Figure) -> Axis:
     share = figure.unit == "share"
-    unit = f", {figure.unit}" if figure.unit and not share else ""
+    unit = "" if share or figure.unit in figure.label else f", {figure.unit}"
     return Axis(figure.label + unit, log=False if share else None, share=share)
 
 

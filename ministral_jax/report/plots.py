@@ -50,6 +50,10 @@ def variables(selector: str) -> str:
     return f"{selector}{{{light}}}\n@media screen and (prefers-color-scheme:dark){{{selector}{{{dark}}}}}\n"
 
 
+def share_tick(value: float) -> str:
+    return f"{tick(round(100 * value, 6))}{THIN}%"
+
+
 @dataclass(frozen=True)
 class Line:
     """Points in order; what no axis can show is a gap. `style` is matplotlib's, "" for marks alone; see `_MARKS`."""
@@ -160,7 +164,7 @@ def _scale(axes: Axes, side: str, scale: Axis, values: np.ndarray) -> None:
         slant: Any = {"rotation": 25, "ha": "right"} if sum(len(name) + 2 for name in scale.names) > 44 else {}
         axes.set_xticks(range(len(scale.names)), scale.names, **slant)
     else:
-        form = (lambda value: f"{tick(round(100 * value, 6))}{THIN}%") if scale.share else scale.form
+        form = share_tick if scale.share else scale.form
         axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axis.set_minor_locator(NullLocator())
 

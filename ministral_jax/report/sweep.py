@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ministral_jax.report.charts import Chart, axis, charts
 from ministral_jax.report.page import render, write
-from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines
+from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines, share_tick
 from ministral_jax.runs.naming import label, setting
 from ministral_jax.runs.reading import Stage, points, read_stage
 from ministral_jax.runs.seeds import Change
@@ -75,7 +76,10 @@ def _values(record: SweepRecord, layout: Layout, column: Column) -> Chart | None
     made = [Line(g[:, 1], g[:, 2], accent(i), style=layout.style, mark="dot") for i, g in enumerate(groups, start=1)]
     keys, what = ", ".join(layout.keys[key] for key in layout.across), f"{column.figure.label} of {column.stage}"
     names = [place.split("=", 1)[1] if len(layout.across) == 1 else place for place in layout.places]
-    picture = lines(made, Axis(keys, names=names), axis(column.figure), f"{what} against {keys}.")
+    y_axis = axis(column.figure)
+    if y_axis.share:  # as close as the points are
+        y_axis = replace(y_axis, share=False, form=share_tick)
+    picture = lines(made, Axis(keys, names=names), y_axis, f"{what} against {keys}.")
     return Chart(what, picture, f"Best: {column.show(best)}, at {layout.words(best, layout.keys)}.")
 
 
