@@ -87,7 +87,7 @@ def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]
         return ()
     if config.kind == "python-library":
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts) and _is_library(p)]
+        paths = [path for path in _python_files(root) if _is_library(path)]
         if not paths:
             raise UserError(
                 f"data.sources.{name}: this Python has no library sources in {root}; use kind 'text' instead"
@@ -100,6 +100,13 @@ def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]
         return tuple(sorted(files))
     # In the order of a hash, so that the first `limit` are a fair sample and not the beginning of the alphabet.
     return tuple(sorted(files, key=lambda file: (stable_key(file[0]), file[0]))[: config.limit])
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    """Directories that are left out are not entered: installed packages can be many times the library."""
+    for directory, below, files in os.walk(root):
+        below[:] = set(below) - _LEFT_OUT
+        yield from (Path(directory, file) for file in files if file.endswith(".py") and file not in _LEFT_OUT)
 
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
