@@ -102,7 +102,11 @@ def _write(
         for row in rows:
             writer.write(encode_row(row, list(sources.values()), bos))
             written += 1
-            if progress is not None and written % 1000 == 0:
+            if written % 1000:
+                continue
+            if split == "train":  # a mix that cannot be held may never end
+                _check_shares(_count(written, tallies, length), weights, length, config.patches)
+            if progress is not None:
                 progress(f"pack {split}", written)
         writer.close()
         counts[split] = _count(written, tallies, length)

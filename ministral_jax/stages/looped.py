@@ -149,6 +149,7 @@ def run_loop(
     teacher = objective.teacher
     schedule = Schedule(
         evaluate_every=stage.evaluate.every,
+        evaluate_early=stage.evaluate.early,
         updates=stage.steps,
         tokens_per_step=stage.batch.tokens,
         flops_per_step=objective.flops_per_token(job) * stage.batch.tokens,

@@ -38,6 +38,7 @@ class OnlineEvaluateConfig(GenerateConfig):
     """When held-out prompts are answered: as the evaluations of the other loops."""
 
     every: int = Field(default=50, ge=1)
+    early: bool = True
 
 
 class OnlineStage(Stage, Steps):
@@ -151,7 +152,8 @@ class OnlineLearner:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.stage.evaluate.every, self.updates)
+        evaluate = self.stage.evaluate
+        return Schedule(evaluate.every, self.updates, evaluate_early=evaluate.early)
 
     @property
     def updates(self) -> int:

@@ -49,9 +49,11 @@ class BatchConfig(Frozen):
 
 
 class EvaluateConfig(Frozen):
-    """Held-out evaluation at step 0, at powers of two below `every`, at multiples of `every`, and at the last step."""
+    """Held-out evaluation at step 0, at multiples of `every`, and at the last step."""
 
     every: int = Field(default=100, ge=1)
+    early: bool = True
+    """Also at powers of two below `every`: most is learnt in the first steps."""
     rows: int = Field(default=64, ge=1)
     """Held-out rows, in file order."""
 

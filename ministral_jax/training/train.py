@@ -49,10 +49,11 @@ class Schedule:
     tokens_per_step: int = 0
     """0 where a step draws its tokens itself; its metrics then say how many, as `tokens_drawn`."""
     flops_per_step: float = 0.0
+    evaluate_early: bool = True
 
     def evaluates_at(self, step: int, steps: int) -> bool:
-        """At 0, at powers of two while they are below `evaluate_every`, at its multiples, and at the end."""
-        early = step < self.evaluate_every and step & (step - 1) == 0
+        """At 0, at multiples of `evaluate_every`, at the end and, `early`, at powers of two below the first multiple."""
+        early = self.evaluate_early and step < self.evaluate_every and step & (step - 1) == 0
         return early or step % self.evaluate_every == 0 or step == steps
 
     def seen(self, step: int) -> dict[str, int]:

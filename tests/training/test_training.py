@@ -146,6 +146,12 @@ def run(tmp_path, params, batches=None, evaluate=None, **settings):
     return train(Learner(batches, evaluate), jax.tree.map(jnp.copy, params), config, directory, Clock())
 
 
+@pytest.mark.parametrize(("early", "at"), [(True, [0, 1, 2, 4, 6, 12, 14]), (False, [0, 6, 12, 14])])
+def test_evaluations_are_dense_in_the_first_steps_unless_asked_not_to(early, at):
+    schedule = Schedule(evaluate_every=6, updates=14, evaluate_early=early)
+    assert [step for step in range(15) if schedule.evaluates_at(step, 14)] == at
+
+
 def test_every_step_and_evaluation_is_logged_once(tmp_path, params):
     outcome = run(tmp_path, params)
     records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
