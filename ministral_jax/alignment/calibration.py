@@ -7,7 +7,6 @@ expected calibration error (eq. 3). N counts pairs.
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from ministral_jax.errors import UserError
 
@@ -25,6 +24,8 @@ def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
     Raises:
         UserError: nothing to fit, shapes differ, a logit is not finite, or an outcome is neither 0 nor 1.
     """
+    from scipy.optimize import minimize_scalar  # a fifth of the time that the command line takes to start
+
     logits, outcomes = _checked("logits", logits, outcomes)
 
     def cross_entropy(log_temperature: float) -> float:
