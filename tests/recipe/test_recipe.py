@@ -115,7 +115,7 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
         ),
         (
             "stages.8b-short.batch.microbatches=3",
-            "stages.8b-short.batch.microbatches: must divide batch.sequences = 16, got 3",
+            "stages.8b-short.batch.microbatches: must divide batch.sequences = 8, got 3",
         ),
         ("stages.8b-short.batch.length=4096", "batch.length = 4096 exceeds the model's context of 128"),
         ("stages.8b-base.model.width=3", "model.width = 3 differs from the 64 of its source '8b-short'"),
@@ -145,8 +145,8 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
         ("stages.14b-short.teacher={stor: logits}", "unknown key stages.14b-short.teacher.stor (did you mean store?)"),
         ("stages.14b-short.teacher=logits", "'logits' is a record stage; write it as {store: logits}"),
         ("stages.14b-short.teacher={store: parent}", "teacher.store = 'parent' must be a record stage"),
-        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records the first 3200 in the order of seed 0"),
-        ("stages.14b-short.steps=300", "stages.14b-short reads 4800 rows"),
+        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records the first 640 in the order of seed 0"),
+        ("stages.14b-short.steps=300", "stages.14b-short reads 2400 rows"),
         ("stages.14b-short.loss.objective=jsd", "stages.14b-short.loss: objective 'jsd' does not go with"),
         (
             "stages.14b-short.batch.length=64",
