@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.errors import UserError
-from ministral_jax.explain import explain, suggest
+from ministral_jax.explain import suggest, validate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.settings import merge
@@ -36,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     raw = _read_yaml(find_recipe(path))
     for override in overrides:
         _override(raw, override)
-    recipe = add_companions(_validate(_apply_defaults(raw), str(path)))
+    recipe = add_companions(validate(Recipe, _apply_defaults(raw), str(path)))
     order(recipe)
     return recipe
 
@@ -95,11 +95,8 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     defaults, data = raw.pop("defaults", None) or {}, raw.pop("data", None)
     if not isinstance(defaults, dict):
         raise UserError(f"recipe {raw['name']}: `defaults` must map kinds of stage to keys, got {defaults!r}")
-    try:
-        DataConfig.model_validate(data if data is not None else {"sources": {"none": {"kind": "digits"}}})
-    except ValidationError as error:  # said once here, not once for every stage that inherits it
-        problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
-        raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    if data is not None:  # its faults are said once here, not once for every stage that inherits it
+        validate(DataConfig, data, f"recipe {raw['name']}", "data.")
     kinds = verbs()
     shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
     for kind in defaults:
@@ -129,19 +126,8 @@ def _without_nulls(data: Any) -> Any:
 def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, Any]:
     """A block of the recipe that every stage inherits, taken out of it; its faults are said once."""
     value = raw.pop(key, None) or {}
-    try:
-        model.model_validate(value)
-    except ValidationError as error:
-        problems = (explain(problem, model, f"{key}.") for problem in error.errors())
-        raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    validate(model, value, f"recipe {raw['name']}", f"{key}.")
     return value
-
-
-def _validate(raw: dict[str, Any], where: str) -> Recipe:
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(explain(problem, Recipe) for problem in error.errors())) from None
 
 
 def add_companions(recipe: Recipe) -> Recipe:
