@@ -158,18 +158,15 @@ def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
         if name not in graph:
             raise UserError(f"no stage {name!r} in recipe {recipe.name!r}{suggest(name, graph)}")
     try:
-        everything = list(graphlib.TopologicalSorter(graph).static_order())
+        graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         raise UserError(f"the stages form a cycle: {' -> '.join(reversed(error.args[1]))}") from None
-    needed_for = set(wanted) or {name for name, stage in recipe.stages.items() if not stage.optional}
-    for name in reversed(everything):
-        if name in needed_for:
-            needed_for.update(graph[name])
-    return _file_order(recipe, graph, needed_for)
+    chosen = _with_needs(graph, set(wanted) or [name for name, stage in recipe.stages.items() if not stage.optional])
+    return _with_needs(graph, [name for name in recipe.stages if name in chosen])  # reads like the recipe
 
 
-def _file_order(recipe: Recipe, graph: dict[str, list[str]], chosen: set[str]) -> list[str]:
-    """Depth first in the order of the file, so that a run reads like the recipe."""
+def _with_needs(graph: dict[str, list[str]], names: Iterable[str]) -> list[str]:
+    """Names, each behind what it needs, depth first."""
     done: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -178,9 +175,8 @@ def _file_order(recipe: Recipe, graph: dict[str, list[str]], chosen: set[str]) -
                 visit(needed)
         done.setdefault(name)
 
-    for name in recipe.stages:
-        if name in chosen:
-            visit(name)
+    for name in names:
+        visit(name)
     return list(done)
 
 
