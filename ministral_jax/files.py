@@ -54,9 +54,13 @@ def mix(keys: np.ndarray, salt: int) -> np.ndarray:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file at once."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a crash, never meets half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

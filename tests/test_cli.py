@@ -9,8 +9,12 @@ import jax
 import pytest
 from PIL import Image
 
+import ministral_jax
 from ministral_jax.cli import main
+from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
+from ministral_jax.recipe.load import load_recipe, resolve_specs
+from ministral_jax.runs.cascade import identity
 from ministral_jax.stages.manifest import digest
 
 MICRO = Path(__file__).with_name("micro.yaml")
@@ -40,19 +44,19 @@ def run(capsys, run_dir: Path, *rest: str) -> str:
     return refused(capsys, "run", str(MICRO), *rest, "--run-dir", str(run_dir))
 
 
+def finish(run_dir: Path, name: str, **inputs: dict) -> None:
+    """A stage that is finished, as far as its manifest goes."""
+    recipe, directory = load_recipe(MICRO), run_dir / name
+    directory.mkdir(parents=True)
+    stage = identity(recipe.stages[name], resolve_specs(recipe)[name])
+    write_json(directory / "stage.json", stage)
+    made = {"stage": name, "do": recipe.stages[name].do, "status": "finished", "inputs": inputs}
+    write_json(directory / "manifest.json", made | stage)
+
+
 @pytest.fixture
 def finished_parent(tmp_path) -> Path:
-    """A run whose parent is finished, as far as its manifest goes."""
-    from ministral_jax.recipe.load import load_recipe, resolve_specs
-    from ministral_jax.runs.cascade import identity
-
-    recipe = load_recipe(MICRO)
-    directory = tmp_path / "run" / "parent"
-    directory.mkdir(parents=True)
-    stage = identity(recipe.stages["parent"], resolve_specs(recipe)["parent"])
-    write_json(directory / "stage.json", stage)
-    manifest = {"stage": "parent", "do": "train", "status": "finished", "inputs": {}, **stage}
-    write_json(directory / "manifest.json", manifest)
+    finish(tmp_path / "run", "parent")
     return tmp_path / "run"
 
 
@@ -74,15 +78,12 @@ def test_a_setting_newer_than_the_run_has_its_default(capsys, finished_parent):
         ("stages.14b-pruned.model.layers=4", "layers = 4 is larger than the source's 3"),
         ("data.tokenizer.vocab=600", "the tokenizer has 600 tokens but the model's vocab is 512"),
         ("data.sources.code={kind: text, path: nowhere.txt}", "nowhere.txt"),
+        ("14b-shrt", "no stage '14b-shrt' in recipe 'micro' (did you mean 14b-short?)"),
     ],
 )
 def test_a_bad_recipe_writes_nothing(capsys, tmp_path, override, message):
     assert message in run(capsys, tmp_path / "run", override)
     assert snapshot(tmp_path / "run") == {}
-
-
-def test_a_stage_that_does_not_exist(capsys, tmp_path):
-    assert "no stage '14b-shrt' in recipe 'micro' (did you mean 14b-short?)" in run(capsys, tmp_path, "14b-shrt")
 
 
 def test_bad_data_is_found_before_anything_is_computed(capsys, tmp_path, monkeypatch):
@@ -110,29 +111,15 @@ def test_other_settings_than_the_finished_stages(capsys, finished_parent):
 
 
 def test_saving_more_often_is_no_other_setting(capsys, finished_parent):
-    message = run(
-        capsys, finished_parent, "stages.parent.checkpoint.every=1", "data.sources.code.limit=3", "14b-pruned"
-    )
+    more = ("stages.parent.checkpoint.every=1", "data.sources.code.limit=3")
+    message = run(capsys, finished_parent, *more, "14b-pruned")
     assert "config.data.sources.code.limit was 12, now 3" in message
 
 
 def test_a_stage_made_from_another_parent_than_the_one_there(capsys, finished_parent):
-    from ministral_jax.recipe.load import load_recipe, resolve_specs
-    from ministral_jax.runs.cascade import identity
-
-    recipe = load_recipe(MICRO)
-    pruned = finished_parent / "14b-pruned"
-    pruned.mkdir()
-    stage = identity(recipe.stages["14b-pruned"], resolve_specs(recipe)["14b-pruned"])
-    write_json(pruned / "stage.json", stage)
-    inputs = {"parent": {"stage": "parent", "digest": digest(finished_parent / "parent")}}
-    write_json(
-        pruned / "manifest.json",
-        {"stage": "14b-pruned", "do": "prune", "status": "finished", "inputs": inputs, **stage},
-    )
-    (finished_parent / "parent" / "manifest.json").write_text(
-        (finished_parent / "parent" / "manifest.json").read_text().replace("train", "trained")
-    )
+    source = finished_parent / "parent" / "manifest.json"
+    finish(finished_parent, "14b-pruned", parent={"stage": "parent", "digest": digest(source.parent)})
+    source.write_text(source.read_text().replace("train", "trained"))
     message = run(capsys, finished_parent, "14b-pruned")
     assert "stage '14b-pruned'" in message and "was made from another parent 'parent' than the one there now" in message
 
@@ -161,8 +148,5 @@ def test_a_loss_that_is_no_number(capsys, tmp_path):
 
 
 def test_load_of_what_is_no_checkpoint(tmp_path):
-    import ministral_jax
-    from ministral_jax.errors import UserError
-
     with pytest.raises(UserError, match="neither a finished stage"):
         ministral_jax.load(tmp_path)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.errors import UserError
-from ministral_jax.explain import explain, suggest
+from ministral_jax.explain import suggest, validate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.settings import merge
@@ -36,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     raw = _read_yaml(find_recipe(path))
     for override in overrides:
         _override(raw, override)
-    recipe = add_companions(_validate(_apply_defaults(raw), str(path)))
+    recipe = add_companions(validate(Recipe, _apply_defaults(raw), str(path)))
     order(recipe)
     return recipe
 
@@ -95,11 +95,8 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     defaults, data = raw.pop("defaults", None) or {}, raw.pop("data", None)
     if not isinstance(defaults, dict):
         raise UserError(f"recipe {raw['name']}: `defaults` must map kinds of stage to keys, got {defaults!r}")
-    try:
-        DataConfig.model_validate(data if data is not None else {"sources": {"none": {"kind": "digits"}}})
-    except ValidationError as error:  # said once here, not once for every stage that inherits it
-        problems = (explain(problem, DataConfig, "data.") for problem in error.errors())
-        raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    if data is not None:  # its faults are said once here, not once for every stage that inherits it
+        validate(DataConfig, data, f"recipe {raw['name']}", "data.")
     kinds = verbs()
     shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
     for kind in defaults:
@@ -129,19 +126,8 @@ def _without_nulls(data: Any) -> Any:
 def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, Any]:
     """A block of the recipe that every stage inherits, taken out of it; its faults are said once."""
     value = raw.pop(key, None) or {}
-    try:
-        model.model_validate(value)
-    except ValidationError as error:
-        problems = (explain(problem, model, f"{key}.") for problem in error.errors())
-        raise UserError(f"recipe {raw['name']}: " + "; ".join(problems)) from None
+    validate(model, value, f"recipe {raw['name']}", f"{key}.")
     return value
-
-
-def _validate(raw: dict[str, Any], where: str) -> Recipe:
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(explain(problem, Recipe) for problem in error.errors())) from None
 
 
 def add_companions(recipe: Recipe) -> Recipe:
@@ -172,18 +158,15 @@ def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
         if name not in graph:
             raise UserError(f"no stage {name!r} in recipe {recipe.name!r}{suggest(name, graph)}")
     try:
-        everything = list(graphlib.TopologicalSorter(graph).static_order())
+        graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         raise UserError(f"the stages form a cycle: {' -> '.join(reversed(error.args[1]))}") from None
-    needed_for = set(wanted) or {name for name, stage in recipe.stages.items() if not stage.optional}
-    for name in reversed(everything):
-        if name in needed_for:
-            needed_for.update(graph[name])
-    return _file_order(recipe, graph, needed_for)
+    chosen = _with_needs(graph, set(wanted) or [name for name, stage in recipe.stages.items() if not stage.optional])
+    return _with_needs(graph, [name for name in recipe.stages if name in chosen])  # reads like the recipe
 
 
-def _file_order(recipe: Recipe, graph: dict[str, list[str]], chosen: set[str]) -> list[str]:
-    """Depth first in the order of the file, so that a run reads like the recipe."""
+def _with_needs(graph: dict[str, list[str]], names: Iterable[str]) -> list[str]:
+    """Names, each behind what it needs, depth first."""
     done: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -192,9 +175,8 @@ def _file_order(recipe: Recipe, graph: dict[str, list[str]], chosen: set[str]) -
                 visit(needed)
         done.setdefault(name)
 
-    for name in recipe.stages:
-        if name in chosen:
-            visit(name)
+    for name in names:
+        visit(name)
     return list(done)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,3 @@ _TEMPLATES.globals["css"] = Markup(variables(":root") + (_HERE / "page.css").rea
 def render(template: str, **values: Any) -> str:
     """What XML cannot hold (control characters, lone surrogates) becomes U+FFFD."""
     return _NOT_XML.sub("\ufffd", _TEMPLATES.get_template(template).render(**values))
-
-
-def write(path: Path, text: str) -> Path:
-    """At once: a reader, or a crash, never meets half a page."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

@@ -7,9 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ministral_jax.files import write_text
 from ministral_jax.report import charts
 from ministral_jax.report.family import family_figure
-from ministral_jax.report.page import prompt, render, write
+from ministral_jax.report.page import prompt, render
 from ministral_jax.report.plots import accent
 from ministral_jax.runs.reading import Answer, Run, Stage, read_run
 from ministral_jax.stages.figures import Figure
@@ -33,12 +34,12 @@ def build_report(run_dir: Path) -> Path:
     Raises:
         UserError: `run_dir` is not a run's directory.
     """
-    run_dir = Path(run_dir)
-    run = read_run(run_dir)
+    run, page = read_run(run_dir), run_dir / "report.html"
     pictures = [Markup(family_figure(run.members, portrait)) for portrait in (False, True)]
     if any(member.spec for member in run.members):
-        write(run_dir / "family.svg", pictures[0])
-    return write(run_dir / "report.html", render("run.html.j2", run=run, pictures=pictures, **_sections(run)))
+        write_text(run_dir / "family.svg", pictures[0])
+    write_text(page, render("run.html.j2", run=run, pictures=pictures, **_sections(run)))
+    return page
 
 
 def _sections(run: Run) -> dict[str, Any]:

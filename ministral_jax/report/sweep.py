@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ministral_jax.files import write_text
 from ministral_jax.report.charts import Chart, axis, charts
-from ministral_jax.report.page import render, write
+from ministral_jax.report.page import render
 from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines, share_tick
 from ministral_jax.runs.naming import label, setting
 from ministral_jax.runs.reading import Stage, points, read_stage
@@ -43,8 +44,9 @@ def build_sweep_report(sweep_dir: Path) -> Path:
         "heads": [f"{c.figure.label}{', ' + c.stage if len(record.measure) > 1 else ''}" for c in columns(record)],
         "curves": charts(*(_curves(record, layout, stages, measure) for measure in record.measure)),
     }
-    page = render("sweep.html.j2", record=record, setting=setting, accent=accent, **made)
-    return write(sweep_dir / "report.html", page)
+    page = sweep_dir / "report.html"
+    write_text(page, render("sweep.html.j2", record=record, setting=setting, accent=accent, **made))
+    return page
 
 
 class Layout:

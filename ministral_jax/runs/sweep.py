@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field
 
 from ministral_jax.errors import UserError
-from ministral_jax.explain import explain, suggest
+from ministral_jax.explain import suggest, validate
 from ministral_jax.files import digest_of
 from ministral_jax.recipe.load import find_recipe, load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
@@ -158,11 +158,7 @@ def _read_file(path: Path) -> Sweep | None:
         return None
     if not isinstance(raw, dict) or "recipe" not in raw:
         return None
-    try:
-        sweep = Sweep.model_validate(raw)
-    except ValidationError as error:
-        problems = "; ".join(explain(problem, Sweep) for problem in error.errors())
-        raise UserError(f"sweep {path}: {problems}") from None
+    sweep = validate(Sweep, raw, f"sweep {path}")
     for group, keys in (("product", sweep.product), ("zip", sweep.zip)):
         for key, values in keys.items():
             if len(values) < 2:

@@ -30,11 +30,10 @@ Tree = Any
 
 
 class CheckpointConfig(Frozen):
-    """Resume state every `every` steps, the newest `keep` kept, and for good those of multiples of `keep_every`."""
+    """Resume state every `every` steps, the newest `keep` kept."""
 
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
-    keep_every: int | None = Field(default=None, ge=1)
 
 
 _LEAVE_SECONDS = 60
@@ -132,14 +131,13 @@ def _placed(abstract: Tree) -> Tree:
 class ResumeStore:
     """Training states of a stage, `directory`/<step>, saved without stopping the loop.
 
-    The newest `keep` stay, and every multiple of `keep_every`. A state counts once `checksums`/<step>.json is there;
-    opening looks for the newest one all of whose files match it, and moves what is newer to `damaged`/<step>, saying
-    so on stderr. Older states go only after a newer one counts.
+    The newest `keep` stay. A state counts once `checksums`/<step>.json is there; opening looks for the newest one all
+    of whose files match it, and moves what is newer to `damaged`/<step>, saying so on stderr. Older states go only
+    after a newer one counts, so Orbax, which knows nothing of that, is not asked to remove them.
     """
 
-    def __init__(self, directory: Path, keep: int, keep_every: int | None = None):
-        self.directory = directory
-        self._keep, self._every = keep, keep_every
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self._keep = directory, keep
         self._saving: tuple[int, Writing] | None = None
         self._latest = self._open()
 
@@ -156,15 +154,9 @@ class ResumeStore:
             UserError: the save before this one failed.
         """
         self.wait()
-        path = str(self._path(step).absolute())
-        self._saving = (
-            step,
-            Writing(
-                self._path(step),
-                lambda: ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=note),
-                lambda: self._complete(step),
-            ),
-        )
+        path = self._path(step)
+        begin = lambda: ocp.save_checkpointables_async(str(path.absolute()), {"state": state}, custom_metadata=note)
+        self._saving = step, Writing(path, begin, lambda: self._complete(step))
 
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """The newest state, bit for bit, and its note. Leaves lie where the shardings of `abstract` say.
@@ -218,15 +210,10 @@ class ResumeStore:
                 self._forget(step)
 
     def delete(self) -> None:
-        """A finished stage needs no state to resume from; multiples of `keep_every` stay."""
+        """A finished stage needs no state to resume from."""
         self.wait()
-        if not is_first():
-            return
-        if self._every is None:
+        if is_first():
             shutil.rmtree(self.directory, ignore_errors=True)
-            return
-        self._keep_only({step for step in self._recorded() if step % self._every == 0})
-        shutil.rmtree(self.directory / "damaged", ignore_errors=True)
 
     # ---- process 0 ----
 
@@ -239,23 +226,18 @@ class ResumeStore:
     def _steps(self) -> list[int]:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
-    def _recorded(self) -> list[int]:
-        return [step for step in self._steps() if self._record(step).is_file()]
-
     def _forget(self, step: int) -> None:
         self._record(step).unlink(missing_ok=True)  # first: a state that is half removed does not count
         discard(self._path(step))
-
-    def _keep_only(self, kept: set[int]) -> None:
-        for step in set(self._steps()) - kept:
-            self._forget(step)
 
     def _complete(self, step: int) -> None:
         """What makes a written state count; then older ones may go. In a thread of process 0."""
         self._record(step).parent.mkdir(exist_ok=True)
         write_json(self._record(step), checksums(self._path(step)))
-        steps = self._recorded()
-        self._keep_only({*steps[-self._keep :], *(s for s in steps if self._every and s % self._every == 0)})
+        steps = self._steps()
+        counting = [step for step in steps if self._record(step).is_file()]
+        for old in set(steps) - set(counting[-self._keep :]):
+            self._forget(old)
 
     # ---- opening ----
 

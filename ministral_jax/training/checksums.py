@@ -65,6 +65,3 @@ def _difference(directory: Path, name: str, size: int, digest: str) -> str | Non
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- what processes tell each other; all of them must call these at the same point ---------------------------------

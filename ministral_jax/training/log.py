@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import read_jsonl
+from ministral_jax.files import read_jsonl, write_text
 
 Track = Literal["tensorboard", "wandb", "trackio"]
 
@@ -89,26 +88,24 @@ class StageLog:
             return
         stands = (-1, False) if resume_step is None else (resume_step, evaluated)
         kept = [r for r in known if r["kind"] == "time" or (r["step"], r["kind"] == "eval") <= stands]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._tracker: Tracker = (
-            TensorBoard(directory, resume_step) if track == "tensorboard" else Service(track, directory)
-        )
+        board = track == "tensorboard"
+        self._tracker: Tracker = TensorBoard(directory, resume_step) if board else Service(track, directory)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        self._tracker.write(kind, step, values)
+        if self._file is not None:
+            self._add({"kind": kind, "step": step, **values})
+            self._tracker.write(kind, step, values)
 
     def write_time(self, record: Mapping[str, Any]) -> None:
         """A record of `goodput`."""
         if self._file is not None:
-            self._file.write(json.dumps({"kind": "time", "at": round(time.time(), 3), **record}) + "\n")
-            self._file.flush()
+            self._add({"kind": "time", "at": round(time.time(), 3), **record})
+
+    def _add(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:

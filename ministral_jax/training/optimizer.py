@@ -1,4 +1,4 @@
-"""Optax optimisers by name, told which leaves are matrices by their path."""
+"""AdamW and its learning rate; the path of a leaf tells whether it is a matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import optax
-from optax import contrib
 from pydantic import Field
 
 from ministral_jax.settings import Frozen
@@ -15,9 +14,8 @@ Params = dict[str, Any]
 
 
 class OptimizerConfig(Frozen):
-    """Optax optimiser, with the learning rate as a function of the step."""
+    """AdamW, with the learning rate as a function of the step."""
 
-    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=3e-4, gt=0)
     warmup: int = Field(default=20, ge=0)
     """Steps of linear warm-up from 0."""
@@ -50,41 +48,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Muon; weight decay on matrices only."""
+    """Clip by global norm, then AdamW; weight decay on matrices only."""
     rate = learning_rate(config, steps)
-    if config.name == "adamw":
-        tx = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=_is_matrix)
-    else:
-        dimensions: Any = _muon_dimensions
-        tx = contrib.muon(
-            rate,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            weight_decay_mask=_is_matrix,
-            muon_weight_dimension_numbers=dimensions,
-            consistent_rms=0.2,  # AdamW's RMS, so that one learning rate serves both (arXiv 2502.16982 §2.2)
-            weight_decay=config.weight_decay,
-        )
-    return optax.chain(optax.clip_by_global_norm(config.clip), tx)
+    adamw = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=_is_matrix)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
 def _is_matrix(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
-
-
-def _muon_dimensions(params: Params) -> Any:
-    """Which axes of a (stacked) kernel are its input and output; None leaves embeddings, head and gains to Adam."""
-
-    def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
-        keys = [entry.key for entry in path]
-        stacked = int("layers" in keys)
-        if keys[-1] == "o":
-            return contrib.MuonDimensionNumbers((stacked, stacked + 1), stacked + 2)
-        if keys[-1] in ("q", "k", "v"):
-            return contrib.MuonDimensionNumbers(stacked, (stacked + 1, stacked + 2))
-        if keys[-1] in ("gate", "up", "down", "merge", "linear_1", "linear_2"):
-            return contrib.MuonDimensionNumbers(stacked, stacked + 1)
-        return None
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)

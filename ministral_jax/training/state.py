@@ -84,11 +84,8 @@ def make_step(
         count = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
-        one = jnp.ones(())
-        metrics = metrics | {
-            "gradient_norm": (optax.tree.norm(grads), one),
-            "learning_rate": (rate(state["step"]), one),
-        }
+        told = {"gradient_norm": optax.tree.norm(grads), "learning_rate": rate(state["step"])}
+        metrics |= {name: (jnp.asarray(value), jnp.ones(())) for name, value in told.items()}
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics
 

@@ -125,7 +125,7 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         Preempted: the job was asked to stop. The state is saved, at the same step by all processes.
     """
     schedule, begun = learner.schedule, time.monotonic()
-    with closing(ResumeStore(directory / "state", config.checkpoint.keep, config.checkpoint.keep_every)) as store:
+    with closing(ResumeStore(directory / "state", config.checkpoint.keep)) as store:
         state: Any
         state, at, saved = _begin(params, make_optimizer(config.optimizer, schedule.updates), store)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

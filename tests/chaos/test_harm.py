@@ -9,11 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import RETRY, Job, assert_same_bits
+from harm_cases import flip, truncate
+from harness import GONE, RETRY, SEED, VICTIMS, Job, assert_same_bits
 
 pytestmark = pytest.mark.chaos
-SEED = int(os.environ.get("CHAOS_SEED", "7"))
-GONE = 15
 STOPPED = (RETRY, -signal.SIGTERM)
 
 
@@ -73,7 +72,7 @@ def test_sigterm_in_every_phase(reference, tmp_path):
     )
     for moment in moments:
         before = states(run_dir, "parent"), states(run_dir, "short")
-        stop(run_dir, moment, *rng.choice(([0], [1], [0, 1])))
+        stop(run_dir, moment, *rng.choice(VICTIMS))
         after = states(run_dir, "parent"), states(run_dir, "short")
         if moment.startswith(("parent/", "short/")) and not moment.startswith("parent//"):
             assert after != before, f"{moment}: nothing was saved"
@@ -102,16 +101,6 @@ def test_a_peer_that_hangs_or_fails_alone_does_not_hold_the_other(reference, tmp
             other = codes[1 - culprit]
             assert other == RETRY or other < 0, f"{codes}\n{job.tails()}"
     finish(run_dir, unbroken)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_damaged_state_is_named_and_the_one_before_is_used(reference, tmp_path):

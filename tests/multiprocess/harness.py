@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from harm_cases import free_port
 
 from ministral_jax.stages.base import load_stage
 
@@ -29,6 +31,10 @@ POST = Path(__file__).parent.parent / "micro_post.yaml"
 POST_TRAINED = ("parent", "sft", "reward", "instruct", "rl")
 RETRY = 75
 PATIENCE = 600
+SEED = int(os.environ.get("CHAOS_SEED", "7"))
+VICTIMS = ([0], [1], [0, 1])
+GONE = 15
+"""Seconds in which a process ends whose peer has died."""
 # Programs that any job has compiled, of this session or another. Nobody needs fast ones.
 COMPILED = Path(tempfile.gettempdir()) / "ministral_jax_test_cache" / "jobs"
 COMPILING = {
@@ -89,6 +95,14 @@ class Job:
     def send(self, number: signal.Signals, *indices: int) -> None:
         for i in indices:
             self.processes[i].send_signal(number)
+
+    def kill(self, victims: Sequence[int], seconds: float = GONE) -> list[int | None]:
+        """Kill some processes; the others end in time, by a signal or asking to be run again. All exit codes."""
+        self.send(signal.SIGKILL, *victims)
+        others = {*range(len(self.processes))} - {*victims}
+        codes = self.wait(seconds, *others)
+        assert all(codes[i] == RETRY or codes[i] < 0 for i in others), f"{codes}\n{self.tails()}"
+        return codes
 
     def codes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
@@ -175,12 +189,6 @@ def members(group: int) -> list[int]:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def copied(run_dir: Path, other: Path, *without: str) -> Path:
     """A run directory as another one is, without some of its stages."""
     return Path(shutil.copytree(other, run_dir, symlinks=True, ignore=shutil.ignore_patterns(*without)))
@@ -202,8 +210,31 @@ def answers(run_dir: Path, stage: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["answers"] if path.is_file() else []
 
 
+def digests(root: Path) -> dict[str, str]:
+    """Of every file below a directory."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def export(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "hf" / "hf").iterdir())}
+
+
+def assert_same_figures(
+    ours: Path, theirs: Path, stages: Sequence[str], relative: float, absolute: float = 0.0
+) -> float:
+    """Every figure of every step, within a tolerance; the largest relative difference."""
+    worst = 0.0
+    for stage, kind in itertools.product(stages, ("train", "eval")):
+        a, b = records(ours, stage, kind), records(theirs, stage, kind)
+        assert [r["step"] for r in a] == [r["step"] for r in b] != [], (stage, kind)
+        for x, y in zip(a, b, strict=True):
+            assert x.keys() == y.keys()
+            for key in x.keys() - {"kind", "step"}:
+                worst = max(worst, abs(x[key] - y[key]) / max(abs(y[key]), 1e-9))
+                message = f"{stage} {kind} {x['step']} {key}"
+                np.testing.assert_allclose(x[key], y[key], rtol=relative, atol=absolute, err_msg=message)
+    return worst
 
 
 def assert_same_bits(ours: Path, theirs: Path, stages: Sequence[str] = TRAINED) -> None:

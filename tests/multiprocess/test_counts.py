@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from harness import RETRY, Job, export, records
+from harness import RETRY, Job, assert_same_figures, export
 from safetensors.numpy import load
 
 pytestmark = pytest.mark.multiprocess
@@ -32,18 +32,7 @@ def runs(tmp_path_factory) -> dict:
 
 
 def assert_same(ours, theirs) -> None:
-    worst = 0.0
-    for stage, kinds in (("parent", ("train", "eval")), ("short", ("train", "eval"))):
-        for kind in kinds:
-            a, b = records(ours, stage, kind), records(theirs, stage, kind)
-            assert [r["step"] for r in a] == [r["step"] for r in b], (stage, kind)
-            for x, y in zip(a, b, strict=True):
-                assert x.keys() == y.keys()
-                for key in x.keys() - {"kind", "step"}:
-                    worst = max(worst, abs(x[key] - y[key]) / max(abs(y[key]), 1e-9))
-                    np.testing.assert_allclose(
-                        x[key], y[key], rtol=RELATIVE, err_msg=f"{stage} {kind} {x['step']} {key}"
-                    )
+    worst = assert_same_figures(ours, theirs, ("parent", "short"), RELATIVE)
     figures = [json.loads((run / "pruned" / "manifest.json").read_text())["metrics"] for run in (ours, theirs)]
     np.testing.assert_allclose(figures[0]["kl_to_source"], figures[1]["kl_to_source"], rtol=1e-5)
     a, b = export(ours), export(theirs)

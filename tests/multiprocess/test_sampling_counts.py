@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import COMPILED, COMPILING, free_port
+from harm_cases import free_port
+from harness import COMPILED, COMPILING
 
 pytestmark = pytest.mark.multiprocess
 WORKER = Path(__file__).with_name("sampling_worker.py")

@@ -1,14 +1,13 @@
 """A logit store recorded by four processes: students of one, two and four read the same rows from it, and a job that
 records goes on with another number of processes."""
 
-import hashlib
 import json
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import RETRY, Job, copied, records
+from harness import RETRY, Job, assert_same_figures, copied, digests
 
 from ministral_jax.teachers.store import Store, verify
 
@@ -35,19 +34,12 @@ def read(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 def test_students_of_any_number_of_processes_learn_the_same(recorded, tmp_path):
-    curves = {4: [records(recorded, "short", kind) for kind in ("train", "eval")]}
-    for count in (1, 2):
-        run_dir = copied(tmp_path / f"{count}", recorded, "short")
+    one, two = (copied(tmp_path / f"{count}", recorded, "short") for count in (1, 2))
+    for count, run_dir in ((1, one), (2, two)):
         with Job(run_dir, count, 4 // count, "short", recipe=RECIPE) as job:
             job.finish()
-        curves[count] = [records(run_dir, "short", kind) for kind in ("train", "eval")]
-    for count in (2, 4):
-        for ours, theirs in zip(curves[count], curves[1], strict=True):
-            assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-            for a, b in zip(ours, theirs, strict=True):
-                assert a.keys() == b.keys()
-                for key in a.keys() - {"kind", "step"}:
-                    np.testing.assert_allclose(a[key], b[key], rtol=RELATIVE, err_msg=f"{count} {a['step']} {key}")
+    for run_dir in (two, recorded):
+        assert_same_figures(run_dir, one, ("short",), RELATIVE)
 
 
 def test_a_store_goes_on_with_another_number_of_processes(recorded, tmp_path):
@@ -76,8 +68,4 @@ def test_four_processes_write_each_file_alone(recorded, tmp_path):
     run_dir = copied(tmp_path / "again", recorded, "logits", "short")
     with Job(run_dir, 4, 1, "logits", recipe=RECIPE) as job:
         job.finish()
-    digests = [
-        {p.relative_to(run): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob("*")) if p.is_file()}
-        for run in (run_dir / "logits" / "store", recorded / "logits" / "store")
-    ]
-    assert digests[0] == digests[1]
+    assert digests(run_dir / "logits" / "store") == digests(recorded / "logits" / "store")
