@@ -63,12 +63,8 @@ class Examiner:
     def __exit__(self, *_: object) -> None:
         self._scorer.close()
 
-    def figures(self, params: Params) -> dict[str, float]:
-        """See `figures_of`; a few of the answers are left in the directory, as `answers.json`."""
-        return self.examine(params)[0]
-
     def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """Figures, and the rewards of all answers `[N]`."""
+        """`figures_of` the answers, and their rewards `[N]`; a few are left in the directory, as `answers.json`."""
         config, rows = self._config, self._rows
         numbers = seeds(0, 0, len(rows), _SALT)
         answers = self._sampler.answers(params, rows, numbers, config.completions, config.max_completion_length)
