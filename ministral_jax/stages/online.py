@@ -80,11 +80,11 @@ class OnlineStage(Stage, Steps):
             raise ValueError("must be at least 1, and say what holds from step 0 on")
         return value
 
-    def completion_length(self, step: int) -> int:
-        """Tokens that the completions of a step (counted from 0) may have."""
-        if isinstance(self.max_completion_length, int):
-            return self.max_completion_length
-        return self.max_completion_length[max(first for first in self.max_completion_length if first <= step)]
+    @property
+    def completion_lengths(self) -> dict[int, int]:
+        """Tokens that completions may have, by the step from which it holds."""
+        lengths = self.max_completion_length
+        return {0: lengths} if isinstance(lengths, int) else lengths
 
     @property
     def answers_per_prompt(self) -> int:
@@ -103,8 +103,7 @@ class OnlineStage(Stage, Steps):
     @property
     def longest_row(self) -> int:
         """Tokens of the longest prompt with the longest answer."""
-        lengths = self.max_completion_length
-        return self.max_prompt_length + (lengths if isinstance(lengths, int) else max(lengths.values()))
+        return self.max_prompt_length + max(self.completion_lengths.values())
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
@@ -186,7 +185,8 @@ class OnlineLearner:
         step, prompts = batch
         params = jax.block_until_ready(self.params(state))  # the last update, whose time is not that of sampling
         self.clock.switch("generate")
-        limit, numbers = self.stage.completion_length(step), seeds(self.stage.seed, step, len(prompts))
+        lengths, numbers = self.stage.completion_lengths, seeds(self.stage.seed, step, len(prompts))
+        limit = lengths[max(first for first in lengths if first <= step)]
         answers = self.sampler.answers(params, prompts, numbers, self.stage.answers_per_prompt, limit)
         self.clock.switch("score")
         return self.learn(state, answers)
