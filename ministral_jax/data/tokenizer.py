@@ -100,10 +100,14 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
             f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
         )
     content = source.read_bytes()
-    request = hashlib.sha256(content + config.model_dump_json(include={"vocab", "special"}).encode()).hexdigest()[:16]
+    request = _sha256(content + config.model_dump_json(include={"vocab", "special"}).encode())[:16]
     path = next(cache_dir.glob(f"tokenizer-{request}-*/tekken.json"), None)
     if path is None:
-        path = _store(_cut(content, config), cache_dir, request)
+        cut = _cut(content, config)
+        final = cache_dir / f"tokenizer-{request}-{_sha256(cut)[:16]}"
+        with new_directory(final) as draft:
+            (draft / "tekken.json").write_bytes(cut)
+        path = final / "tekken.json"
     try:
         return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -182,13 +186,6 @@ def _special_tokens(defined: list[Any] | None, count: int, bundled: bool) -> lis
         names |= {rank: str(name) for rank, name in _LATER_SPECIAL.items()}
     filler = Tekkenizer.SPECIAL_TOKEN_TEMPLATE
     return [dict(rank=i, token_str=names.get(i, filler.format(id=i)), is_control=True) for i in range(count)]
-
-
-def _store(content: bytes, cache_dir: Path, request: str) -> Path:
-    final = cache_dir / f"tokenizer-{request}-{_sha256(content)[:16]}"
-    with new_directory(final) as draft:
-        (draft / "tekken.json").write_bytes(content)
-    return final / "tekken.json"
 
 
 def _sha256(content: bytes) -> str:

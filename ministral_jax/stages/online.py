@@ -175,7 +175,7 @@ class OnlineLearner:
 
     def __exit__(self, *_: object) -> None:
         self.examiner.__exit__()
-        self.scorer.close()
+        self.scorer.__exit__()
 
     def batches(self, first: int) -> Iterator[Prompts]:
         for step in count(first):

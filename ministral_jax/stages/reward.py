@@ -51,7 +51,7 @@ class Reward(Looped):
         for documents in prompts.train.values():
             for document in documents:
                 _check_pair(spell(document.messages[-1]), document.where)
-        held_out_pairs(prompts.rows("held_out"), self.pairs, job.where)
+        held_out_pairs(prompts.held_out_rows(), self.pairs, job.where)
         super().prepare(job, packing)
 
     def objective(self, job: Job[Reward]) -> Objective:
@@ -64,7 +64,7 @@ class Reward(Looped):
         clock, data = Clock(), open_data(job)
         job = job.with_tokens(data.tokenizer)
         judge = Judge(job.spec, self.compute, job.placement, data.tokenizer, on_step=poll_slow)
-        pairs = held_out_pairs(open_stage_prompts(job, answered=True).rows("held_out"), self.pairs, job.where)
+        pairs = held_out_pairs(open_stage_prompts(job, answered=True).held_out_rows(), self.pairs, job.where)
         params = load_stage(job.source, placement=job.placement)[1]
         return run_loop(job, data, self.objective(job), params, clock, lambda params: examine(judge, params, pairs))
 
