@@ -17,10 +17,7 @@ _FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTIL
 
 
 def check_sandbox(settings: CodeReward) -> None:
-    """
-    Raises:
-        UserError: not enabled, or no sandbox on this machine.
-    """
+    """Raises `UserError`: not enabled, or no sandbox on this machine."""
     if not settings.enabled:
         raise UserError(
             "the reward code runs programs that the model wrote, in a sandbox that is no proof against all of them; "
@@ -39,11 +36,7 @@ def check_sandbox(settings: CodeReward) -> None:
 
 
 def check_tests(columns: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """The row's tests.
-
-    Raises:
-        UserError: none, too many, or one that is neither input and output nor an assertion.
-    """
+    """The row's tests. Raises `UserError`: none, too many, or one that is neither input and output nor an assertion."""
     tests = columns.get("tests")
     if not isinstance(tests, list) or not 1 <= len(tests) <= MAX_TESTS:
         found = f"{len(tests)} tests" if isinstance(tests, list) else repr(tests)

@@ -98,11 +98,8 @@ def conduct(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
-    """Scores of all samples on every process, each having judged its share.
-
-    Raises:
-        UserError: a reward failed, on any of them, or too many did where they may.
-    """
+    """Scores of all samples on every process, each having judged its share. Raises `UserError`: a reward failed, on any
+    of them, or too many did where they may."""
     announce("scoring")
     count, index = jax.process_count(), jax.process_index()
     if count == 1:

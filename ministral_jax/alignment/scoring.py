@@ -85,29 +85,21 @@ class Scorer:
             self._pool = None
 
     def check(self, columns: Mapping[str, Any], where: str) -> None:
-        """
-        Raises:
-            UserError: a row that a reward could not judge, or a reward that cannot be given on this machine.
-        """
+        """Raises `UserError`: a row that a reward could not judge, or a reward that cannot be given on this machine."""
         for reward in self._rewards.values():
             if reward.kind in _CHECKS:
                 _CHECKS[reward.kind](columns, reward, where)
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """
-        Raises:
-            UserError: a reward failed, or with `on_error="drop"` more than half of the samples have one that did.
-        """
+        """Raises `UserError`: a reward failed, or with `on_error="drop"` more than half of the samples have one that
+        did."""
         scores = self.score_share(samples)
         check_enough(scores, next(iter(scores.problems), None))
         return scores
 
     def score_share(self, samples: Sequence[Sample]) -> Scores:
-        """`score` of some of the samples: whether enough of all of them could be scored is for `check_enough` to say.
-
-        Raises:
-            UserError: a reward failed, unless `on_error="drop"`.
-        """
+        """`score` of some of the samples: whether enough of all of them could be scored is for `check_enough` to
+        say. Raises `UserError`: a reward failed, unless `on_error="drop"`."""
         jobs = {name: [self._start(reward, sample) for sample in samples] for name, reward in self._rewards.items()}
         parts, problems = {}, []
         try:
@@ -151,21 +143,15 @@ class Scorer:
 
 
 def check_enough(scores: Scores, problem: str | None) -> None:
-    """
-    Raises:
-        UserError: more than half of the samples could not be scored; it says the first `problem`.
-    """
+    """Raises `UserError`: more than half of the samples could not be scored; it says the first `problem`."""
     failed, count = int(np.isnan(scores.total).sum()), len(scores.total)
     if 2 * failed > count:
         raise UserError(f"{failed} of {count} samples could not be scored; the first: {problem}")
 
 
 def resolve(path: str, where: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names.
-
-    Raises:
-        UserError: it cannot be imported, is not there, or cannot be called.
-    """
+    """The function that `package.module:function` names. Raises `UserError`: it cannot be imported, is not there, or
+    cannot be called."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)

@@ -117,11 +117,8 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
 
 
 def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Check functions offered in the OpenAI style and give them the keys, in the order, that the template shows.
-
-    Raises:
-        UserError: not a list of `{"type": "function", "function": {"name": .., ..}}`; begins with `where`.
-    """
+    """Check functions offered in the OpenAI style and give them the keys, in the order, that the template shows. Raises
+    `UserError`: not a list of `{"type": "function", "function": {"name": .., ..}}`; begins with `where`."""
     if not isinstance(raw, list):
         raise UserError(f"{where}: 'tools' must be a list of functions, got {str(raw)[:80]}")
     tools = []
@@ -188,11 +185,8 @@ def dump(value: Any) -> str:
 
 
 def image_path(value: Any, base: Path, where: str) -> Path:
-    """Path of an image named in a row, relative to `base`.
-
-    Raises:
-        UserError: not a non-empty string, or a URL that is not a local file.
-    """
+    """Path of an image named in a row, relative to `base`. Raises `UserError`: not a non-empty string, or a URL that is
+    not a local file."""
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: an image must be the path of a file, got {value!r}")
     scheme, separator, rest = value.partition("://")

@@ -74,11 +74,8 @@ def drawn(keys: np.ndarray, share: float) -> np.ndarray:
 def tokenise(
     source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, root: Path, progress: Progress | None = None
 ) -> Documents:
-    """Tokenise a source into `root/<digest>`, or open what an earlier call left there.
-
-    Raises:
-        UserError: a document or an image cannot be used, or there is none.
-    """
+    """Tokenise a source into `root/<digest>`, or open what an earlier call left there. Raises `UserError`: a document
+    or an image cannot be used, or there is none."""
     layout = vision and [vision.patch_size, vision.merge, vision.max_image_size]
     digest = digest_of([_FORMAT, source.digest, tokenizer.digest, layout, MOST_PIXELS])
     directory = root / digest[:16]

@@ -55,11 +55,8 @@ class PromptData:
         return [self._row(self.train[name][number], name) for name, number in places]
 
     def evaluation(self, count: int) -> list[PromptRow]:
-        """The first `count` held-out prompts, or all of them: always the same, the sources by their weights.
-
-        Raises:
-            UserError: nothing was held out.
-        """
+        """The first `count` held-out prompts, or all of them: always the same, the sources by their weights. Raises
+        `UserError`: nothing was held out."""
         available = sum(len(documents) for documents in self.held_out.values())
         if not available:
             raise UserError("no prompt is held out; raise data.held_out or give the sources more documents")

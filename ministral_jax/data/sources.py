@@ -44,11 +44,8 @@ class Source:
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
-    """List the files of a source and digest their content; an image named by a JSONL row counts by its size.
-
-    Raises:
-        UserError: no file matches, or a JSONL row that names an image is malformed or its image missing.
-    """
+    """List the files of a source and digest their content; an image named by a JSONL row counts by its size. Raises
+    `UserError`: no file matches, or a JSONL row that names an image is malformed or its image missing."""
     files = _list_files(name, config)
     if config.kind in KINDS:
         content: Any = task_digest(config)
@@ -174,11 +171,8 @@ def json_row(line: bytes, where: str) -> Any:
 
 
 def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
-    """The documents of a row of the JSONL file at `path`: two of a pair of answers, else one.
-
-    Raises:
-        UserError: the row is malformed; begins with `where`.
-    """
+    """The documents of a row of the JSONL file at `path`: two of a pair of answers, else one. Raises `UserError`: the
+    row is malformed; begins with `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")

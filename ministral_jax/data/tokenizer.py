@@ -45,11 +45,7 @@ class Tokenizer:
         return self.tekken.n_words
 
     def special(self, piece: str) -> int:
-        """Id of a control token such as `[INST]`.
-
-        Raises:
-            UserError: the file has no such token.
-        """
+        """Id of a control token such as `[INST]`. Raises `UserError`: the file has no such token."""
         try:
             return self.tekken.get_special_token(piece)
         except ValueError:
@@ -90,10 +86,7 @@ class Tokenizer:
 
 def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     """Load the tokenizer a config asks for, keeping its file in `cache_dir/tokenizer-<request>-<digest>/tekken.json`.
-
-    Raises:
-        UserError: the file is missing or not a Tekken file, or has fewer entries than asked for.
-    """
+    Raises `UserError`: the file is missing or not a Tekken file, or has fewer entries than asked for."""
     source = _BUNDLED if config.file == "bundled" else Path(config.file).expanduser()
     if not source.is_file():
         raise UserError(
@@ -132,11 +125,8 @@ def export_tokenizer(tokenizer: Tokenizer, directory: Path, vision: VisionSpec |
 
 
 def check_vocab(tokenizer: Tokenizer, spec: ModelSpec) -> None:
-    """Check that a model can embed every id of a tokenizer, and that both mean the same token by an image.
-
-    Raises:
-        UserError: naming both numbers.
-    """
+    """Check that a model can embed every id of a tokenizer, and that both mean the same token by an image. Raises
+    `UserError`: naming both numbers."""
     if tokenizer.vocab > spec.vocab:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab} tokens but the model's vocab is {spec.vocab}; "

@@ -210,11 +210,8 @@ def _disk_name(name: str, spec: ModelSpec) -> str:
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """Sizes of a Hugging Face model directory; no weights are read.
-
-    Raises:
-        UserError: no such model, another architecture, or damaged files.
-    """
+    """Sizes of a Hugging Face model directory; no weights are read. Raises `UserError`: no such model, another
+    architecture, or damaged files."""
     directory = Path(directory)
     config = load_config(directory)
     return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))

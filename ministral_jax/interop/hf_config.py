@@ -29,11 +29,8 @@ _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """`config.json` of a model: a Mistral3ForConditionalGeneration, or without vision the causal LM alone.
-
-    Raises:
-        UserError: the vision tower's epsilon is not the one that `transformers` hard-codes.
-    """
+    """`config.json` of a model: a Mistral3ForConditionalGeneration, or without vision the causal LM alone. Raises
+    `UserError`: the vision tower's epsilon is not the one that `transformers` hard-codes."""
     text = _text_config(spec)
     if spec.vision is None:
         name = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}[text["model_type"]]

@@ -86,11 +86,8 @@ class Stage(Frozen):
         return {}
 
     def resolve(self, graph: Graph, where: str) -> ModelSpec:
-        """Sizes of the result, and everything in which the stage does not fit its inputs. Reads no data.
-
-        Raises:
-            UserError: naming `where`, the stage's place in the recipe.
-        """
+        """Sizes of the result, and everything in which the stage does not fit its inputs. Reads no data. Raises
+        `UserError`: naming `where`, the stage's place in the recipe."""
         spec = resolve_model(getattr(self, "model", None), graph.specs.get(self.source or ""), where)
         self.check_sizes(spec, graph, where)
         return spec
@@ -219,11 +216,8 @@ class Result:
 
 
 def resolve_model(ref: ModelRef | None, source: ModelSpec | None, where: str) -> ModelSpec:
-    """The sizes a stage works on: a preset, or the source's sizes with overrides.
-
-    Raises:
-        UserError: unknown preset or key, inconsistent sizes, overrides without anything to override.
-    """
+    """The sizes a stage works on: a preset, or the source's sizes with overrides. Raises `UserError`: unknown preset
+    or key, inconsistent sizes, overrides without anything to override."""
     if ref is None:
         if source is None:
             raise UserError(f"{where}.model is required when the stage has no `from`")

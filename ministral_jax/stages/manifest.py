@@ -68,11 +68,8 @@ class Manifest(BaseModel):
 
 
 def read_manifest(stage_directory: Path) -> Manifest | None:
-    """The manifest of a finished stage, None when it is not finished.
-
-    Raises:
-        UserError: the file is there but is not a manifest.
-    """
+    """The manifest of a finished stage, None when it is not finished. Raises `UserError`: the file is there but is
+    not a manifest."""
     path = stage_directory / "manifest.json"
     if not path.is_file():
         return None
@@ -87,11 +84,7 @@ def read_manifest(stage_directory: Path) -> Manifest | None:
 
 
 def finished(stage_directory: Path) -> Manifest:
-    """The manifest of a stage that must be finished.
-
-    Raises:
-        UserError: it is not.
-    """
+    """The manifest of a stage that must be finished. Raises `UserError`: it is not."""
     if (manifest := read_manifest(stage_directory)) is None:
         raise UserError(f"{stage_directory} is not a finished stage: it has no manifest.json that says so")
     return manifest

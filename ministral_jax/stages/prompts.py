@@ -31,11 +31,7 @@ def open_stage_prompts(job: Job[Any], progress: Progress | None = None, answered
 
 
 def checked_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
-    """The prompts of a stage, each short enough for the model to answer.
-
-    Raises:
-        UserError: naming the row.
-    """
+    """The prompts of a stage, each short enough for the model to answer. Raises `UserError`: naming the row."""
     prompts = open_stage_prompts(job, progress, answered)
     if (longest := getattr(job.stage, "max_prompt_length", None)) is None:
         prompts.check(job.spec.context - 1, "the model's context less one", progress)
@@ -45,11 +41,8 @@ def checked_prompts(job: Job[Any], progress: Progress | None = None, answered: b
 
 
 def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
-    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed.
-
-    Raises:
-        UserError: naming the row.
-    """
+    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed. Raises
+    `UserError`: naming the row."""
     stage, prompts = job.stage, checked_prompts(job, progress)
     check_vocab(prompts.tokenizer, job.spec)
     examined = getattr(stage, "generate", None) or stage.evaluate

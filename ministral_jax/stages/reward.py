@@ -84,11 +84,8 @@ def _check_pair(answer: str, where: str) -> None:
 
 
 def held_out_pairs(rows: list[PromptRow], count: int, where: str) -> list[tuple[PromptRow, PromptRow]]:
-    """The first held-out pairs, each as the two questions that are made of it.
-
-    Raises:
-        UserError: there are fewer than four, or a row is not one of a pair.
-    """
+    """The first held-out pairs, each as the two questions that are made of it. Raises `UserError`: there are fewer
+    than four, or a row is not one of a pair."""
     pairs = list(zip(rows[0::2], rows[1::2], strict=False))[:count]
     for row in (row for pair in pairs for row in pair):
         _check_pair(row.reference, row.where)

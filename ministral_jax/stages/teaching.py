@@ -146,11 +146,8 @@ def described_teacher(job: Job[Any]) -> Teacher:
 
 
 def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
-    """The stage's teacher: a model beside the student, or what was recorded of one.
-
-    Raises:
-        UserError: it was trained on other token ids, which would teach noise; or a store that does not fit.
-    """
+    """The stage's teacher: a model beside the student, or what was recorded of one. Raises `UserError`: it was
+    trained on other token ids, which would teach noise; or a store that does not fit."""
     stage: Taught = job.stage
     directory, placement, ours = _teacher_directory(job), job.teacher_placement, data.tokenizer.digest
     made = finished(directory).data
