@@ -16,6 +16,12 @@ MAX_TESTS = 20
 _FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
+def check_code(columns: Mapping[str, Any], settings: CodeReward, where: str) -> None:
+    """Raises `UserError` as the two that follow."""
+    check_sandbox(settings)
+    check_tests(columns, where)
+
+
 def check_sandbox(settings: CodeReward) -> None:
     """Raises `UserError`: not enabled, or no sandbox on this machine."""
     if not settings.enabled:

@@ -225,10 +225,7 @@ def _evaluate(reward: AnyReward, sample: Sample) -> Judged:
 _CHECKS: dict[str, Callable[[Mapping[str, Any], Any, str], object]] = {
     "accuracy": mathematics.check_gold,
     "constraints": lambda columns, _, where: reward_functions.check_constraints(columns.get("constraints"), where),
-    "code": lambda columns, reward, where: (
-        code_reward.check_sandbox(reward),
-        code_reward.check_tests(columns, where),
-    ),
+    "code": code_reward.check_code,
     "rubric": lambda columns, _, where: _rubrics(columns, where),
 }
 """Of a row's columns, by settings, at a place: what cannot be judged is refused."""

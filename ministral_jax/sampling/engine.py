@@ -22,13 +22,12 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.models.vlm import VLM
 from ministral_jax.sampling.decoding import Choice, Params, Rows, programs
-from ministral_jax.settings import Frozen
 
 SLOTS = 256
 """Tokens of completion for which there is room at first; it doubles when they are used."""
 
 
-class SamplingOptions(Frozen):
+class SamplingOptions(Choice):
     """How completions are drawn and when they end.
 
     A completion ends with the first of: a token of `stop_ids`, which belongs to it; `max_completion_length` tokens, or
@@ -37,11 +36,6 @@ class SamplingOptions(Frozen):
 
     completions_per_prompt: int = Field(default=1, ge=1)
     max_completion_length: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """0 takes the most probable token, always."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """0 for all."""
     stop_ids: tuple[int, ...] = ()
     chunk: int = Field(default=32, ge=1)
     """Tokens between two looks of the host."""

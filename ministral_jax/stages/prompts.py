@@ -64,8 +64,7 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     """What sampling compiles to answer `prompts` prompts of at most `length` tokens `each` so often: reading them,
     branching into the answers, and a chunk of tokens. Shorter prompts are padded to fewer tokens."""
     spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
-    options, choice = SamplingOptions(), Choice(temperature=temperature, top_p=1.0, top_k=0)
-    run = programs(spec, compute, place, choice, (job.tokens.eos,), options.chunk)
+    run = programs(spec, compute, place, Choice(temperature=temperature), (job.tokens.eos,), SamplingOptions().chunk)
     count, total = place.even(prompts), place.even(prompts * each)
     params, patches = placed_params(spec, place), job.stage.data.patches
     batch = shapes(count, bucket(length), (), bucket(patches) if patches else 0, spec.vision)
