@@ -18,3 +18,17 @@ def fails_on_the_second_process(sample) -> float:
     if sys.argv[sys.argv.index("--process-index") + 1] == "1":  # a worker has the arguments of its process
         raise ValueError("no reward here")
     return 0.5
+
+
+def sometimes_raises(sample) -> float:
+    if sum(sample.tokens) % 5 == 0:
+        raise ValueError("cannot judge that")
+    return spread(sample)
+
+
+def sometimes_sleeps(sample) -> float:
+    return asleep(sample) if sum(sample.tokens) % 5 == 0 else spread(sample)
+
+
+def always_raises(sample) -> float:
+    raise ValueError("never")

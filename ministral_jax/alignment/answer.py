@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     thinking: what stands between `[THINK]` and `[/THINK]` at its beginning; None where it does not begin so.
     answer: what follows the thinking; all of the text where there is none.
     tokens: ids, the one that ended it included.
-    stopped: by what it ended: its end of sequence, a stop string, or the limit.
+    stopped: by what it ended: its end of sequence or the limit.
     looping: whether it ends in a repetition (`loops.is_looping`).
     columns: the other keys of the prompt's row, such as `answer`.
     where: file and row of the prompt.
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
     thinking: str | None
     answer: str
     tokens: tuple[int, ...]
-    stopped: Literal["stop", "string", "length"]
+    stopped: Literal["stop", "length"]
     looping: bool
     columns: dict[str, Any]
     where: str

@@ -17,19 +17,13 @@ _FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTIL
 
 
 def check_code(columns: Mapping[str, Any], settings: CodeReward, where: str) -> None:
-    """
-    Raises:
-        UserError: not enabled, no sandbox on this machine, or a row without proper tests.
-    """
+    """Raises `UserError` as the two that follow."""
     check_sandbox(settings)
     check_tests(columns, where)
 
 
 def check_sandbox(settings: CodeReward) -> None:
-    """
-    Raises:
-        UserError: not enabled, or no sandbox on this machine.
-    """
+    """Raises `UserError`: not enabled, or no sandbox on this machine."""
     if not settings.enabled:
         raise UserError(
             "the reward code runs programs that the model wrote, in a sandbox that is no proof against all of them; "
@@ -48,11 +42,7 @@ def check_sandbox(settings: CodeReward) -> None:
 
 
 def check_tests(columns: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """The row's tests.
-
-    Raises:
-        UserError: none, too many, or one that is neither input and output nor an assertion.
-    """
+    """The row's tests. Raises `UserError`: none, too many, or one that is neither input and output nor an assertion."""
     tests = columns.get("tests")
     if not isinstance(tests, list) or not 1 <= len(tests) <= MAX_TESTS:
         found = f"{len(tests)} tests" if isinstance(tests, list) else repr(tests)
@@ -79,11 +69,6 @@ def program_of(answer: str) -> str:
     return blocks[-1] if blocks else answer
 
 
-def code_seconds(settings: CodeReward) -> float:
-    """The most that `code_reward` takes, what it takes to start processes included."""
-    return MAX_TESTS * settings.seconds + 30
-
-
 def code_reward(sample: Sample, settings: CodeReward) -> float:
     """1 when the program passes all tests, each in a process of its own, else 0.
 
@@ -97,22 +82,15 @@ def code_reward(sample: Sample, settings: CodeReward) -> float:
     if not settings.enabled:
         check_sandbox(settings)
     tests = check_tests(sample.columns, sample.where)
-    program = program_of(sample.answer)
-    return float(bool(program.strip()) and all(_passes(program, test, settings) for test in tests))
+    program, limits = program_of(sample.answer), settings.model_dump(include={"seconds", "memory_mb", "isolation"})
 
+    def passes(test: dict[str, str]) -> bool:
+        outcome = run(program, stdin=test.get("input", ""), check=test.get("assert"), **limits)
+        if "assert" in test:
+            return outcome.checked
+        return (outcome.ended, outcome.code) == ("exit", 0) and _lines(outcome.output) == _lines(test["output"])
 
-def _passes(program: str, test: dict[str, str], settings: CodeReward) -> bool:
-    outcome = run(
-        program,
-        stdin=test.get("input", ""),
-        check=test.get("assert"),
-        seconds=settings.seconds,
-        memory_mb=settings.memory_mb,
-        isolation=settings.isolation,
-    )
-    if "assert" in test:
-        return outcome.checked
-    return (outcome.ended, outcome.code) == ("exit", 0) and _lines(outcome.output) == _lines(test["output"])
+    return float(bool(program.strip()) and all(map(passes, tests)))
 
 
 def _lines(text: str) -> list[str]:

@@ -61,14 +61,10 @@ class Examiner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._scorer.close()
-
-    def figures(self, params: Params) -> dict[str, float]:
-        """See `figures_of`; a few of the answers are left in the directory, as `answers.json`."""
-        return self.examine(params)[0]
+        self._scorer.__exit__()
 
     def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """Figures, and the rewards of all answers `[N]`."""
+        """`figures_of` the answers, and their rewards `[N]`; a few are left in the directory, as `answers.json`."""
         config, rows = self._config, self._rows
         numbers = seeds(0, 0, len(rows), _SALT)
         answers = self._sampler.answers(params, rows, numbers, config.completions, config.max_completion_length)
@@ -102,23 +98,19 @@ def conduct(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
-    """Scores of all samples on every process, each having judged its share.
-
-    Raises:
-        UserError: a reward failed, on any of them, or too many did where they may.
-    """
+    """Scores of all samples on every process, each having judged its share. Raises `UserError`: a reward failed, on any
+    of them, or too many did where they may."""
     announce("scoring")
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return scorer.score(samples)
-    problem, own = None, None
+    problem, own = None, Scores(np.zeros(0), {}, [])
     try:
         own = scorer.score_share(samples[index::count])
     except UserError as error:
         problem = str(error)
     if (said := first_problem(problem)) is not None:
         raise UserError(said)
-    assert own is not None
     names = list(own.parts)
     share = np.full((-(-len(samples) // count), 1 + len(names)), np.nan)
     share[: len(own.total)] = np.stack([own.total, *(own.parts[name] for name in names)], axis=1)
@@ -130,10 +122,7 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
 
 
 def _shown(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:
-    parts = {name: _number(values[index]) for name, values in scores.parts.items()}
+    number = lambda value: None if np.isnan(value) else float(value)
+    parts = {name: number(values[index]) for name, values in scores.parts.items()}
     prompt = json.dumps(sample.prompt[-1].get("content"), ensure_ascii=False)
-    return {"prompt": prompt, "answer": sample.text, "reward": _number(scores.total[index]), "parts": parts}
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return {"prompt": prompt, "answer": sample.text, "reward": number(scores.total[index]), "parts": parts}

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from ministral_jax.data.batch import Batch, one_per_row
 from ministral_jax.data.chat import render
@@ -93,8 +94,6 @@ def judge_reader(spec: ModelSpec, compute: Compute, placement: Placement, choice
 
 def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.ndarray:
     """`[N]`: that the first answer is better, from the logits of A over B with it in place A and in place B."""
-    from scipy.special import expit
-
     return (expit(forth / temperature) + expit(-back / temperature)) / 2
 
 

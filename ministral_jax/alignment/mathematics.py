@@ -25,11 +25,8 @@ _APART = re.compile(r"\w\s+\w")
 
 
 def gold_answer(columns: Mapping[str, Any], where: str) -> str:
-    """The row's `answer` as stripped text.
-
-    Raises:
-        UserError: no such column, or neither text that is not empty nor a finite number.
-    """
+    """The row's `answer` as stripped text. Raises `UserError`: no such column, or neither text that is not empty nor
+    a finite number."""
     gold = columns.get("answer")
     if isinstance(gold, str) and gold.strip():
         return gold.strip()
@@ -40,10 +37,8 @@ def gold_answer(columns: Mapping[str, Any], where: str) -> str:
 
 
 def check_gold(columns: Mapping[str, Any], settings: AccuracyReward, where: str) -> None:
-    """
-    Raises:
-        UserError: the row has no answer, or one that is no mathematics where text is not asked for (`exact`).
-    """
+    """Raises `UserError`: the row has no answer, or one that is no mathematics where text is not asked for
+    (`exact`)."""
     gold = gold_answer(columns, where)
     if not settings.exact and not _NUMBER.fullmatch(gold):
         _parse_gold(gold, settings, where)

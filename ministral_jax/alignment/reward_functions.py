@@ -47,10 +47,7 @@ _CONSTRAINTS: dict[str, tuple[type | None, Callable[[str, Any], bool]]] = {
 
 
 def check_constraints(constraints: Any, where: str) -> None:
-    """
-    Raises:
-        UserError: not a list of known constraints.
-    """
+    """Raises `UserError`: not a list of known constraints."""
     if not isinstance(constraints, list):
         raise UserError(f"{where}: column constraints is {constraints!r}, not a list such as [{{'kind': 'uppercase'}}]")
     for constraint in constraints:

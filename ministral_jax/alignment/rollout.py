@@ -31,7 +31,7 @@ class Episode(NamedTuple):
     tokens: list[int]
     own: list[bool]
     logprobs: list[float]
-    stopped: Literal["stop", "string", "length"]
+    stopped: Literal["stop", "length"]
 
 
 class Answers(NamedTuple):
@@ -74,7 +74,6 @@ class Sampler:
         prompts = [as_prompt(row.rendered, self.spec.vision, seed) for row, seed in zip(rows, seeds, strict=True)]
         episodes = [begun(prompts[c.prompt], c) for c in self._generate(params, prompts, each, limit)]
         for _ in range(self.tools.rounds if self.tools else 0):
-            assert self.tools is not None
             results = {n: found for n, e in enumerate(episodes) if (found := self._tool_results(e, limit))}
             if not results:
                 break
@@ -87,28 +86,15 @@ class Sampler:
     def sample(self, row: PromptRow, episode: Episode, limit: int) -> Sample:
         """What rewards and judges see."""
         text, tokens = self._text(episode.tokens), tuple(episode.tokens)
-        return Sample(
-            as_openai(row.messages),
-            text,
-            *split_thinking(text),
-            tokens,
-            episode.stopped,
-            is_looping(tokens),
-            row.columns,
-            row.where,
-            limit,
-        )
+        said = text, *split_thinking(text), tokens, episode.stopped, is_looping(tokens)
+        return Sample(as_openai(row.messages), *said, row.columns, row.where, limit)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return text_of(self.tokenizer, (self.tokenizer.eos,))(tokens, final=True)
 
     def _generate(self, params: Params, prompts: list[Prompt], each: int, limit: int) -> list[Completion]:
-        options = SamplingOptions(
-            completions_per_prompt=each,
-            max_completion_length=limit,
-            temperature=self.temperature,
-            stop_ids=(self.tokenizer.eos,),
-        )
+        lengths = dict(completions_per_prompt=each, max_completion_length=limit)
+        options = SamplingOptions(**lengths, temperature=self.temperature, stop_ids=(self.tokenizer.eos,))
         steps = stream(VLM(self.spec, self.compute), params, prompts, options, self.placement)
         return last(watched(steps, self.on_step))
 

@@ -12,9 +12,9 @@ import multiprocessing
 import numbers
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from typing import Any, Literal, NamedTuple, Self
 
@@ -78,9 +78,6 @@ class Scorer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Ends the worker processes at once."""
         if self._pool is not None:
             self._pool.stop()
@@ -88,29 +85,21 @@ class Scorer:
             self._pool = None
 
     def check(self, columns: Mapping[str, Any], where: str) -> None:
-        """
-        Raises:
-            UserError: a row that a reward could not judge, or a reward that cannot be given on this machine.
-        """
+        """Raises `UserError`: a row that a reward could not judge, or a reward that cannot be given on this machine."""
         for reward in self._rewards.values():
             if reward.kind in _CHECKS:
                 _CHECKS[reward.kind](columns, reward, where)
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """
-        Raises:
-            UserError: a reward failed, or with `on_error="drop"` more than half of the samples have one that did.
-        """
+        """Raises `UserError`: a reward failed, or with `on_error="drop"` more than half of the samples have one that
+        did."""
         scores = self.score_share(samples)
         check_enough(scores, next(iter(scores.problems), None))
         return scores
 
     def score_share(self, samples: Sequence[Sample]) -> Scores:
-        """`score` of some of the samples: whether enough of all of them could be scored is for `check_enough` to say.
-
-        Raises:
-            UserError: a reward failed, unless `on_error="drop"`.
-        """
+        """`score` of some of the samples: whether enough of all of them could be scored is for `check_enough` to
+        say. Raises `UserError`: a reward failed, unless `on_error="drop"`."""
         jobs = {name: [self._start(reward, sample) for sample in samples] for name, reward in self._rewards.items()}
         parts, problems = {}, []
         try:
@@ -131,34 +120,38 @@ class Scorer:
         return Scores(total, parts, problems)
 
     def _allowed(self, reward: AnyReward) -> float:
-        return code_reward.code_seconds(reward) if reward.kind == "code" else self._seconds
+        """Seconds for one sample; of code those of all its tests, and what it takes to start processes."""
+        return code_reward.MAX_TESTS * reward.seconds + 30 if reward.kind == "code" else self._seconds
 
     def _start(self, reward: AnyReward, sample: Sample) -> Future | Judged:
         """A reward that is known already, or that a worker will know."""
-        if _is_cheap(reward, sample):
+        cheap = reward.kind in (*_CHEAP, "accuracy")
+        if reward.kind == "accuracy":
+            with suppress(UserError):  # `_evaluate` says it
+                cheap = mathematics.quick_accuracy(sample, reward) is not None
+        if cheap:
             return _evaluate(reward, sample)
         if self._pool is None:
             self._pool = _start_pool(self._workers, tuple(self._rewards.values()))
-        with _stops_held_back():  # the first task starts the workers
+        # The first task starts the workers, which begin without taking SIGTERM, until `_prepare_worker` has it ignored.
+        resource_tracker.ensure_running()  # it would let SIGTERM through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
             return self._pool.schedule(_evaluate, args=(reward, sample), timeout=self._allowed(reward))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_enough(scores: Scores, problem: str | None) -> None:
-    """
-    Raises:
-        UserError: more than half of the samples could not be scored; it says the first `problem`.
-    """
+    """Raises `UserError`: more than half of the samples could not be scored; it says the first `problem`."""
     failed, count = int(np.isnan(scores.total).sum()), len(scores.total)
     if 2 * failed > count:
         raise UserError(f"{failed} of {count} samples could not be scored; the first: {problem}")
 
 
 def resolve(path: str, where: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names.
-
-    Raises:
-        UserError: it cannot be imported, is not there, or cannot be called.
-    """
+    """The function that `package.module:function` names. Raises `UserError`: it cannot be imported, is not there, or
+    cannot be called."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -187,17 +180,6 @@ def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
     )
 
 
-@contextmanager
-def _stops_held_back() -> Iterator[None]:
-    """What is started here begins without taking SIGTERM, until `_prepare_worker` has it ignored."""
-    resource_tracker.ensure_running()  # it would let SIGTERM through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _prepare_worker(job: int, rewards: tuple[AnyReward, ...]) -> None:
     # A job that is to stop sends SIGTERM to all of its processes, and still has this batch to finish.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -209,15 +191,6 @@ def _prepare_worker(job: int, rewards: tuple[AnyReward, ...]) -> None:
     for path in (path for reward in rewards for path in _paths(reward)):
         with suppress(Exception):  # said when it is called
             resolve(path, "rewards")
-
-
-def _is_cheap(reward: AnyReward, sample: Sample) -> bool:
-    if reward.kind != "accuracy":
-        return reward.kind in _CHEAP
-    try:
-        return mathematics.quick_accuracy(sample, reward) is not None
-    except UserError:  # `_evaluate` says it
-        return True
 
 
 def _rubrics(columns: Mapping[str, Any], where: str) -> list[str]:

@@ -27,7 +27,7 @@ class ToolBox:
         calls = parse_tool_calls(text)
         if not calls:
             return []
-        said = from_first([self._one(c) for c in calls] if is_first() else None)
+        said = from_first([self._one(call) for call in calls] if is_first() else None)
         brackets = tokenizer.special("[TOOL_RESULTS]"), tokenizer.special("[/TOOL_RESULTS]")
         return [token for result in said for token in (brackets[0], *tokenizer.encode(result), brackets[1])]
 

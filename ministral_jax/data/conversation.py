@@ -108,15 +108,17 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
         raise _disorder(raw, f"{_either(expected)} must follow before there is anything to answer", where)
     elif not prompt and last != "assistant":
         raise _disorder(raw, "the assistant's turn is missing at the end", where)
-    return _in_order_of_calls(messages)
+    for n, message in enumerate(messages):
+        if message.calls:
+            order = {call.id: k for k, call in enumerate(message.calls)}
+            results = slice(n + 1, n + 1 + len(order))
+            messages[results] = sorted(messages[results], key=lambda result, order=order: order[result.call_id])
+    return tuple(messages)
 
 
 def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Check functions offered in the OpenAI style and give them the keys, in the order, that the template shows.
-
-    Raises:
-        UserError: not a list of `{"type": "function", "function": {"name": .., ..}}`; begins with `where`.
-    """
+    """Check functions offered in the OpenAI style and give them the keys, in the order, that the template shows. Raises
+    `UserError`: not a list of `{"type": "function", "function": {"name": .., ..}}`; begins with `where`."""
     if not isinstance(raw, list):
         raise UserError(f"{where}: 'tools' must be a list of functions, got {str(raw)[:80]}")
     tools = []
@@ -147,7 +149,24 @@ def parse_tool_calls(text: str) -> list[ToolCall] | None:
 
 def as_openai(messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
     """JSON-able messages: content is a string where it is one text, else chunks; an image is `{"type": "image"}`."""
-    return tuple(_as_openai(message) for message in messages)
+
+    def chunk(part: Part) -> dict[str, str]:
+        if isinstance(part, Thought):
+            return {"type": "thinking", "thinking": part.text}
+        return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+    found = []
+    for message in messages:
+        one_text = len(message.parts) == 1 and isinstance(message.parts[0], str)
+        content = message.parts[0] if one_text else [chunk(part) for part in message.parts]
+        shown: dict[str, Any] = {"role": message.role, "content": content}
+        functions = [(call.id, {"name": call.name, "arguments": dump(call.arguments)}) for call in message.calls]
+        if functions:
+            shown["tool_calls"] = [{"id": name, "type": "function", "function": one} for name, one in functions]
+        if message.role == "tool":
+            shown["tool_call_id"] = message.call_id
+        found.append(shown)
+    return tuple(found)
 
 
 def spell(message: Message, thinking: bool = True) -> str:
@@ -166,11 +185,8 @@ def dump(value: Any) -> str:
 
 
 def image_path(value: Any, base: Path, where: str) -> Path:
-    """Path of an image named in a row, relative to `base`.
-
-    Raises:
-        UserError: not a non-empty string, or a URL that is not a local file.
-    """
+    """Path of an image named in a row, relative to `base`. Raises `UserError`: not a non-empty string, or a URL that is
+    not a local file."""
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: an image must be the path of a file, got {value!r}")
     scheme, separator, rest = value.partition("://")
@@ -194,7 +210,13 @@ def _either(roles: tuple[str, ...]) -> str:
 def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Message:
     calls, content = (), raw.get("content")
     call_id: Any = raw.get("tool_call_id") if role == "tool" else ""
-    parts = _parse_content(role, content or "" if role == "assistant" else content, base, where)
+    chunks = content or "" if role == "assistant" else content
+    chunks = [{"type": "text", "text": chunks}] if isinstance(chunks, str) else chunks
+    if not isinstance(chunks, list):
+        raise UserError(
+            f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r}"
+        )
+    parts = tuple(_parse_chunk(role, chunk, base, where) for chunk in chunks)
     if role == "assistant":
         calls = _parse_calls(raw.get("tool_calls") or [], where)
         if not calls and not any((part.text if isinstance(part, Thought) else str(part)).strip() for part in parts):
@@ -206,15 +228,6 @@ def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Me
     elif not isinstance(call_id, str):
         raise UserError(f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}")
     return Message(role, parts, calls, call_id)
-
-
-def _parse_content(role: str, content: Any, base: Path, where: str) -> tuple[Part, ...]:
-    chunks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(chunks, list):
-        raise UserError(
-            f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r}"
-        )
-    return tuple(_parse_chunk(role, chunk, base, where) for chunk in chunks)
 
 
 def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
@@ -277,30 +290,3 @@ def _parse_completed(call: str) -> ToolCall:
         return ToolCall(name[:64], None, f"{name[:64]!r} is not the name of a tool")
     parsed = _json_object(arguments)
     return ToolCall(name, parsed, None if parsed is not None else f"arguments of {name} are not a JSON object")
-
-
-def _in_order_of_calls(messages: list[Message]) -> tuple[Message, ...]:
-    for n, message in enumerate(messages):
-        if message.calls:
-            order = {call.id: k for k, call in enumerate(message.calls)}
-            results = slice(n + 1, n + 1 + len(order))
-            messages[results] = sorted(messages[results], key=lambda result: order[result.call_id])
-    return tuple(messages)
-
-
-def _as_openai(message: Message) -> dict[str, Any]:
-    chunks = [_chunk(part) for part in message.parts]
-    one_text = len(message.parts) == 1 and isinstance(message.parts[0], str)
-    found: dict[str, Any] = {"role": message.role, "content": message.parts[0] if one_text else chunks}
-    if message.calls:
-        functions = ((call.id, {"name": call.name, "arguments": dump(call.arguments)}) for call in message.calls)
-        found["tool_calls"] = [{"id": name, "type": "function", "function": function} for name, function in functions]
-    if message.role == "tool":
-        found["tool_call_id"] = message.call_id
-    return found
-
-
-def _chunk(part: Part) -> dict[str, str]:
-    if isinstance(part, Thought):
-        return {"type": "thinking", "thinking": part.text}
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}

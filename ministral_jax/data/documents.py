@@ -7,11 +7,10 @@ offsets, and `where.txt` to say where a document came from when it cannot be pac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -73,34 +72,32 @@ def drawn(keys: np.ndarray, share: float) -> np.ndarray:
 
 
 def tokenise(
-    source: Source,
-    tokenizer: Tokenizer,
-    vision: VisionSpec | None,
-    root: Path,
-    progress: Progress | None = None,
+    source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, root: Path, progress: Progress | None = None
 ) -> Documents:
-    """Tokenise a source into `root/<digest>`, or open what an earlier call left there.
-
-    Raises:
-        UserError: a document or an image cannot be used, or there is none.
-    """
+    """Tokenise a source into `root/<digest>`, or open what an earlier call left there. Raises `UserError`: a document
+    or an image cannot be used, or there is none."""
     layout = vision and [vision.patch_size, vision.merge, vision.max_image_size]
     digest = digest_of([_FORMAT, source.digest, tokenizer.digest, layout, MOST_PIXELS])
     directory = root / digest[:16]
     if not directory.is_dir():
         with new_directory(directory) as draft:
             _write(draft, source, tokenizer, vision, progress)
-    return _load(directory, digest, vision)
+    tokens, flags, patches = (
+        _map(directory / f"{name}.bin", dtype)
+        for name, dtype in (("tokens", np.uint32), ("flags", np.uint8), ("patches", np.uint8))
+    )
+    patches = patches.reshape(-1, vision.patch_width if vision is not None else 1)
+    return Documents(directory, digest, tokens, flags, patches, **load_file(directory / "documents.safetensors"))
 
 
 def _write(
-    directory: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    vision: VisionSpec | None,
-    progress: Progress | None,
+    directory: Path, source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, progress: Progress | None
 ) -> None:
-    render_one = partial(_render, tokenizer=tokenizer, vision=vision)
+    def rendering(document: Document) -> Rendered:
+        if document.text is not None:
+            return render_text(document.text, tokenizer)
+        return render(document.messages, tokenizer, vision, document.where, document.tools)
+
     documents = read_documents(source)
     sizes, grids, keys, plain = [], [], [], []
     with ExitStack() as stack:
@@ -109,13 +106,12 @@ def _write(
         )
         where = stack.enter_context((directory / "where.txt").open("w", encoding="utf-8", errors="surrogateescape"))
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
-        for batch in _batches(documents):
-            for document, rendered in zip(batch, pool.map(render_one, batch), strict=True):
+        while batch := list(islice(documents, _BATCH)):
+            for document, rendered in zip(batch, pool.map(rendering, batch), strict=True):
                 tokens.write(rendered.tokens.tobytes())
                 flags.write(rendered.flags.tobytes())
                 count = 0
-                if rendered.pictures:
-                    assert vision is not None
+                if vision is not None and rendered.pictures:
                     images = to_patches(rendered.pictures, vision)
                     patches.write(images.patches.tobytes())
                     grids.append(images.grids)
@@ -129,39 +125,13 @@ def _write(
     if not sizes:
         raise UserError(f"data.sources.{source.name} ({source.config.path}) has no documents")
     ends = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(np.array(sizes, np.int64), axis=0)])
-    arrays = dict(
-        starts=ends[:, 0].copy(),
-        picture_starts=ends[:, 1].copy(),
-        patch_starts=ends[:, 2].copy(),
+    starts = {name: ends[:, n].copy() for n, name in enumerate(("starts", "picture_starts", "patch_starts"))}
+    arrays = starts | dict(
         grids=np.concatenate([np.zeros((0, 2), np.int32), *grids]),
         keys=np.array(keys, np.uint64),
         plain=np.array(plain, bool),
     )
     save_file(arrays, directory / "documents.safetensors")
-
-
-def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
-    if document.text is not None:
-        return render_text(document.text, tokenizer)
-    return render(document.messages, tokenizer, vision, document.where, document.tools)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(islice(documents, _BATCH)):
-        yield batch
-
-
-def _load(directory: Path, digest: str, vision: VisionSpec | None) -> Documents:
-    arrays = load_file(directory / "documents.safetensors")
-    width = vision.patch_width if vision is not None else 1
-    return Documents(
-        directory=directory,
-        digest=digest,
-        tokens=_map(directory / "tokens.bin", np.uint32),
-        flags=_map(directory / "flags.bin", np.uint8),
-        patches=_map(directory / "patches.bin", np.uint8).reshape(-1, width),
-        **arrays,
-    )
 
 
 def _map(path: Path, dtype: type) -> np.ndarray:

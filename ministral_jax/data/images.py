@@ -35,11 +35,8 @@ class ImagePatches(NamedTuple):
 
 
 def open_image(path: Path, where: str) -> Image.Image:
-    """Decode an image file to RGB, transparency composited on white.
-
-    Raises:
-        UserError: the file is missing, damaged, not an image, empty or larger than `MOST_PIXELS`; begins with `where`.
-    """
+    """Decode an image file to RGB, transparency composited on white. Raises `UserError`: the file is missing, damaged,
+    not an image, empty or larger than `MOST_PIXELS`; begins with `where`."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -50,23 +47,18 @@ def open_image(path: Path, where: str) -> Image.Image:
                 )
             if width * height == 0:
                 raise UserError(f"{where}: image {path} has no pixels ({width} x {height})")
-            return to_rgb(image)
+            if image.mode == "RGB":
+                return image.copy()
+            layer = image.convert("RGBA")
+            white = Image.new("RGBA", layer.size, "WHITE")
+            white.paste(layer, (0, 0), layer)
+            return white.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{where}: image {path} does not exist") from None
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: image {path} cannot be read ({error}); give a PNG, JPEG or WebP file") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; whatever is transparent becomes white."""
-    if image.mode == "RGB":
-        return image.copy()
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "WHITE")
-    white.paste(layer, (0, 0), layer)
-    return white.convert("RGB")
 
 
 def token_grid(width: int, height: int, vision: VisionSpec) -> tuple[int, int]:

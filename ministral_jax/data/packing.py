@@ -144,9 +144,8 @@ def pack(
         queues.append(_Queue(index, documents, members[name], length))
     total = sum(weights[name] for name in sources)
     shares = [weights[name] / total for name in sources]
-    return _rows(queues, shares, length, patches, repeat), {
-        name: q.tally for name, q in zip(sources, queues, strict=True)
-    }
+    tallies = {name: queue.tally for name, queue in zip(sources, queues, strict=True)}
+    return _rows(queues, shares, length, patches, repeat), tallies
 
 
 def _rows(queues: list[_Queue], shares: list[float], length: int, patches: int, repeat: bool) -> Iterator[list[Piece]]:

@@ -69,10 +69,8 @@ def held_out(
     Raises:
         UserError: nothing was held out.
     """
-    records = _open(data, "held_out")
-    count = data.counts["held_out"]["rows"]
-    if limit_rows is not None:
-        count = min(count, limit_rows)
+    records, count = _open(data, "held_out"), data.counts["held_out"]["rows"]
+    count = count if limit_rows is None else min(count, limit_rows)
     wanted = range(batch_size) if rows is None else rows
     for first in range(0, count, batch_size):
         indices = [first + int(i) for i in wanted]

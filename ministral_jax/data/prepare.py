@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Documents, Progress, tokenise
-from ministral_jax.data.packing import Tally, pack
+from ministral_jax.data.packing import pack
 from ministral_jax.data.rows import encode_row
 from ministral_jax.data.sources import open_source
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -91,11 +91,15 @@ def _write(
 ) -> None:
     weights = {name: source.weight for name, source in config.sources.items()}
     outside = {name: d.drawn(config.held_out) for name, d in sources.items()}
+    for name, out in outside.items():
+        if out.all():
+            raise UserError(
+                f"data.sources.{name} has no document left to train on with data.held_out = {config.held_out}; "
+                "give it more documents or hold out fewer"
+            )
     counts = {}
     for split in SPLITS:
         members = {name: np.flatnonzero(out == (split == "held_out")) for name, out in outside.items()}
-        if split == "train":
-            _check_train(members, config)
         rows, tallies = pack(sources, members, weights, length, config.patches, repeat=split == "train")
         writer = ArrayRecordWriter(str(directory / f"{split}.array_record"), "group_size:1")
         written = 0
@@ -109,24 +113,12 @@ def _write(
             if progress is not None:
                 progress(f"pack {split}", written)
         writer.close()
-        counts[split] = _count(written, tallies, length)
+        tokens = sum(tally.tokens for tally in tallies.values())
+        used = {name: {**asdict(tally), "share": tally.tokens / max(tokens, 1)} for name, tally in tallies.items()}
+        padding = 1 - tokens / max(written * length, 1)
+        counts[split] = dict(rows=written, tokens=tokens, padding=padding, sources=used)
     _check_shares(counts["train"], weights, length, config.patches)
     (directory / "index.json").write_text(json.dumps(counts, indent=1) + "\n")
-
-
-def _count(rows: int, tallies: dict[str, Tally], length: int) -> dict[str, Any]:
-    tokens = sum(tally.tokens for tally in tallies.values())
-    sources = {name: {**asdict(tally), "share": tally.tokens / max(tokens, 1)} for name, tally in tallies.items()}
-    return dict(rows=rows, tokens=tokens, padding=1 - tokens / max(rows * length, 1), sources=sources)
-
-
-def _check_train(members: dict[str, np.ndarray], config: DataConfig) -> None:
-    for name, documents in members.items():
-        if not len(documents):
-            raise UserError(
-                f"data.sources.{name} has no document left to train on with data.held_out = {config.held_out}; "
-                "give it more documents or hold out fewer"
-            )
 
 
 def _check_shares(counts: dict[str, Any], weights: dict[str, float], length: int, patches: int) -> None:

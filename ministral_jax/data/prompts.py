@@ -51,36 +51,33 @@ class PromptData:
         """The training prompts of a step (from 0): each source's in an order of its own, anew in each pass, the sources
         by their weights."""
         order = self._order(self.train, seed)
-        return [self._row(order[step * count + i]) for i in range(count)]
+        places: list[Any] = [order[step * count + i] for i in range(count)]
+        return [self._row(self.train[name][number], name) for name, number in places]
 
     def evaluation(self, count: int) -> list[PromptRow]:
-        """The first `count` held-out prompts, or all of them: always the same, the sources by their weights.
-
-        Raises:
-            UserError: nothing was held out.
-        """
+        """The first `count` held-out prompts, or all of them: always the same, the sources by their weights. Raises
+        `UserError`: nothing was held out."""
         available = sum(len(documents) for documents in self.held_out.values())
         if not available:
             raise UserError("no prompt is held out; raise data.held_out or give the sources more documents")
-        order, chosen = self._order(self.held_out, 0), dict[tuple[str, int], None]()
-        for place in order:
+        chosen = dict[tuple[str, int], None]()
+        for place in self._order(self.held_out, 0):
             if len(chosen) == min(count, available):
                 break
             chosen.setdefault(place)
-        return [self._row(place, "held_out") for place in chosen]
+        return [self._row(self.held_out[name][number], name) for name, number in chosen]
 
-    def rows(self, split: str) -> list[PromptRow]:
-        """All prompts of a split, in the order of the sources."""
-        return [self._row((name, i), split) for name, docs in getattr(self, split).items() for i in range(len(docs))]
+    def held_out_rows(self) -> list[PromptRow]:
+        """All held-out prompts, in the order of the sources."""
+        return [self._row(document, name) for name, documents in self.held_out.items() for document in documents]
 
     def _order(self, documents: dict[str, list[Document]], seed: int) -> grain.MapDataset:
-        present = {name: docs for name, docs in documents.items() if docs}
-
-        def places(number: int, name: str) -> grain.MapDataset:
-            shuffled = grain.MapDataset.range(len(present[name])).seed(seed + number).shuffle().repeat()
-            return shuffled.map(lambda i: (name, i))
-
-        sources = [places(number, name) for number, name in enumerate(present)]
+        """`(source, number)` of one prompt after the other."""
+        present = [name for name, of_source in documents.items() if of_source]
+        sources = [
+            grain.MapDataset.range(len(documents[name])).seed(seed + n).shuffle().repeat().map(lambda i, s=name: (s, i))
+            for n, name in enumerate(present)
+        ]
         return grain.MapDataset.mix(sources, [self.weights[name] for name in present])
 
     def check(self, longest: int, bound: str, progress: Progress | None = None) -> None:
@@ -95,17 +92,13 @@ class PromptData:
         """
         for name in self.train:
             for number, document in enumerate([*self.train[name], *self.held_out[name]], 1):
-                tokens = len(self._rendered(document, name).rendered.tokens)
+                tokens = len(self._row(document, name).rendered.tokens)
                 if tokens > longest:
                     raise UserError(f"{document.where}: the prompt has {tokens} tokens, {bound} is {longest}")
                 if progress is not None and number % _PROGRESS_EVERY == 0:
                     progress(f"check prompts of {name}", number)
 
-    def _row(self, place: Any, split: str = "train") -> PromptRow:
-        name, number = place
-        return self._rendered(getattr(self, split)[name][number], name)
-
-    def _rendered(self, document: Document, source: str) -> PromptRow:
+    def _row(self, document: Document, source: str) -> PromptRow:
         messages, reference = document.messages, ""
         if messages[-1].role == "assistant":
             messages, reference = messages[:-1], spell(messages[-1])

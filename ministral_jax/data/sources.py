@@ -44,11 +44,8 @@ class Source:
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
-    """List the files of a source and digest their content; an image named by a JSONL row counts by its size.
-
-    Raises:
-        UserError: no file matches, or a JSONL row that names an image is malformed or its image missing.
-    """
+    """List the files of a source and digest their content; an image named by a JSONL row counts by its size. Raises
+    `UserError`: no file matches, or a JSONL row that names an image is malformed or its image missing."""
     files = _list_files(name, config)
     if config.kind in KINDS:
         content: Any = task_digest(config)
@@ -110,14 +107,12 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
-    assert config.path is not None
-    pattern = Path(config.path).expanduser()
+    pattern, wanted = Path(config.path or "").expanduser(), ""
     if pattern.is_dir():
         paths = [p for p in pattern.rglob("*") if p.suffix in _SUFFIXES[config.kind]]
         wanted = f" ({', '.join('*' + suffix for suffix in _SUFFIXES[config.kind])})"
     else:
         paths = [pattern] if pattern.is_file() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]
-        wanted = ""
     paths = [p.absolute() for p in paths if p.is_file()]
     if not paths:
         raise UserError(
@@ -158,23 +153,18 @@ def _digest_jsonl(path: Path) -> str:
     digest = hashlib.sha256()
     for n, line in lines_of(path):
         digest.update(line)
-        if b'"image' in line:  # parsing every row of a large text file for this would double the time to start
-            where = f"{path} row {n}"
-            for image in _named_images(line, path, where):
-                if not image.is_file():
-                    raise UserError(f"{where}: image {image} does not exist")
-                digest.update(str(image.stat().st_size).encode())
+        if b'"image' not in line:  # parsing every row of a large text file would double the time to start
+            continue
+        row = json_row(line, where := f"{path} row {n}")
+        if isinstance(row, dict) and "text" in row and "messages" not in row:
+            continue
+        # with or without an answer: its images are the user's
+        (document,) = parse_row(line, path, "", where, prompts=True)
+        for image in (part for message in document.messages for part in message.parts if isinstance(part, Path)):
+            if not image.is_file():
+                raise UserError(f"{where}: image {image} does not exist")
+            digest.update(str(image.stat().st_size).encode())
     return digest.hexdigest()
-
-
-def _named_images(line: bytes, path: Path, where: str) -> Iterator[Path]:
-    row = json_row(line, where)
-    if isinstance(row, dict) and "text" in row and "messages" not in row:
-        return
-    # with or without an answer: its images are the user's
-    for document in parse_row(line, path, "", where, prompts=True):
-        for message in document.messages:
-            yield from (part for part in message.parts if isinstance(part, Path))
 
 
 def json_row(line: bytes, where: str) -> Any:
@@ -188,25 +178,26 @@ def json_row(line: bytes, where: str) -> Any:
 
 
 def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
-    """The documents of a row of the JSONL file at `path`: two of a pair of answers, else one.
-
-    Raises:
-        UserError: the row is malformed; begins with `where`.
-    """
+    """The documents of a row of the JSONL file at `path`: two of a pair of answers, else one. Raises `UserError`: the
+    row is malformed; begins with `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
     tools: tuple[dict[str, Any], ...] = ()
-    text, messages = None, ()
+    text, messages, base = None, (), path.parent
     compared = not prompts and {"chosen", "rejected"} <= row.keys()
     if "messages" in row or ((prompts or compared) and "prompt" in row):
-        used = {"messages", "prompt", "tools"}
-        messages = _conversation(row, path.parent, prompts or compared, where)
+        used, given = {"messages", "prompt", "tools"}, row.get("messages", row.get("prompt"))
+        if "messages" in row or isinstance(given, list):
+            messages = parse_messages(given, base, where, prompts or compared)
+        else:
+            messages = (Message("user", (*_images(row, base, where), _string(row, "prompt", where))),)
         tools = parse_tools(row.get("tools") or [], where)
     elif "text" in row and not prompts:
         used, text = {"text"}, _string(row, "text", where)
     elif "question" in row and "answer" in row:
-        used, messages = {"question"}, _question(row, path.parent, prompts, where)
+        used, question = {"question"}, (*_images(row, base, where), _string(row, "question", where))
+        messages = exchange(question, _string(row, "answer", where))[: 1 if prompts else 2]
     else:
         if not prompts and "prompt" in row and (lone := {"chosen", "rejected"} & row.keys()):
             (missing,) = {"chosen", "rejected"} - lone
@@ -218,18 +209,6 @@ def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> 
     return judge_documents(document, *_compared(row, where)) if compared and "messages" in used else (document,)
 
 
-def _conversation(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:
-    raw = row["messages"] if "messages" in row else row["prompt"]
-    if "messages" in row or isinstance(raw, list):
-        return parse_messages(raw, base, where, prompt)
-    return (Message("user", (*_images(row, base, where), _string(row, "prompt", where))),)
-
-
-def _question(row: dict[str, Any], base: Path, prompt: bool, where: str) -> tuple[Message, ...]:
-    messages = exchange((*_images(row, base, where), _string(row, "question", where)), _string(row, "answer", where))
-    return messages[:-1] if prompt else messages
-
-
 def _images(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
     images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
     if not isinstance(images, list):
@@ -239,16 +218,15 @@ def _images(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
 
 def _compared(row: dict[str, Any], where: str) -> tuple[str, str]:
     """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
-    texts = []
+    texts, opening = {}, {"role": "user", "content": "?"}
     for key in ("chosen", "rejected"):
         value = row[key]
         if isinstance(value, list):
-            opening = {"role": "user", "content": "?"}
             value = spell(parse_messages([opening, *value], Path(), f"{where}: {key}")[-1], thinking=False)
-        texts.append(_string({key: value}, key, where))
-    if texts[0] == texts[1]:
-        raise UserError(f"{where}: chosen and rejected are the same, {texts[0][:40]!r}; leave the row out")
-    return texts[0], texts[1]
+        texts[key] = _string({key: value}, key, where)
+    if texts["chosen"] == texts["rejected"]:
+        raise UserError(f"{where}: chosen and rejected are the same, {texts['chosen'][:40]!r}; leave the row out")
+    return texts["chosen"], texts["rejected"]
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:

@@ -80,25 +80,20 @@ def _dice(name: str) -> Callable[[int], int]:
 
 
 def _arithmetic(n: int, thinking: bool) -> Document:
-    question, working, answer = _sum(n)
-    messages = exchange((question,), answer, working if thinking else None)
-    return _document("arithmetic", n, messages, {"answer": answer}, f"arithmetic {question}")
-
-
-def _sum(n: int) -> tuple[str, str, str]:
-    """Question, working and answer."""
     dice = _dice(f"arithmetic {n}")
     operator = "++--*"[dice(5)]
     if operator == "*":
         a, b = 2 + dice(98), 2 + dice(8)
-        return f"{a}*{b}=?", _multiply(a, b), str(a * b)
-    digits = (1, 2, 2, 3)[dice(4)]
-    a = 10 ** (digits - 1) + dice(9 * 10 ** (digits - 1))
-    b = 1 + dice(9 if digits == 1 or dice(3) == 0 else 99)  # three digits twice would be too long
-    if operator == "+":
-        return f"{a}+{b}=?", _add(a, b), str(a + b)
-    a, b = max(a, b), min(a, b)
-    return f"{a}-{b}=?", _subtract(a, b), str(a - b)
+        working, answer = _multiply(a, b), str(a * b)
+    else:
+        digits = (1, 2, 2, 3)[dice(4)]
+        a = 10 ** (digits - 1) + dice(9 * 10 ** (digits - 1))
+        b = 1 + dice(9 if digits == 1 or dice(3) == 0 else 99)  # three digits twice would be too long
+        a, b = (a, b) if operator == "+" else (max(a, b), min(a, b))
+        working, answer = (_add(a, b), str(a + b)) if operator == "+" else (_subtract(a, b), str(a - b))
+    question = f"{a}{operator}{b}=?"
+    messages = exchange((question,), answer, working if thinking else None)
+    return _document("arithmetic", n, messages, {"answer": answer}, f"arithmetic {question}")
 
 
 def _columns(a: int, b: int) -> Iterator[tuple[str, str]]:

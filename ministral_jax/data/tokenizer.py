@@ -45,11 +45,7 @@ class Tokenizer:
         return self.tekken.n_words
 
     def special(self, piece: str) -> int:
-        """Id of a control token such as `[INST]`.
-
-        Raises:
-            UserError: the file has no such token.
-        """
+        """Id of a control token such as `[INST]`. Raises `UserError`: the file has no such token."""
         try:
             return self.tekken.get_special_token(piece)
         except ValueError:
@@ -90,20 +86,21 @@ class Tokenizer:
 
 def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     """Load the tokenizer a config asks for, keeping its file in `cache_dir/tokenizer-<request>-<digest>/tekken.json`.
-
-    Raises:
-        UserError: the file is missing or not a Tekken file, or has fewer entries than asked for.
-    """
+    Raises `UserError`: the file is missing or not a Tekken file, or has fewer entries than asked for."""
     source = _BUNDLED if config.file == "bundled" else Path(config.file).expanduser()
     if not source.is_file():
         raise UserError(
             f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
         )
     content = source.read_bytes()
-    request = hashlib.sha256(content + config.model_dump_json(include={"vocab", "special"}).encode()).hexdigest()[:16]
+    request = _sha256(content + config.model_dump_json(include={"vocab", "special"}).encode())[:16]
     path = next(cache_dir.glob(f"tokenizer-{request}-*/tekken.json"), None)
     if path is None:
-        path = _store(_cut(content, config), cache_dir, request)
+        cut = _cut(content, config)
+        final = cache_dir / f"tokenizer-{request}-{_sha256(cut)[:16]}"
+        with new_directory(final) as draft:
+            (draft / "tekken.json").write_bytes(cut)
+        path = final / "tekken.json"
     try:
         return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -128,11 +125,8 @@ def export_tokenizer(tokenizer: Tokenizer, directory: Path, vision: VisionSpec |
 
 
 def check_vocab(tokenizer: Tokenizer, spec: ModelSpec) -> None:
-    """Check that a model can embed every id of a tokenizer, and that both mean the same token by an image.
-
-    Raises:
-        UserError: naming both numbers.
-    """
+    """Check that a model can embed every id of a tokenizer, and that both mean the same token by an image. Raises
+    `UserError`: naming both numbers."""
     if tokenizer.vocab > spec.vocab:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab} tokens but the model's vocab is {spec.vocab}; "
@@ -182,13 +176,6 @@ def _special_tokens(defined: list[Any] | None, count: int, bundled: bool) -> lis
         names |= {rank: str(name) for rank, name in _LATER_SPECIAL.items()}
     filler = Tekkenizer.SPECIAL_TOKEN_TEMPLATE
     return [dict(rank=i, token_str=names.get(i, filler.format(id=i)), is_control=True) for i in range(count)]
-
-
-def _store(content: bytes, cache_dir: Path, request: str) -> Path:
-    final = cache_dir / f"tokenizer-{request}-{_sha256(content)[:16]}"
-    with new_directory(final) as draft:
-        (draft / "tekken.json").write_bytes(content)
-    return final / "tekken.json"
 
 
 def _sha256(content: bytes) -> str:

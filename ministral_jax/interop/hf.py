@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
@@ -146,11 +145,15 @@ def export_hf(
         if not file.is_file():
             raise UserError(f"tokenizer file {file} does not exist")
 
-    if not is_first():
+    if is_first():
+        _write(directory, params, spec, config, files)
+    else:
         for slot in slots(spec):
             slot.take(params)
-        barrier("exported")
-        return
+    barrier("exported")
+
+
+def _write(directory: Path, params: Params, spec: ModelSpec, config: dict[str, Any], files: list[Path]) -> None:
     draft = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -160,14 +163,13 @@ def export_hf(
         write_json(draft / "processor_config.json", processor_config(spec))
     for file in files:
         shutil.copy(file, draft / file.name)
-    _write_weights(params, spec, draft, np.dtype(jnp.dtype(dtype)))
+    _write_weights(params, spec, draft, np.dtype(jnp.dtype(config["dtype"])))
     replaced = directory.with_name(f".{directory.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
         directory.rename(replaced)
     draft.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
-    barrier("exported")
 
 
 def _ours(directory: Path) -> bool:
@@ -177,31 +179,24 @@ def _ours(directory: Path) -> bool:
 
 
 def _write_weights(params: Params, spec: ModelSpec, directory: Path, dtype: np.dtype) -> None:
-    pending = [
-        safetensors.Pending(_disk_name(slot.name, spec), dtype, slot.shape, partial(slot.take, params))
-        for slot in slots(spec)
-    ]
-    shards = list(_shards(pending))
-    weight_map = {}
+    """In files of at most `SHARD_BYTES`, larger tensors alone."""
+    shards: list[list[safetensors.Pending]] = []
+    weight_map, total, size = {}, 0, SHARD_BYTES
+    for slot in slots(spec):
+        tensor = safetensors.Pending(_disk_name(slot.name, spec), dtype, slot.shape, partial(slot.take, params))
+        if size + tensor.bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+        total += tensor.bytes
     for i, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         safetensors.write(directory / name, shard, {"format": "pt", "writer": WRITER})
         weight_map |= {t.name: name for t in shard}
     if len(shards) > 1:
-        total = {"total_size": sum(t.bytes for t in pending)}
-        write_json(directory / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
-
-
-def _shards(tensors: list[safetensors.Pending]) -> Iterator[list[safetensors.Pending]]:
-    """Runs of tensors of at most `SHARD_BYTES`, larger ones alone."""
-    shard, size = [], 0
-    for t in tensors:
-        if shard and size + t.bytes > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(t)
-        size += t.bytes
-    yield shard
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _disk_name(name: str, spec: ModelSpec) -> str:
@@ -215,11 +210,8 @@ def _disk_name(name: str, spec: ModelSpec) -> str:
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """Sizes of a Hugging Face model directory; no weights are read.
-
-    Raises:
-        UserError: no such model, another architecture, or damaged files.
-    """
+    """Sizes of a Hugging Face model directory; no weights are read. Raises `UserError`: no such model, another
+    architecture, or damaged files."""
     directory = Path(directory)
     config = load_config(directory)
     return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))

@@ -29,11 +29,8 @@ _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """`config.json` of a model: a Mistral3ForConditionalGeneration, or without vision the causal LM alone.
-
-    Raises:
-        UserError: the vision tower's epsilon is not the one that `transformers` hard-codes.
-    """
+    """`config.json` of a model: a Mistral3ForConditionalGeneration, or without vision the causal LM alone. Raises
+    `UserError`: the vision tower's epsilon is not the one that `transformers` hard-codes."""
     text = _text_config(spec)
     if spec.vision is None:
         name = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}[text["model_type"]]
@@ -215,14 +212,10 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
 
 
 def _rope(text: _Keys, kind: str) -> RopeSpec:
-    if text.get("rope_parameters"):
-        rope = text.section("rope_parameters")
-    elif text.get("rope_scaling"):
-        rope = text.section("rope_scaling")
-    elif kind == "ministral3":
+    section = next((key for key in ("rope_parameters", "rope_scaling") if text.get(key)), None)
+    if section is None and kind == "ministral3":
         raise UserError(f"{text.where}: rope_parameters is missing")
-    else:
-        rope = _Keys({}, text.where)
+    rope = text.section(section) if section else _Keys({}, text.where)
     form = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:
@@ -274,11 +267,7 @@ def _vision(top: _Keys) -> VisionSpec:
 
 
 def load_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory, parsed.
-
-    Raises:
-        UserError: there is none, or it is not a JSON object.
-    """
+    """`config.json` of a directory, parsed. Raises `UserError` where there is none, or no JSON object."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())

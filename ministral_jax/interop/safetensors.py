@@ -77,11 +77,8 @@ def write(path: Path, tensors: Iterable[Pending], metadata: dict[str, str] | Non
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; only its header is read.
-
-    Raises:
-        UserError: the file is cut short, or not in this format.
-    """
+    """The tensors of a file by name; only its header is read. Raises `UserError` for one cut short or of no such
+    format."""
     header, start = _header(path)
     header.pop("__metadata__", None)
     tensors, end = {}, start

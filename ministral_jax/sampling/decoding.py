@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from pydantic import Field
 
 from ministral_jax.distributed.axes import constrain
 from ministral_jax.distributed.placement import Placement
@@ -21,11 +22,12 @@ Params = dict[str, Any]
 
 
 class Choice(Frozen):
-    """What of a model's distribution is drawn from: see `processed`. Temperature 0 takes the most probable token."""
+    """What of a model's distribution is drawn from: see `processed`."""
 
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """0 takes the most probable token, always."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     """0 for all."""
 
 

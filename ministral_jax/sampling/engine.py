@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ministral_jax.data.batch import Batch, images_of_rows, one_per_row
 from ministral_jax.data.chat import Rendered
@@ -22,37 +22,23 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.models.vlm import VLM
 from ministral_jax.sampling.decoding import Choice, Params, Rows, programs
-from ministral_jax.settings import Frozen
 
 SLOTS = 256
 """Tokens of completion for which there is room at first; it doubles when they are used."""
 
 
-class SamplingOptions(Frozen):
+class SamplingOptions(Choice):
     """How completions are drawn and when they end.
 
-    A completion ends with the first of: a token of `stop_ids`, which belongs to it; the token with which its text
-    contains one of `stop_strings`; `max_completion_length` tokens, or as many as the model's context leaves.
+    A completion ends with the first of: a token of `stop_ids`, which belongs to it; `max_completion_length` tokens, or
+    as many as the model's context leaves.
     """
 
     completions_per_prompt: int = Field(default=1, ge=1)
     max_completion_length: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """0 takes the most probable token, always."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """0 for all."""
     stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
     chunk: int = Field(default=32, ge=1)
     """Tokens between two looks of the host."""
-
-    @field_validator("stop_strings")
-    @classmethod
-    def _not_empty(cls, strings: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in strings:
-            raise ValueError("a stop string must not be empty")
-        return strings
 
 
 class Prompt(NamedTuple):
@@ -70,7 +56,7 @@ class Completion(NamedTuple):
     """Sample `sample` of prompt `prompt` (its place in the list): its tokens, and for each the log-probability in the
     model's own distribution and in the one it was drawn from (temperature, top-p, top-k).
 
-    `stopped` says by what: a stop token, a stop string, the length; None while it goes on.
+    `stopped` says by what: a stop token or the length; None while it goes on.
     """
 
     prompt: int
@@ -78,7 +64,7 @@ class Completion(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     processed_logprobs: list[float]
-    stopped: Literal["stop", "string", "length"] | None
+    stopped: Literal["stop", "length"] | None
 
 
 def as_prompt(rendered: Rendered, vision: VisionSpec | None, seed: int = 0) -> Prompt:
@@ -96,17 +82,15 @@ def generate(
     prompts: Sequence[Prompt],
     options: SamplingOptions,
     placement: Placement,
-    decode: Callable[[list[int]], str] | None = None,
 ) -> list[Completion]:
     """`completions_per_prompt` completions of every prompt, prompt after prompt.
 
-    `params` lie as `placement` says. All processes call it with the same prompts and get all completions. `decode`
-    turns tokens into text, which `stop_strings` need.
+    `params` lie as `placement` says. All processes call it with the same prompts and get all completions.
 
     Raises:
         UserError: a prompt is empty, too long, has tokens that are not the model's, or images that do not fit it.
     """
-    return last(stream(model, params, prompts, options, placement, decode))
+    return last(stream(model, params, prompts, options, placement))
 
 
 def last(steps: Iterator[list[Completion]]) -> list[Completion]:
@@ -128,7 +112,6 @@ def stream(
     prompts: Sequence[Prompt],
     options: SamplingOptions,
     placement: Placement,
-    decode: Callable[[list[int]], str] | None = None,
 ) -> Iterator[list[Completion]]:
     """`generate`, giving all completions as they stand when the prompts are read and after every chunk of tokens: who
     drives it may stop in between."""
@@ -137,8 +120,6 @@ def stream(
     spec = model.spec
     for number, prompt in enumerate(prompts):
         _check(prompt, spec, f"prompt {number}")
-    if options.stop_strings and decode is None:
-        raise UserError(f"stop strings {list(options.stop_strings)} need a tokenizer, `decode`")
     place = by_rows(placement)
     choice = Choice(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
     run = programs(spec, model.compute, place, choice, options.stop_ids, options.chunk)
@@ -164,7 +145,8 @@ def stream(
         out = {name: np.asarray(x) for name, x in out.items()}
         for row, text in enumerate(texts):
             if text.stopped is None:
-                texts[row] = _longer(text, {name: x[row] for name, x in out.items()}, rows, row, options, decode)
+                new = {name: x[row, out["tokens"][row] >= 0].tolist() for name, x in out.items()}
+                texts[row] = _longer(text, new, options.stop_ids, rows.ends[row] - rows.lengths[row])
                 rows.done[row] = texts[row].stopped is not None
         yield list(texts)
 
@@ -180,9 +162,8 @@ def _check(prompt: Prompt, spec: ModelSpec, where: str) -> None:
     tokens = np.asarray(prompt.tokens)
     if tokens.size == 0:
         raise UserError(f"{where} is empty; give at least one token")
-    if tokens.min() < 0 or tokens.max() >= spec.vocab:
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise UserError(f"{where} has token {wrong}; the model's are 0 to {spec.vocab - 1}")
+    if (wrong := tokens[(tokens < 0) | (tokens >= spec.vocab)]).size:
+        raise UserError(f"{where} has token {wrong[0]}; the model's are 0 to {spec.vocab - 1}")
     if len(tokens) >= spec.context:
         raise UserError(f"{where} has {len(tokens)} tokens; the model's context of {spec.context} leaves no room")
     if not 0 <= prompt.seed < 2**32:
@@ -215,31 +196,9 @@ def _rows(prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, 
     return parents, Rows(lengths, ends, np.arange(total) >= count, seeds, samples)
 
 
-def _longer(
-    text: Completion,
-    out: dict[str, np.ndarray],
-    rows: Rows,
-    row: int,
-    options: SamplingOptions,
-    decode: Callable[[list[int]], str] | None,
-) -> Completion:
-    """A completion with what a chunk adds to it, ended where it must."""
-    tokens, count, stopped = list(text.tokens), 0, None
-    new = out["tokens"][out["tokens"] >= 0]
-    while stopped is None and count < len(new):
-        tokens.append(int(new[count]))
-        count += 1
-        if tokens[-1] in options.stop_ids:
-            stopped = "stop"
-        elif decode is not None and _ends(tokens, options.stop_strings, decode):
-            stopped = "string"
-        elif rows.lengths[row] + len(tokens) >= rows.ends[row]:
-            stopped = "length"
-    logprobs = [*text.logprobs, *out["logprobs"][:count].tolist()]
-    drawn = [*text.processed_logprobs, *out["processed_logprobs"][:count].tolist()]
-    return Completion(text.prompt, text.sample, tokens, logprobs, drawn, stopped)
-
-
-def _ends(tokens: list[int], strings: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
-    """Whether the text of the last tokens, each of a byte at least, has one of the strings in it."""
-    return any(string in decode(tokens[-len(string.encode()) :]) for string in strings)
+def _longer(text: Completion, new: dict[str, list[Any]], stop_ids: tuple[int, ...], limit: int) -> Completion:
+    """A completion with what a chunk adds to it."""
+    longer = {name: [*getattr(text, name), *added] for name, added in new.items()}
+    tokens = longer["tokens"]
+    stopped = "stop" if tokens[-1] in stop_ids else "length" if len(tokens) >= limit else None
+    return text._replace(**longer, stopped=stopped)

@@ -31,11 +31,8 @@ _OWN = {
 
 @cache
 def verbs() -> dict[str, type[Stage]]:
-    """Every verb, by what a recipe says after `do:`.
-
-    Raises:
-        UserError: an entry point names something that is no verb, or one that is there already.
-    """
+    """Every verb, by what a recipe says after `do:`. Raises `UserError`: an entry point names something that is no
+    verb, or one that is there already."""
     found: dict[str, type[Stage]] = {}
     for name, place in _OWN.items():
         module, _, kind = place.partition(":")

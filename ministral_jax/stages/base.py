@@ -86,27 +86,21 @@ class Stage(Frozen):
         return {}
 
     def resolve(self, graph: Graph, where: str) -> ModelSpec:
-        """Sizes of the result, and everything in which the stage does not fit its inputs. Reads no data.
-
-        Raises:
-            UserError: naming `where`, the stage's place in the recipe.
-        """
-        spec = resolve_model(getattr(self, "model", None), self._source_spec(graph), where)
+        """Sizes of the result, and everything in which the stage does not fit its inputs. Reads no data. Raises
+        `UserError`: naming `where`, the stage's place in the recipe."""
+        spec = resolve_model(getattr(self, "model", None), graph.specs.get(self.source or ""), where)
         self.check_sizes(spec, graph, where)
         return spec
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         """Raise `UserError` where sizes differ that only a prune stage may change."""
-        source = self._source_spec(graph)
-        for key in _SHAPE_KEYS if source is not None else ():
+        source = graph.specs.get(self.source or "", spec)
+        for key in _SHAPE_KEYS:
             if getattr(spec, key) != getattr(source, key):
                 raise UserError(
                     f"{where}.model.{key} = {getattr(spec, key)} differs from the {getattr(source, key)} of its source "
                     f"{self.source!r}; only a prune stage changes sizes"
                 )
-
-    def _source_spec(self, graph: Graph) -> ModelSpec | None:
-        return None if self.source is None else graph.specs[self.source]
 
     def check_mesh(self, job: Job[Any]) -> None:
         """Raise `UserError` when the stage's batches do not fit its mesh."""
@@ -183,8 +177,7 @@ class Job(Generic[S]):
     @property
     def source(self) -> Path:
         """The directory of the stage that this one starts from."""
-        if self.stage.source is None:
-            raise ValueError(f"stage {self.name} starts from nothing")
+        assert self.stage.source is not None, "it starts from nothing"
         return self.run_dir / self.stage.source
 
     @cached_property
@@ -223,11 +216,8 @@ class Result:
 
 
 def resolve_model(ref: ModelRef | None, source: ModelSpec | None, where: str) -> ModelSpec:
-    """The sizes a stage works on: a preset, or the source's sizes with overrides.
-
-    Raises:
-        UserError: unknown preset or key, inconsistent sizes, overrides without anything to override.
-    """
+    """The sizes a stage works on: a preset, or the source's sizes with overrides. Raises `UserError`: unknown preset
+    or key, inconsistent sizes, overrides without anything to override."""
     if ref is None:
         if source is None:
             raise UserError(f"{where}.model is required when the stage has no `from`")
@@ -251,16 +241,13 @@ def _preset(name: str, where: str) -> ModelSpec:
     return PRESETS[name]
 
 
-def _init_program(spec: ModelSpec, placement: Placement | None) -> Callable[..., Params]:
-    """`key -> params`. On CPU, optimising the generator's code takes longer than running it."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    shardings = None if placement is None else param_shardings(spec, placement)
-    return jax.jit(init_params, static_argnums=0, compiler_options=options, out_shardings=shardings)
-
-
 def fresh_params(spec: ModelSpec, seed: int, placement: Placement | None = None) -> Params:
     """Random parameters of a size, made where they are to lie; the values do not depend on that."""
-    return _init_program(spec, placement)(spec, jax.random.key(seed))
+    # On CPU, optimising the generator's code takes longer than running it.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    shardings = None if placement is None else param_shardings(spec, placement)
+    make = jax.jit(init_params, static_argnums=0, compiler_options=options, out_shardings=shardings)
+    return make(spec, jax.random.key(seed))
 
 
 def load_stage(

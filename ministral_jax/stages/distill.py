@@ -9,23 +9,16 @@ from pydantic import Field
 
 from ministral_jax.distributed.placement import Rules
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.stages.base import Job, ModelRef, Params, Program, Result, Stage, fresh_params, load_stage
+from ministral_jax.stages import teaching
+from ministral_jax.stages.base import Job, ModelRef, Program, Result, Stage, fresh_params, load_stage
 from ministral_jax.stages.figures import HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
 from ministral_jax.stages.rows import open_data
-from ministral_jax.stages.teaching import (
-    AnyTeacher,
-    Taught,
-    described_teacher,
-    open_teacher,
-    teacher_loss,
-    vision_of_teacher,
-)
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
 
 
-class Distill(Taught):
+class Distill(teaching.Taught):
     """Make the student's next-token distribution equal the teacher's. The vision tower is frozen."""
 
     figures: ClassVar = (KL, *HELD_OUT)
@@ -34,7 +27,7 @@ class Distill(Taught):
 
     do: Literal["distill"]
     model: ModelRef | None = None
-    teacher: AnyTeacher = Field()
+    teacher: teaching.AnyTeacher = Field()
     """The stage whose model teaches, or `{store: the record stage}`."""
     teacher_sharding: Rules | None = None
     """Where the teacher lies; None is like the student."""
@@ -53,25 +46,22 @@ class Distill(Taught):
         return {scratch_name(name): self.model_copy(update={"baseline": False, **changes})}
 
     def objective(self, job: Job[Distill], teacher: Teacher) -> Objective:
-        return Objective(teacher_loss(job, teacher), FROZEN, teacher)
+        return Objective(teaching.teacher_loss(job, teacher), FROZEN, teacher)
 
     def programs(self, job: Job[Distill]) -> dict[str, Program]:
-        return loop_programs(job, self.objective(job, described_teacher(job)))
+        return loop_programs(job, self.objective(job, teaching.described_teacher(job)))
 
     def run(self, job: Job[Distill]) -> Result:
         clock, data = Clock(), open_data(job)
         job = job.with_tokens(data.tokenizer)
-        teacher = open_teacher(job, data)
-        return run_loop(job, data, self.objective(job, teacher), _student(job, teacher), clock)
+        teacher = teaching.open_teacher(job, data)
+        if self.source is not None:
+            params = load_stage(job.source, placement=job.placement)[1]
+        else:  # from scratch, around the teacher's vision tower
+            params = teaching.vision_of_teacher(job, teacher, fresh_params(job.spec, self.seed, job.placement))
+        return run_loop(job, data, self.objective(job, teacher), params, clock)
 
 
 def scratch_name(stage: str) -> str:
     """Of a distil stage's baseline."""
     return f"{stage}-scratch"
-
-
-def _student(job: Job[Distill], teacher: Teacher) -> Params:
-    """The source's parameters; from scratch, a fresh decoder and projector around the teacher's vision tower."""
-    if job.stage.source is not None:
-        return load_stage(job.source, placement=job.placement)[1]
-    return vision_of_teacher(job, teacher, fresh_params(job.spec, job.stage.seed, job.placement))

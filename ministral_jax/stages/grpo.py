@@ -10,39 +10,30 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from ministral_jax.alignment.rewards import RewardsConfig
-from ministral_jax.alignment.rollout import Answers, Sampler, training_rows
+from ministral_jax.alignment.rollout import Answers, training_rows
 from ministral_jax.data.batch import Batch
-from ministral_jax.distributed.processes import announce, poll_slow
+from ministral_jax.distributed.processes import announce
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, token_weights
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
-from ministral_jax.stages.base import Job, Program, Result, load_stage
+from ministral_jax.stages import online
+from ministral_jax.stages.base import Job, Program
 from ministral_jax.stages.figures import ANSWERS, Curve
 from ministral_jax.stages.looped import FROZEN, update_program
-from ministral_jax.stages.online import (
-    OnlineLearner,
-    OnlineStage,
-    added,
-    conduct_metrics,
-    policy_batch,
-    reward_metrics,
-)
-from ministral_jax.stages.prompts import open_stage_prompts, sampler_programs
-from ministral_jax.training.goodput import Clock
+from ministral_jax.stages.prompts import sampler_programs
 from ministral_jax.training.state import LossFn, State, split_frozen
 from ministral_jax.training.train import StepMetrics
 
 
-class GRPO(OnlineStage):
+class GRPO(online.OnlineStage):
     """Group relative policy optimisation, as in Magistral: no reference, no KL."""
 
     figures: ClassVar = ANSWERS
     curve: ClassVar = Curve("reward", "reward", "step")
 
     do: Literal["grpo"]
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     num_generations: int = Field(default=8, ge=2)
     """Completions of each prompt, compared with each other."""
     steps_per_generation: int = Field(default=1, ge=1)
@@ -51,7 +42,7 @@ class GRPO(OnlineStage):
     """How often a step goes over its completions."""
     mask_truncated_completions: bool = False
     """Whether the tokens of completions that reached the limit are left out of the loss."""
-    rewards: RewardsConfig
+    rewards: RewardsConfig = Field()
     loss: PolicyOptions = PolicyOptions()
 
     @field_validator("steps_per_generation")
@@ -69,37 +60,27 @@ class GRPO(OnlineStage):
     def updates_per_step(self) -> int:
         return self.steps_per_generation
 
+    @property
+    def updates(self) -> int:
+        return self.steps * self.steps_per_generation * self.num_iterations
+
     def programs(self, job: Job[GRPO]) -> dict[str, Program]:
         trainable, fixed = split_frozen(placed_params(job.spec, job.placement), FROZEN)
         loss = objective(job.spec, self.compute, self.loss, self.temperature, LossHead(job.placement))
-        updates = self.steps * self.steps_per_generation * self.num_iterations
-        step = update_program(job, loss, trainable, updates, self.microbatches)
+        step = update_program(job, loss, trainable, self.updates, self.microbatches)
         rows = self.prompts * self.num_generations // self.steps_per_generation
-        batch = policy_batch(job, rows, ("old_logprobs", "advantages", "weights"))
+        batch = online.policy_batch(job, rows, ("old_logprobs", "advantages", "weights"))
         return {
             **sampler_programs(job, self.temperature, self.prompts, self.num_generations, self.max_prompt_length),
             "step": Program(step.function, (*step.arguments, fixed, batch)),
         }
 
-    def run(self, job: Job[GRPO]) -> Result:
-        clock, prompts = Clock(), open_stage_prompts(job)
-        job = job.with_tokens(prompts.tokenizer)
-        sampler = Sampler(job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature, on_step=poll_slow)
-        trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
-        with _Learner(job, prompts, sampler, fixed, clock) as learner:
-            return learner.run(trainable)
+    def learner(self, *args: Any) -> online.OnlineLearner:
+        return _Learner(*args)
 
 
-class _Learner(OnlineLearner):
+class _Learner(online.OnlineLearner):
     stage: GRPO
-
-    def __init__(self, job: Job[GRPO], *args: Any):
-        super().__init__(job, *args)
-        self.update = self.stage.programs(job)["step"].function
-
-    @property
-    def updates(self) -> int:
-        return super().updates * self.stage.num_iterations
 
     def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
         scores = self.scores(answers.samples)
@@ -108,10 +89,14 @@ class _Learner(OnlineLearner):
         metrics = []
         for number, batch in enumerate(batches * self.stage.num_iterations, 1):
             announce(f"update {number}")
-            state, found = self.update(state, self.fixed, self.job.placement.place_whole(batch))
+            state, found = self.programs["step"].function(state, self.fixed, self.job.placement.place_whole(batch))
             metrics.append(found)
-        host = {**reward_metrics(scores), **conduct_metrics(answers.samples), "groups_with_signal": signal}
-        return state, {**host, **added(metrics)}
+        host = {
+            **online.reward_metrics(scores),
+            **online.conduct_metrics(answers.samples),
+            "groups_with_signal": signal,
+        }
+        return state, {**host, **online.added(metrics)}
 
 
 def objective(spec: ModelSpec, compute: Compute, options: PolicyOptions, temperature: float, heads: LossHead) -> LossFn:

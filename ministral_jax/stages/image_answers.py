@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,41 +36,33 @@ def write_samples(
     """
     if not is_first():
         return
-    samples: list[dict[str, Any]] = []
-    for batch, predicted in zip(held_out(data, batch_size, limit_rows), predictions, strict=True):
-        for row in range(batch["tokens"].shape[0]):
-            samples += _row_samples(data, {key: value[row] for key, value in batch.items()}, predicted[row])
-            if len(samples) >= SAMPLES:
-                write_json(path, {"images": samples[:SAMPLES]})
-                return
-    write_json(path, {"images": samples})
+    batches = zip(held_out(data, batch_size, limit_rows), predictions, strict=True)
+    samples = (sample for batch, predicted in batches for sample in _samples(data, batch, predicted))
+    write_json(path, {"images": list(islice(samples, SAMPLES))})
 
 
-def _row_samples(data: PackedData, row: Batch, predicted: np.ndarray) -> list[dict[str, Any]]:
-    if "image_slot" not in row or data.vision is None:
-        return []
-    samples = []
-    answered = row["answer_mask"] > 0
-    for segment in np.unique(row["segments"][answered]):
-        document = row["segments"] == segment
-        slots = row["image_slot"][document & (row["image_slot"] >= 0)]
-        if slots.size == 0:
-            continue
-        block = data.vision.merge**2  # patches of one merged token
-        image = row["patch_image"][slots[0] * block]
-        here = row["patch_image"] == image
-        places = row["patch_row"][here], row["patch_col"][here]
-        (positions,) = np.nonzero(document & answered)
-        question = document & (np.arange(len(document)) <= positions[0])
-        samples.append(
-            {
+def _samples(data: PackedData, batch: Batch, predicted: np.ndarray) -> Iterator[dict[str, str]]:
+    if "image_slot" not in batch or data.vision is None:
+        return
+    for number, tokens in enumerate(batch["tokens"]):
+        row = {key: value[number] for key, value in batch.items()}
+        answered = row["answer_mask"] > 0
+        for segment in np.unique(row["segments"][answered]):
+            document = row["segments"] == segment
+            slots = row["image_slot"][document & (row["image_slot"] >= 0)]
+            if slots.size == 0:
+                continue
+            # of the first merged token's first patch
+            here = row["patch_image"] == row["patch_image"][slots[0] * data.vision.merge**2]
+            places = row["patch_row"][here], row["patch_col"][here]
+            (positions,) = np.nonzero(document & answered)
+            question = document & (np.arange(len(document)) <= positions[0])
+            yield {
                 "png": _png(unpatchify(row["patches"][here], *places, data.vision.patch_size)),
-                "question": data.tokenizer.decode(row["tokens"][question].tolist()),
-                "label": data.tokenizer.decode(row["tokens"][positions + 1].tolist()),
-                "answer": data.tokenizer.decode(predicted[positions].tolist()),
+                "question": data.tokenizer.decode(tokens[question].tolist()),
+                "label": data.tokenizer.decode(tokens[positions + 1].tolist()),
+                "answer": data.tokenizer.decode(predicted[number][positions].tolist()),
             }
-        )
-    return samples
 
 
 def _png(pixels: np.ndarray) -> str:

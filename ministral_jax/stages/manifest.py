@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.pruning.report import PruneReport
 from ministral_jax.teachers.summary import SplitSummary
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("ministral-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Input(BaseModel):
@@ -68,36 +68,23 @@ class Manifest(BaseModel):
 
 
 def read_manifest(stage_directory: Path) -> Manifest | None:
-    """The manifest of a finished stage, None when it is not finished.
-
-    Raises:
-        UserError: the file is there but is not a manifest.
-    """
+    """The manifest of a finished stage, None when it is not finished. Raises `UserError`: the file is there but is
+    not a manifest."""
     path = stage_directory / "manifest.json"
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not valid JSON; delete the stage's directory to run it again") from None
-    if not isinstance(raw, dict) or "status" not in raw:
-        raise UserError(f"{path} is not a stage's manifest")
-    if raw["status"] != "finished":
-        return None
-    try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise UserError(f"{path} is not valid JSON; delete the stage's directory to run it again") from None
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path} is not a stage's manifest: {where}: {first['msg'].lower()}") from None
 
 
 def finished(stage_directory: Path) -> Manifest:
-    """The manifest of a stage that must be finished.
-
-    Raises:
-        UserError: it is not.
-    """
+    """The manifest of a stage that must be finished. Raises `UserError`: it is not."""
     if (manifest := read_manifest(stage_directory)) is None:
         raise UserError(f"{stage_directory} is not a finished stage: it has no manifest.json that says so")
     return manifest
@@ -110,21 +97,12 @@ def digest(stage_directory: Path) -> str:
 
 def environment() -> dict[str, Any]:
     """Package versions, and the git commit when the package runs from a checkout."""
-    versions = {}
-    for package in ("ministral-jax", *_PACKAGES):
-        try:
+    versions, commit, root = {}, None, Path(__file__).parents[2]
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"versions": versions, "git": _git_commit()}
-
-
-def _git_commit() -> str | None:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return {"versions": versions, "git": commit}

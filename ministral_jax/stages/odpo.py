@@ -3,6 +3,7 @@ a judge prefers becomes more likely, by how sure the judge is."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -12,8 +13,7 @@ from pydantic import Field, model_validator
 from scipy.special import expit
 
 from ministral_jax.alignment.judge import Judge
-from ministral_jax.alignment.rewards import RewardsConfig
-from ministral_jax.alignment.rollout import Answers, Params, Sampler, training_rows
+from ministral_jax.alignment.rollout import Answers, Params, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.distributed.processes import announce, poll_slow
@@ -23,23 +23,15 @@ from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.preference import PreferenceOptions, decide, preference_loss
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
-from ministral_jax.stages.base import Graph, Job, Program, Result, load_stage
+from ministral_jax.stages import online
+from ministral_jax.stages.base import Graph, Job, Program, load_stage
 from ministral_jax.stages.figures import ANSWERS, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, update_program
 from ministral_jax.stages.manifest import finished
-from ministral_jax.stages.online import (
-    HostMetrics,
-    OnlineLearner,
-    OnlineStage,
-    conduct_metrics,
-    policy_batch,
-    reward_metrics,
-)
-from ministral_jax.stages.prompts import open_stage_prompts, sampler_programs
+from ministral_jax.stages.prompts import sampler_programs
 from ministral_jax.stages.reward import Reward, judge_program
 from ministral_jax.stages.rows import Packing
 from ministral_jax.stages.teaching import check_vocabulary
-from ministral_jax.training.goodput import Clock
 from ministral_jax.training.state import LossFn, State, split_frozen
 from ministral_jax.training.train import StepMetrics
 
@@ -47,7 +39,7 @@ Batch = dict[str, Any]
 WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher")
 
 
-class ODPO(OnlineStage):
+class ODPO(online.OnlineStage):
     """Online DPO: of two answers to a prompt, make the one that the judge prefers more likely."""
 
     figures: ClassVar = (WIN_RATE, *ANSWERS)
@@ -57,7 +49,6 @@ class ODPO(OnlineStage):
     temperature: float = Field(default=0.7, gt=0, allow_inf_nan=False)
     judge: str | None = None
     """A reward stage; or none, and `rewards` decide."""
-    rewards: RewardsConfig | None = None
     reward_temperature: float = Field(default=1.0, gt=0)
     """The first answer wins with probability sigmoid of the rewards' difference over this."""
     tools: str | None = None
@@ -97,7 +88,7 @@ class ODPO(OnlineStage):
         loss = objective(job.spec, self.compute, self.loss, heads)
         step = update_program(job, loss, trainable, self.steps, self.microbatches)
         rows = 2 * self.prompts
-        batch = policy_batch(job, rows, ("old_logprobs",))
+        batch = online.policy_batch(job, rows, ("old_logprobs",))
         per_row = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=placement.batch_sharding("weights", 1))
         batch |= {"probability": per_row, "weights": per_row}
         reference = jax.jit(placement.rules.scoped(answer_logprobs(job.spec, self.compute, heads)))
@@ -111,32 +102,32 @@ class ODPO(OnlineStage):
             found["judge"] = judge_program(job, job.graph.specs[self.judge])
         return found
 
-    def run(self, job: Job[ODPO]) -> Result:
-        clock, prompts = Clock(), open_stage_prompts(job)
-        job = job.with_tokens(prompts.tokenizer)
-        tools = None
-        if self.tools is not None:
-            tools = ToolBox(resolve(self.tools, f"{job.where}.tools"), self.tool_rounds)
-        sampler = Sampler(
-            job.spec, self.compute, job.placement, prompts.tokenizer, self.temperature, tools, on_step=poll_slow
-        )
-        trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
-        with _Learner(job, prompts, sampler, fixed, clock) as learner:
-            return learner.run(trainable)
+    def toolbox(self, job: Job[Any]) -> ToolBox | None:
+        if self.tools is None:
+            return None
+        return ToolBox(resolve(self.tools, f"{job.where}.tools"), self.tool_rounds)
+
+    def learner(self, *args: Any) -> online.OnlineLearner:
+        return _Learner(*args)
 
 
-class _Learner(OnlineLearner):
+class _Learner(online.OnlineLearner):
     """With the policy as it was before, the reference, and a judge if there is one."""
 
     stage: ODPO
 
-    def __init__(self, job: Job[ODPO], *args: Any):
-        super().__init__(job, *args)
-        programs = self.stage.programs(job)
-        self.update, self.logprobs = programs["step"].function, programs["reference"].function
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        job, compute = self.job, self.stage.compute
         # In the dtype it computes in: the parameters would be cast to that at every use.
-        self.reference = load_stage(job.source, jnp.dtype(self.stage.compute.dtype), job.placement)[1]
-        self.judge = None if self.stage.judge is None else _open_judge(job, self.sampler)
+        load = partial(load_stage, dtype=jnp.dtype(compute.dtype), placement=job.placement)
+        self.reference, self.judge = load(job.source)[1], None
+        if self.stage.judge is not None:
+            directory = job.run_dir / self.stage.judge
+            spec, params = load(directory)
+            temperature = finished(directory).metrics["judge_temperature"]
+            tokenizer = self.prompts.tokenizer
+            self.judge = Judge(spec, compute, job.placement, tokenizer, temperature, on_step=poll_slow), params
         self.initial_rewards: np.ndarray | None = None
 
     def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
@@ -144,10 +135,10 @@ class _Learner(OnlineLearner):
         self.clock.switch("step")
         batch, kept = pairs(answers, probability, self.job.spec)
         placed = self.job.placement.place_whole(batch)
-        placed["reference"] = self.logprobs(self.reference, placed)
+        placed["reference"] = self.programs["reference"].function(self.reference, placed)
         announce("update 1")
-        state, metrics = self.update(state, self.fixed, placed)
-        return state, {**host, **conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
+        state, metrics = self.programs["step"].function(state, self.fixed, placed)
+        return state, {**host, **online.conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
 
     def evaluate(self, state: State) -> dict[str, float]:
         if self.initial_rewards is None:  # before the answers of the policy: those are what is left to be looked at
@@ -155,13 +146,13 @@ class _Learner(OnlineLearner):
         figures, rewards = self.examiner.examine(self.params(state))
         return figures | {WIN_RATE.name: win_rate(rewards, self.initial_rewards)}
 
-    def _judged(self, answers: Answers) -> tuple[np.ndarray, HostMetrics]:
+    def _judged(self, answers: Answers) -> tuple[np.ndarray, online.HostMetrics]:
         """`[P]`: that answer a is better than b, and figures. Reasoning is not judged."""
         samples = answers.samples
         if self.judge is None:
             scores = self.scores(samples)
             found = expit((scores.total[0::2] - scores.total[1::2]) / self.stage.reward_temperature)
-            host = reward_metrics(scores)
+            host = online.reward_metrics(scores)
         else:
             model, params = self.judge
             a, b = ([sample.answer for sample in samples[place::2]] for place in (0, 1))
@@ -169,15 +160,6 @@ class _Learner(OnlineLearner):
             host = {}
         sure = np.abs(found - 0.5) + 0.5
         return found, {**host, "judge_confidence": (float(np.nansum(sure)), float((~np.isnan(sure)).sum()))}
-
-
-def _open_judge(job: Job[ODPO], sampler: Sampler) -> tuple[Judge, Params]:
-    assert job.stage.judge is not None
-    directory = job.run_dir / job.stage.judge
-    temperature = finished(directory).metrics["judge_temperature"]
-    spec, params = load_stage(directory, jnp.dtype(job.stage.compute.dtype), job.placement)
-    compute, tokenizer = job.stage.compute, sampler.tokenizer
-    return Judge(spec, compute, job.placement, tokenizer, temperature, on_step=poll_slow), params
 
 
 def answer_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from itertools import count
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -12,20 +13,23 @@ from pydantic import Field, field_validator
 
 from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.examine import Examiner, GenerateConfig, conduct, score_together
-from ministral_jax.alignment.rollout import Answers, Params, Sampler, seeds
+from ministral_jax.alignment.rewards import RewardsConfig
+from ministral_jax.alignment.rollout import Answers, Params, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores
+from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.data.batch import bucket, shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.stages.base import Graph, Job, Result, Stage
-from ministral_jax.stages.prompts import check_prompts
+from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage
+from ministral_jax.stages.looped import FROZEN
+from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts
 from ministral_jax.stages.rows import Packing
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.log import check_tracker
-from ministral_jax.training.state import State
+from ministral_jax.training.state import State, split_frozen
 from ministral_jax.training.train import Schedule, StepMetrics, Steps, train
 
 _SHOWN_PROBLEMS = 3
@@ -53,6 +57,8 @@ class OnlineStage(Stage, Steps):
     compute: Compute = Compute()
     prompts: int = Field(default=16, ge=1)
     """New ones in every step."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    rewards: RewardsConfig | None = None
     microbatches: int = Field(default=1, ge=1)
     """Over which the gradient of an update is accumulated."""
     max_prompt_length: int = Field(default=512, ge=1)
@@ -75,11 +81,11 @@ class OnlineStage(Stage, Steps):
             raise ValueError("must be at least 1, and say what holds from step 0 on")
         return value
 
-    def completion_length(self, step: int) -> int:
-        """Tokens that the completions of a step (counted from 0) may have."""
-        if isinstance(self.max_completion_length, int):
-            return self.max_completion_length
-        return self.max_completion_length[max(first for first in self.max_completion_length if first <= step)]
+    @property
+    def completion_lengths(self) -> dict[int, int]:
+        """Tokens that completions may have, by the step from which it holds."""
+        lengths = self.max_completion_length
+        return {0: lengths} if isinstance(lengths, int) else lengths
 
     @property
     def answers_per_prompt(self) -> int:
@@ -91,10 +97,14 @@ class OnlineStage(Stage, Steps):
         return 1
 
     @property
+    def updates(self) -> int:
+        """Of all steps."""
+        return self.steps
+
+    @property
     def longest_row(self) -> int:
         """Tokens of the longest prompt with the longest answer."""
-        lengths = self.max_completion_length
-        return self.max_prompt_length + (lengths if isinstance(lengths, int) else max(lengths.values()))
+        return self.max_prompt_length + max(self.completion_lengths.values())
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
@@ -120,12 +130,28 @@ class OnlineStage(Stage, Steps):
         check_tracker(self.track, job.where)
         check_prompts(job, packing.progress)
 
+    def toolbox(self, job: Job[Any]) -> ToolBox | None:
+        """What answers may call."""
+        return None
 
-class Prompts(NamedTuple):
-    """A step's prompts. Steps count from 0 here."""
+    def learner(self, *args: Any) -> OnlineLearner:
+        """What the loop drives, of the arguments of `OnlineLearner`."""
+        raise NotImplementedError
 
-    step: int
-    rows: list[PromptRow]
+    def run(self, job: Job[Any]) -> Result:
+        clock, prompts = Clock(), open_stage_prompts(job)
+        job = job.with_tokens(prompts.tokenizer)
+        trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
+        with self.learner(job, prompts, fixed, clock) as learner:
+            outcome = train(learner, trainable, self, job.directory, clock)
+            files = job.save(learner.params(outcome.state))
+        outcome.store.delete()
+        details = {"data": {"tokenizer_digest": prompts.tokenizer.digest}}
+        return Result(outcome.metrics, 0, self.steps, outcome.seconds, files, details)
+
+
+Prompts = tuple[int, list[PromptRow]]
+"""A step's; steps count from 0 here."""
 
 
 class OnlineLearner:
@@ -134,40 +160,36 @@ class OnlineLearner:
     A verb says how answers become an update (`learn`) and what is measured (`evaluate`).
     """
 
-    def __init__(self, job: Job[Any], prompts: PromptData, sampler: Sampler, fixed: Params, clock: Clock):
+    def __init__(self, job: Job[Any], prompts: PromptData, fixed: Params, clock: Clock):
         stage: OnlineStage = job.stage
-        self.job, self.stage, self.prompts, self.sampler = job, stage, prompts, sampler
-        self.fixed, self.clock = fixed, clock
-        examined = (stage.evaluate, job.directory, stage.workers, stage.reward_seconds)
-        self.examiner = Examiner(sampler, prompts, *examined)
-        rewards = getattr(stage, "rewards", None) or {}
-        self.scorer = Scorer(rewards, stage.workers, stage.reward_seconds, stage.on_error)
+        self.job, self.stage, self.prompts, self.fixed, self.clock = job, stage, prompts, fixed, clock
+        self.programs = stage.programs(job)
+        self.sampler = open_sampler(job, prompts, stage.temperature, stage.toolbox(job))
+        self.examiner = Examiner(
+            self.sampler, prompts, stage.evaluate, job.directory, stage.workers, stage.reward_seconds
+        )
+        self.scorer = Scorer(stage.rewards or {}, stage.workers, stage.reward_seconds, stage.on_error)
+        self.schedule = Schedule(stage.evaluate.every, stage.updates, evaluate_early=stage.evaluate.early)
 
-    def __enter__(self) -> OnlineLearner:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.examiner.__exit__()
-        self.scorer.close()
-
-    @property
-    def schedule(self) -> Schedule:
-        evaluate = self.stage.evaluate
-        return Schedule(evaluate.every, self.updates, evaluate_early=evaluate.early)
-
-    @property
-    def updates(self) -> int:
-        """Of all steps."""
-        return self.stage.steps * self.stage.updates_per_step
+        self.scorer.__exit__()
 
     def batches(self, first: int) -> Iterator[Prompts]:
-        step = first
-        while True:
-            yield Prompts(step, self.prompts.batch(self.stage.seed, step, self.stage.prompts))
-            step += 1
+        for step in count(first):
+            yield step, self.prompts.batch(self.stage.seed, step, self.stage.prompts)
 
     def step(self, state: State, batch: Prompts) -> tuple[State, StepMetrics]:
-        answers = self._answers(self.params(state), batch, self.stage.answers_per_prompt)
+        step, prompts = batch
+        params = jax.block_until_ready(self.params(state))  # the last update, whose time is not that of sampling
+        self.clock.switch("generate")
+        lengths, numbers = self.stage.completion_lengths, seeds(self.stage.seed, step, len(prompts))
+        limit = lengths[max(first for first in lengths if first <= step)]
+        answers = self.sampler.answers(params, prompts, numbers, self.stage.answers_per_prompt, limit)
+        self.clock.switch("score")
         return self.learn(state, answers)
 
     def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
@@ -175,21 +197,11 @@ class OnlineLearner:
         raise NotImplementedError
 
     def evaluate(self, state: State) -> dict[str, float]:
-        return self.examiner.figures(self.params(state))
+        return self.examiner.examine(self.params(state))[0]
 
     def params(self, state: State) -> Params:
         """All parameters of the policy."""
         return {**state["params"], **self.fixed}
-
-    def _answers(self, params: Params, prompts: Prompts, each: int) -> Answers:
-        """`each` answers to every prompt of a step."""
-        jax.block_until_ready(params)  # the last update, whose time is not that of sampling
-        self.clock.switch("generate")
-        limit = self.stage.completion_length(prompts.step)
-        numbers = seeds(self.stage.seed, prompts.step, len(prompts.rows))
-        answers = self.sampler.answers(params, prompts.rows, numbers, each, limit)
-        self.clock.switch("score")
-        return answers
 
     def scores(self, samples: list[Sample]) -> Scores:
         """Rewards of answers; what went wrong with some is told."""
@@ -197,15 +209,6 @@ class OnlineLearner:
         for problem in scores.problems[:_SHOWN_PROBLEMS]:
             print(f"{self.job.name:>18}  left out: {problem}", file=sys.stderr, flush=True)
         return scores
-
-    def run(self, trainable: Params) -> Result:
-        """The loop, then the result is saved."""
-        stage, job = self.stage, self.job
-        outcome = train(self, trainable, stage, job.directory, self.clock)
-        files = job.save(self.params(outcome.state))
-        outcome.store.delete()
-        details = {"data": {"tokenizer_digest": self.prompts.tokenizer.digest}}
-        return Result(outcome.metrics, 0, stage.steps, outcome.seconds, files, details)
 
 
 def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:

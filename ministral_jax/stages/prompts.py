@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ministral_jax.alignment.rewards import RewardsConfig
+from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.alignment.scoring import Scorer
+from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.data.batch import bucket, shapes
-from ministral_jax.data.conversation import Document
 from ministral_jax.data.documents import Progress
-from ministral_jax.data.prompts import PromptData, PromptRow, open_prompts
+from ministral_jax.data.prompts import PromptData, open_prompts
 from ministral_jax.data.tokenizer import check_vocab
+from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.sampling.decoding import Choice, Rows, programs
 from ministral_jax.sampling.engine import SLOTS, SamplingOptions, by_rows
@@ -31,14 +31,9 @@ def open_stage_prompts(job: Job[Any], progress: Progress | None = None, answered
 
 
 def checked_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
-    """The prompts of a stage, each short enough for the model to answer.
-
-    Raises:
-        UserError: naming the row.
-    """
+    """The prompts of a stage, each short enough for the model to answer. Raises `UserError`: naming the row."""
     prompts = open_stage_prompts(job, progress, answered)
-    longest: int | None = getattr(job.stage, "max_prompt_length", None)
-    if longest is None:
+    if (longest := getattr(job.stage, "max_prompt_length", None)) is None:
         prompts.check(job.spec.context - 1, "the model's context less one", progress)
     else:
         prompts.check(longest, f"{job.where}.max_prompt_length", progress)
@@ -46,51 +41,42 @@ def checked_prompts(job: Job[Any], progress: Progress | None = None, answered: b
 
 
 def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
-    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed.
-
-    Raises:
-        UserError: naming the row.
-    """
-    stage = job.stage
-    prompts = checked_prompts(job, progress)
+    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed. Raises
+    `UserError`: naming the row."""
+    stage, prompts = job.stage, checked_prompts(job, progress)
     check_vocab(prompts.tokenizer, job.spec)
     examined = getattr(stage, "generate", None) or stage.evaluate
-    _check_rewards(examined.rewards, prompts.evaluation(examined.prompts))
-    if rewards := getattr(stage, "rewards", None):
-        _check_rewards(rewards, [document for documents in prompts.train.values() for document in documents])
+    trained = [document for documents in prompts.train.values() for document in documents]
+    judged = [(examined.rewards, prompts.evaluation(examined.prompts)), (getattr(stage, "rewards", None), trained)]
+    for rewards, rows in judged:
+        with Scorer(rewards or {}, 1) as scorer:
+            for row in rows:
+                scorer.check(row.columns, row.where)
 
 
-def _check_rewards(rewards: RewardsConfig, rows: Sequence[PromptRow | Document]) -> None:
-    with Scorer(rewards, 1) as scorer:
-        for row in rows:
-            scorer.check(row.columns, row.where)
+def open_sampler(job: Job[Any], prompts: PromptData, temperature: float, tools: ToolBox | None = None) -> Sampler:
+    """The stage's model as it answers prompts; the job may stop at every piece of work."""
+    place = job.spec, job.stage.compute, job.placement
+    return Sampler(*place, prompts.tokenizer, temperature, tools, on_step=poll_slow)
 
 
 def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int, length: int) -> dict[str, Program]:
     """What sampling compiles to answer `prompts` prompts of at most `length` tokens `each` so often: reading them,
     branching into the answers, and a chunk of tokens. Shorter prompts are padded to fewer tokens."""
     spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
-    options, choice = SamplingOptions(), Choice(temperature=temperature, top_p=1.0, top_k=0)
-    run = programs(spec, compute, place, choice, (job.tokens.eos,), options.chunk)
+    run = programs(spec, compute, place, Choice(temperature=temperature), (job.tokens.eos,), SamplingOptions().chunk)
     count, total = place.even(prompts), place.even(prompts * each)
     params, patches = placed_params(spec, place), job.stage.data.patches
     batch = shapes(count, bucket(length), (), bucket(patches) if patches else 0, spec.vision)
     batch = place.described({name: batch[name] for name in batch.keys() - {"positions", "labels"}})
-    lengths = jax.ShapeDtypeStruct((count,), jnp.int32)
-    per_row = {name: jax.ShapeDtypeStruct((total,), jnp.int32) for name in ("parents", "lengths", "ends", "samples")}
-    rows = Rows(
-        per_row["lengths"],
-        per_row["ends"],
-        jax.ShapeDtypeStruct((total,), jnp.bool_),
-        jax.ShapeDtypeStruct((total,), jnp.uint32),
-        per_row["samples"],
-    )
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    one = jax.ShapeDtypeStruct
+    lengths, per_row, scalar = (one(shape, jnp.int32) for shape in ((count,), (total,), ()))
+    rows = Rows(per_row, per_row, one((total,), jnp.bool_), one((total,), jnp.uint32), per_row)
     with jax.set_mesh(place.mesh):
         hidden, cache = jax.eval_shape(run.start, params, batch, lengths)
-        branched = jax.eval_shape(lambda *args: run.fork(*args, SLOTS), hidden, cache, per_row["parents"])
+        branched = jax.eval_shape(lambda *args: run.fork(*args, SLOTS), hidden, cache, per_row)
     return {
         "sample/start": Program(run.start, (params, batch, lengths)),
-        "sample/fork": Program(run.fork, (hidden, cache, per_row["parents"], SLOTS)),
+        "sample/fork": Program(run.fork, (hidden, cache, per_row, SLOTS)),
         "sample/chunk": Program(run.chunk, (params, *branched, rows, scalar, scalar, scalar)),
     }

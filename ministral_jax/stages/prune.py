@@ -12,23 +12,14 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, placed_params
 from ministral_jax.pruning.statistics import batch_sums, calibrated
 from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
+from ministral_jax.stages import rows
 from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, load_stage
 from ministral_jax.stages.figures import Figure
-from ministral_jax.stages.rows import (
-    EvaluateConfig,
-    RowStage,
-    abstract_batch,
-    data_details,
-    evaluation_programs,
-    held_out_batches,
-    open_data,
-    train_batches,
-)
 from ministral_jax.teachers.teacher import online
 from ministral_jax.training.progress import ProgressLine
 
 
-class Prune(RowStage):
+class Prune(rows.RowStage):
     """Calibrate, score and cut `from` to the sizes of `model`."""
 
     figures: ClassVar = (Figure("kl_to_source", "KL to the source", "nats per token", "lower"),)
@@ -40,7 +31,7 @@ class Prune(RowStage):
     calibration: int = Field(default=16, ge=1)
     """Batches of calibration data."""
     options: PruneOptions = PruneOptions()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: rows.EvaluateConfig = rows.EvaluateConfig()
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         check_target(graph.specs[self.source], spec, where)
@@ -50,26 +41,26 @@ class Prune(RowStage):
         source = job.graph.specs[self.source]
         params = placed_params(source, job.placement)
         teacher = online(source, params, self.compute, job.placement, self.batch.length)
-        batch = abstract_batch(job)
+        batch = rows.abstract_batch(job)
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
         return {
             "calibrate": Program(batch_sums, (VLM(source, self.compute), True, params, calibrated(batch))),
             **{name: Program(*program) for name, program in surgery.programs(source).items()},
-            **evaluation_programs(job, job.spec, teacher),
+            **rows.evaluation_programs(job, job.spec, teacher),
         }
 
     def run(self, job: Job[Prune]) -> Result:
         spec, params = load_stage(job.source, placement=job.placement)
-        data = open_data(job)
+        data = rows.open_data(job)
 
         def kl_to_source(pruned: Params, pruned_spec: ModelSpec) -> float:
             teacher = as_teacher(spec, self.compute, job.placement)
             evaluate = make_evaluate(pruned_spec, self.compute, job.placement, teacher)
-            return evaluate(pruned, params, polled(held_out_batches(job, data), "evaluating batch"))[0]["kl"]
+            return evaluate(pruned, params, rows.held_out_batches(job, data))[0]["kl"]
 
         surgery = Surgery(
             job.spec,
-            lambda: polled(train_batches(job, data, stop=self.calibration), "calibration batch"),
+            lambda: polled(rows.train_batches(job, data, stop=self.calibration), "calibration batch"),
             self.options,
             self.seed,
             compute=self.compute,
@@ -81,5 +72,5 @@ class Prune(RowStage):
             pruned, pruned_spec, report = surgery.run(params, spec)
         files = job.save(pruned)
         metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
-        details = {"prune": report.model_dump(mode="json"), "data": data_details(data)}
+        details = {"prune": report.model_dump(mode="json"), "data": rows.data_details(data)}
         return Result(metrics, files=files, details=details, spec=pruned_spec)

@@ -33,21 +33,11 @@ from ministral_jax.stages.base import Job, Params, Program, Result, load_stage
 from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.manifest import digest
 from ministral_jax.stages.rows import Packing, RowStage, abstract_batch, data_details, open_data
-from ministral_jax.teachers.codecs import Codec, SampledCodec, exact, layout, pack, uniforms, unpack
-from ministral_jax.teachers.codecs import check as check_codec
+from ministral_jax.teachers import codecs, store_format
 from ministral_jax.teachers.encode import encoder
 from ministral_jax.teachers.statistics import statistics, summarise
 from ministral_jax.teachers.store import Writer, open_for_writing
-from ministral_jax.teachers.store_format import (
-    HASH_BYTES,
-    ArraySpec,
-    Description,
-    ShardRecord,
-    SplitSpec,
-    StoreInfo,
-    TeacherIdentity,
-    split_spec,
-)
+from ministral_jax.teachers.store_format import HASH_BYTES
 from ministral_jax.teachers.summary import SplitSummary
 from ministral_jax.teachers.teacher import Teacher, recorded
 from ministral_jax.training.progress import ProgressLine
@@ -73,7 +63,7 @@ class Record(RowStage):
     """Training rows, the first ones in the order of `seed`, as a student with that seed reads them; None is all."""
     held_out_rows: int = Field(default=64, ge=1)
     """Held-out rows, in file order, whose hidden states are kept for exact evaluations."""
-    codec: Codec = SampledCodec()
+    codec: codecs.Codec = codecs.SampledCodec()
     shard: int = Field(default=32, ge=1)
     """Rows in one file."""
     store: str | None = None
@@ -103,7 +93,7 @@ class Record(RowStage):
         """A store must have room for its entries."""
         data = packing.rows(job)
         try:
-            check_codec(self.codec, job.spec.vocab, data.tokenizer.control_ids)
+            codecs.check(self.codec, job.spec.vocab, data.tokenizer.control_ids)
         except UserError as error:
             raise UserError(f"{job.where}: {error}") from None
 
@@ -112,23 +102,28 @@ class Record(RowStage):
         found = {}
         for split, (codec, forced) in self.kept(job.tokens.control).items():
             batch = dict(abstract_batch(job))
-            if (drawn := uniforms(codec, self.seed, bytes(HASH_BYTES), self.batch.length)) is not None:
+            if (drawn := codecs.uniforms(codec, self.seed, bytes(HASH_BYTES), self.batch.length)) is not None:
                 batch["uniforms"] = _described(job, "uniforms", drawn)
             found[f"record/{split}"] = Program(_compile(job, codec, forced), (params, batch))
         return found
 
-    def kept(self, control: tuple[int, ...]) -> dict[str, tuple[Codec, tuple[int, ...]]]:
+    def kept(self, control: tuple[int, ...]) -> dict[str, tuple[codecs.Codec, tuple[int, ...]]]:
         """Codec and forced ids of each split: held-out rows are kept exactly, as hidden states."""
-        return {"train": (self.codec, control), "held_out": (exact(self.compute.dtype), ())}
+        return {"train": (self.codec, control), "held_out": (codecs.exact(self.compute.dtype), ())}
 
     def run(self, job: Job[Record]) -> Result:
         spec, params = load_stage(job.source, jnp.dtype(self.compute.dtype), job.placement)
         data = open_data(job)
         job = job.with_tokens(data.tokenizer)
-        programs = self.programs(job)
-        splits = _splits(self, spec, data)
-        writer = _open(job, _describe(job, spec, data, splits))
-        _write_head(writer, params)
+        programs, splits = self.programs(job), _splits(self, spec, data)
+        root, description = self.store or str(job.directory / "store"), _describe(job, spec, data, splits)
+        opened: list[Writer] = []
+        first_then_all(lambda: opened.append(open_for_writing(root, description, create=is_first())))
+        (writer,) = opened
+        # The output matrix, with which hidden states are the whole distribution; each part by one holder.
+        for shard in jax.jit(head_matrix)(params).addressable_shards:
+            if shard.replica_id == 0:
+                writer.put_head(np.asarray(shard.data), shard.index)
         for rows in splits:
             _record(job, partial(programs[f"record/{rows.split}"].function, params), data, rows, writer)
         found = _seal(splits, writer)
@@ -143,11 +138,8 @@ class Rows:
 
     split: str
     order: np.ndarray
-    codec: Codec
-    spec: SplitSpec
-
-
-# ---- what is to be recorded -----------------------------------------------------------------------------------------
+    codec: codecs.Codec
+    spec: store_format.SplitSpec
 
 
 def _splits(stage: Record, spec: ModelSpec, data: PackedData) -> list[Rows]:
@@ -157,16 +149,17 @@ def _splits(stage: Record, spec: ModelSpec, data: PackedData) -> list[Rows]:
     }
     splits = []
     for split, (codec, forced) in stage.kept(data.tokenizer.control_ids).items():
-        arrays = layout(codec, data.length, spec.width, spec.vocab, forced)
-        splits.append(Rows(split, orders[split], codec, split_spec(len(orders[split]), stage.shard, arrays)))
+        arrays = codecs.layout(codec, data.length, spec.width, spec.vocab, forced)
+        found = store_format.split_spec(len(orders[split]), stage.shard, arrays)
+        splits.append(Rows(split, orders[split], codec, found))
     return splits
 
 
-def _describe(job: Job[Record], spec: ModelSpec, data: PackedData, splits: list[Rows]) -> Description:
+def _describe(job: Job[Record], spec: ModelSpec, data: PackedData, splits: list[Rows]) -> store_format.Description:
     stage = job.stage
-    info = StoreInfo(
+    info = store_format.StoreInfo(
         codec=stage.codec.model_dump(mode="json"),
-        teacher=TeacherIdentity(stage=job.source.name, digest=digest(job.source)),
+        teacher=store_format.TeacherIdentity(stage=job.source.name, digest=digest(job.source)),
         tokenizer_digest=data.tokenizer.digest,
         data_digest=data.digest,
         length=data.length,
@@ -176,8 +169,8 @@ def _describe(job: Job[Record], spec: ModelSpec, data: PackedData, splits: list[
         seed=stage.seed,
         dtype=stage.compute.dtype,
     )
-    head = ArraySpec(shape=(spec.width, spec.vocab), dtype=stage.compute.dtype)
-    return Description(info=info, splits={rows.split: rows.spec for rows in splits}, head=head)
+    head = store_format.ArraySpec(shape=(spec.width, spec.vocab), dtype=stage.compute.dtype)
+    return store_format.Description(info=info, splits={rows.split: rows.spec for rows in splits}, head=head)
 
 
 def plan_batches(rows: int, shard: int, groups: int, local: int) -> list[np.ndarray]:
@@ -195,10 +188,7 @@ def plan_batches(rows: int, shard: int, groups: int, local: int) -> list[np.ndar
     return list(plan.reshape(groups, steps, local).swapaxes(0, 1))
 
 
-# ---- the teacher ----------------------------------------------------------------------------------------------------
-
-
-def _compile(job: Job[Record], codec: Codec, forced: tuple[int, ...]) -> Any:
+def _compile(job: Job[Record], codec: codecs.Codec, forced: tuple[int, ...]) -> Any:
     """`(parameters, batch)` to what `pack` takes, each row whole on the devices that hold it."""
     placement, rules = job.placement, job.placement.rules
     model = VLM(job.spec, job.stage.compute)
@@ -219,30 +209,13 @@ def _encoded(job: Job, encode: Encode, data: PackedData, rows: Rows, steps: list
     try:
         for number, (step, (batch, found)) in enumerate(zip(steps, stream, strict=True)):
             hashes = [one or bytes(HASH_BYTES) for one in found]
-            draws = [uniforms(rows.codec, job.stage.seed, one, data.length) for one in hashes]
+            draws = [codecs.uniforms(rows.codec, job.stage.seed, one, data.length) for one in hashes]
             if draws[0] is not None:
                 batch = batch | {"uniforms": np.stack([u for u in draws if u is not None])}
             poll(f"{rows.split} batch {number + 1}", slow=number == 0)
             yield step, hashes, encode(job.placement.place(batch, job.stage.batch.sequences))
     finally:
         stream.close()  # type: ignore[attr-defined]
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def _open(job: Job, description: Description) -> Writer:
-    root = job.stage.store or str(job.directory / "store")
-    opened: list[Writer] = []
-    first_then_all(lambda: opened.append(open_for_writing(root, description, create=is_first())))
-    return opened[0]
-
-
-def _write_head(writer: Writer, params: Params) -> None:
-    """The teacher's output matrix, with which hidden states are the whole distribution; each part by one holder."""
-    for shard in jax.jit(head_matrix)(params).addressable_shards:
-        if shard.replica_id == 0:
-            writer.put_head(np.asarray(shard.data), shard.index)
 
 
 def _record(job: Job[Record], encode: Encode, data: PackedData, rows: Rows, writer: Writer) -> None:
@@ -279,18 +252,15 @@ def _write(writer: Writer, rows: Rows, placement: Placement, done: np.ndarray, b
     own = np.flatnonzero((numbers >= 0) & ~done[numbers])
     local = {name: placement.local_rows(array)[own] for name, array in encoded.items()}
     order = np.argsort(placement.order(local["counted"].shape[1]))
-    packed = pack(rows.codec, {name: x if name == "curve" else x[:, order] for name, x in local.items()})
+    packed = codecs.pack(rows.codec, {name: x if name == "curve" else x[:, order] for name, x in local.items()})
     writer.write(rows.split, numbers[own], [hashes[i] for i in own], packed)
     return sum(array.nbytes for array in packed.values())
-
-
-# ---- sealing --------------------------------------------------------------------------------------------------------
 
 
 def _seal(splits: list[Rows], writer: Writer) -> dict[str, SplitSummary]:
     """Hash and summarise every file, shared out over the processes; then the store is finished."""
 
-    def seal(rows: Rows, shards: Iterable[int]) -> list[ShardRecord]:
+    def seal(rows: Rows, shards: Iterable[int]) -> list[store_format.ShardRecord]:
         records = []
         for shard in shards:
             saving()
@@ -308,16 +278,13 @@ def _seal(splits: list[Rows], writer: Writer) -> dict[str, SplitSummary]:
     return {rows.split: summarise(rows.codec, records[rows.split]) for rows in splits}
 
 
-# ---- for a student that is only described ----------------------------------------------------------------------------
-
-
 def recorded_teacher(job: Job[Any], recorder: Record) -> Teacher:
     """What was recorded as the teacher of another stage, `job`, with abstract arrays."""
     spec, dtype = job.graph.specs[recorder.source], recorder.compute.dtype
 
-    def added(codec: Codec, forced: tuple[int, ...]) -> dict[str, Any]:
-        stored = layout(codec, job.stage.batch.length, spec.width, spec.vocab, forced)
-        one = unpack({name: np.zeros((1, *array.shape), array.dtype) for name, array in stored.items()})
+    def added(codec: codecs.Codec, forced: tuple[int, ...]) -> dict[str, Any]:
+        stored = codecs.layout(codec, job.stage.batch.length, spec.width, spec.vocab, forced)
+        one = codecs.unpack({name: np.zeros((1, *array.shape), array.dtype) for name, array in stored.items()})
         return {name: _described(job, name, array[0]) for name, array in one.items()}
 
     shape, kept = (spec.width, spec.vocab), recorder.kept(job.tokens.control)

@@ -51,7 +51,7 @@ class Reward(Looped):
         for documents in prompts.train.values():
             for document in documents:
                 _check_pair(spell(document.messages[-1]), document.where)
-        held_out_pairs(prompts.rows("held_out"), self.pairs, job.where)
+        held_out_pairs(prompts.held_out_rows(), self.pairs, job.where)
         super().prepare(job, packing)
 
     def objective(self, job: Job[Reward]) -> Objective:
@@ -64,7 +64,7 @@ class Reward(Looped):
         clock, data = Clock(), open_data(job)
         job = job.with_tokens(data.tokenizer)
         judge = Judge(job.spec, self.compute, job.placement, data.tokenizer, on_step=poll_slow)
-        pairs = held_out_pairs(open_stage_prompts(job, answered=True).rows("held_out"), self.pairs, job.where)
+        pairs = held_out_pairs(open_stage_prompts(job, answered=True).held_out_rows(), self.pairs, job.where)
         params = load_stage(job.source, placement=job.placement)[1]
         return run_loop(job, data, self.objective(job), params, clock, lambda params: examine(judge, params, pairs))
 
@@ -84,11 +84,8 @@ def _check_pair(answer: str, where: str) -> None:
 
 
 def held_out_pairs(rows: list[PromptRow], count: int, where: str) -> list[tuple[PromptRow, PromptRow]]:
-    """The first held-out pairs, each as the two questions that are made of it.
-
-    Raises:
-        UserError: there are fewer than four, or a row is not one of a pair.
-    """
+    """The first held-out pairs, each as the two questions that are made of it. Raises `UserError`: there are fewer
+    than four, or a row is not one of a pair."""
     pairs = list(zip(rows[0::2], rows[1::2], strict=False))[:count]
     for row in (row for pair in pairs for row in pair):
         _check_pair(row.reference, row.where)

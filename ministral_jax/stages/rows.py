@@ -16,6 +16,7 @@ from ministral_jax.data.pipeline import ENDLESS, Join, batches, held_out
 from ministral_jax.data.prepare import PackedData, prepare
 from ministral_jax.data.tokenizer import check_vocab
 from ministral_jax.distributed.placement import Placement
+from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading
 from ministral_jax.losses.head import LossHead
@@ -75,9 +76,7 @@ class Packing:
         stage = job.stage
         wanted = (stage.data.model_dump_json(), stage.batch.length, job.spec.vision)
         if wanted not in self._packed:
-            self._packed[wanted] = prepare(
-                stage.data, stage.batch.length, job.spec.vision, job.data_root, self.progress
-            )
+            self._packed[wanted] = open_data(job, self.progress)
         data = self._packed[wanted]
         self._digests[job.name] = data.digest
         check_vocab(data.tokenizer, job.spec)
@@ -115,10 +114,10 @@ class RowStage(Stage):
         packing.rows(job)
 
 
-def open_data(job: Job[RowStage]) -> PackedData:
+def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedData:
     """The packed rows of the stage's length; the cascade had them made before its first stage."""
     stage = job.stage
-    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root)
+    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root, progress)
 
 
 def data_details(data: PackedData) -> dict[str, str]:
@@ -130,18 +129,16 @@ def train_batches(
     job: Job[RowStage], data: PackedData, start: int = 0, stop: int | None = None, join: Join | None = None
 ) -> Batches:
     """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
-    stage = job.stage
-    count = stage.batch.sequences
-    steps = range(start, ENDLESS.stop if stop is None else stop)
-    rows = batches(data, count, stage.seed, steps, job.placement.rows(count), join)
+    count, steps = job.stage.batch.sequences, range(start, stop or ENDLESS.stop)
+    rows = batches(data, count, job.stage.seed, steps, job.placement.rows(count), join)
     return _placed(job.placement, rows, count)
 
 
 def held_out_batches(job: Job[Any], data: PackedData, join: Join | None = None) -> Batches:
-    """A pass over the held-out rows."""
+    """A pass over the held-out rows, at which a job may stop."""
     count = job.stage.batch.sequences
     rows = held_out(data, count, job.stage.evaluate.rows, job.placement.rows(count), join)
-    return _placed(job.placement, rows, count)
+    return polled(_placed(job.placement, rows, count), "evaluating batch")
 
 
 def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
@@ -164,31 +161,29 @@ def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
 def abstract_batch(job: Job[Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of the stage as `data.pipeline.batches` gives it: shapes, dtypes and where they lie."""
     batch, floats = job.stage.batch, ("loss_mask", "answer_mask", "text_bytes")
-    found = shapes(batch.sequences, batch.length, floats, job.stage.data.patches, job.spec.vision)
-    return job.placement.described(found)
+    rows = shapes(batch.sequences, batch.length, floats, job.stage.data.patches, job.spec.vision)
+    return job.placement.described(rows)
 
 
 def evaluation_programs(job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None) -> dict[str, Program]:
     """What `losses.evaluation.make_evaluate` compiles for a model of `spec`: its states, and what is read off them."""
-    placement, compute = job.placement, job.stage.compute
+    placement = job.placement
     params, batch = placed_params(spec, placement), abstract_batch(job)
-    run = forward(spec, compute, placement)
-    targets = None
+    run, targets = forward(spec, job.stage.compute, placement), None
+
+    def as_rows(states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(states.shape, states.dtype, sharding=placement.batch_sharding("states", 3))
+
+    def head(params: Params) -> Params:
+        return {"decoder": {key: params["decoder"][key] for key in ("embed", "head") if key in params["decoder"]}}
+
     with jax.set_mesh(placement.mesh):
-        states = _as_rows(placement, jax.eval_shape(run, params, batch))
+        states = as_rows(jax.eval_shape(run, params, batch))
         if teacher is not None:
             theirs, _ = jax.eval_shape(teacher.held_out, teacher.constants, batch | teacher.held_out_arrays)
-            targets = (_as_rows(placement, theirs), _head(teacher.constants))
+            targets = (as_rows(theirs), head(teacher.constants))
     read = reading(LossHead(placement, job.teacher_placement.rules))
     return {
         "evaluate/states": Program(run, (params, batch)),
-        "evaluate/figures": Program(read, (states, _head(params), targets, batch)),
+        "evaluate/figures": Program(read, (states, head(params), targets, batch)),
     }
-
-
-def _as_rows(placement: Placement, states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(states.shape, states.dtype, sharding=placement.batch_sharding("states", 3))
-
-
-def _head(params: Params) -> Params:
-    return {"decoder": {key: params["decoder"][key] for key in ("embed", "head") if key in params["decoder"]}}

@@ -8,15 +8,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from ministral_jax.alignment.examine import Examiner, GenerateConfig
-from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.distributed.placement import Rules
-from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.head import LossHead
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
 from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
-from ministral_jax.stages.prompts import check_prompts, open_stage_prompts, sampler_programs
+from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts, sampler_programs
 from ministral_jax.stages.rows import Packing, open_data
 from ministral_jax.stages.teaching import Taught, described_teacher, open_teacher, teacher_loss
 from ministral_jax.stages.train import next_token_loss
@@ -66,8 +64,7 @@ class SFT(Taught):
             examine = None
             if (given := self.generate) is not None:
                 prompts = open_stage_prompts(job)
-                sampler = Sampler(
-                    job.spec, self.compute, job.placement, prompts.tokenizer, given.temperature, on_step=poll_slow
-                )
-                examine = stack.enter_context(Examiner(sampler, prompts, given, job.directory)).figures
+                sampler = open_sampler(job, prompts, given.temperature)
+                examiner = stack.enter_context(Examiner(sampler, prompts, given, job.directory))
+                examine = lambda params: examiner.examine(params)[0]
             return run_loop(job, data, objective, params, clock, examine)

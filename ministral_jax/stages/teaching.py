@@ -65,28 +65,24 @@ class Taught(Looped):
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
-        if (name := self.teacher_stage) is not None:
-            self._check_teacher(name, graph, where)
-            check_vocabulary(spec, name, "teacher", graph, where)
-
-    def _check_teacher(self, name: str, graph: Graph, where: str) -> None:
-        """A model teaches directly, a record stage as a store that holds what the student will read."""
-        teacher = graph.stages[name]
-        if self.teacher == name:
-            if isinstance(teacher, Record):
-                raise UserError(f"{where}.teacher = {name!r} is a record stage; write it as {{store: {name}}}")
-            if not teacher.makes_model:
-                raise UserError(f"{where}.teacher = {name!r} must be a stage that makes a model")
+        if (name := self.teacher_stage) is None:
             return
-        if not isinstance(teacher, Record):
-            raise UserError(
-                f"{where}.teacher.store = {name!r} must be a record stage; a model is named as `teacher: {name}`"
-            )
-        try:
-            check_options(self.loss, teacher.codec.kind)
-        except UserError as error:
-            raise UserError(f"{where}.{error}") from None
-        teacher.check_reader(self, name, where)
+        teacher = graph.stages[name]
+        if self.teacher == name and isinstance(teacher, Record):
+            raise UserError(f"{where}.teacher = {name!r} is a record stage; write it as {{store: {name}}}")
+        if self.teacher == name and not teacher.makes_model:
+            raise UserError(f"{where}.teacher = {name!r} must be a stage that makes a model")
+        if self.teacher != name:
+            if not isinstance(teacher, Record):
+                raise UserError(
+                    f"{where}.teacher.store = {name!r} must be a record stage; a model is named as `teacher: {name}`"
+                )
+            try:
+                check_options(self.loss, teacher.codec.kind)
+            except UserError as error:
+                raise UserError(f"{where}.{error}") from None
+            teacher.check_reader(self, name, where)
+        check_vocabulary(spec, name, "teacher", graph, where)
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         """A student must read the rows that are, or will be, in the store."""
@@ -121,10 +117,9 @@ def distillation(
     student = VLM(student_spec, compute)
 
     def loss(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
-        constants = dict(frozen)
+        constants, mask = dict(frozen), batch["loss_mask"]
         taught = targets(constants.pop("teacher"), batch)
         states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
-        mask = batch["loss_mask"]
         total, metrics = heads.distillation_loss(states, head, taught, batch["labels"], mask, options)
         return total, {**metrics, "loss": (total, mask.sum())}
 
@@ -151,61 +146,43 @@ def described_teacher(job: Job[Any]) -> Teacher:
 
 
 def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
-    """The stage's teacher: a model beside the student, or what was recorded of one."""
-    _check_same_tokenizer(job, data)
-    return _stored(job, data) if isinstance(job.stage.teacher, StoredTeacher) else _online(job)
-
-
-def _online(job: Job[Any]) -> Teacher:
-    stage = job.stage
+    """The stage's teacher: a model beside the student, or what was recorded of one. Raises `UserError`: it was
+    trained on other token ids, which would teach noise; or a store that does not fit."""
+    stage: Taught = job.stage
+    directory, placement, ours = _teacher_directory(job), job.teacher_placement, data.tokenizer.digest
+    made = finished(directory).data
+    if made is not None and (taught := made.tokenizer_digest) != ours:
+        raise UserError(
+            f"{job.where}.data.tokenizer has digest {ours[:12]}, teacher {directory.name!r} was trained with "
+            f"{taught[:12]}; both must use the same vocabulary"
+        )
+    if isinstance(stage.teacher, StoredTeacher):
+        recorder = job.run_dir / stage.teacher.store
+        store = Store(finished(recorder).config["store"] or str(recorder / "store"))
+        store.check(
+            teacher_digest=digest(directory),
+            tokenizer_digest=ours,
+            data_digest=data.digest,
+            length=data.length,
+            vocab=job.spec.vocab,
+        )
+        return stored(store, placement)
     # In the dtype it computes in: the parameters would be cast to that at every use.
-    dtype = jnp.dtype(stage.compute.dtype)
-    spec, params = load_stage(_teacher_directory(job), dtype, job.teacher_placement)
-    return online(spec, params, stage.compute, job.teacher_placement, stage.batch.length)
-
-
-def _stored(job: Job[Any], data: PackedData) -> Teacher:
-    recorder = job.run_dir / job.stage.teacher_stage
-    store = Store(finished(recorder).config["store"] or str(recorder / "store"))
-    store.check(
-        teacher_digest=digest(_teacher_directory(job)),
-        tokenizer_digest=data.tokenizer.digest,
-        data_digest=data.digest,
-        length=data.length,
-        vocab=job.spec.vocab,
-    )
-    return stored(store, job.teacher_placement)
+    spec, params = load_stage(directory, jnp.dtype(stage.compute.dtype), placement)
+    return online(spec, params, stage.compute, placement, stage.batch.length)
 
 
 def _teacher_directory(job: Job[Any]) -> Path:
     """The finished stage whose model teaches."""
     directory = job.run_dir / job.stage.teacher_stage
-    if isinstance(job.stage.teacher, str):
-        return directory
-    return job.run_dir / finished(directory).config["from"]
+    return directory if isinstance(job.stage.teacher, str) else job.run_dir / finished(directory).config["from"]
 
 
 def vision_of_teacher(job: Job[Any], teacher: Teacher, params: Params) -> Params:
     """Fresh parameters around the teacher's vision tower, which a student keeps."""
     shardings = param_shardings(job.spec, job.placement)
-    lender = teacher.constants
-    if any(part in params and part not in lender for part in FROZEN):
+    lender, lent = teacher.constants, [part for part in FROZEN if part in params]
+    if any(part not in lender for part in lent):
         lender = load_stage(_teacher_directory(job), jnp.dtype(job.stage.compute.dtype), job.teacher_placement)[1]
-
-    def lend(taught: Any, ours: Any, sharding: Any) -> Any:
-        return jax.device_put(taught.astype(ours.dtype), sharding)
-
-    lent = {k: jax.tree.map(lend, lender[k], params[k], shardings[k]) for k in FROZEN if k in params}
-    return {**params, **lent}
-
-
-def _check_same_tokenizer(job: Job[Any], data: PackedData) -> None:
-    """A teacher that was trained on other token ids teaches noise."""
-    directory = _teacher_directory(job)
-    theirs = finished(directory).data
-    taught, ours = theirs.tokenizer_digest if theirs else None, data.tokenizer.digest
-    if taught is not None and taught != ours:
-        raise UserError(
-            f"{job.where}.data.tokenizer has digest {ours[:12]}, teacher {directory.name!r} was trained with "
-            f"{taught[:12]}; both must use the same vocabulary"
-        )
+    lend = lambda taught, ours, sharding: jax.device_put(taught.astype(ours.dtype), sharding)
+    return params | {part: jax.tree.map(lend, lender[part], params[part], shardings[part]) for part in lent}

@@ -185,7 +185,6 @@ def test_gold_that_cannot_be_parsed_is_an_error_and_no_reward(gold):
         ("[THINK]so[/THINK]42", "stop", 1, 0),
         ("42", "stop", 0, 1),
         ("[THINK]so[/THINK]42", "length", 0, 0),
-        ("[THINK]so[/THINK]42", "string", 0, 0),
         ("42", "length", 0, 0),
         ("[THINK] [/THINK]42", "stop", 0, 0),
         ("[THINK]so[/THINK] \n", "stop", 0, 0),

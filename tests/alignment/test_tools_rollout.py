@@ -15,20 +15,14 @@ from sampling_cases import placed
 from ministral_jax.alignment.rollout import Sampler, training_rows
 from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.data.chat import render
-from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Message, Thought, ToolCall
-from ministral_jax.data.tokenizer import load_tokenizer, text_of
+from ministral_jax.data.tokenizer import text_of
 from ministral_jax.models.vlm import Compute
 from ministral_jax.sampling.engine import Completion
 
 SPEC = vlm(vocab=512, context=256)
 LIMIT = 120
 ADD = '[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}'
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(TokenizerConfig(vocab=SPEC.vocab, special=64), tmp_path_factory.mktemp("tokenizer"))
 
 
 def tool(name: str, arguments: dict[str, Any]) -> Any:

@@ -340,11 +340,11 @@ def test_preferences_become_both_orders_of_a_judgement(source, tokenizer, tmp_pa
 def test_a_judgement_is_short_and_knows_images_and_calls(tokenizer):
     conversation = (
         Message("user", (Path("a.png"), "what?")),
-        Message("assistant", (Thought("hm"),), (ToolCall("f", {"a": 1}, None, "c1"),)),
+        Message("assistant", (Thought("hm"), "See."), (ToolCall("f", {"a": 1}, None, "c1"),)),
         Message("tool", ("2",), call_id="c1"),
     )
     (message,) = judge_messages(conversation, "x", "y")
-    turns = 'user: [image]what?\nassistant: [TOOL_CALLS]f[ARGS]{"a": 1}\ntool: 2\n'
+    turns = 'user: [image]what?\nassistant: See.[TOOL_CALLS]f[ARGS]{"a": 1}\ntool: 2\n'
     assert message.parts == (turns + "A: x\nB: y\nBetter: A or B?",)
     (empty,) = judge_messages((), "", "")
     assert len(tokenizer.encode(empty.parts[0])) < 25

@@ -89,14 +89,10 @@ def sources(inputs, root, data):
 
 
 def rows_of(data, split):
-    """Every row of a split once, in file order."""
-    if split == "held_out":
-        stacked = list(held_out(data, 4))
-        rows = [{key: batch[key][i] for key in batch} for batch in stacked for i in range(4)]
-    else:
-        count = data.counts["train"]["rows"]
-        rows = [{k: v[0] for k, v in b.items()} for b in batches(data, 1, 0, range(count))]
-    return rows
+    """Every row of a split once."""
+    count = data.counts["train"]["rows"]
+    stream = held_out(data, 4) if split == "held_out" else batches(data, 1, 0, range(count))
+    return [{key: array[i] for key, array in batch.items()} for batch in stream for i in range(len(batch["tokens"]))]
 
 
 def pieces_of(row, bos):

@@ -6,21 +6,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from paths import TESTS
 
-from ministral_jax.cli import main
 from ministral_jax.runs import cascade
 
-DEVICES = jax.devices()
 RECIPE = str(TESTS / "micro_post.yaml")
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """As on a laptop; the suite's eight are for meshes."""
-    monkeypatch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
+pytestmark = pytest.mark.usefixtures("one_device", "no_stage_runs")
 
 
 @pytest.fixture
@@ -33,43 +27,16 @@ def no_stage_runs(monkeypatch):
     monkeypatch.setattr(cascade, "_run_stage", begun)
 
 
-def refused(capsys, run_dir: Path, *words: str) -> str:
-    """The one line of a run that must fail as bad input does."""
-    assert main(["run", RECIPE, *words, "--run-dir", str(run_dir)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("ministral-jax: ") and "Traceback" not in error
-    return error
-
-
 def nothing_begun(run_dir: Path) -> bool:
     """No stage, of the parents neither; packed data may be there."""
     return not run_dir.exists() or {p.name for p in run_dir.iterdir()} <= {"data", "ledger.jsonl"}
 
 
-def jsonl(directory: Path, bad: dict, **more) -> str:
-    """A file whose fourth row is at fault."""
-    good = [{"question": f"{n}+1=?", "answer": str(n + 1), **more} for n in range(30)]
-    path = directory / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*good[:3], bad, *good[4:]]))
-    return str(path)
-
-
-def sources(stage: str, path: str) -> str:
-    return f"stages.{stage}.data.sources={{sums: null, digits: null, pairs: null, rows: {{kind: jsonl, path: {path}}}}}"
-
-
 USER, SAID = {"role": "user", "content": "2+2=?"}, {"role": "assistant", "content": "4"}
 ROWS = {
     "roles": ("sft", {"messages": [SAID, USER]}, "role"),
-    "two of the user's in a row": ("sft", {"messages": [USER, {"role": "system", "content": "Be."}, SAID]}, "system"),
-    "a tool's result without call": (
-        "sft",
-        {"messages": [USER, {"role": "tool", "content": "4", "tool_call_id": "123456789"}, SAID]},
-        "tool",
-    ),
     "an image that is missing": ("sft", {"question": "Sum?", "answer": "4", "image": "none.png"}, "none.png"),
     "an answer that is empty": ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty"),
-    "an answer of spaces": ("sft", {"question": "2+2=?", "answer": " "}, "'answer' must be text that is not empty"),
     "a prompt that is too long": ("rl", {"question": "word " * 300, "answer": "4"}, "max_prompt_length is 64"),
     "a gold answer that cannot be parsed": ("rl", {"question": "2+2=?", "answer": "no number"}, "answer"),
     "a column that is missing": ("rl", {"prompt": "2+2=?"}, "answer"),
@@ -80,19 +47,16 @@ ROWS = {
 
 
 @pytest.mark.parametrize("fault", ROWS)
-def test_a_row_at_fault_is_named_before_anything_is_computed(fault, capsys, tmp_path, no_stage_runs):
+def test_a_row_at_fault_is_named_before_anything_is_computed(fault, refused, tmp_path):
     stage, row, words = ROWS[fault]
-    pair = {"prompt": "1+1=?", "chosen": "2", "rejected": "3"} if stage == "reward" else {}
-    path = jsonl(tmp_path, row, **pair)
+    good: list[dict] = [{"question": f"{n}+1=?", "answer": str(n + 1)} for n in range(30)]
     if stage == "reward":
-        lines = Path(path).read_text().splitlines()
-        pairs = [json.loads(line) for line in lines]
-        for n, found in enumerate(pairs):
-            if n != 3:
-                found.update(prompt=found.pop("question"))
-        Path(path).write_text("".join(json.dumps(found) + "\n" for found in pairs))
+        good = [{"prompt": f"{n}+1=?", "chosen": str(n + 1), "rejected": "x", "answer": ""} for n in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*good[:3], row, *good[4:]]))
+    found = f"{{sums: null, digits: null, pairs: null, rows: {{kind: jsonl, path: {path}}}}}"
     rewards = ["stages.rl.rewards.accuracy={}", "stages.rl.evaluate.prompts=64"] if stage == "rl" else []
-    message = refused(capsys, tmp_path / "run", sources(stage, path), *rewards, stage)
+    message = refused(RECIPE, tmp_path / "run", f"stages.{stage}.data.sources={found}", *rewards, stage)
     assert "rows.jsonl row 4" in message and words in message, message
     assert nothing_begun(tmp_path / "run")
 
@@ -117,8 +81,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("fault", SETTINGS)
-def test_a_setting_at_fault_is_named_before_anything_is_computed(fault, capsys, tmp_path, no_stage_runs):
+def test_a_setting_at_fault_is_named_before_anything_is_computed(fault, refused, tmp_path):
     words, expected = SETTINGS[fault]
-    message = refused(capsys, tmp_path / "run", *words)
+    message = refused(RECIPE, tmp_path / "run", *words)
     assert expected in message, message
     assert nothing_begun(tmp_path / "run")

@@ -20,6 +20,7 @@ from ministral_jax.stages.record import plan_batches
 from ministral_jax.teachers.store import Store
 from ministral_jax.teachers.store_format import FINISHED, Files, Finished, TeacherIdentity
 
+pytestmark = pytest.mark.usefixtures("one_device")
 DEVICES = jax.devices()
 RECIPE = str(TESTS / "micro_stored.yaml")
 STORE = "logits/store"
@@ -51,14 +52,6 @@ def test_rows_of_a_mesh_and_their_owners():
 # ---- the stage, by the command line ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """As on a laptop; the suite's eight are for meshes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
-        yield
-
-
 def run(run_dir: Path, *words: str) -> Path:
     assert main(["run", RECIPE, *words, "--run-dir", str(run_dir)]) == 0
     return run_dir
@@ -69,7 +62,7 @@ def copy_of(made: Path, directory: Path, without: tuple[str, ...] = ()) -> Path:
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory) -> Path:
+def parent(tmp_path_factory, one_device) -> Path:
     """A run directory with a parent and a pruned child."""
     return run(tmp_path_factory.mktemp("stored") / "parent", "parent", "pruned")
 
@@ -187,15 +180,8 @@ def taught(unbroken, tmp_path) -> Path:
     return copy_of(unbroken, tmp_path, without=("short",))
 
 
-def refused(capsys, run_dir: Path, *words: str) -> str:
-    """What is said of the student."""
-    assert main(["run", RECIPE, "short", *words, "--run-dir", str(run_dir)]) == 2
-    assert not (run_dir / "short" / "manifest.json").exists()
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_other_data_is_refused_before_anything_is_written(taught, capsys):
-    error = refused(capsys, taught, "stages.short.data.sources.digits.weight=0.5")
+def test_other_data_is_refused_before_anything_is_written(taught, refused):
+    error = refused(RECIPE, taught, "short", "stages.short.data.sources.digits.weight=0.5")
     assert "stages.short.data differs from that of 'logits', whose rows are recorded" in error
     assert not (taught / "short").exists()
 
@@ -209,26 +195,27 @@ def test_other_data_is_refused_before_anything_is_written(taught, capsys):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_teacher_tokenizer_or_packing_is_refused(taught, capsys, changed, message):
+def test_another_teacher_tokenizer_or_packing_is_refused(taught, refused, changed, message):
     store = Files(str(taught / STORE))
     finished = store.load(Finished, FINISHED)
     info = finished.description.info.model_copy(update=changed)
     description = finished.description.model_copy(update={"info": info})
     store.save(FINISHED, finished.model_copy(update={"description": description}))
-    error = refused(capsys, taught)
+    error = refused(RECIPE, taught, "short")
     assert message in error and "000000" in error and str(taught / STORE) in error, error
 
 
-def test_a_flipped_byte_is_refused(taught, capsys):
+def test_a_flipped_byte_is_refused(taught, refused):
     shard = taught / STORE / "train/logprobs/c/0/0/0"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
-    error = refused(capsys, taught)
+    error = refused(RECIPE, taught, "short")
     assert "damaged" in error and "logprobs" in error, error
+    assert not (taught / "short" / "manifest.json").exists()
 
 
-def test_a_parent_made_anew_is_another_teacher(taught, capsys):
+def test_a_parent_made_anew_is_another_teacher(taught, refused):
     manifest = taught / "parent" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seconds"', '"Seconds"'))
-    assert "was made from another parent 'parent' than the one there now" in refused(capsys, taught)
+    assert "was made from another parent 'parent' than the one there now" in refused(RECIPE, taught, "short")

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
 from paths import TESTS
@@ -33,9 +32,7 @@ def recipe(path: Path) -> Path:
     return path
 
 
-def test_online_and_stored_teachers_give_the_same_run(tmp_path, monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *backend: devices)
+def test_online_and_stored_teachers_give_the_same_run(tmp_path, one_device):
     run_dir = tmp_path / "run"
     assert main(["run", str(recipe(tmp_path / "teacher.yaml")), "--run-dir", str(run_dir)]) == 0
 

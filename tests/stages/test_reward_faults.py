@@ -4,22 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 from paths import TESTS
 
 from ministral_jax.cli import main
 
 RECIPE = str(TESTS / "micro_post.yaml")
-DEVICES = jax.devices()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """As on a laptop; the suite's eight are for meshes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *backend: DEVICES[:1])
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +26,16 @@ def run(begun: Path, run_dir: Path, function: str, on_error: str) -> int:
     shutil.copytree(begun, run_dir)
     words = [
         "stages.rl.steps=2",
-        f"defaults.grpo.rewards={{mine: {{kind: user, function: 'fault_cases:{function}'}}}}",
+        f"defaults.grpo.rewards={{mine: {{kind: user, function: 'post_cases:{function}'}}}}",
         f"stages.rl.on_error={on_error}",
-        f"stages.rl.reward_seconds={4 if function == 'sleeps' else 60}",
+        f"stages.rl.reward_seconds={4 if function == 'sometimes_sleeps' else 60}",
     ]
     return main(["run", RECIPE, "rl", *words, "--run-dir", str(run_dir)])
 
 
-@pytest.mark.parametrize(("function", "what"), [("raises", "ValueError: cannot judge that"), ("sleeps", "than 4 s")])
+@pytest.mark.parametrize(
+    ("function", "what"), [("sometimes_raises", "ValueError: cannot judge that"), ("sometimes_sleeps", "than 4 s")]
+)
 def test_stop_names_the_reward_and_the_row(begun, tmp_path, capsys, function, what):
     assert run(begun, tmp_path / "run", function, "stop") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -54,7 +47,7 @@ def test_stop_names_the_reward_and_the_row(begun, tmp_path, capsys, function, wh
 
 
 def test_drop_leaves_the_answer_out_and_counts_it(begun, tmp_path, capsys):
-    assert run(begun, tmp_path / "run", "raises", "drop") == 0
+    assert run(begun, tmp_path / "run", "sometimes_raises", "drop") == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     lines = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
