@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Documents, Progress, tokenise
-from ministral_jax.data.packing import pack
+from ministral_jax.data.packing import Tally, pack
 from ministral_jax.data.rows import encode_row
 from ministral_jax.data.sources import open_source
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,25 +109,27 @@ def _write(
             if written % 1000:
                 continue
             if split == "train":  # a mix that cannot be held may never end
-                _check_shares(_count(written, tallies, length), weights, length, config.patches)
+                _check_shares(tallies, weights, length, config.patches)
             if progress is not None:
                 progress(f"pack {split}", written)
         writer.close()
+        if split == "train":
+            _check_shares(tallies, weights, length, config.patches)
         tokens = sum(tally.tokens for tally in tallies.values())
         used = {name: {**asdict(tally), "share": tally.tokens / max(tokens, 1)} for name, tally in tallies.items()}
         padding = 1 - tokens / max(written * length, 1)
         counts[split] = dict(rows=written, tokens=tokens, padding=padding, sources=used)
-    _check_shares(counts["train"], weights, length, config.patches)
     (directory / "index.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 
-def _check_shares(counts: dict[str, Any], weights: dict[str, float], length: int, patches: int) -> None:
+def _check_shares(tallies: dict[str, Tally], weights: dict[str, float], length: int, patches: int) -> None:
     """Images can fall short of their share when rows have no room for their patches."""
-    total = sum(weights.values())
-    for name, source in counts["sources"].items():
+    tokens, total = sum(tally.tokens for tally in tallies.values()), sum(weights.values())
+    for name, tally in tallies.items():
         share = weights[name] / total
-        if source["tokens"] < 0.9 * share * counts["tokens"] - 2 * length:
+        if tally.tokens < 0.9 * share * tokens - 2 * length:
             raise UserError(
-                f"data.sources.{name} gets {source['share']:.1%} of the tokens where its weight asks for {share:.1%}, "
-                f"because a row holds only data.patches = {patches} image patches; raise that or lower the weight"
+                f"data.sources.{name} gets {tally.tokens / tokens:.1%} of the tokens where its weight asks for "
+                f"{share:.1%}, because a row holds only data.patches = {patches} image patches; raise that or lower "
+                "the weight"
             )

@@ -52,7 +52,7 @@ class Schedule:
     evaluate_early: bool = True
 
     def evaluates_at(self, step: int, steps: int) -> bool:
-        """At 0, at multiples of `evaluate_every`, at the end and, `early`, at powers of two below the first multiple."""
+        """At 0, at multiples of `evaluate_every`, at the end; `early`, at powers of two below the first multiple."""
         early = self.evaluate_early and step < self.evaluate_every and step & (step - 1) == 0
         return early or step % self.evaluate_every == 0 or step == steps
 
