@@ -425,8 +425,9 @@ def test_images_that_cannot_reach_their_share(tmp_path):
 
 def test_a_mix_whose_packing_would_not_end_is_refused(tmp_path):
     """Every row begins with images, short sums fill it, and the longest of the other documents never find room."""
-    kinds = dict(pictures=("digit-sum", 11), sums=("arithmetic", 4), words=("repeat", 5))
-    sources = {name: dict(kind=kind, weight=weight, limit=200) for name, (kind, weight) in kinds.items()}
+    kinds = dict(sums=("arithmetic", 4), images=("digit-sum", 11), forms=("instructions", 3), words=("repeat", 2))
+    sources = {name: dict(kind=kind, weight=weight, limit=100) for name, (kind, weight) in kinds.items()}
+    sources["sums"]["thinking"] = sources["images"]["thinking"] = False
     chosen = DataConfig(tokenizer=TOKENIZER, sources=sources, held_out=0, patches=96)
     with pytest.raises(UserError, match=r"of the tokens where its weight asks for .*data.patches = 96"):
         prepare(chosen, 128, VISION, tmp_path)
