@@ -322,7 +322,7 @@ def test_inside_shard_map_rows_are_split_and_a_replicated_head_gets_the_whole_gr
     across = jax.shard_map(summed, mesh=mesh, in_specs=specs, out_specs=P())
     outside = jax.value_and_grad(across, (0, 1), has_aux=True)
     for function in (jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=(P(), (P("data"), P()))), outside):
-        got = jax.jit(function)(*inputs.values())
+        got = jax.jit(function)(*(inputs[name] for name in ("hidden", "head", "targets", "labels", "mask")))
         jax.tree.map(functools.partial(close, tolerance=1e-5), got, want)
 
 

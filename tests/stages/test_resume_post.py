@@ -68,7 +68,14 @@ def children(pid: int) -> set[int]:
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             found |= {int(child) for child in path.read_text().split()}
-    return {child for child in found if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()}
+    return {child for child in found if b"resource_tracker" not in _command(child)}
+
+
+def _command(pid: int) -> bytes:
+    """Empty when the process has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
