@@ -36,7 +36,7 @@ cascade: $(VENV)/installed
 	$(BIN)/ministral-jax run configs/tiny.yaml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 multiprocess: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m multiprocess tests/multiprocess

@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nobody needs fast programs here: most of a test's time is their compilation.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest
@@ -13,6 +15,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(tempfile.gettempdir()) / "ministral_jax_test_cache"))
 jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+LONGEST_FIRST = (
+    *("stages/test_resume_post.py", "stages/test_resume.py", "stages/test_verbs.py", "runs/test_sweep.py"),
+    *("stages/test_record.py", "distributed/test_mesh.py", "training/test_training.py", "teachers/test_store.py"),
+)
+"""Else one worker waits for the other at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(f"{item.path.parent.name}/{item.path.name}", len(ranks)))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from harness import COMPILING
 from paths import TESTS
 
 import ministral_jax
@@ -30,7 +31,7 @@ CASCADE = (str(MICRO), "14b-hf", "stages.14b-hf.from=14b-short")
 def start(run_dir: Path, recipe: tuple[str, ...]) -> subprocess.Popen:
     command = [sys.executable, "-m", "ministral_jax", "run", *recipe, "--run-dir", str(run_dir)]
     secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN}
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **secrets}
+    environment = {**os.environ, **COMPILING, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **secrets}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

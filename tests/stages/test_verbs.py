@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from harness import COMPILING
 from paths import ROOT, TESTS
 
 from ministral_jax.distributed.placement import make_mesh
@@ -77,7 +78,7 @@ def toy(tmp_path_factory):
 
 
 def command(toy, *words: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{toy}", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **COMPILING, "PYTHONPATH": f"{ROOT}{os.pathsep}{toy}", "JAX_PLATFORMS": "cpu"}
     line = [sys.executable, "-m", "ministral_jax", *words]
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=toy)
 
