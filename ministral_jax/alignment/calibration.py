@@ -18,16 +18,15 @@ def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
     """The temperature T that minimises the binary cross-entropy of sigmoid(logit / T), within `TEMPERATURES`.
 
     Args:
-        logits: float64 `[N]`, N at least 1, log-odds that A is better.
-        outcomes: float64 `[N]`, 1 where A is better, 0 where B is.
+        logits: `[N]`, log-odds that A is better.
+        outcomes: `[N]`, 1 where A is better, 0 where B is.
 
     Raises:
-        UserError: a logit is not finite.
+        UserError: nothing to fit, shapes differ, a logit is not finite, or an outcome is neither 0 nor 1.
     """
     from scipy.optimize import minimize_scalar  # a fifth of the time that the command line takes to start
 
-    if not np.isfinite(logits).all():
-        raise UserError(f"calibration: logits must be finite, found {logits[~np.isfinite(logits)][0]}")
+    logits, outcomes = _checked("logits", logits, outcomes)
 
     def cross_entropy(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
@@ -44,11 +43,28 @@ def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, 
     The confidence is that in the likelier response, so no pair lies below 1/2. At 1/2 the prediction is half right.
 
     Args:
-        probabilities: float64 `[N]` in [0, 1], N at least 1, that A is better.
-        outcomes: float64 `[N]`, 1 where A is better, 0 where B is.
+        probabilities: `[N]` in [0, 1], that A is better.
+        outcomes: `[N]`, 1 where A is better, 0 where B is.
+
+    Raises:
+        UserError: as in `fit_temperature`, or a probability lies outside [0, 1].
     """
+    probabilities, outcomes = _checked("probabilities", probabilities, outcomes)
+    if (wrong := probabilities[(probabilities < 0) | (probabilities > 1)]).size:
+        raise UserError(f"calibration: probability {wrong[0]} must lie in [0, 1]")
     confidence = np.maximum(probabilities, 1 - probabilities)
     correct = (1 + np.sign(probabilities - 0.5) * (2 * outcomes - 1)) / 2
     index = np.ceil(confidence * bins).astype(int) - 1  # bin m holds ((m - 1) / M, m / M]
     gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(probabilities))
+
+
+def _checked(name: str, values: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, outcomes = np.asarray(values, np.float64), np.asarray(outcomes, np.float64)
+    if values.ndim != 1 or values.shape != outcomes.shape or not values.size:
+        raise UserError(f"calibration: {name} {values.shape} and outcomes {outcomes.shape} must be [N], N at least 1")
+    if not np.isfinite(values).all():
+        raise UserError(f"calibration: {name} must be finite, found {values[~np.isfinite(values)][0]}")
+    if (wrong := outcomes[(outcomes != 0) & (outcomes != 1)]).size:
+        raise UserError(f"calibration: outcome {wrong[0]} must be 0 or 1")
+    return values, outcomes

@@ -81,6 +81,18 @@ def test_the_calibration_error_equals_a_loop_over_bins_and_does_not_know_a_from_
         assert expected_calibration_error(1 - p, 1 - outcomes, bins) == pytest.approx(want, abs=1e-14)
 
 
-def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(UserError, match="must be finite, found nan"):
-        fit_temperature(np.array([0.1, np.nan]), np.array([1.0, 0.0]))
+@pytest.mark.parametrize(
+    ("values", "outcomes", "said"),
+    [
+        ([], [], r"must be \[N\], N at least 1"),
+        ([0.1, 0.2], [1], r"\(2,\) and outcomes \(1,\)"),
+        ([0.1, np.nan], [1, 0], "must be finite, found nan"),
+        ([0.1, 0.2], [1, 2], "outcome 2.0 must be 0 or 1"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(values, outcomes, said):
+    for function in (fit_temperature, expected_calibration_error):
+        with pytest.raises(UserError, match=said):
+            function(np.array(values), np.array(outcomes))
+    with pytest.raises(UserError, match=r"probability 1.5 must lie in \[0, 1\]"):
+        expected_calibration_error(np.array([0.2, 1.5]), np.array([0, 1]))
