@@ -103,7 +103,7 @@ def _python_files(root: Path) -> Iterator[Path]:
     """Directories that are left out are not entered: installed packages can be many times the library."""
     for directory, below, files in os.walk(root):
         below[:] = set(below) - _LEFT_OUT
-        yield from (Path(directory, file) for file in files if file.endswith(".py") and file not in _LEFT_OUT)
+        yield from (Path(directory, file) for file in files if file.endswith(".py"))
 
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
