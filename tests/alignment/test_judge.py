@@ -12,9 +12,10 @@ from sampling_cases import placed
 
 from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
 from ministral_jax.alignment.judge import Judge
-from ministral_jax.data.conversation import Message
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.conversation import Message, Thought, ToolCall
 from ministral_jax.data.pairwise import judge_messages
-from ministral_jax.data.tokenizer import text_of
+from ministral_jax.data.tokenizer import load_tokenizer, text_of
 from ministral_jax.models.vlm import VLM, Compute
 from ministral_jax.stages.reward import examine
 
@@ -27,7 +28,8 @@ sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 
 @pytest.fixture(scope="module")
-def judge(tokenizer) -> Judge:
+def judge(tmp_path_factory) -> Judge:
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=SPEC.vocab, special=64), tmp_path_factory.mktemp("tokenizer"))
     return Judge(SPEC, Compute(), placed(dict(fsdp=1)), tokenizer, on_step=lambda _: None)
 
 
@@ -36,8 +38,8 @@ def params() -> dict:
     return random_params(SPEC)
 
 
-def asked(judge: Judge, a: str, b: str) -> np.ndarray:
-    return judge.tokens(judge_messages(CONVERSATION, a, b))
+def asked(judge: Judge, a: str, b: str, conversation=CONVERSATION) -> np.ndarray:
+    return judge.tokens(judge_messages(conversation, a, b))
 
 
 def reads(judge: Judge, tokens) -> str:
@@ -95,6 +97,21 @@ def test_a_question_beyond_the_context_loses_its_middle_and_is_answered(judge, p
     assert 0 < won < 1 and won + lost == pytest.approx(1, abs=1e-15)
 
 
+def test_earlier_turns_are_read_without_their_reasoning(judge):
+    conversation = (
+        Message("user", ("1+1=?",)),
+        Message("assistant", (Thought("one and one"), "2"), (ToolCall("add", {"a": 1}),)),
+        Message("tool", ("2",)),
+        Message("assistant", (Thought("so it is"), "Two.")),
+        Message("user", ("Sure?",)),
+    )
+    wide = replace(judge, spec=SPEC.model_copy(update={"context": 1000}))
+    assert reads(wide, asked(wide, "yes", "no", conversation)) == (
+        '<s>[INST]user: 1+1=?\nassistant: 2[TOOL_CALLS]add[ARGS]{"a": 1}\ntool: 2\nassistant: Two.\nuser: Sure?\n'
+        "A: yes\nB: no\nBetter: A or B?[/INST]"
+    )
+
+
 # ---- what a reward stage measures -----------------------------------------------------------------------------------
 
 
@@ -140,6 +157,11 @@ def test_the_temperature_is_of_every_other_pair_and_the_figures_of_the_rest():
     assert found["judge_ece_before"] == pytest.approx(expected_calibration_error(at(1.0), better[rest]), abs=1e-12)
     assert found["judge_ece"] == pytest.approx(expected_calibration_error(at(temperature), better[rest]), abs=1e-12)
     assert 0.5 < found["judge_accuracy"] < 1 and found["judge_ece"] != found["judge_ece_before"]
+
+    # logits that are three times as large are three times as warm, and as well calibrated afterwards
+    sharp = examine(Stub(), 3.0, pairs)  # type: ignore[arg-type]
+    assert sharp["judge_temperature"] == pytest.approx(3 * temperature, rel=1e-5)
+    assert sharp["judge_ece"] == pytest.approx(found["judge_ece"], abs=1e-5)
 
     # what is said of the rest does not move the temperature, and turns the accuracy round
     changed = rows(*(np.where(np.arange(40) % 2, -x, x) for x in (forth, back)), references)

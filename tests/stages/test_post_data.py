@@ -35,8 +35,15 @@ def nothing_begun(run_dir: Path) -> bool:
 USER, SAID = {"role": "user", "content": "2+2=?"}, {"role": "assistant", "content": "4"}
 ROWS = {
     "roles": ("sft", {"messages": [SAID, USER]}, "role"),
+    "two of the user's in a row": ("sft", {"messages": [USER, {"role": "system", "content": "Be."}, SAID]}, "system"),
+    "a tool's result without call": (
+        "sft",
+        {"messages": [USER, {"role": "tool", "content": "4", "tool_call_id": "123456789"}, SAID]},
+        "tool",
+    ),
     "an image that is missing": ("sft", {"question": "Sum?", "answer": "4", "image": "none.png"}, "none.png"),
     "an answer that is empty": ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty"),
+    "an answer of spaces": ("sft", {"question": "2+2=?", "answer": " "}, "'answer' must be text that is not empty"),
     "a prompt that is too long": ("rl", {"question": "word " * 300, "answer": "4"}, "max_prompt_length is 64"),
     "a gold answer that cannot be parsed": ("rl", {"question": "2+2=?", "answer": "no number"}, "answer"),
     "a column that is missing": ("rl", {"prompt": "2+2=?"}, "answer"),
