@@ -67,7 +67,7 @@ class Judge:
         found = []
         for first in range(0, len(questions), count):
             self.on_step(f"judging pair {first}")
-            batch = _batch(questions[first : first + count], count)
+            batch = _batch(questions[first : first + count], self.compute.shortest_row, count)
             read = self._read(params, self.placement.place_whole(batch))
             found.append(np.asarray(read, np.float64)[: len(questions) - first])
         return np.concatenate(found) if found else np.zeros(0)
@@ -97,9 +97,9 @@ def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.n
     return (expit(forth / temperature) + expit(-back / temperature)) / 2
 
 
-def _batch(questions: Sequence[np.ndarray], count: int) -> Batch:
+def _batch(questions: Sequence[np.ndarray], shortest: int, count: int) -> Batch:
     """Rows `[count, T]` of questions, `loss_mask` a mark at the last token of each."""
-    rows = one_per_row(questions, count)
+    rows = one_per_row(questions, shortest, count)
     mask = np.zeros(rows["tokens"].shape, np.float32)
     mask[np.arange(len(questions)), [len(question) - 1 for question in questions]] = 1
     return {name: rows[name] for name in ("tokens", "positions", "segments")} | {"loss_mask": mask}

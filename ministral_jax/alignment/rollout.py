@@ -115,13 +115,14 @@ def seeds(seed: int, step: int, count: int, salt: int = 0) -> list[int]:
     return np.random.SeedSequence([seed, step, salt]).generate_state(count).tolist()
 
 
-def training_rows(episodes: Sequence[Episode], spec: ModelSpec) -> Batch:
+def training_rows(episodes: Sequence[Episode], spec: ModelSpec, shortest: int) -> Batch:
     """A policy's batch, one episode per row, as in `data.batch`: `loss_mask` is 1 where position t predicts a token
-    that the model drew, and `old_logprobs` float32 `[N, T]` the log-probability that it was drawn with there.
+    that the model drew, and `old_logprobs` float32 `[N, T]` the log-probability that it was drawn with there. T is at
+    least `shortest`.
 
     `[IMG]` that the model wrote is a token like any other: images stand only where the prompt has them.
     """
-    batch = one_per_row([[*e.prompt.tokens, *e.tokens] for e in episodes])
+    batch = one_per_row([[*e.prompt.tokens, *e.tokens] for e in episodes], shortest)
     mask, logprobs = (np.zeros(batch["tokens"].shape, np.float32) for _ in range(2))
     begins = np.array([len(e.prompt.tokens) for e in episodes])
     for n, (begin, episode) in enumerate(zip(begins, episodes, strict=True)):

@@ -99,10 +99,10 @@ def image_slots(is_image: np.ndarray) -> np.ndarray:
     return np.where(is_image, np.cumsum(is_image, axis=-1) - 1, -1).astype(np.int32)
 
 
-def one_per_row(documents: Sequence[Sequence[int] | np.ndarray], rows: int = 0) -> Batch:
-    """tokens, positions, segments and labels of rows that hold one document each, T the bucket of the longest; rows of
-    padding are added until there are `rows`."""
-    length = bucket(max(len(document) for document in documents))
+def one_per_row(documents: Sequence[Sequence[int] | np.ndarray], shortest: int = SMALLEST, rows: int = 0) -> Batch:
+    """tokens, positions, segments and labels of rows that hold one document each, T the bucket of the longest and of
+    `shortest`; rows of padding are added until there are `rows`."""
+    length = bucket(max(shortest, *(len(document) for document in documents)))
     every = [*documents, *[()] * (rows - len(documents))]
     return stack([text_row(np.asarray(document, np.int32), [len(document)], length) for document in every])
 

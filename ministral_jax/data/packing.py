@@ -66,9 +66,8 @@ class _Queue:
         self.sizes = np.diff(d.starts).tolist()
         self.patches = np.diff(d.patch_starts).tolist()
         self.pictures = np.diff(d.picture_starts).tolist()
-        self.plain = d.plain.tolist()
         # Shorter windows are not worth the `<s>` and the lost context; a row may end in that much padding instead.
-        self.shortest = self.length // 8
+        self.shortest = np.where(d.plain, self.length // 8, self.length).tolist()
 
     @property
     def done(self) -> bool:
@@ -80,10 +79,14 @@ class _Queue:
         self._refill(repeat)
         best, size = -1, 0
         for position, (document, start) in enumerate(self.window):
-            fit = self._fit(document, start, tokens, patches)
-            if fit > size:
-                best, size = position, fit
-                if fit == tokens:
+            left = self.sizes[document] - start + (start > 0)
+            if left > tokens:
+                if tokens >= self.shortest[document]:
+                    best, size = position, tokens
+                    break
+            elif left > size and self.patches[document] <= patches:
+                best, size = position, left
+                if left == tokens:
                     break
         if best < 0:
             return None
@@ -107,14 +110,6 @@ class _Queue:
             self.begun += 1
         while self.waiting and len(self.window) < _LOOKAHEAD:
             self.window.append((self.waiting.popleft(), 0))
-
-    def _fit(self, document: int, start: int, tokens: int, patches: int) -> int:
-        left = self.sizes[document] - start + (start > 0)
-        if left <= tokens:
-            return left if self.patches[document] <= patches else 0
-        if self.plain[document]:
-            return tokens if tokens >= self.shortest else 0
-        return tokens if tokens == self.length and self.sizes[document] > self.length else 0
 
 
 def pack(

@@ -45,22 +45,33 @@ def read_task(config: SourceConfig, prompts: bool = False) -> Iterator[Document]
 
     As `prompts` they end with the question; one of preferences has its answers as columns `chosen` and `rejected`.
     """
-    if config.kind == "preferences":
-        for n in range(config.limit or DEFAULT_LIMIT):
-            pair = _preference(n)
-            yield from (pair,) if prompts else judge_documents(pair, pair.columns["chosen"], pair.columns["rejected"])
-        return
-    made = (TASKS[config.kind](n, config.thinking) for n in range(config.limit or DEFAULT_LIMIT))
-    for document in _read_digits(config.limit) if config.kind == "digits" else made:
-        yield replace(document, messages=document.messages[:-1]) if prompts else document
+    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking):
+        if config.kind != "preferences":
+            yield replace(document, messages=document.messages[:-1]) if prompts else document
+        elif prompts:
+            yield document
+        else:
+            yield from judge_documents(document, document.columns["chosen"], document.columns["rejected"])
+
+
+@cache  # they are read to be told apart, packed, asked and examined
+def _made(kind: str, limit: int, thinking: bool) -> tuple[Document, ...]:
+    if kind == "preferences":
+        return tuple(map(_preference, range(limit)))
+    return tuple(_read_digits(limit) if kind == "digits" else (TASKS[kind](n, thinking) for n in range(limit)))
 
 
 def task_digest(config: SourceConfig) -> str:
     """SHA-256 of what a task's documents are made of."""
-    if config.kind == "digits":
+    return _digest(config.kind, config.limit, config.thinking)
+
+
+@cache  # every stage asks again
+def _digest(kind: Any, limit: int | None, thinking: bool) -> str:
+    if kind == "digits":
         return hashlib.sha256(_digits()[0].tobytes()).hexdigest()
     digest = hashlib.sha256()
-    for document in read_task(config):
+    for document in read_task(SourceConfig(kind=kind, limit=limit, thinking=thinking)):
         digest.update(dump([document.name, document.key, as_openai(document.messages), document.columns]).encode())
         for part in document.messages[0].parts:
             digest.update(part.tobytes() if isinstance(part, Image.Image) else b"")
@@ -238,7 +249,7 @@ def _picture(grey: np.ndarray) -> Image.Image:
     return Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2))
 
 
-def _read_digits(limit: int | None) -> Iterator[Document]:
+def _read_digits(limit: int) -> Iterator[Document]:
     images, labels = _digits()
     names = [f"digit-{n:04d}" for n in range(len(labels))]
     for n in sorted(range(len(names)), key=lambda n: stable_key(names[n]))[:limit]:

@@ -26,7 +26,9 @@ class Compute:
     `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `remat`: what the
     backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"), everything
     ("full"). `unroll`: layers unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see
-    `AttentionSpec`. `context`: how the tokens of a row meet where a mesh cuts it.
+    `AttentionSpec`. `context`: how the tokens of a row meet where a mesh cuts it. `shortest_row`: tokens to which rows
+    of one document (prompts, answers, questions to a judge) are padded at least; the higher, the fewer programs are
+    compiled.
     """
 
     dtype: str = "float32"
@@ -35,6 +37,7 @@ class Compute:
     attention: Implementation = "auto"
     attention_block: int = 128
     context: Literal["all_gather", "ring"] = "all_gather"
+    shortest_row: int = 32
 
 
 Past = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]

@@ -123,7 +123,7 @@ def stream(
     place = by_rows(placement)
     choice = Choice(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
     run = programs(spec, model.compute, place, choice, options.stop_ids, options.chunk)
-    batch = _batch(prompts, spec, place.even(len(prompts)))
+    batch = _batch(prompts, model, place.even(len(prompts)))
     parents, rows = _rows(prompts, spec, options, place.even(len(prompts) * options.completions_per_prompt))
     room, (_, width) = min(SLOTS, options.max_completion_length), batch["tokens"].shape
     with jax.set_mesh(place.mesh):
@@ -176,9 +176,10 @@ def _check(prompt: Prompt, spec: ModelSpec, where: str) -> None:
         raise UserError(f"{where} has {places} [IMG] tokens but images of {images}")
 
 
-def _batch(prompts: Sequence[Prompt], spec: ModelSpec, count: int) -> Batch:
+def _batch(prompts: Sequence[Prompt], model: VLM, count: int) -> Batch:
     """A prompt in each row; rows of padding are added until there are `count`."""
-    rows = one_per_row([prompt.tokens for prompt in prompts], count)
+    spec = model.spec
+    rows = one_per_row([prompt.tokens for prompt in prompts], model.compute.shortest_row, count)
     batch = {name: rows[name] for name in ("tokens", "segments")}
     is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
     return batch | images_of_rows([prompt.images for prompt in prompts], is_image, spec.vision)

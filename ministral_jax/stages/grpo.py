@@ -123,7 +123,7 @@ def minibatches(
     Beside what `training_rows` gives: `advantages` and `weights` `[N, T]`, which are normalised over the batch.
     """
     each = stage.num_generations
-    rows = training_rows(answers.episodes, spec)
+    rows = training_rows(answers.episodes, spec, stage.compute.shortest_row)
     grouped = {name: array.reshape(-1, each, *array.shape[1:]) for name, array in rows.items()}
     counted = grouped["loss_mask"] * ~np.isnan(rewards.reshape(-1, each))[..., None]
     if stage.mask_truncated_completions:

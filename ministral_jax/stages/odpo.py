@@ -133,7 +133,7 @@ class _Learner(online.OnlineLearner):
     def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
         probability, host = self._judged(answers)
         self.clock.switch("step")
-        batch, kept = pairs(answers, probability, self.job.spec)
+        batch, kept = pairs(answers, probability, self.job.spec, self.stage.compute.shortest_row)
         placed = self.job.placement.place_whole(batch)
         placed["reference"] = self.programs["reference"].function(self.reference, placed)
         announce("update 1")
@@ -187,7 +187,9 @@ def objective(spec: ModelSpec, compute: Compute, options: PreferenceOptions, hea
     return loss
 
 
-def pairs(answers: Answers, probability: np.ndarray, spec: ModelSpec) -> tuple[Batch, tuple[float, float]]:
+def pairs(
+    answers: Answers, probability: np.ndarray, spec: ModelSpec, shortest: int
+) -> tuple[Batch, tuple[float, float]]:
     """A batch of 2P rows, first the P answers a and then the answers b in the same order, and how many pairs count.
 
     So a pair stays within a microbatch, which takes every m-th row. Beside what `training_rows` gives, `probability`
@@ -195,7 +197,7 @@ def pairs(answers: Answers, probability: np.ndarray, spec: ModelSpec) -> tuple[B
     """
     loops = np.array([sample.looping for sample in answers.samples])
     decided, kept = decide(probability, loops[0::2], loops[1::2])
-    batch: Batch = training_rows([*answers.episodes[0::2], *answers.episodes[1::2]], spec)
+    batch: Batch = training_rows([*answers.episodes[0::2], *answers.episodes[1::2]], spec, shortest)
     batch["probability"] = np.tile(np.nan_to_num(decided), 2).astype(np.float32)
     batch["weights"] = np.tile(kept & ~np.isnan(decided), 2).astype(np.float32)
     return batch, (float(batch["weights"].sum() / 2), float(len(kept)))

@@ -216,7 +216,8 @@ def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, j
     shapes, dtypes and where they lie."""
     stage, floats = job.stage, ("loss_mask", *more)
     patches = bucket(stage.data.patches) if stage.data.patches else 0
-    return job.placement.described(shapes(rows, bucket(stage.longest_row), floats, patches, job.spec.vision))
+    length = bucket(max(stage.longest_row, stage.compute.shortest_row))
+    return job.placement.described(shapes(rows, length, floats, patches, job.spec.vision))
 
 
 def reward_metrics(scores: Scores) -> HostMetrics:

@@ -67,7 +67,7 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     run = programs(spec, compute, place, Choice(temperature=temperature), (job.tokens.eos,), SamplingOptions().chunk)
     count, total = place.even(prompts), place.even(prompts * each)
     params, patches = placed_params(spec, place), job.stage.data.patches
-    batch = shapes(count, bucket(length), (), bucket(patches) if patches else 0, spec.vision)
+    batch = shapes(count, bucket(max(length, compute.shortest_row)), (), bucket(patches) if patches else 0, spec.vision)
     batch = place.described({name: batch[name] for name in batch.keys() - {"positions", "labels"}})
     one = jax.ShapeDtypeStruct
     lengths, per_row, scalar = (one(shape, jnp.int32) for shape in ((count,), (total,), ()))

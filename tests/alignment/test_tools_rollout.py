@@ -143,7 +143,7 @@ def test_only_what_the_model_drew_is_trained_on(tokenizer, roll_out):
     rows = [row(tokenizer, picture(1), "Sum?"), row(tokenizer, "Hello")]
     script = Script(tokenizer, [f"I add.{ADD}</s>", "Hi!</s>"], [f"{ADD}</s>"], ["3</s>"])
     episodes = roll_out(script, rows)
-    batch = training_rows(episodes, SPEC)
+    batch = training_rows(episodes, SPEC, 32)
     for n, drawn in enumerate([[script.said[0][0], script.said[1][0], script.said[2][0]], [script.said[0][1]]]):
         trained = batch["loss_mask"][n] > 0
         assert batch["labels"][n, trained].tolist() == [t for c in drawn for t in c.tokens]
@@ -238,7 +238,7 @@ def test_an_image_token_after_a_result_stops_it_too(tokenizer, roll_out):
     script = Script(tokenizer, [f"{ADD}</s>"], [f"[IMG]{ADD}</s>"])
     (episode,) = roll_out(script, [row(tokenizer, picture(1), "Hello")])
     assert told(tokenizer, episode) == ["3"] and len(script.asked) == 2
-    slots = training_rows([episode], SPEC)["image_slot"][0]
+    slots = training_rows([episode], SPEC, 32)["image_slot"][0]
     assert (slots >= 0).sum() == 6 and (slots[len(episode.prompt.tokens) :] < 0).all()
 
 

@@ -29,6 +29,7 @@ def test_a_packed_row_of_one_document_is_that_of_a_prompt(tokenizer):
         assert key == "image_slot" or not array[2].any()
     assert batch["labels"][1, :2].tolist() == [2, 0] and batch["positions"][1, :3].tolist() == [0, 1, 0]
     assert (batch["image_slot"][1:] == -1).all() and batch["patch_image"][0].max() == 2
+    assert one_per_row([[1, 2]], shortest=40)["tokens"].shape == (1, 48)
     assert set(packed) - set(batch) == {"loss_mask", "answer_mask", "text_bytes"}
 
 

@@ -145,7 +145,7 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
         ("stages.14b-short.teacher={stor: logits}", "unknown key stages.14b-short.teacher.stor (did you mean store?)"),
         ("stages.14b-short.teacher=logits", "'logits' is a record stage; write it as {store: logits}"),
         ("stages.14b-short.teacher={store: parent}", "teacher.store = 'parent' must be a record stage"),
-        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records the first 512 in the order of seed 0"),
+        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records the first 320 in the order of seed 0"),
         ("stages.14b-short.steps=300", "stages.14b-short reads 2400 rows"),
         ("stages.14b-short.loss.objective=jsd", "stages.14b-short.loss: objective 'jsd' does not go with"),
         (

@@ -32,7 +32,11 @@ FP32, BF16 = 1e-5, 0.06
 layer, in another order by the one and by the other."""
 REWARDS = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 2.0], [1.0, 0.25]]).reshape(-1)
 STAGE = SimpleNamespace(
-    num_generations=EACH, steps_per_generation=1, mask_truncated_completions=False, loss=PolicyOptions()
+    num_generations=EACH,
+    steps_per_generation=1,
+    mask_truncated_completions=False,
+    loss=PolicyOptions(),
+    compute=Compute(),
 )
 
 
@@ -109,7 +113,7 @@ def test_before_an_update_the_ratio_is_1_and_the_gradient_the_formulas(plain, na
 def test_in_bfloat16_sampler_and_trainer_differ_by_rounding():
     place, compute = placed(*MESHES["one device"]), Compute(dtype="bfloat16")
     episodes = rolled_out(place, compute)
-    batch = training_rows(episodes, SPEC)
+    batch = training_rows(episodes, SPEC, 32)
     read = jax.jit(
         lambda p, b: LossHead(place).label_logprobs(
             VLM(SPEC, compute).apply({"params": p}, b["tokens"], **model_inputs(b), method="hidden"),
@@ -151,7 +155,7 @@ def test_pairs_stay_together_in_a_microbatch(plain):
     episodes, *_ = plain
     found = answers(episodes)
     found.samples[0].looping = True
-    batch, kept = pairs(found, np.array([0.9, 0.5, 0.2, np.nan]), SPEC)
+    batch, kept = pairs(found, np.array([0.9, 0.5, 0.2, np.nan]), SPEC, 32)
     assert kept == (3.0, 4.0)
     np.testing.assert_allclose(batch["probability"][:3], [0, 0.5, 0.2], rtol=1e-6)
     np.testing.assert_array_equal(batch["probability"][:4], batch["probability"][4:])

@@ -1,4 +1,7 @@
-"""Killed at any moment of any kind of stage, a run goes on and ends in the same bits."""
+"""Killed while it trains, distils or exports, a run goes on and ends in the same bits.
+
+tests/chaos kills jobs of two processes in every phase.
+"""
 
 import json
 import os
@@ -78,17 +81,14 @@ def lines(run_dir: Path, stage: str) -> int:
 def moments(run_dir: Path) -> dict:
     """When to kill."""
     return {
-        "packing": lambda: (run_dir / "data").is_dir(),
-        "train, before a save": lambda: lines(run_dir, "parent") >= 2,
         "train, after a save": lambda: (run_dir / "parent" / "state" / "2").is_dir() and lines(run_dir, "parent") >= 6,
         "prune": lambda: (run_dir / "14b-pruned" / "stage.json").is_file(),
-        "distill, after a save": lambda: (run_dir / "14b-short" / "state" / "2").is_dir(),
         "distill, parameters written": lambda: (run_dir / "14b-short" / "params").is_dir(),
         "export": lambda: (run_dir / "14b-hf" / "stage.json").is_file(),
     }
 
 
-def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_path):
+def test_killed_it_ends_in_the_same_bits(unbroken, tmp_path):
     run_dir = tmp_path / "broken"
     shutil.copytree(unbroken / "xla", run_dir / "xla")  # the same programs, compiled
     finished: dict[str, str] = {}

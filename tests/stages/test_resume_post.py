@@ -1,4 +1,7 @@
-"""Killed or stopped at any moment of a post-training stage, a run goes on and ends in the same bits."""
+"""Killed or stopped while it samples and while it learns, a post-training stage goes on and ends in the same bits.
+
+tests/chaos harms every kind of stage at every kind of moment.
+"""
 
 import os
 import signal
@@ -20,11 +23,7 @@ STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=4" for stage in ("sft
 KILL, STOP = signal.SIGKILL, signal.SIGTERM
 MOMENTS = (
     ("sft/4/sampling token", KILL),  # its examination
-    ("reward/2/judging pair", KILL),  # calibration
-    ("instruct/2/sampling token", STOP),
-    ("instruct/3/judging pair", KILL),
     ("rl/2/scoring", STOP),
-    ("rl/3/sampling token", KILL),
     ("rl/4/update 3", KILL),  # of four: the same answers are used again
 )
 
@@ -44,7 +43,7 @@ def test_the_run_has_what_is_to_be_compared(unbroken):
     assert [len(records(unbroken, stage, "train")) for stage in POST_TRAINED] == [2, 4, 4, 4, 4]
 
 
-def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(unbroken, tmp_path):
+def test_killed_or_stopped_it_ends_in_the_same_bits(unbroken, tmp_path):
     """A stop is sent to all processes of a job, as schedulers do: workers of rewards finish the step's."""
     run_dir = tmp_path / "run"
     for moment, harm in MOMENTS:
