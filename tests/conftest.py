@@ -16,7 +16,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 LONGEST_FIRST = (
-    *("stages/test_resume_post.py", "stages/test_resume.py", "stages/test_verbs.py", "runs/test_sweep.py"),
+    *("stages/test_resume.py", "stages/test_verbs.py", "runs/test_sweep.py", "pruning/test_surgery.py"),
     *("stages/test_record.py", "distributed/test_mesh.py", "training/test_training.py", "teachers/test_store.py"),
 )
 """Else one worker waits for the other at the end."""

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from harness import POST, POST_TRAINED, RETRY, SEED, VICTIMS, Job, assert_same_bits, gone
+from harness import POST, POST_TRAINED, RETRY, SEED, VICTIMS, Job, answers, assert_same_bits, gone, records
 
 pytestmark = pytest.mark.chaos
 STEPS = ("stages.parent.steps=2", *(f"stages.{stage}.steps=4" for stage in ("sft", "reward", "instruct", "rl")))
@@ -24,6 +24,10 @@ def test_killed_in_every_kind_of_stage_it_ends_in_the_same_bits(tmp_path):
     print(f"\nseed {SEED}")
     with Job(unbroken, 2, 1, *STEPS, *LIMITS, recipe=POST) as job:
         job.finish()
+    # there is something to compare: answers that were drawn, and groups that are learnt from
+    assert all(len({a["answer"] for a in answers(unbroken, stage)}) > 1 for stage in ("sft", "instruct", "rl"))
+    assert all(r["groups_with_signal"] > 0 for r in records(unbroken, "rl", "train"))
+    assert [len(records(unbroken, stage, "train")) for stage in POST_TRAINED] == [2, 4, 4, 4, 4]
     run_dir = tmp_path / "killed"
     for moment in MOMENTS:
         victims = [0] if moment == STOPPED else rng.choice(VICTIMS)

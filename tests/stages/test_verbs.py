@@ -77,27 +77,34 @@ def toy(tmp_path_factory):
     return folder
 
 
-def command(toy, *words: str) -> subprocess.CompletedProcess:
+COMMANDS = """
+import sys
+from ministral_jax.cli import main
+sys.exit(max(main(words.split()) for words in sys.argv[1:]))
+"""
+
+
+def commands(toy, *lines: str) -> subprocess.CompletedProcess:
+    """Of the command line, one after the other, by a process that knows the user's package."""
     environment = {**os.environ, **COMPILING, "PYTHONPATH": f"{ROOT}{os.pathsep}{toy}", "JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, "-m", "ministral_jax", *words]
+    line = [sys.executable, "-c", COMMANDS, *lines]
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=toy)
 
 
 def test_a_verb_of_one_file_runs_resumes_sweeps_and_is_reported(toy):
-    first = command(toy, "run", "toy.yaml", "--run-dir", "run")
-    assert first.returncode == 0 and "[2/2] small: shrink" in first.stderr, first.stderr
-    again = command(toy, "run", "toy.yaml", "--run-dir", "run")
-    assert again.returncode == 0 and again.stderr.count("finished already") == 2, again.stderr
+    run, sweep = "run toy.yaml --run-dir run", "sweep toy.yaml stages.small.factor=0.5,0.25 --run-dir swept"
+    done = commands(toy, run, run, sweep)
+    assert done.returncode == 0 and "[2/2] small: shrink" in done.stderr, done.stderr
+    assert all(f"] {name}: finished already" in done.stderr for name in ("parent", "small")), done.stderr
     page = (toy / "run" / "report.html").read_text()
     assert "small" in page and "largest weight" in page
-    swept = command(toy, "sweep", "toy.yaml", "stages.small.factor=0.5,0.25", "--run-dir", "swept")
-    assert swept.returncode == 0 and "largest" in swept.stdout, swept.stderr
+    assert "largest" in done.stdout, done.stderr
     assert len(list((toy / "swept" / "shared").glob("parent-*"))) == 1
     assert "largest weight" in (toy / "swept" / "report.html").read_text()
 
 
 def test_a_fault_of_a_users_verb_is_said_like_any_other(toy):
-    wrong = command(toy, "run", "toy.yaml", "stages.small.factr=2", "--run-dir", "run")
+    wrong = commands(toy, "run toy.yaml stages.small.factr=2 --run-dir run")
     assert wrong.returncode == 2 and "unknown key stages.small.factr (did you mean factor?)" in wrong.stderr
 
 
