@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+from ministral_jax.errors import UserError
+
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_REFUSED = {
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"\xff\xfe": "is UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "is UTF-16; convert it to UTF-8",
+}
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path, what: str = "") -> None:
+    """Raises `UserError`: the file, `what` in messages, is what Git LFS leaves in the place of a large one."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{what or path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a UTF-8 text, without a byte order mark; gzip, bzip2 and xz are decompressed.
+
+    Raises:
+        UserError: another compression or encoding, a Git LFS pointer, or a compressed file that is damaged.
+    """
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        head = file.read(8)
+    for magic, why in _REFUSED.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} {why}")
+    opened = next((opened for magic, opened in _COMPRESSED.items() if head.startswith(magic)), open)
+    try:
+        with opened(path, "rb") as file:
+            if file.read(3) != b"\xef\xbb\xbf":
+                file.seek(0)
+            yield file
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error})") from None
 
 
 @contextmanager

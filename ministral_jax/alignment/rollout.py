@@ -93,8 +93,13 @@ class Sampler:
         return text_of(self.tokenizer, (self.tokenizer.eos,))(tokens, final=True)
 
     def _generate(self, params: Params, prompts: list[Prompt], each: int, limit: int) -> list[Completion]:
-        lengths = dict(completions_per_prompt=each, max_completion_length=limit)
-        options = SamplingOptions(**lengths, temperature=self.temperature, stop_ids=(self.tokenizer.eos,))
+        options = SamplingOptions(
+            temperature=self.temperature,
+            vocab=self.tokenizer.vocab,
+            completions_per_prompt=each,
+            max_completion_length=limit,
+            stop_ids=(self.tokenizer.eos,),
+        )
         steps = stream(VLM(self.spec, self.compute), params, prompts, options, self.placement)
         return last(watched(steps, self.on_step))
 

@@ -60,8 +60,10 @@ def render(
     `tools` are those that may be called, as `parse_tools` gives them.
 
     Raises:
-        UserError: an image cannot be used, or the model has no vision; begins with `where`.
+        UserError: an image cannot be used, or the model has no vision; or the tokenizer's file is of a version that
+            mistral-common renders in another way; begins with `where`.
     """
+    _check_version(tokenizer, messages, tools, where)
     tokens, flags = [tokenizer.bos], [0]
     pictures: list[np.ndarray] = []
 
@@ -77,7 +79,7 @@ def render(
             add(enclosed("[AVAILABLE_TOOLS]", tokenizer.encode(dump(tools)), "[/AVAILABLE_TOOLS]"), 0)
             tools = ()
         opening, closing = _BRACKETS[message.role]
-        trainable = TRAINABLE if message.role == "assistant" else 0
+        trainable = TRAINABLE if message.role == "assistant" and message.target else 0
         add([tokenizer.special(opening)] if opening else [], 0)
         for part in _ordered(message):
             if isinstance(part, str):
@@ -97,6 +99,22 @@ def render(
             add([tokenizer.special("[TOOL_CALLS]"), *name, tokenizer.special("[ARGS]"), *arguments], trainable)
         add([tokenizer.special(closing)], trainable)
     return Rendered(np.array(tokens, np.uint32), np.array(flags, np.uint8), tuple(pictures))
+
+
+def _check_version(
+    tokenizer: Tokenizer, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], where: str
+) -> None:
+    """Versions before 13 are the same where there is nothing that changed since."""
+    if (version := tokenizer.tekken.version.value) == "v13":
+        return
+    changed = {
+        "tools": bool(tools) or any(message.role == "tool" or message.calls for message in messages),
+        "reasoning": any(isinstance(part, Thought) for message in messages for part in message.parts),
+        "a system message": version == "v3" and any(message.role == "system" for message in messages),
+    }
+    what = next((name for name, is_there in changed.items() if is_there), "chats")
+    if what != "chats" or version not in ("v3", "v7", "v11"):
+        raise UserError(f"{where}: {tokenizer.path} is a file of {version}; {what} can be rendered as in v13 alone")
 
 
 def _ordered(message: Message) -> list[Part]:

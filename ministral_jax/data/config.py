@@ -29,7 +29,7 @@ class SourceConfig(Frozen):
 
     python-library: the running interpreter's own standard library, one document per module, tests left out.
     digits: scikit-learn's 1797 handwritten 8x8 digits, each as a question about an image.
-    text: UTF-8 files, one document each. jsonl: one document per row, see `sources.py`.
+    text: UTF-8 files, one document each. jsonl: one document per row, see `jsonl.py`.
     arithmetic, digit-sum, instructions: questions made here whose answers can be verified; preferences: pairs of
     answers to such questions, for a judge. See `tasks.py`.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,13 @@ from PIL import Image
 
 from ministral_jax.errors import UserError
 
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight"}
+_NEXT = {
+    "system": ("user",),
+    "user": ("assistant", "user"),
+    "assistant": ("user", "assistant"),
+    "tool": ("assistant",),
+}
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what mistral-common accepts as the name of a function
 
 
@@ -44,6 +51,8 @@ class Message:
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
     """Of a tool's result: the call it answers."""
+    target: bool = True
+    """Whether what the assistant says here is learnt: `weight` 1, not 0, of its row."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,10 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
 
     Accepted content is a string or a list of `{"type": "text", "text": ..}`, `{"type": "image_url", "image_url": path
     or {"url": path}}`, `{"type": "image", "image": path}` from the user and `{"type": "thinking", "thinking": ..}` from
-    the assistant or the system. The assistant may also, or only, have `tool_calls`. An optional system message comes
-    first, then user and assistant alternate; every call is answered by a message from the role tool with its
-    `tool_call_id`, and the assistant goes on. Results come back in the order of their calls, as mistral-common has it.
+    the assistant or the system. The assistant may also, or only, have `tool_calls`, and a `weight` of 0 where what it
+    says is not to be learnt. An optional system message comes first, then user and assistant alternate; neighbours of
+    one role are joined, as mistral-common joins them. Every call is answered by a message from the role tool with its
+    `tool_call_id`, and the assistant goes on. Results come back in the order of their calls, as there.
 
     The assistant is last; as a `prompt` the conversation ends before the assistant's last message, which may be absent.
 
@@ -99,8 +109,10 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
                 f"{where}: message {number} answers tool call {message.call_id!r}, which nobody made or which has its "
                 f"result; {waiting} wait for theirs"
             )
+        if messages and role == messages[-1].role != "tool":
+            message = _joined(messages.pop(), message, f"{where}: message {number}")
         messages.append(message)
-        expected = ("tool",) if waiting else {"system": ("user",), "assistant": ("user",)}.get(role, ("assistant",))
+        expected = ("tool",) if waiting else _NEXT[role]
     last = messages[-1].role if messages else None
     if prompt and last == "assistant":
         messages.pop()
@@ -108,6 +120,8 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
         raise _disorder(raw, f"{_either(expected)} must follow before there is anything to answer", where)
     elif not prompt and last != "assistant":
         raise _disorder(raw, "the assistant's turn is missing at the end", where)
+    elif not prompt and not any(message.target for message in messages if message.role == "assistant"):
+        raise UserError(f"{where}: every turn of the assistant has weight 0: nothing is to be learnt; leave it out")
     for n, message in enumerate(messages):
         if message.calls:
             order = {call.id: k for k, call in enumerate(message.calls)}
@@ -207,7 +221,30 @@ def _either(roles: tuple[str, ...]) -> str:
     return " or ".join(map(repr, roles))
 
 
+def _joined(before: Message, message: Message, where: str) -> Message:
+    """Neighbours of one role as one message."""
+    if before.target != message.target:
+        raise UserError(f"{where} follows another of the assistant with another weight; they are one turn")
+    return replace(before, parts=before.parts + message.parts, calls=before.calls + message.calls)
+
+
+def _check_keys(role: Any, raw: dict[str, Any], where: str) -> None:
+    """Nothing that a message says is passed over."""
+    # a tool's result may be named: the template knows it by its place
+    unknown = sorted(
+        k for k in raw.keys() - _KEYS if raw[k] not in (None, "", [], {}) and (k, role) != ("name", "tool")
+    )
+    if unknown:
+        raise UserError(
+            f"{where}: message from {role} has {unknown[0]!r}, which is not read; accepted are {sorted(_KEYS)}"
+        )
+    weight = raw.get("weight")
+    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
+        raise UserError(f"{where}: weight {weight!r} of a message from {role} must be 0 or 1, and the assistant's")
+
+
 def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Message:
+    _check_keys(role, raw, where)
     calls, content = (), raw.get("content")
     call_id: Any = raw.get("tool_call_id") if role == "tool" else ""
     chunks = content or "" if role == "assistant" else content
@@ -227,7 +264,7 @@ def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Me
         raise UserError(f"{where}: message from {role} is empty")
     elif not isinstance(call_id, str):
         raise UserError(f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}")
-    return Message(role, parts, calls, call_id)
+    return Message(role, parts, calls, call_id, raw.get("weight") != 0)
 
 
 def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:

@@ -29,7 +29,7 @@ from ministral_jax.models.spec import VisionSpec
 Progress = Callable[[str, int], None]
 """Called as (what, how many so far)."""
 
-_FORMAT = 1
+_FORMAT = 2
 _DRAW = 2**32  # a salt that no pass of packing reaches
 _BATCH = 64
 _THREADS = 8
@@ -94,9 +94,16 @@ def _write(
     directory: Path, source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, progress: Progress | None
 ) -> None:
     def rendering(document: Document) -> Rendered:
-        if document.text is not None:
-            return render_text(document.text, tokenizer)
-        return render(document.messages, tokenizer, vision, document.where, document.tools)
+        try:
+            if document.text is not None:
+                return render_text(document.text, tokenizer)
+            return render(document.messages, tokenizer, vision, document.where, document.tools)
+        except UserError:
+            raise
+        except ValueError as error:  # of the tokenizer's regular expression
+            raise UserError(
+                f"{document.where}: cannot be tokenised ({error}); it may have a run of a million blanks"
+            ) from None
 
     documents = read_documents(source)
     sizes, grids, keys, plain = [], [], [], []

@@ -7,6 +7,7 @@ which does not average when it shrinks; transformers uses torchvision's, which d
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import refuse_pointer
 from ministral_jax.models.spec import VisionSpec
 
 MOST_PIXELS = 89_478_485
@@ -35,11 +37,13 @@ class ImagePatches(NamedTuple):
 
 
 def open_image(path: Path, where: str) -> Image.Image:
-    """Decode an image file to RGB, transparency composited on white. Raises `UserError`: the file is missing, damaged,
-    not an image, empty or larger than `MOST_PIXELS`; begins with `where`."""
+    """Decode an image file to RGB as a viewer shows it: turned as its EXIF orientation says, deep grey scaled to eight
+    bits, transparency composited on white. Raises `UserError`: the file is missing, damaged, not an image, empty or
+    larger than `MOST_PIXELS`; begins with `where`."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
+        refuse_pointer(path, f"{where}: image {path}")
+        with Image.open(path) as file:
+            width, height = file.size
             if width * height > MOST_PIXELS:
                 raise UserError(
                     f"{where}: image {path} has {width} x {height} = {width * height} pixels; at most {MOST_PIXELS} "
@@ -47,9 +51,10 @@ def open_image(path: Path, where: str) -> Image.Image:
                 )
             if width * height == 0:
                 raise UserError(f"{where}: image {path} has no pixels ({width} x {height})")
+            image = _upright(file)
             if image.mode == "RGB":
                 return image.copy()
-            layer = image.convert("RGBA")
+            layer = (_eight_bits(image) if image.mode.startswith(("I", "F")) else image).convert("RGBA")
             white = Image.new("RGBA", layer.size, "WHITE")
             white.paste(layer, (0, 0), layer)
             return white.convert("RGB")
@@ -58,7 +63,23 @@ def open_image(path: Path, where: str) -> Image.Image:
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {path} cannot be read ({error}); give a PNG, JPEG or WebP file") from error
+        # of a chunk that the picture does not need
+        way_out = "save it without texts and colour profile" if "MAX_TEXT" in str(error) else "give a PNG, JPEG or WebP"
+        raise UserError(f"{where}: image {path} cannot be read ({error}); {way_out}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as the EXIF orientation says; as it is where that is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error):
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than eight bits: integers of 0 to 65535, floats of 0 to 1."""
+    grey = np.asarray(image, np.float64) * (255 if image.mode == "F" else 255 / 65535)
+    return Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
 
 
 def token_grid(width: int, height: int, vision: VisionSpec) -> tuple[int, int]:

@@ -1,35 +1,32 @@
-"""Where documents come from. Everything is read in an order that depends on names alone.
-
-A JSONL row is one of `{"text": ..}`, `{"question": .., "answer": .., "image": path or "images": [path, ..]}` (images
-optional), `{"messages": [..], "tools": [..]}` (tools optional; see `conversation.parse_messages`) and `{"prompt" or
-"messages": .., "chosen": .., "rejected": ..}`, two answers of which one is better, which gives a judge's two documents;
-other keys are the document's columns, blank lines skipped. Read as prompts, a row ends before its answer, may have
-none, and may be `{"prompt": text or messages}`. Image paths are relative to the JSONL file.
-"""
+"""Where documents come from. Everything is read in an order that depends on names alone."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
+import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ministral_jax.data.config import SourceConfig
-from ministral_jax.data.conversation import Document, Message, image_path, parse_messages, parse_tools, spell
-from ministral_jax.data.pairwise import judge_documents
-from ministral_jax.data.tasks import KINDS, exchange, read_task, task_digest
+from ministral_jax.data.conversation import Document
+from ministral_jax.data.jsonl import json_row, lines_of, parse_row
+from ministral_jax.data.tasks import KINDS, read_task, task_digest
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, stable_key
+from ministral_jax.files import digest_of, open_plain, stable_key
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}
-_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",)}
+_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".ndjson")}
+_PACKED = ("", ".gz", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,12 @@ def _python_files(root: Path) -> Iterator[Path]:
 def _match(name: str, config: SourceConfig) -> list[Path]:
     pattern, wanted = Path(config.path or "").expanduser(), ""
     if pattern.is_dir():
-        paths = [p for p in pattern.rglob("*") if p.suffix in _SUFFIXES[config.kind]]
-        wanted = f" ({', '.join('*' + suffix for suffix in _SUFFIXES[config.kind])})"
+        suffixes = _SUFFIXES[config.kind]
+        endings = tuple(suffix + packed for suffix in suffixes for packed in _PACKED)
+        paths = [p for p in pattern.rglob("*") if p.name.lower().endswith(endings)]
+        wanted = f" ({', '.join('*' + suffix for suffix in suffixes)})"
+        if paths:
+            _say_left_out(name, pattern, endings)
     else:
         paths = [pattern] if pattern.is_file() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]
     paths = [p.absolute() for p in paths if p.is_file()]
@@ -119,6 +120,16 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
             f"data.sources.{name}.path = {config.path!r} matches no file{wanted}; give a file, directory or glob"
         )
     return paths
+
+
+@cache  # once, though every stage looks
+def _say_left_out(name: str, directory: Path, endings: tuple[str, ...]) -> None:
+    """Which kinds of files of a directory are not read."""
+    files = [p.name.lower() for p in directory.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    kinds = Counter(Path(file).suffix or file for file in files if not file.endswith(endings))
+    if kinds:
+        left = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        print(f"data.sources.{name}: of {directory} is not read: {left}", file=sys.stderr, flush=True)
 
 
 def _is_library(path: Path) -> bool:
@@ -133,20 +144,13 @@ def _is_library(path: Path) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text("utf-8")
+        with open_plain(path) as file:
+            text = TextIOWrapper(file, "utf-8").read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it or leave it out of the path") from None
     if not text.strip():
         raise UserError(f"{path} is empty; leave it out of the path")
     return text
-
-
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(row number from 1, content) of the lines that are not blank."""
-    with path.open("rb") as file:
-        for n, line in enumerate(file, 1):
-            if line.strip():
-                yield n, line
 
 
 def _digest_jsonl(path: Path) -> str:
@@ -156,7 +160,7 @@ def _digest_jsonl(path: Path) -> str:
         if b'"image' not in line:  # parsing every row of a large text file would double the time to start
             continue
         row = json_row(line, where := f"{path} row {n}")
-        if isinstance(row, dict) and "text" in row and "messages" not in row:
+        if isinstance(row, dict) and row.get("text") is not None and row.get("messages") is None:
             continue
         # with or without an answer: its images are the user's
         (document,) = parse_row(line, path, "", where, prompts=True)
@@ -165,72 +169,3 @@ def _digest_jsonl(path: Path) -> str:
                 raise UserError(f"{where}: image {image} does not exist")
             digest.update(str(image.stat().st_size).encode())
     return digest.hexdigest()
-
-
-def json_row(line: bytes, where: str) -> Any:
-    """The value of a row of JSONL; `UserError` where it is not UTF-8 or not JSON."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-
-
-def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
-    """The documents of a row of the JSONL file at `path`: two of a pair of answers, else one. Raises `UserError`: the
-    row is malformed; begins with `where`."""
-    row = json_row(line, where)
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
-    tools: tuple[dict[str, Any], ...] = ()
-    text, messages, base = None, (), path.parent
-    compared = not prompts and {"chosen", "rejected"} <= row.keys()
-    if "messages" in row or ((prompts or compared) and "prompt" in row):
-        used, given = {"messages", "prompt", "tools"}, row.get("messages", row.get("prompt"))
-        if "messages" in row or isinstance(given, list):
-            messages = parse_messages(given, base, where, prompts or compared)
-        else:
-            messages = (Message("user", (*_images(row, base, where), _string(row, "prompt", where))),)
-        tools = parse_tools(row.get("tools") or [], where)
-    elif "text" in row and not prompts:
-        used, text = {"text"}, _string(row, "text", where)
-    elif "question" in row and "answer" in row:
-        used, question = {"question"}, (*_images(row, base, where), _string(row, "question", where))
-        messages = exchange(question, _string(row, "answer", where))[: 1 if prompts else 2]
-    else:
-        if not prompts and "prompt" in row and (lone := {"chosen", "rejected"} & row.keys()):
-            (missing,) = {"chosen", "rejected"} - lone
-            raise UserError(f"{where}: has {lone.pop()!r} but no {missing!r}; a pair needs both")
-        needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
-        raise UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
-    columns = {key: value for key, value in row.items() if key not in used}
-    document = Document(name, where, text, messages, tools, columns)
-    return judge_documents(document, *_compared(row, where)) if compared and "messages" in used else (document,)
-
-
-def _images(row: dict[str, Any], base: Path, where: str) -> tuple[Path, ...]:
-    images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-    if not isinstance(images, list):
-        raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
-    return tuple(image_path(image, base, where) for image in images)
-
-
-def _compared(row: dict[str, Any], where: str) -> tuple[str, str]:
-    """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
-    texts, opening = {}, {"role": "user", "content": "?"}
-    for key in ("chosen", "rejected"):
-        value = row[key]
-        if isinstance(value, list):
-            value = spell(parse_messages([opening, *value], Path(), f"{where}: {key}")[-1], thinking=False)
-        texts[key] = _string({key: value}, key, where)
-    if texts["chosen"] == texts["rejected"]:
-        raise UserError(f"{where}: chosen and rejected are the same, {texts['chosen'][:40]!r}; leave the row out")
-    return texts["chosen"], texts["rejected"]
-
-
-def _string(row: dict[str, Any], key: str, where: str) -> str:
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key!r} must be text that is not empty, got {value!r}")
-    return value

@@ -18,7 +18,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.errors import UserError
-from ministral_jax.files import new_directory
+from ministral_jax.files import new_directory, refuse_pointer
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 _BUNDLED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
@@ -92,6 +92,7 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
         raise UserError(
             f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
         )
+    refuse_pointer(source, f"data.tokenizer.file = {config.file!r}")
     content = source.read_bytes()
     request = _sha256(content + config.model_dump_json(include={"vocab", "special"}).encode())[:16]
     path = next(cache_dir.glob(f"tokenizer-{request}-*/tekken.json"), None)

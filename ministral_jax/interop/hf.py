@@ -271,12 +271,14 @@ def _require(directory: Path, verb: str, names: set[str]) -> None:
 def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     """Tensors of a directory under the names of `TABLE`. The prefixes `language_model.model.`, `model.language_model.`
     and `model.` are all in use. Mistral's own format (`consolidated*`) often lies in the same directory."""
-    index = directory / "model.safetensors.index.json"
+    index, whole = directory / "model.safetensors.index.json", "model.safetensors"
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(json.loads(index.read_text("utf-8-sig"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid index: {error!r}") from None
+        if whole not in files and (directory / whole).is_file():
+            raise UserError(f"{directory} has two sets of weights, {whole} and those of {index.name}; delete one")
     else:
         files = sorted(f.name for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))
     if not files:
@@ -287,6 +289,8 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
             raise UserError(f"{index} names {file}, which is not there")
         for name, tensor in safetensors.read(directory / file).items():
             short = re.sub(r"^(language_model\.|model\.)+", "", name)
+            if short.endswith("rotary_emb.inv_freq"):  # older releases kept what the configuration says
+                continue
             if short in found:
                 raise UserError(f"{directory}: {name} stands twice, in {found[short].path.name} and {file}")
             found[short] = tensor

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import open_plain
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
 # Tekken's control tokens; [PAD] only if the vocabulary has it.
@@ -24,6 +25,21 @@ _SIZES = {
     "kv_heads": "num_key_value_heads",
     "head_width": "head_dim",
 }
+# What a missing key means: older releases of `transformers` wrote only what differs from the class.
+_CLASS: dict[str, dict[str, Any]] = {
+    "mistral": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-6, sliding_window=4096,
+    ),
+    "ministral3": dict(
+        vocab_size=131072, hidden_size=4096, intermediate_size=14336, num_hidden_layers=34, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=262144, rms_norm_eps=1e-5,
+    ),
+    "pixtral": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=1024,
+        patch_size=16, hidden_act="gelu",
+    ),
+}  # fmt: skip
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -155,7 +171,7 @@ class _Keys:
         return self.values[key]
 
     def sizes(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Of our names; key-value heads are the heads and the heads fill the width where the file does not say."""
+        """Of our names; where the file says null, key-value heads are the heads and the heads fill the width."""
         heads, width = self.required(_SIZES["heads"]), self.required(_SIZES["width"])
         known = {"kv_heads": heads, "head_width": width // heads}
         return {
@@ -191,8 +207,9 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     text_kind = text.get("model_type", "mistral")
     if text_kind not in ("ministral3", "mistral"):
         raise UserError(f"{text.where}: model_type is {text_kind!r}; ministral3 and mistral can be read")
+    text = _Keys(_CLASS[text_kind] | text.values, text.where)
     text.accept("hidden_act", "silu", ("silu",))
-    window = text.values.get("sliding_window", 4096 if text_kind == "mistral" else None)
+    window = text.values.get("sliding_window")
     if window is not None and window < text.required("max_position_embeddings"):
         raise UserError(f"{text.where}: sliding_window is {window}, this model family has full attention")
     tied = text.get("tie_word_embeddings", top.get("tie_word_embeddings", False)) and not has_head
@@ -252,6 +269,7 @@ def _vision(top: _Keys) -> VisionSpec:
     top.accept("vision_feature_layer", -1, (-1, [-1]))
     v = top.section("vision_config")
     v.accept("model_type", "pixtral", ("pixtral",))
+    v = _Keys(_CLASS["pixtral"] | v.values, v.where)
     v.accept("hidden_act", "gelu", ("silu",))
     v.accept("num_channels", 3, (3,))
     rope = v.section("rope_parameters") if v.get("rope_parameters") else _Keys({}, v.where)
@@ -270,7 +288,8 @@ def load_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a directory, parsed. Raises `UserError` where there is none, or no JSON object."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        with open_plain(path) as file:
+            config = json.loads(file.read())
     except FileNotFoundError:
         raise UserError(f"{directory} has no config.json: not a Hugging Face model directory") from None
     except ValueError as error:

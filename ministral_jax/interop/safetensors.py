@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import refuse_pointer
 
 _DTYPES = {
     **{f"{kind}{8 * size}".upper(): np.dtype(f"{kind}{size}") for kind in "iuf" for size in (8, 4, 2)},
@@ -103,6 +104,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 def _header(path: Path) -> tuple[dict, int]:
     """The parsed header and where the data start."""
+    refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

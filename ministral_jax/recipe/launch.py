@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ministral_jax.settings import Frozen
 
-Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$", coerce_numbers_to_str=True)]
+Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$")]
 """Letters, digits and `_@%+=:,./-`: the same in a `#SBATCH` line, in a shell and in YAML."""
 Directory = Annotated[str, Field(pattern=r"^/[^\x00-\x1f]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -53,17 +53,24 @@ class SlurmLaunch(Launch):
     gpus_per_node: int = Field(default=0, ge=0)
     tasks_per_node: Count | None = None
     """Processes of a node: one for each GPU when none is given, one where there are no GPUs."""
+    cpus_per_task: Count | None = None
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] | None = None
     """Limit of one start, e.g. `24:00:00`; a job that is not done by then is queued again."""
     partition: Plain | None = None
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Plain] = Field(default_factory=dict)
-    """Further options of `sbatch` by their long names: `{account: lm, mem: 200G, cpus-per-task: 12}`."""
+    """Further options of `sbatch` by their long names: `{account: lm, mem: 200G}`."""
     activate: Directory | None = None
     """A virtual environment."""
     env_file: Directory | None = None
     """A shell file of assignments, sourced by the job: the place of secrets."""
     grace: Count = 120
     """Seconds between SIGTERM and the time limit."""
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        if "cpus-per-task" in self.options:
+            raise ValueError("options: cpus-per-task is a setting of its own, cpus_per_task: srun must be told too")
+        return self
 
     @model_validator(mode="after")
     def _one_device_for_a_task(self) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from ministral_jax import yaml12
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.errors import UserError
@@ -54,7 +55,7 @@ def find_recipe(path: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml12.load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
@@ -75,7 +76,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r} must have the form dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml12.load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
     parts = key.split(".")

@@ -16,7 +16,7 @@ from ministral_jax import load
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Document, Message
-from ministral_jax.data.sources import json_row, lines_of, parse_row
+from ministral_jax.data.jsonl import json_row, lines_of, parse_row
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, text_of
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.distributed.processes import poll_slow
@@ -87,7 +87,7 @@ def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
 
 
 def _options(args: Namespace, tokenizer: Tokenizer) -> SamplingOptions:
-    values = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    values = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, vocab=tokenizer.vocab)
     try:
         return SamplingOptions(max_completion_length=args.max_tokens, stop_ids=(tokenizer.eos,), chunk=CHUNK, **values)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-import yaml
+from ministral_jax import yaml12
 
 LONGEST_NAME = 120
 
@@ -66,19 +66,10 @@ def setting(value: Any) -> str:
     return _shortest(value) if finite else json.dumps(value, ensure_ascii=False)
 
 
-def plain(value: Any) -> Any:
-    """YAML 1.1 takes `1e-4` for text; everyone who writes it means the number."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
 def as_yaml(value: Any) -> str:
-    """One line of YAML that reads back as the value: a word as it is, anything else as JSON."""
-    if (
-        isinstance(value, str)
-        and re.fullmatch(r"[A-Za-z/][\w./-]*", value, re.ASCII)
-        and yaml.safe_load(value) == value
-    ):
+    """One line of YAML that reads back as the value: a word or a number as it was written, anything else as JSON."""
+    if (text := yaml12.written(value)) is not None:
+        return text
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w./-]*", value, re.ASCII) and yaml12.load(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False)

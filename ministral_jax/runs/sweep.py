@@ -12,18 +12,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
+from ministral_jax import yaml12
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest, validate
 from ministral_jax.files import digest_of
 from ministral_jax.recipe.load import find_recipe, load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import identity
-from ministral_jax.runs.naming import as_yaml, label, plain, point_name, short_keys
+from ministral_jax.runs.naming import as_yaml, label, point_name, short_keys
 from ministral_jax.settings import Frozen
 from ministral_jax.stages import figures
 
@@ -37,7 +38,7 @@ class Measure(Frozen):
     metrics: tuple[str, ...] = ()
 
 
-Values = Annotated[list[Any], AfterValidator(lambda values: [plain(value) for value in values])]
+Values = list[Any]
 
 
 class Sweep(Frozen):
@@ -153,7 +154,7 @@ def read_sweep(path: str | Path, words: Iterable[str] = (), zipped: bool = False
 def _read_file(path: Path) -> Sweep | None:
     """None when the file is a recipe (or no YAML at all, which reading the recipe will say)."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml12.load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return None
     if not isinstance(raw, dict) or "recipe" not in raw:
@@ -176,7 +177,7 @@ def _parse_settings(words: Iterable[str]) -> dict[str, list[Any]]:
     for word in words:
         key, _, text = word.partition("=")
         try:
-            values = yaml.safe_load(f"[{text}\n]")
+            values = yaml12.load(f"[{text}\n]")
         except yaml.YAMLError:
             values = None
         if not key or not isinstance(values, list):

@@ -29,6 +29,8 @@ class Choice(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     """0 for all."""
+    vocab: int | None = None
+    """Of the tokenizer: a model may have more ids, and none from here on is drawn."""
 
 
 class Rows(NamedTuple):
@@ -78,6 +80,8 @@ def draw(logits: Array, rows: Rows, positions: Array, choice: Choice) -> tuple[A
     The random numbers of a token are keyed by its row's seed, sample and position alone, and made for the whole
     vocabulary whatever is kept of it (Gumbel-max).
     """
+    if choice.vocab is not None and choice.vocab < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < choice.vocab, logits, -jnp.inf)
     if choice.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(len(logits), logits.dtype)
 

@@ -121,7 +121,7 @@ def stream(
     for number, prompt in enumerate(prompts):
         _check(prompt, spec, f"prompt {number}")
     place = by_rows(placement)
-    choice = Choice(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
+    choice = Choice(**options.model_dump(include={*Choice.model_fields}))
     run = programs(spec, model.compute, place, choice, options.stop_ids, options.chunk)
     batch = _batch(prompts, model, place.even(len(prompts)))
     parents, rows = _rows(prompts, spec, options, place.even(len(prompts) * options.completions_per_prompt))

@@ -138,11 +138,13 @@ class TokenIds:
     """Of the special tokens that have a meaning."""
     choices: tuple[int, int] = (0, 1)
     """Of the letters A and B, with which a judge answers; without a tokenizer any two will do."""
+    vocab: int | None = None
+    """Ids that the tokenizer has; none from there on is drawn."""
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> TokenIds:
         a, b = (tokenizer.encode(letter)[0] for letter in "AB")
-        return TokenIds(tokenizer.eos, tokenizer.control_ids, (a, b))
+        return TokenIds(tokenizer.eos, tokenizer.control_ids, (a, b), tokenizer.vocab)
 
 
 S = TypeVar("S", bound=Stage, covariant=True)

@@ -64,7 +64,8 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     """What sampling compiles to answer `prompts` prompts of at most `length` tokens `each` so often: reading them,
     branching into the answers, and a chunk of tokens. Shorter prompts are padded to fewer tokens."""
     spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
-    run = programs(spec, compute, place, Choice(temperature=temperature), (job.tokens.eos,), SamplingOptions().chunk)
+    choice = Choice(temperature=temperature, vocab=job.tokens.vocab)
+    run = programs(spec, compute, place, choice, (job.tokens.eos,), SamplingOptions().chunk)
     count, total = place.even(prompts), place.even(prompts * each)
     params, patches = placed_params(spec, place), job.stage.data.patches
     batch = shapes(count, bucket(max(length, compute.shortest_row)), (), bucket(patches) if patches else 0, spec.vision)

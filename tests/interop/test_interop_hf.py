@@ -242,7 +242,7 @@ def test_a_head_in_the_file_wins_then_the_text_config_then_the_top_level(tmp_pat
         (lambda c: c.update(model_type="llama"), "model_type is 'llama'; mistral3, ministral3 and mistral can be read"),
         (lambda c: c["text_config"].update(model_type="qwen3"), "text_config: model_type is 'qwen3'"),
         (lambda c: c.update(quantization_config={"quant_method": "fp8"}), r"weights are quantised \(fp8\)"),
-        (lambda c: c["text_config"].pop("hidden_size"), "text_config: hidden_size is missing"),
+        (lambda c: c["text_config"].update(hidden_size=None), "text_config: hidden_size is missing"),
         (lambda c: c["text_config"].update(hidden_act="gelu"), 'hidden_act is "gelu", this model family has "silu"'),
         (lambda c: c["text_config"].update(sliding_window=8), "sliding_window is 8"),
         (lambda c: c["text_config"].update(num_key_value_heads=3), "must be a multiple of kv_heads = 3"),

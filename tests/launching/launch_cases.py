@@ -19,8 +19,8 @@ TPU_VM = (
 )
 SLURM_GPU = (
     *("slurm", "14b-short", "stages.parent.steps=10"),
-    "launch.slurm={nodes: 2, gpus_per_node: 8, time: '24:00:00', partition: gpu, grace: 300, restarts: 40,"
-    " options: {cpus-per-task: 12, mem: 900G, account: lm, chdir: /scratch/lm}, activate: /opt/my envs/mj,"
+    "launch.slurm={nodes: 2, gpus_per_node: 8, cpus_per_task: 12, time: 24:00:00, partition: gpu, grace: 300,"
+    " restarts: 40, options: {mem: 900G, account: lm, chdir: /scratch/lm}, activate: /opt/my envs/mj,"
     " env_file: /home/me/.secrets.env, environment: {XLA_FLAGS: '--a=1 --b=2', NOTE: it's}}",
 )
 GKE_TPU = (

@@ -42,7 +42,9 @@ def test_what_slurm_is_asked_for(arguments, directives, words):
     head = script.partition("\n\n")[0]  # SLURM reads directives up to the first command
     found = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", head, re.MULTILINE))
     assert script.startswith("#!/bin/bash\n") and found == ALWAYS | directives
-    (command,) = re.findall(r"^srun .* task \\\n(.*)$", script, re.MULTILINE)
+    ((asked, command),) = re.findall(r"^srun (.*) bash .* task \\\n(.*)$", script, re.MULTILINE)
+    cpus = [f"--cpus-per-task={directives['cpus-per-task']}"] if "cpus-per-task" in directives else []
+    assert asked.split()[2:] == cpus  # or a task would be bound to one core
     assert shlex.split(command) == ["ministral-jax", "run", "configs/tiny.yaml", *words]
 
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from paths import TESTS
 
+from ministral_jax import yaml12
 from ministral_jax.cli import main
 from ministral_jax.distributed.processes import Preempted
 from ministral_jax.errors import UserError
@@ -328,10 +329,10 @@ def test_values_with_commas_quotes_and_brackets():
     sweep = read_sweep(MICRO, ["a=[1,2],[3,4]", 'b="x,y",z', "c={k: 1, l: 2},{k: 3}", "d='it''s',null", "e=1e-4"])
     values = {"a": [[1, 2], [3, 4]], "b": ["x,y", "z"], "c": [{"k": 1, "l": 2}, {"k": 3}], "d": ["it's", None]}
     assert sweep.product == values and sweep.axes == [{key: values[key]} for key in "abcd"]
-    assert sweep.overrides == {"e": "1e-4"} and sweep.name == "micro-a-b-c-d"
+    assert sweep.overrides == {"e": 1e-4} and sweep.name == "micro-a-b-c-d"
     texts = ("1e-4", "yes", "a: b", "#x", " x ", '"', "ü\n", "[", "*a", "word", "/a/b.c")
     for value in (*texts, *(value for several in values.values() for value in several)):
-        assert yaml.safe_load(as_yaml(value)) == value and "\n" not in as_yaml(value)
+        assert yaml12.load(as_yaml(value)) == value and "\n" not in as_yaml(value)
 
 
 def test_names():

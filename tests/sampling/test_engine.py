@@ -198,3 +198,12 @@ def test_settings_that_cannot_be():
         with pytest.raises(ValueError):
             SamplingOptions(**wrong)
     assert generate(VLM(SPEC), {}, [], OPTIONS, placed(ONE)) == []
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 5])
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(temperature):
+    options = OPTIONS.model_copy(update={"vocab": 40, "temperature": temperature})
+    found = sample(options=options)
+    assert found and max(max(c.tokens) for c in found) < 40
+    free = sample(options=OPTIONS.model_copy(update={"temperature": temperature}))
+    assert max(max(c.tokens) for c in free) >= 40

@@ -1,0 +1,225 @@
+"""Rows of JSONL as documents.
+
+A row is one of `{"text": ..}`, `{"question": .., "answer": ..}`, `{"messages": [..], "tools": [..]}` (tools optional;
+see `conversation.parse_messages`) and a preference, `{"prompt" or "messages": .., "chosen": .., "rejected": ..}`, which
+gives a judge's two documents; `chosen` and `rejected` may also be whole conversations that share their beginning. Read
+as prompts, a row ends before its answer, may have none, and may be `{"prompt": text or messages}`.
+
+Images stand in the messages, or beside them as `"image": path` or `"images": [path, ..]`: then they are shown where
+the user's text says `<image>`, or before the first of it where it never does. Paths are relative to the JSONL file. A
+key that is null is absent. Other keys are the document's columns, which rewards read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ministral_jax.data.conversation import Document, Message, parse_messages, parse_tools, spell
+from ministral_jax.data.pairwise import judge_documents
+from ministral_jax.errors import UserError
+from ministral_jax.files import open_plain
+
+_PLACE = "<image>"
+_NEVER_READ = {
+    **dict.fromkeys(("video", "videos", "audio", "audios"), "there are only text and images here"),
+    **dict.fromkeys(("functions", "function_call"), "offer functions as 'tools', call them as 'tool_calls'"),
+    **dict.fromkeys(("system", "system_prompt"), "begin 'messages' with one from the role system"),
+    **dict.fromkeys(("conversations", "history"), "put all turns into 'messages'"),
+}
+"""Keys of other formats that change what a model sees."""
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(row number from 1, content) of the lines that are not blank. Raises `UserError`: see `files.open_plain`."""
+    with open_plain(path) as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                yield n, line
+
+
+def json_row(line: bytes, where: str) -> Any:
+    """The value of a row of JSONL, half a character (`\\ud83d` alone) as U+FFFD; `UserError` where it is not UTF-8 or
+    not JSON."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        return _whole(row) if b"\\ud" in line.lower() else row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return {_whole(key): _whole(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
+    """The documents of a row of the JSONL file at `path`: two of a preference, else one. Raises `UserError`: the row is
+    malformed, or has a key of another format that would be lost; begins with `where`."""
+    row = json_row(line, where)
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in row.keys() & _NEVER_READ.keys():
+        raise UserError(f"{where}: {key!r} is not read; {_NEVER_READ[key]}")
+    pair = {"chosen", "rejected"} <= row.keys()
+    answers = _answers(row, where) if pair else None
+    if answers is not None and not prompts:
+        messages, tools = _conversation(row, answers[0], path.parent, where, True)
+        document = Document(name, where, None, messages, tools, _columns(row))
+        return judge_documents(document, *_compared(row, answers[1:], where))
+    if "text" in row and "messages" not in row and not prompts:
+        if row.keys() & {"image", "images"}:
+            raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
+        return (Document(name, where, _string(row, "text", where), columns=_columns(row)),)
+    shared = answers[0] if answers is not None else None
+    messages, tools = _conversation(row, shared, path.parent, where, prompts)
+    return (Document(name, where, None, messages, tools, _columns(row)),)
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """What is no part of the conversation; a question's images stay, as they are named."""
+    if "messages" in row or "prompt" in row:
+        used = {"messages", "prompt", "tools", "image", "images"}
+    else:
+        used = {"text", "question", "tools"}
+    return {key: value for key, value in row.items() if key not in used}
+
+
+def _conversation(
+    row: dict[str, Any], shared: list[Any] | None, base: Path, where: str, prompts: bool
+) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+    """Messages and tools of a row; `shared` is the beginning of a preference that is given as two conversations."""
+    if shared is not None:
+        raw: Any = shared
+    elif "messages" in row:
+        raw = _parsed(row, "messages", where)
+    elif "prompt" in row and prompts:
+        prompt = row["prompt"]
+        raw = prompt if isinstance(prompt, list) else [_said("user", _string(row, "prompt", where))]
+    elif "question" in row and "answer" in row:
+        raw = [_said("user", _string(row, "question", where)), _said("assistant", _string(row, "answer", where))]
+    else:
+        raise _lacking(row, where, prompts)
+    if images := _images(row, where):
+        raw = _shown(raw, images, where)
+    return parse_messages(raw, base, where, prompts), parse_tools(_parsed(row, "tools", where), where)
+
+
+def _said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def _lacking(row: dict[str, Any], where: str, prompts: bool) -> UserError:
+    if not prompts and "prompt" in row and (lone := {"chosen", "rejected"} & row.keys()):
+        (missing,) = {"chosen", "rejected"} - lone
+        return UserError(f"{where}: has {lone.pop()!r} but no {missing!r}; a pair needs both")
+    needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
+    return UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
+
+
+def _parsed(row: dict[str, Any], key: str, where: str) -> Any:
+    """A list, or the JSON of one, as tables keep it that hold no nested values; empty where there is nothing."""
+    value = row.get(key) or []
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: {key!r} is a string that holds no JSON, {value[:40]!r}; give a list") from None
+
+
+def _images(row: dict[str, Any], where: str) -> list[Any]:
+    images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
+    if not isinstance(images, list):
+        raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
+    return images
+
+
+def _shown(raw: Any, images: list[Any], where: str) -> Any:
+    """Messages with the images that a row names beside them; what is malformed is left to `parse_messages`."""
+    users = [m for m in raw if isinstance(m, dict) and m.get("role") == "user"] if isinstance(raw, list) else []
+    chunks = [found for message in users if (found := _chunks(message)) is not None]
+    if not users or len(chunks) < len(users):
+        return raw
+    if any(chunk.get("type") in ("image", "image_url") for each in chunks for chunk in each):
+        raise UserError(f"{where}: has images in its messages and beside them; name each once")
+    places = sum(chunk.get("text", "").count(_PLACE) for each in chunks for chunk in each)
+    if places and places != len(images):
+        raise UserError(f"{where}: its text says {_PLACE} {places} times but {len(images)} images are named beside it")
+    shown = iter([{"type": "image", "image": image} for image in images])
+    if places:
+        chunks = [[part for chunk in each for part in _split(chunk, shown)] for each in chunks]
+    else:
+        chunks[0] = [*shown, *chunks[0]]
+    filled = iter([{**message, "content": each} for message, each in zip(users, chunks, strict=True)])
+    return [next(filled) if message in users else message for message in raw]
+
+
+def _chunks(message: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """A message's content as chunks; None where it is malformed."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    whole = isinstance(content, list) and all(
+        isinstance(c, dict) and isinstance(c.get("text", ""), str) for c in content
+    )
+    return content if whole else None
+
+
+def _split(chunk: dict[str, Any], images: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A chunk's text, cut where an image is to be shown."""
+    before, *rest = chunk.get("text", "").split(_PLACE)
+    yield {**chunk, "text": before} if "text" in chunk else chunk
+    for text in rest:
+        yield next(images)
+        yield {**chunk, "text": text}
+
+
+def _answers(row: dict[str, Any], where: str) -> tuple[list[Any] | None, Any, Any]:
+    """The beginning that chosen and rejected share where both are conversations, and what differs."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    whole = isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1
+    if not whole or (isinstance(chosen[0], dict) and chosen[0].get("role") == "assistant"):
+        return None, chosen, rejected
+    shared = [a for a, b in zip(chosen[:-1], rejected[:-1], strict=False) if a == b]
+    if shared != chosen[:-1] or shared != rejected[:-1]:
+        raise UserError(f"{where}: chosen and rejected must differ in their last message alone")
+    _check_same_prompt(row, shared, where)
+    return shared, chosen[-1:], rejected[-1:]
+
+
+def _check_same_prompt(row: dict[str, Any], shared: list[Any], where: str) -> None:
+    """What else the row says of the conversation is the beginning that both share."""
+    prompt, messages = row.get("prompt"), row.get("messages")
+    last = shared[-1].get("content") if isinstance(shared[-1], dict) else None
+    if prompt is not None and prompt not in (shared, last):
+        raise UserError(f"{where}: chosen and rejected do not begin with the prompt, {str(prompt)[:40]!r}")
+    if messages is not None and messages not in (shared, row["chosen"], row["rejected"]):
+        raise UserError(f"{where}: 'messages' are neither what chosen and rejected begin with nor one of them")
+
+
+def _compared(row: dict[str, Any], answers: tuple[Any, Any], where: str) -> tuple[str, str]:
+    """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
+    texts, opening = {}, {"role": "user", "content": "?"}
+    for key, value in zip(("chosen", "rejected"), answers, strict=True):
+        if isinstance(value, list):
+            value = spell(parse_messages([opening, *value], Path(), f"{where}: {key}")[-1], thinking=False)
+        texts[key] = _string({key: value}, key, where)
+    if texts["chosen"] == texts["rejected"]:
+        raise UserError(f"{where}: chosen and rejected are the same, {texts['chosen'][:40]!r}; leave the row out")
+    return texts["chosen"], texts["rejected"]
+
+
+def _string(row: dict[str, Any], key: str, where: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key!r} must be text that is not empty, got {value!r}")
+    return value

@@ -1,0 +1,70 @@
+"""Tokenizer files of other versions: rendered as mistral-common renders that version, or refused."""
+
+import json
+
+import pytest
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from ministral_jax.data.chat import render
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.conversation import parse_messages, parse_tools
+from ministral_jax.data.tokenizer import load_tokenizer
+from ministral_jax.errors import UserError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+U, A = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+TOOL = {"type": "function", "function": {"name": "w", "description": "", "parameters": {}}}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "w", "arguments": '{"c": "Rome"}'}}
+CALLED = [U, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+          {"role": "tool", "content": "9", "tool_call_id": "abcdefghi"}, A]  # fmt: skip
+THOUGHT = {"role": "assistant", "content": [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "4"}]}
+CHATS = {
+    "one turn": ([U, A], []),
+    "turns": ([U, A, U, A], []),
+    "neighbours": ([U, U, A, A, U, A], []),
+    "system": ([SYSTEM, U, A], []),
+    "tools": ([U, A], [TOOL]),
+    "calls": ([SYSTEM, *CALLED], [TOOL]),
+    "reasoning": ([U, THOUGHT], []),
+}
+REFUSED = {
+    "v1": {*CHATS},
+    "v2": {*CHATS},
+    "v3": {"system", "tools", "calls", "reasoning"},
+    "v7": {"tools", "calls", "reasoning"},
+    "v11": {"tools", "calls", "reasoning"},
+    "v13": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def versions(tokenizer, tmp_path_factory):
+    """The tokenizer's file under other version numbers."""
+    raw, found = json.loads(tokenizer.path.read_text()), {}
+    for version in REFUSED:
+        folder = tmp_path_factory.mktemp(version)
+        (folder / "tekken.json").write_text(json.dumps(raw | {"config": raw["config"] | {"version": version}}))
+        found[version] = load_tokenizer(TokenizerConfig(file=str(folder / "tekken.json")), folder / "cache")
+    return found
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("version", REFUSED)
+def test_a_version_is_rendered_as_it_is_or_refused(versions, version, chat):
+    tokenizer, (raw, tools) = versions[version], CHATS[chat]
+    arguments = parse_messages(raw, tokenizer.path, "row 7"), tokenizer, None, "row 7", parse_tools(tools, "row 7")
+    if chat in REFUSED[version]:
+        with pytest.raises(UserError, match=f"row 7: .*tekken.json is a file of {version}; .* as in v13 alone"):
+            render(*arguments)
+        return
+    theirs = MistralTokenizer.from_file(str(tokenizer.path), ValidationMode.finetuning)
+    request = ChatCompletionRequest.from_openai(json.loads(json.dumps(raw)), tools=tools or None)
+    assert render(*arguments).tokens.tolist() == theirs.encode_chat_completion(request).tokens
+
+
+def test_a_pointer_is_no_tokenizer(tmp_path):
+    (tmp_path / "tekken.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"data.tokenizer.file = .*tekken.json' is a Git LFS pointer"):
+        load_tokenizer(TokenizerConfig(file=str(tmp_path / "tekken.json")), tmp_path)

@@ -1,0 +1,126 @@
+"""Hugging Face directories as people bring them: two sets of weights, old buffers, defaults left to the class."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from model_cases import CASES, random_params
+
+from ministral_jax.errors import UserError
+from ministral_jax.interop import safetensors
+from ministral_jax.interop.hf import export_hf, import_hf, read_spec
+from ministral_jax.interop.hf_config import from_config, to_config
+from ministral_jax.models.spec import PRESETS
+
+SPEC = CASES["images"].spec
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(SPEC)
+
+
+@pytest.fixture
+def exported(tmp_path, params):
+    export_hf(params, SPEC, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def add(directory, name: str, value: np.ndarray) -> None:
+    """One more tensor in the weights."""
+    path = directory / "model.safetensors"
+    held = {name: np.array(t.read()) for name, t in safetensors.read(path).items()} | {name: value}
+    safetensors.write(path, [safetensors.Pending(k, v.dtype, v.shape, lambda v=v: v) for k, v in held.items()])
+
+
+def test_two_sets_of_weights(exported):
+    shard, index = "model-00001-of-00001.safetensors", exported / "model.safetensors.index.json"
+    (exported / shard).write_bytes((exported / "model.safetensors").read_bytes())
+    names = [*safetensors.read(exported / shard)]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    with pytest.raises(
+        UserError, match=r"has two sets of weights, model.safetensors and those of model.safetensors.in"
+    ):
+        import_hf(exported)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    (exported / shard).unlink()
+    assert import_hf(exported)[0] == SPEC
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"])
+def test_buffers_of_older_releases(exported, name):
+    add(exported, f"language_model.model.{name}", np.ones(4, np.float32))
+    assert import_hf(exported)[0] == SPEC
+
+
+def test_a_byte_order_mark(exported):
+    path = exported / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_spec(exported) == SPEC
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_pointer_is_no_checkpoint(exported, file):
+    (exported / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        import_hf(exported)
+
+
+@pytest.mark.parametrize(("head", "top", "text"), [*itertools.product([True, False], *[[True, False, None]] * 2)])
+def test_which_of_two_flags_ties(head, top, text):
+    """A head in the file is kept; without one `text_config` decides, and the top level where it is silent."""
+    config = to_config(SPEC, "float32")
+    for section, value in ((config, top), (config["text_config"], text)):
+        section.pop("tie_word_embeddings")
+        if value is not None:
+            section["tie_word_embeddings"] = value
+    tied = not head and bool(top if text is None else text)
+    spec = from_config(config, "config.json", head)
+    assert spec.tied == tied
+    written = to_config(spec, "float32")
+    assert written["tie_word_embeddings"] == written["text_config"]["tie_word_embeddings"] == tied
+
+
+def test_no_head_and_not_tied_is_refused(tmp_path, params):
+    export_hf(params, SPEC, tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    held = {n: np.array(t.read()) for n, t in safetensors.read(path).items() if "lm_head" not in n}
+    safetensors.write(path, [safetensors.Pending(k, v.dtype, v.shape, lambda v=v: v) for k, v in held.items()])
+    with pytest.raises(UserError, match=r"lacks tensor lm_head\.weight"):
+        import_hf(tmp_path / "hf")
+
+
+SMALL = "mistral-small-3.1-24b"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "field", "value"),
+    [
+        ("text_config", "num_key_value_heads", "kv_heads", 8),
+        ("text_config", "rms_norm_eps", "norm_eps", 1e-6),
+        ("text_config", "num_attention_heads", "heads", 32),
+        ("text_config", "max_position_embeddings", "context", 131072),
+        ("vision_config", "hidden_size", "vision.width", 1024),
+        ("vision_config", "intermediate_size", "vision.mlp_width", 4096),
+        ("vision_config", "num_hidden_layers", "vision.layers", 24),
+        ("vision_config", "num_attention_heads", "vision.heads", 16),
+        ("vision_config", "patch_size", "vision.patch_size", 16),
+    ],
+)
+def test_a_missing_size_is_the_classs(section, key, field, value):
+    config = to_config(PRESETS[SMALL], "bfloat16")
+    del config[section][key]
+    found = from_config(config, "config.json", True)
+    for part in field.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_size_of_null_is_what_the_class_makes_of_it():
+    config = to_config(PRESETS[SMALL], "bfloat16")
+    config["text_config"] |= {"head_dim": None, "num_key_value_heads": None}
+    spec = from_config(config, "config.json", True)
+    assert (spec.head_width, spec.kv_heads) == (5120 // 32, 32)
+    del config["text_config"]["head_dim"]
+    assert from_config(config, "config.json", True).head_width == 160
