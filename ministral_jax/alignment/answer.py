@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
-
-_THINKING = re.compile(r"\s*\[THINK\](.*?)\[/THINK\]", re.DOTALL)
 
 
 class Sample(NamedTuple):
@@ -13,7 +11,8 @@ class Sample(NamedTuple):
 
     prompt: the conversation so far, as OpenAI-style messages; an image is `{"type": "image"}`.
     text: all that was generated, control tokens spelled out, without the `</s>` that ends it.
-    thinking: what stands between `[THINK]` and `[/THINK]` at its beginning; None where it does not begin so.
+    thinking: what stands between the control tokens `[THINK]` and `[/THINK]` at its beginning; None where it does not
+        begin so.
     answer: what follows the thinking; all of the text where there is none.
     tokens: ids, the one that ended it included.
     stopped: by what it ended: its end of sequence or the limit.
@@ -35,7 +34,12 @@ class Sample(NamedTuple):
     limit: int
 
 
-def split_thinking(text: str) -> tuple[str | None, str]:
-    """The reasoning at the beginning of a text, None where there is no complete one, and what follows it."""
-    found = _THINKING.match(text)
-    return (None, text) if found is None else (found[1], text[found.end() :])
+def split_thinking(
+    tokens: Sequence[int], brackets: tuple[int, int] | None
+) -> tuple[Sequence[int] | None, Sequence[int]]:
+    """The tokens of the reasoning that a completion begins with, None where there is no complete one, and those that
+    follow it. `brackets` are the ids that open and close it: letters that spell them are letters."""
+    if brackets is None or not tokens or tokens[0] != brackets[0] or brackets[1] not in tokens:
+        return None, tokens
+    end = list(tokens).index(brackets[1])
+    return tokens[1:end], tokens[end + 1 :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,12 @@ from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import AccuracyReward
 from ministral_jax.errors import UserError
 
+_EMPHASIS = re.compile(r"(?<![\w)*_`])(\*{1,3}|__?|`)(?=\S)(.+?)(?<=\S)\1(?![\w(*_`])")
+_FRACTION = re.compile("(?<!\\d)[\u00bc-\u00be\u2150-\u215e]")
+_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*", "\u00f7": "/"})
+_POWER_OF_TEN = re.compile(r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
 _NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{1,300})?")
-_MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
+_MARKED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\begin")
 _COMMAND = re.compile(r"\\[a-zA-Z]+|\b(sin|cos|tan|log|ln|exp|sqrt|pi|max|min|oo|inf)\b")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _FUNCTION = re.compile(r"(?<!\\)\b(sin|cos|tan|log|ln|exp)\b")
@@ -39,14 +44,24 @@ def gold_answer(columns: Mapping[str, Any], where: str) -> str:
 def check_gold(columns: Mapping[str, Any], settings: AccuracyReward, where: str) -> None:
     """Raises `UserError`: the row has no answer, or one that is no mathematics where text is not asked for
     (`exact`)."""
-    gold = gold_answer(columns, where)
+    gold = plain_answer(gold_answer(columns, where))
     if not settings.exact and not _NUMBER.fullmatch(gold):
         _parse_gold(gold, settings, where)
 
 
+def plain_answer(text: str) -> str:
+    """A stripped answer in the letters of mathematics: without Markdown's emphasis (2**3 stays a power), 1e3 as a power
+    of ten, signs and fractions as keyboards have them."""
+    text = _FRACTION.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text.strip()).translate(_SIGNS)
+    text = _POWER_OF_TEN.sub(r"\1*10^{\2}", text)
+    while (shorter := _EMPHASIS.sub(r"\2", text)) != text:
+        text = shorter
+    return text
+
+
 def quick_accuracy(sample: Sample, settings: AccuracyReward) -> float | None:
     """The reward where it needs no mathematics; None elsewhere."""
-    gold, answer = gold_answer(sample.columns, sample.where), sample.answer.strip()
+    gold, answer = plain_answer(gold_answer(sample.columns, sample.where)), plain_answer(sample.answer)
     sure = settings.exact or _NUMBER.fullmatch(gold) is not None
     if sure and (answer == gold or not answer):
         return float(answer == gold)
@@ -68,7 +83,7 @@ def accuracy(sample: Sample, settings: AccuracyReward) -> float:
     quick = quick_accuracy(sample, settings)
     if quick is not None:
         return quick
-    gold, answer = gold_answer(sample.columns, sample.where), sample.answer.strip()
+    gold, answer = plain_answer(gold_answer(sample.columns, sample.where)), plain_answer(sample.answer)
     expected = _parse_gold(gold, settings, sample.where)
     if answer == gold:
         return 1.0

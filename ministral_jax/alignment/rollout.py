@@ -85,8 +85,10 @@ class Sampler:
 
     def sample(self, row: PromptRow, episode: Episode, limit: int) -> Sample:
         """What rewards and judges see."""
-        text, tokens = self._text(episode.tokens), tuple(episode.tokens)
-        said = text, *split_thinking(text), tokens, episode.stopped, is_looping(tokens)
+        tokens = tuple(episode.tokens)
+        inside, rest = split_thinking(tokens, self.tokenizer.thinking_ids)
+        thinking = None if inside is None else self._text(inside)
+        said = self._text(tokens), thinking, self._text(rest), tokens, episode.stopped, is_looping(tokens)
         return Sample(as_openai(row.messages), *said, row.columns, row.where, limit)
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -110,7 +112,7 @@ class Sampler:
         if episode.stopped != "stop" or len(episode.tokens) >= limit or self.spec.image_token in episode.tokens:
             return []
         last = max((n for n, own in enumerate(episode.own) if not own), default=-1) + 1
-        tokens = self.tools.results(self._text(episode.tokens[last:]), self.tokenizer)
+        tokens = self.tools.results(episode.tokens[last:], self.tokenizer)
         room = min(limit, self.spec.context - len(episode.prompt.tokens)) - len(episode.tokens)
         return tokens if len(tokens) < room else []
 

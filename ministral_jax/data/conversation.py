@@ -152,13 +152,15 @@ def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def parse_tool_calls(text: str) -> list[ToolCall] | None:
-    """The calls `[TOOL_CALLS]name[ARGS]{..}` of a completion whose control tokens are spelled out; None: it has none.
-
-    What stands in its reasoning is no call. A call that cannot be carried out has a `problem`, to be answered by.
-    """
-    _, *calls = text.rpartition("[/THINK]")[2].split("[TOOL_CALLS]")
-    return [_parse_completed(call) for call in calls] or None
+def parse_call(name: str, arguments: str | None) -> ToolCall:
+    """A call that a completion makes, `arguments` None where it has no `[ARGS]`; one that cannot be carried out has a
+    `problem`, to be answered by."""
+    if arguments is None:
+        return ToolCall(name[:64], None, "no [ARGS] after the name of the tool")
+    if not _NAME.fullmatch(name):
+        return ToolCall(name[:64], None, f"{name[:64]!r} is not the name of a tool")
+    parsed = _json_object(arguments)
+    return ToolCall(name, parsed, None if parsed is not None else f"arguments of {name} are not a JSON object")
 
 
 def as_openai(messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
@@ -317,13 +319,3 @@ def _json_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _parse_completed(call: str) -> ToolCall:
-    name, separator, arguments = call.partition("[ARGS]")
-    if not separator:
-        return ToolCall(name[:64], None, "no [ARGS] after the name of the tool")
-    if not _NAME.fullmatch(name):
-        return ToolCall(name[:64], None, f"{name[:64]!r} is not the name of a tool")
-    parsed = _json_object(arguments)
-    return ToolCall(name, parsed, None if parsed is not None else f"arguments of {name} are not a JSON object")

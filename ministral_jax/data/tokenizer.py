@@ -65,6 +65,12 @@ class Tokenizer:
         return self.special("[IMG]"), self.special("[IMG_BREAK]"), self.special("[IMG_END]")
 
     @cached_property
+    def thinking_ids(self) -> tuple[int, int] | None:
+        """Ids of [THINK] and [/THINK]; None where the file has none."""
+        found = {self.tekken.id_to_piece(i): i for i in self.control_ids}
+        return (found["[THINK]"], found["[/THINK]"]) if {"[THINK]", "[/THINK]"} <= found.keys() else None
+
+    @cached_property
     def control_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens that have a meaning, ascending: all but the fillers between them."""
         pieces = ((i, self.tekken.id_to_piece(i)) for i in range(self.tekken.num_special_tokens))

@@ -1,6 +1,7 @@
 """Rewards as functions, as settings of a recipe, and under failures."""
 
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ministral_jax.alignment import reward_functions as cheap
 from ministral_jax.alignment import rewards, scoring
-from ministral_jax.alignment.answer import Sample, split_thinking
-from ministral_jax.alignment.mathematics import accuracy, check_gold
+from ministral_jax.alignment.answer import Sample
+from ministral_jax.alignment.mathematics import accuracy, check_gold, quick_accuracy
 from ministral_jax.alignment.rewards import AccuracyReward, FormatReward, LengthReward
 from ministral_jax.errors import UserError
 
@@ -52,7 +53,8 @@ FUNCTIONS = """
 
 
 def sample(text="42", prompt="What is 4 + 2?", stopped="stop", tokens=(5,), limit=64, where="rows.jsonl:1", **columns):
-    thinking, answer = split_thinking(text)
+    found = re.match(r"(?s)\[THINK\](.*?)\[/THINK\](.*)", text)  # control tokens, spelled out
+    thinking, answer = found.groups() if found else (None, text)
     messages = ({"role": "user", "content": prompt},)
     return Sample(messages, text, thinking, answer, tuple(tokens), stopped, False, columns, where, limit)
 
@@ -377,3 +379,32 @@ def test_functions_that_are_not_there(functions, kind, path, said):
     with pytest.raises(UserError) as refused:
         scoring.Scorer(settings(mine={"kind": kind[0], kind[1]: path}), workers=1)
     assert str(refused.value).startswith(f"rewards.mine: {path} {said}")
+
+
+RIGHT = {
+    "72": ("**72**", "The answer is **72**.", "Answer: **72**", "**Answer: 72**", "= **72**", "`72`", "__72__",
+           "***72***", "So **24** clips in May, **72** in total.", "**72** km", "72 km/h", "$72", "€72", "72%", "**Total:** $72.00",
+           "# 72", "(72)", "7.2e1", "**x = 72**"),
+    "1/2": ("**1/2**", "½", "**0.5**", "1\N{FRACTION SLASH}2"),
+    "0.5": ("**0.5**", ".5", "**1/2**", "5e-1"),
+    "-5": ("\N{MINUS SIGN}5", "**-5**", "-5°C", "**\N{MINUS SIGN}5**"),
+    "1000": ("1,000", "**1,000**", "1e3", "10^3"),
+    "2**3": ("8", "2**3", "**8**"),
+    "**72**": ("72", "**72**"),
+}  # fmt: skip
+WRONG = {"72": ("**24**", "**7**2", "**72** or **73**", "1e72", "**-72**"), "1/2": ("1½", "2/1"), "6": ("2**3", "*2*3")}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_wrappings_of_an_answer_change_nothing(right):
+    for gold, answers in (RIGHT if right else WRONG).items():
+        check_gold({"answer": gold}, settings(accuracy={})["accuracy"], "row 1")
+        for answer in answers:
+            assert accuracy(sample(answer, answer=gold), settings(accuracy={})["accuracy"]) == right, (gold, answer)
+    if right:
+        exact = settings(accuracy={"exact": True})["accuracy"]
+        assert (
+            quick_accuracy(sample("**yes**", answer="yes"), exact)
+            == 1
+            == quick_accuracy(sample("`a`", answer="`a`"), exact)
+        )

@@ -12,13 +12,16 @@ from model_cases import vlm
 from PIL import Image
 from sampling_cases import placed
 
-from ministral_jax.alignment.rollout import Sampler, training_rows
-from ministral_jax.alignment.tools import ToolBox
+from ministral_jax.alignment.reward_functions import format_reward
+from ministral_jax.alignment.rewards import FormatReward
+from ministral_jax.alignment.rollout import Episode, Sampler, training_rows
+from ministral_jax.alignment.tools import ToolBox, calls_of
 from ministral_jax.data.chat import render
 from ministral_jax.data.conversation import Message, Thought, ToolCall
+from ministral_jax.data.prompts import PromptRow
 from ministral_jax.data.tokenizer import text_of
 from ministral_jax.models.vlm import Compute
-from ministral_jax.sampling.engine import Completion
+from ministral_jax.sampling.engine import Completion, Prompt
 
 SPEC = vlm(vocab=512, context=256)
 LIMIT = 120
@@ -50,9 +53,7 @@ class Script:
         self.tokenizer, self.rounds, self.asked, self.said = tokenizer, list(rounds), [], []
 
     def ids(self, text: str) -> list[int]:
-        pieces = re.split(r"(\[/?[A-Z_]+\]|</s>)", text)
-        control = self.tokenizer.special
-        return [i for n, p in enumerate(pieces) for i in ([control(p)] if n % 2 else self.tokenizer.encode(p))]
+        return spelled(text, self.tokenizer)
 
     def __call__(self, params, prompts, each, limit) -> list[Completion]:
         texts = self.rounds[len(self.asked)]
@@ -246,3 +247,54 @@ def test_samples_of_a_prompt_that_say_the_same_go_on_with_random_numbers_of_thei
     script = Script(tokenizer, [f"{ADD}</s>"] * 4, ["3</s>"] * 4)
     roll_out(script, [row(tokenizer, "Hello")] * 2, each=2)
     assert len({prompt.seed for asked in script.asked for prompt in asked}) == 2 + 4
+
+
+def spelled(text, tokenizer) -> list[int]:
+    """Tokens of a text whose control tokens are meant, not their letters."""
+    pieces = re.split(r"(\[/?[A-Z_]+\]|</s>)", text)
+    return [t for n, p in enumerate(pieces) for t in ([tokenizer.special(p)] if n % 2 else tokenizer.encode(p))]
+
+
+def test_calls_are_read_from_a_completion(tokenizer):
+    text = '[THINK]so[/THINK]See.[TOOL_CALLS]f-1[ARGS]{"a": "é [1]"}[TOOL_CALLS]g[ARGS] {} </s>'
+    assert calls_of(spelled(text, tokenizer), tokenizer) == [ToolCall("f-1", {"a": "é [1]"}), ToolCall("g", {})]
+    assert calls_of(tokenizer.encode(text), tokenizer) == []  # letters
+    for nothing in ("It is [ARGS]{}", "[THINK][TOOL_CALLS]f[ARGS]{}[/THINK]no", ""):
+        assert calls_of(spelled(nothing, tokenizer), tokenizer) == []
+    letters = spelled('[TOOL_CALLS]f[ARGS]{"a": "', tokenizer) + tokenizer.encode('[TOOL_CALLS]g[ARGS]"}')
+    assert calls_of(letters, tokenizer) == [ToolCall("f", {"a": "[TOOL_CALLS]g[ARGS]"})]
+    for text, problem in {
+        "f": "no [ARGS] after the name of the tool",
+        "[ARGS]{}": "'' is not the name of a tool",
+        "f g[ARGS]{}": "'f g' is not the name of a tool",
+        'f[ARGS]{"a": 1': "arguments of f are not a JSON object",
+        "f[ARGS]7": "arguments of f are not a JSON object",
+        "f[ARGS]" + "{" * 10**4: "arguments of f are not a JSON object",
+    }.items():
+        (found,) = calls_of(spelled("[TOOL_CALLS]" + text, tokenizer), tokenizer)
+        assert found.arguments is None and found.problem == problem
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        ("[THINK]2+2[/THINK]4</s>", "2+2", "4"),
+        ("4</s>", None, "4"),
+        ("[THINK]2+2", None, "[THINK]2+2"),
+        ("so [THINK]2+2[/THINK]4</s>", None, "so [THINK]2+2[/THINK]4"),
+        ("[THINK]a[THINK]b[/THINK]c[/THINK]d</s>", "a[THINK]b", "c[/THINK]d"),
+    ],
+)
+def test_only_control_tokens_open_and_close_a_thinking_chunk(tokenizer, text, thinking, answer):
+    sampler = Sampler(SPEC, Compute(), placed(dict(fsdp=1)), tokenizer, 1.0, on_step=lambda _: None)
+    row = PromptRow((), None, {"answer": "4"}, "", "s", "row 1")
+
+    def seen(tokens):
+        return sampler.sample(row, Episode(Prompt([1]), tokens, [True] * len(tokens), [], "stop"), 99)
+
+    sample = seen(spelled(text, tokenizer))
+    assert (sample.thinking, sample.answer) == (thinking, answer)
+    letters = seen([*tokenizer.encode(text.removesuffix("</s>")), tokenizer.eos])
+    assert (letters.thinking, letters.answer) == (None, text.removesuffix("</s>"))
+    assert format_reward(letters, FormatReward(kind="format")) == 0
+    assert format_reward(sample, FormatReward(kind="format")) == float(text.startswith("[THINK]2+2[/"))

@@ -20,7 +20,6 @@ from ministral_jax.data.conversation import (
     ToolCall,
     as_openai,
     parse_messages,
-    parse_tool_calls,
     parse_tools,
 )
 from ministral_jax.data.documents import tokenise
@@ -231,23 +230,6 @@ def test_bad_prompts_are_one_sentence(raw, sentence):
 def test_bad_tools_are_one_sentence(raw, sentence):
     with pytest.raises(UserError, match=f"^here row 7: {sentence}"):
         parse_tools(raw, "here row 7")
-
-
-def test_calls_are_read_from_a_completion():
-    assert parse_tool_calls("It is [ARGS]{}") is None
-    assert parse_tool_calls("[THINK][TOOL_CALLS]f[ARGS]{}[/THINK]no") is None
-    text = '[THINK]so[/THINK]See.[TOOL_CALLS]f-1[ARGS]{"a": "é [1]"}[TOOL_CALLS]g[ARGS] {} '
-    assert parse_tool_calls(text) == [ToolCall("f-1", {"a": "é [1]"}), ToolCall("g", {})]
-    for text, problem in {
-        "f": "no [ARGS] after the name of the tool",
-        "[ARGS]{}": "'' is not the name of a tool",
-        "f g[ARGS]{}": "'f g' is not the name of a tool",
-        'f[ARGS]{"a": 1': "arguments of f are not a JSON object",
-        "f[ARGS][1]": "arguments of f are not a JSON object",
-        "f[ARGS]" + "[" * 10**5: "arguments of f are not a JSON object",
-    }.items():
-        (found,) = parse_tool_calls("[TOOL_CALLS]" + text) or [None]
-        assert found is not None and found.arguments is None and found.problem == problem
 
 
 def test_messages_can_be_written_as_json():
