@@ -3,8 +3,8 @@
 Each row begins with the source that is furthest behind its share of the tokens and takes documents from it until none
 fits, then goes on with the next. So every prefix of the rows has the mix to within two rows, and a row with images is
 full of them (up to P) while the others hold none. Plain text is cut where a row ends; a conversation only when it is
-longer than a row; a document with images never. Every window that continues a document begins with `<s>`, as the models
-always see it.
+longer than a row, and a window of it in which the assistant says nothing is left out; a document with images never.
+Every window that continues a document begins with `<s>`, as the models always see it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ministral_jax.data.chat import TRAINABLE
 from ministral_jax.data.documents import Documents
 from ministral_jax.errors import UserError
 from ministral_jax.files import mix
@@ -76,31 +77,44 @@ class _Queue:
 
     def take(self, tokens: int, patches: int, repeat: bool) -> Piece | None:
         """The piece that fills most of the space left; `repeat` allows another pass."""
-        self._refill(repeat)
+        while True:
+            self._refill(repeat)
+            best, size = self._best(tokens, patches)
+            if best < 0:
+                return None
+            document, start = self.window[best]
+            piece = Piece(self.index, document, start, start + size - (start > 0))
+            if piece.stop == self.sizes[document]:
+                del self.window[best]
+                self.finished += 1
+            else:
+                self.window[best] = (document, piece.stop)
+            if self._teaches(piece):
+                self.tally.documents += start == 0
+                self.tally.tokens += size
+                self.tally.pictures += self.pictures[document]
+                return piece
+
+    def _best(self, tokens: int, patches: int) -> tuple[int, int]:
+        """Place in the window of what fills most of the space, and how much; place -1 where nothing fits."""
         best, size = -1, 0
         for position, (document, start) in enumerate(self.window):
             left = self.sizes[document] - start + (start > 0)
             if left > tokens:
                 if tokens >= self.shortest[document]:
-                    best, size = position, tokens
-                    break
+                    return position, tokens
             elif left > size and self.patches[document] <= patches:
                 best, size = position, left
                 if left == tokens:
                     break
-        if best < 0:
-            return None
-        document, start = self.window[best]
-        piece = Piece(self.index, document, start, start + size - (start > 0))
-        if piece.stop == self.sizes[document]:
-            del self.window[best]
-            self.finished += 1
-        else:
-            self.window[best] = (document, piece.stop)
-        self.tally.documents += start == 0
-        self.tally.tokens += size
-        self.tally.pictures += self.pictures[document]
-        return piece
+        return best, size
+
+    def _teaches(self, piece: Piece) -> bool:
+        """A window of a long conversation in which only others speak would be an update by nothing."""
+        if piece.stop - piece.start == self.sizes[piece.document] or self.documents.plain[piece.document]:
+            return True
+        begin = self.documents.starts[piece.document]
+        return bool((self.documents.flags[begin + piece.start : begin + piece.stop] & TRAINABLE).any())
 
     def _refill(self, repeat: bool) -> None:
         # Another pass begins only when all of this one is placed, so that no document is ahead of another by two.

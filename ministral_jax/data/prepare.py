@@ -21,7 +21,7 @@ from ministral_jax.files import digest_of, new_directory
 from ministral_jax.models.spec import VisionSpec
 
 SPLITS = ("train", "held_out")
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)

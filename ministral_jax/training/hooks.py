@@ -34,7 +34,8 @@ def peak_flops() -> float | None:
 
 
 class GuardConfig(Frozen):
-    """What happens when a step's loss is NaN, infinite, or above `spike` times the median of the last `window`.
+    """What happens when a step's loss or gradient is NaN or infinite, or its loss above `spike` times the median of the
+    last `window`.
 
     `stop` ends the run. `rollback` goes back to the newest saved state and leaves out the batches since then, at most
     `rollbacks` times in a row of a process's life.
@@ -46,30 +47,32 @@ class GuardConfig(Frozen):
     rollbacks: int = Field(default=3, ge=0)
 
 
-class BadLoss(Exception):
-    """A step's loss that must not be trained on."""
+class BadStep(Exception):
+    """A step that must not be gone on from."""
 
-    def __init__(self, step: int, loss: float, usual: float | None):
-        much = "" if usual is None else f", over {loss / usual:.1f} times its usual {usual:.4g}"
-        super().__init__(f"the loss is {loss} at step {step}{much}")
+    def __init__(self, step: int, loss: float, what: str):
+        super().__init__(what)
         self.step, self.loss = step, loss
 
 
 class Guard:
-    """Watches the loss of every step."""
+    """Watches the loss and the gradient of every step."""
 
     def __init__(self, config: GuardConfig):
         self._config = config
         self._recent: deque[float] = deque(maxlen=config.window)
 
-    def check(self, step: int, loss: float) -> None:
-        """Raise `BadLoss` when it is not finite, or a spike."""
+    def check(self, step: int, loss: float, gradient_norm: float = 0.0) -> None:
+        """Raise `BadStep` when one of them is not finite, or the loss is a spike."""
         if not math.isfinite(loss):
-            raise BadLoss(step, loss, None)
+            raise BadStep(step, loss, f"the loss is {loss} at step {step}")
+        if not math.isfinite(gradient_norm):  # of a finite loss: the parameters are spoilt, the next loss would say so
+            raise BadStep(step, loss, f"the norm of the gradient is {gradient_norm} at step {step}")
         if self._config.spike is not None and len(self._recent) == self._config.window:
             usual = statistics.median(self._recent)
             if loss > self._config.spike * usual:
-                raise BadLoss(step, loss, usual)
+                much = f"over {loss / usual:.1f} times its usual {usual:.4g}"
+                raise BadStep(step, loss, f"the loss is {loss} at step {step}, {much}")
         self._recent.append(loss)
 
 

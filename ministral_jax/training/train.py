@@ -17,7 +17,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore
 from ministral_jax.training.goodput import Clock
-from ministral_jax.training.hooks import BadLoss, Guard, GuardConfig, ProfileConfig, Profiler, Speed
+from ministral_jax.training.hooks import BadStep, Guard, GuardConfig, ProfileConfig, Profiler, Speed
 from ministral_jax.training.log import StageLog, Track, mean
 from ministral_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ministral_jax.training.progress import ProgressLine
@@ -120,8 +120,8 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         clock: has run since the stage began.
 
     Raises:
-        Diverged: the loss of a step is NaN, infinite or a spike, and the guard does not allow to roll back (again).
-            Nothing of that step is saved.
+        Diverged: the loss or the gradient of a step is NaN or infinite, or the loss a spike, and the guard does not
+            allow to roll back (again). Nothing of that step is saved.
         Preempted: the job was asked to stop. The state is saved, at the same step by all processes.
     """
     schedule, begun = learner.schedule, time.monotonic()
@@ -154,7 +154,7 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
                     state = attempt.step(state)
                     at = replace(at, step=at.step + 1, evaluated=False)
                     profiler.after(at.step, state)
-                except BadLoss as bad:
+                except BadStep as bad:
                     state = None  # not in memory beside the one that is restored
                     state, at = _roll_back(bad, abstract, store, config.guard, attempt.rollbacks + 1)
                     saved = at.step
@@ -191,7 +191,7 @@ def _restore(store: ResumeStore, abstract: Any) -> tuple[State, Position] | None
 
 
 def _roll_back(
-    bad: BadLoss, abstract: Any, store: ResumeStore, guard: GuardConfig, rollbacks: int
+    bad: BadStep, abstract: Any, store: ResumeStore, guard: GuardConfig, rollbacks: int
 ) -> tuple[State, Position]:
     """The newest saved state, past the batches since then.
 
@@ -227,7 +227,7 @@ class _Attempt:
         self.stream = self.learner.batches(at.step + at.skipped)
         self.clock.begin_attempt(self.log, at.step)
 
-    def begin_again(self, at: Position, bad: BadLoss) -> None:
+    def begin_again(self, at: Position, bad: BadStep) -> None:
         """After a roll-back to `at`."""
         self.end()
         self.rollbacks += 1
@@ -259,13 +259,13 @@ class _Attempt:
         """Log the figures of the last step that was dispatched, which waits for it.
 
         Raises:
-            BadLoss: its loss must not be trained on.
+            BadStep: it must not be gone on from.
         """
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
         values = mean(metrics)
-        self.guard.check(step, values["loss"])
+        self.guard.check(step, values["loss"], values.get("gradient_norm", 0.0))
         values |= self.speed.of(step, values.get("tokens_drawn", 0.0))
         self.log.write("train", step, {**self.learner.schedule.seen(step), **values})
         note = f"reward {values['reward']:.3f}  " if "reward" in values else ""
@@ -277,10 +277,10 @@ class _Attempt:
         self.line.update(step, note)
 
     def is_sound(self) -> bool:
-        """Whether the loss of the last step is one to go on from; its figures are logged if so."""
+        """Whether the last step is one to go on from; its figures are logged if so."""
         try:
             self.read_figures()
-        except BadLoss:
+        except BadStep:
             return False
         return True
 

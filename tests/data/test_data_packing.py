@@ -497,3 +497,15 @@ def test_a_content_hash_sees_every_part(key):
     record[key] = record[key].copy()
     record[key].flat[0] += 1
     assert content_hash(save(record)) != before
+
+
+def test_windows_in_which_nothing_is_to_be_learnt_are_left_out(tmp_path):
+    """A long question and a short answer: the windows before the answer would be updates by nothing."""
+    rows = [{"question": f"row {n} " + 600 * "word ", "answer": "ok"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = dict(s=dict(kind="jsonl", path=str(tmp_path / "rows.jsonl")))
+    data = prepare(config(tmp_path, sources=sources, held_out=0.0, patches=0), LENGTH, None, tmp_path / "data")
+    found = rows_of(data, "train")
+    assert all(row["loss_mask"].any() for row in found)
+    assert sum(int(row["segments"].max()) for row in found) == 8  # the last window of each
+    assert data.counts["train"]["sources"]["s"]["passes"] == 1

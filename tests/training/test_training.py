@@ -21,7 +21,7 @@ from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_par
 from ministral_jax.runs.summary import token_speedup
 from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore, load_params, save_params
 from ministral_jax.training.goodput import Clock, goodput
-from ministral_jax.training.hooks import BadLoss, Guard, GuardConfig, ProfileConfig
+from ministral_jax.training.hooks import BadStep, Guard, GuardConfig, ProfileConfig
 from ministral_jax.training.log import check_tracker
 from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ministral_jax.training.state import abstract_state, init_state, make_step, split_frozen
@@ -267,8 +267,58 @@ def test_a_spike_is_a_multiple_of_the_recent_median():
     guard = Guard(GuardConfig(spike=3, window=3))
     for step, loss in enumerate([9.0, 1.0, 1.1, 2.9], 1):  # the first ones have no median yet
         guard.check(step, loss)
-    with pytest.raises(BadLoss, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
+    with pytest.raises(BadStep, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
         guard.check(5, 9.0)
+
+
+class Spoiling(Learner):
+    """A finite loss whose gradient is not: from the given batches on the parameters are NaN."""
+
+    def __init__(self, *bad: int):
+        super().__init__(lambda start: ((n, batch(n)) for n in range(start, 100)))
+        self.bad = bad
+
+    def step(self, state, numbered):
+        number, data = numbered
+        state, metrics = super().step(state, data)
+        if number in self.bad:
+            state = {**state, "params": jax.tree.map(lambda x: x * jnp.nan, state["params"])}
+            metrics = {**metrics, "gradient_norm": (jnp.nan, 1.0)}
+        return state, metrics
+
+
+def spoilt(tmp_path, params, *bad, every=3, **settings):
+    (tmp_path / "stage").mkdir(exist_ok=True, parents=True)
+    config = Steps(steps=6, optimizer=CONFIG, checkpoint=CheckpointConfig(every=every), **settings)
+    return train(Spoiling(*bad), jax.tree.map(jnp.copy, params), config, tmp_path / "stage", Clock())
+
+
+def test_a_gradient_that_is_no_number_is_a_bad_step(tmp_path, params):
+    outcome = spoilt(tmp_path, params, 4, guard=GuardConfig(action="rollback"))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome.state["params"]))
+    records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
+    assert [(r["step"], r["from"]) for r in records if r["kind"] == "rollback"] == [(3, 5)]
+
+
+@pytest.mark.parametrize("bad", [2, 5])  # of a step that would be saved, and of the last one
+def test_nothing_of_a_step_whose_gradient_is_no_number_is_saved(tmp_path, params, bad):
+    kept = "no state was saved yet" if bad == 2 else "the state of step 3 is kept"
+    with pytest.raises(Diverged, match=rf"the norm of the gradient is nan at step {bad + 1}; {kept}"):
+        spoilt(tmp_path, params, bad)
+    assert not (tmp_path / "stage" / "state" / str(bad + 1)).exists()
+    outcome = spoilt(tmp_path, params)  # and what is kept is good
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome.state["params"]))
+
+
+def test_a_stop_after_such_a_step_saves_nothing_of_it(tmp_path, params, monkeypatch):
+    def poll(what, **_):
+        if what == "step 4":
+            raise Preempted("stopped")
+
+    monkeypatch.setattr("ministral_jax.training.train.poll", poll)
+    with pytest.raises(Preempted):
+        spoilt(tmp_path, params, 2, every=5)
+    assert not [*(tmp_path / "stage" / "state").glob("[0-9]*")]
 
 
 def test_a_loop_asked_to_stop_saves_there_and_goes_on_to_the_same_end(tmp_path, params, monkeypatch):
