@@ -89,7 +89,7 @@ def test_the_command_reads_prompts_images_and_rows(checkpoint, say, monkeypatch)
         ('\n{"prompt": 3}', "row 2: 'prompt' must be text that is not empty, got 3"),
         ('{"prompt": "a", "images": ["gone.png"]}', "gone.png does not exist"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is from 'assistant' where"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "in turn"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "in turn"),
         (json.dumps({"prompt": "x y " * 200}), "tokens; the model's context of 128 leaves no room"),
     ],
 )
