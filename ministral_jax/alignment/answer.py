@@ -41,5 +41,5 @@ def split_thinking(
     follow it. `brackets` are the ids that open and close it: letters that spell them are letters."""
     if brackets is None or not tokens or tokens[0] != brackets[0] or brackets[1] not in tokens:
         return None, tokens
-    end = list(tokens).index(brackets[1])
+    end = tokens.index(brackets[1])
     return tokens[1:end], tokens[end + 1 :]

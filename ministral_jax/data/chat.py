@@ -41,10 +41,18 @@ class Rendered:
     pictures: tuple[np.ndarray, ...] = ()
 
 
-def render_text(text: str, tokenizer: Tokenizer) -> Rendered:
-    """`<s>text</s>`, every token but the first a target."""
-    tokens = np.array(tokenizer.encode(text, bos=True, eos=True), np.uint32)
+def render_text(text: str, tokenizer: Tokenizer, where: str) -> Rendered:
+    """`<s>text</s>`, every token but the first a target. Raises `UserError`: the text cannot be tokenised; begins with
+    `where`."""
+    tokens = np.array([tokenizer.bos, *_encode(text, tokenizer, where), tokenizer.eos], np.uint32)
     return Rendered(tokens, np.full(tokens.shape, TRAINABLE | TEXT, np.uint8))
+
+
+def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:  # of its regular expression
+        raise UserError(f"{where}: cannot be tokenised ({error}); it may have a run of a million blanks") from None
 
 
 def render(
@@ -67,6 +75,9 @@ def render(
     tokens, flags = [tokenizer.bos], [0]
     pictures: list[np.ndarray] = []
 
+    def encode(text: str) -> list[int]:
+        return _encode(text, tokenizer, where)
+
     def add(ids: list[int], flag: int) -> None:
         tokens.extend(ids)
         flags.extend([flag] * len(ids))
@@ -76,16 +87,16 @@ def render(
 
     for message in messages:
         if message.role == "user" and tools:
-            add(enclosed("[AVAILABLE_TOOLS]", tokenizer.encode(dump(tools)), "[/AVAILABLE_TOOLS]"), 0)
+            add(enclosed("[AVAILABLE_TOOLS]", encode(dump(tools)), "[/AVAILABLE_TOOLS]"), 0)
             tools = ()
         opening, closing = _BRACKETS[message.role]
         trainable = TRAINABLE if message.role == "assistant" and message.target else 0
         add([tokenizer.special(opening)] if opening else [], 0)
         for part in _ordered(message):
             if isinstance(part, str):
-                add(tokenizer.encode(part), trainable | ANSWER if trainable and pictures else trainable)
+                add(encode(part), trainable | ANSWER if trainable and pictures else trainable)
             elif isinstance(part, Thought):
-                add(enclosed("[THINK]", tokenizer.encode(part.text), "[/THINK]"), trainable)
+                add(enclosed("[THINK]", encode(part.text), "[/THINK]"), trainable)
             else:
                 if vision is None:
                     raise UserError(
@@ -95,7 +106,7 @@ def render(
                 pictures.append(resize(image, vision))
                 add(image_tokens(*token_grid(*image.size, vision), tokenizer.image_ids), 0)
         for call in message.calls:
-            name, arguments = tokenizer.encode(call.name), tokenizer.encode(dump(call.arguments))
+            name, arguments = encode(call.name), encode(dump(call.arguments))
             add([tokenizer.special("[TOOL_CALLS]"), *name, tokenizer.special("[ARGS]"), *arguments], trainable)
         add([tokenizer.special(closing)], trainable)
     return Rendered(np.array(tokens, np.uint32), np.array(flags, np.uint8), tuple(pictures))

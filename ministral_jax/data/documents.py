@@ -94,16 +94,9 @@ def _write(
     directory: Path, source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, progress: Progress | None
 ) -> None:
     def rendering(document: Document) -> Rendered:
-        try:
-            if document.text is not None:
-                return render_text(document.text, tokenizer)
-            return render(document.messages, tokenizer, vision, document.where, document.tools)
-        except UserError:
-            raise
-        except ValueError as error:  # of the tokenizer's regular expression
-            raise UserError(
-                f"{document.where}: cannot be tokenised ({error}); it may have a run of a million blanks"
-            ) from None
+        if document.text is not None:
+            return render_text(document.text, tokenizer, document.where)
+        return render(document.messages, tokenizer, vision, document.where, document.tools)
 
     documents = read_documents(source)
     sizes, grids, keys, plain = [], [], [], []

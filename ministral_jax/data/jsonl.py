@@ -70,18 +70,15 @@ def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> 
     for key in row.keys() & _NEVER_READ.keys():
         raise UserError(f"{where}: {key!r} is not read; {_NEVER_READ[key]}")
     pair = {"chosen", "rejected"} <= row.keys()
-    answers = _answers(row, where) if pair else None
-    if answers is not None and not prompts:
-        messages, tools = _conversation(row, answers[0], path.parent, where, True)
-        document = Document(name, where, None, messages, tools, _columns(row))
-        return judge_documents(document, *_compared(row, answers[1:], where))
-    if "text" in row and "messages" not in row and not prompts:
+    shared, *answers = _answers(row, where) if pair else (None,)
+    if "text" in row and "messages" not in row and not prompts and not pair:
         if row.keys() & {"image", "images"}:
             raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
         return (Document(name, where, _string(row, "text", where), columns=_columns(row)),)
-    shared = answers[0] if answers is not None else None
-    messages, tools = _conversation(row, shared, path.parent, where, prompts)
-    return (Document(name, where, None, messages, tools, _columns(row)),)
+    judged = pair and not prompts
+    messages, tools = _conversation(row, shared, path.parent, where, prompts or judged)
+    document = Document(name, where, None, messages, tools, _columns(row))
+    return judge_documents(document, *_compared(answers, where)) if judged else (document,)
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +203,7 @@ def _check_same_prompt(row: dict[str, Any], shared: list[Any], where: str) -> No
         raise UserError(f"{where}: 'messages' are neither what chosen and rejected begin with nor one of them")
 
 
-def _compared(row: dict[str, Any], answers: tuple[Any, Any], where: str) -> tuple[str, str]:
+def _compared(answers: list[Any], where: str) -> tuple[str, str]:
     """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
     texts, opening = {}, {"role": "user", "content": "?"}
     for key, value in zip(("chosen", "rejected"), answers, strict=True):

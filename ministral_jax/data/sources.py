@@ -108,10 +108,14 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
     if pattern.is_dir():
         suffixes = _SUFFIXES[config.kind]
         endings = tuple(suffix + packed for suffix in suffixes for packed in _PACKED)
-        paths = [p for p in pattern.rglob("*") if p.name.lower().endswith(endings)]
+        files = [p for p in pattern.rglob("*") if p.is_file()]
+        paths = [p for p in files if p.name.lower().endswith(endings)]
         wanted = f" ({', '.join('*' + suffix for suffix in suffixes)})"
-        if paths:
-            _say_left_out(name, pattern, endings)
+        rest = [p for p in files if not p.name.lower().endswith(endings) and not p.name.startswith(".")]
+        if paths and rest:
+            kinds = sorted(Counter(p.suffix.lower() or p.name.lower() for p in rest).items())
+            left = ", ".join(f"{count} {kind}" for kind, count in kinds)
+            _say_once(f"data.sources.{name}: of {pattern} is not read: {left}")
     else:
         paths = [pattern] if pattern.is_file() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]
     paths = [p.absolute() for p in paths if p.is_file()]
@@ -122,14 +126,9 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
     return paths
 
 
-@cache  # once, though every stage looks
-def _say_left_out(name: str, directory: Path, endings: tuple[str, ...]) -> None:
-    """Which kinds of files of a directory are not read."""
-    files = [p.name.lower() for p in directory.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    kinds = Counter(Path(file).suffix or file for file in files if not file.endswith(endings))
-    if kinds:
-        left = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        print(f"data.sources.{name}: of {directory} is not read: {left}", file=sys.stderr, flush=True)
+@cache  # every stage looks
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _is_library(path: Path) -> bool:

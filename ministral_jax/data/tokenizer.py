@@ -81,9 +81,9 @@ class Tokenizer:
         """UTF-8 bytes of each token, `[V]` int32; 0 for special tokens."""
         return np.array([len(self.tekken.id_to_byte_piece(i)) for i in range(self.vocab)], np.int32)
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Control tokens spelled out in it stay text."""
-        return self.tekken.encode(text, bos=bos, eos=eos)
+        return self.tekken.encode(text, bos=False, eos=False)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""

@@ -19,7 +19,7 @@ from einops import rearrange
 
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.files import write_json
+from ministral_jax.files import open_plain, write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
@@ -273,8 +273,10 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     and `model.` are all in use. Mistral's own format (`consolidated*`) often lies in the same directory."""
     index, whole = directory / "model.safetensors.index.json", "model.safetensors"
     if index.is_file():
+        with open_plain(index) as file:
+            content = file.read()
         try:
-            files = sorted(set(json.loads(index.read_text("utf-8-sig"))["weight_map"].values()))
+            files = sorted(set(json.loads(content)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid index: {error!r}") from None
         if whole not in files and (directory / whole).is_file():

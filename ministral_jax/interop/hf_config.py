@@ -287,11 +287,12 @@ def _vision(top: _Keys) -> VisionSpec:
 def load_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a directory, parsed. Raises `UserError` where there is none, or no JSON object."""
     path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.json: not a Hugging Face model directory")
+    with open_plain(path) as file:
+        content = file.read()
     try:
-        with open_plain(path) as file:
-            config = json.loads(file.read())
-    except FileNotFoundError:
-        raise UserError(f"{directory} has no config.json: not a Hugging Face model directory") from None
+        config = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):

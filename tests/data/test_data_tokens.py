@@ -186,7 +186,7 @@ def test_images_are_encoded_as_in_mistral_common(name, tokenizer, tmp_path, monk
 
 
 def test_plain_text_and_released_tokenizer_layout(tokenizer, tmp_path):
-    rendered = render_text("a text", tokenizer)
+    rendered = render_text("a text", tokenizer, "here")
     assert rendered.tokens.tolist() == [1, *tokenizer.encode("a text"), 2]
     assert set(rendered.flags.tolist()) == {TRAINABLE | TEXT}
     exported = json.loads(export_tokenizer(tokenizer, tmp_path, VISION).read_text())

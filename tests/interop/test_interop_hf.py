@@ -9,40 +9,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from model_cases import CASES, TEXT, YARN, random_params, vlm
+from interop_cases import SPEC, rename, write
+from model_cases import TEXT, YARN, random_params, vlm
 
 from ministral_jax.errors import UserError
 from ministral_jax.interop import hf, safetensors
 from ministral_jax.interop.hf import export_hf, import_hf, read_spec
 from ministral_jax.models.spec import PRESETS, ModelSpec, RopeSpec
 
-SPEC = CASES["images"].spec
-
 
 def same(a: dict, b: dict) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params(SPEC)
-
-
-@pytest.fixture
-def exported(tmp_path, params):
-    export_hf(params, SPEC, tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-def rename(directory, change) -> None:
-    """Write the weights of an export again under other names; None leaves a tensor out."""
-    path = directory / "model.safetensors"
-    held = {change(name): np.array(t.read()) for name, t in safetensors.read(path).items() if change(name) is not None}
-    write(path, held)
-
-
-def write(path, tensors: dict) -> None:
-    safetensors.write(path, [safetensors.Pending(k, v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()])
 
 
 def edit(directory, change) -> None:
