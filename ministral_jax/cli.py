@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
     args = _parse(argv)
-    if args.command in (_run, _sweep, _generate):  # loading JAX takes a while
+    if args.command in (_run, _sweep):  # loading JAX takes a while
         print(f"ministral-jax {__version__}", file=sys.stderr, flush=True)
     from ministral_jax.distributed.processes import (  # loads JAX, which --help need not
         RETRY,

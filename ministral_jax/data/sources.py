@@ -36,7 +36,7 @@ class Source:
     name: str
     config: SourceConfig
     files: tuple[tuple[str, Path], ...]
-    """(name, path), the name relative to the files' common directory."""
+    """(name, path), the name relative to the files' common directory; empty where there is one file."""
     digest: str
 
 
@@ -89,6 +89,8 @@ def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]
     else:
         paths = _match(name, config)
         root = Path(os.path.commonpath([p.parent for p in paths]))
+    if len(paths) == 1:  # of one file the name says nothing: it may be renamed
+        return (("", paths[0]),)
     files = [(p.relative_to(root).as_posix(), p) for p in paths]
     if config.kind == "jsonl":
         return tuple(sorted(files))

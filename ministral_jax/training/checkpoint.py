@@ -133,11 +133,12 @@ class ResumeStore:
 
     The newest `keep` stay. A state counts once `checksums`/<step>.json is there; opening looks for the newest one all
     of whose files match it, and moves what is newer to `damaged`/<step>, saying so on stderr. Older states go only
-    after a newer one counts, so Orbax, which knows nothing of that, is not asked to remove them.
+    after a newer one counts, so Orbax, which knows nothing of that, is not asked to remove them. The state of step
+    `pinned` stays for good.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory, self._keep = directory, keep
+    def __init__(self, directory: Path, keep: int, pinned: int | None = None):
+        self.directory, self._keep, self._pinned = directory, keep, pinned
         self._saving: tuple[int, Writing] | None = None
         self._latest = self._open()
 
@@ -210,10 +211,15 @@ class ResumeStore:
                 self._forget(step)
 
     def delete(self) -> None:
-        """A finished stage needs no state to resume from."""
+        """A finished stage needs no state to resume from, but for the one from which it could go on to more steps."""
         self.wait()
-        if is_first():
+        if not is_first():
+            return
+        if self._pinned is None:
             shutil.rmtree(self.directory, ignore_errors=True)
+            return
+        for step in set(self._steps()) - {self._pinned}:
+            self._forget(step)
 
     # ---- process 0 ----
 
@@ -236,7 +242,7 @@ class ResumeStore:
         write_json(self._record(step), checksums(self._path(step)))
         steps = self._steps()
         counting = [step for step in steps if self._record(step).is_file()]
-        for old in set(steps) - set(counting[-self._keep :]):
+        for old in set(steps) - {*counting[-self._keep :], self._pinned}:
             self._forget(old)
 
     # ---- opening ----
