@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.collectives import barrier, is_first
     from ministral_jax.distributed.processes import join, use_cpu
-    from ministral_jax.recipe.load import load_recipe
+    from ministral_jax.recipe.load import load_recipe, order, resolve_specs
     from ministral_jax.runs.run import opened, run_recipe
     from ministral_jax.runs.survey import made_specs
 
@@ -171,6 +171,7 @@ def _run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, overrides, lambda name: made_specs(args.run_dir or Path("runs") / name))
     run_dir = args.run_dir or Path("runs") / recipe.name
     stages = list(recipe.stages) if args.all else [word for word in args.rest if "=" not in word]
+    resolve_specs(recipe, order(recipe, stages), made_specs(run_dir))  # before the directory is made
     if args.dry_run:
         return _dry_run(recipe, run_dir, stages, args.taken_from)
     if args.cpu_devices is not None:
@@ -255,12 +256,13 @@ def _sweep(args: argparse.Namespace) -> int:
     from ministral_jax.distributed.processes import Limits, join
     from ministral_jax.runs.run import opened
     from ministral_jax.runs.sweep import read_sweep
-    from ministral_jax.runs.sweep_run import run_sweep
+    from ministral_jax.runs.sweep_run import prepare, run_sweep
 
     join(Limits())  # one process: for its answer to SIGTERM
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     run_dir = args.run_dir or Path("runs") / sweep.name
     if args.jobs == "local":
+        prepare(sweep, run_dir, write=False)  # before the directory is made
         with opened(run_dir):
             code = run_sweep(sweep, run_dir, args.taken_from)
             _finish_sweep(run_dir)

@@ -28,8 +28,9 @@ def one_device(monkeypatch):
 
 
 def snapshot(directory: Path) -> dict:
-    """Every file but the packed data, with its content."""
-    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and "data" not in p.parts}
+    """Every file but the packed data, the mark of the owner and the log, with its content."""
+    besides = {"data", ".owner", "log.txt"}
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and not besides & {*p.parts}}
 
 
 def refused(capsys, *argv: str) -> str:
