@@ -12,6 +12,7 @@ key that is null is absent. Other keys are the document's columns, which rewards
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,23 +62,24 @@ def _whole(value: Any) -> Any:
 
 
 def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
-    """The documents of a row of the JSONL file at `path`: two of a preference, else one. Raises `UserError`: the row is
-    malformed, or has a key of another format that would be lost; begins with `where`."""
+    """The documents of a row of the JSONL file at `path`: two of a preference, else one; equal rows are held out
+    together. Raises `UserError`: the row is malformed, or has a key of another format that would be lost; begins with
+    `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
-    row = {key: value for key, value in row.items() if value is not None}
-    for key in row.keys() & _NEVER_READ.keys():
-        raise UserError(f"{where}: {key!r} is not read; {_NEVER_READ[key]}")
+    row, key = {k: value for k, value in row.items() if value is not None}, hashlib.sha256(line.strip()).hexdigest()
+    for unread in row.keys() & _NEVER_READ.keys():
+        raise UserError(f"{where}: {unread!r} is not read; {_NEVER_READ[unread]}")
     pair = {"chosen", "rejected"} <= row.keys()
     shared, *answers = _answers(row, where) if pair else (None,)
     if "text" in row and "messages" not in row and not prompts and not pair:
         if row.keys() & {"image", "images"}:
             raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
-        return (Document(name, where, _string(row, "text", where), columns=_columns(row)),)
+        return (Document(name, where, _string(row, "text", where), columns=_columns(row), key=key),)
     judged = pair and not prompts
     messages, tools = _conversation(row, shared, path.parent, where, prompts or judged)
-    document = Document(name, where, None, messages, tools, _columns(row))
+    document = Document(name, where, None, messages, tools, _columns(row), key)
     return judge_documents(document, *_compared(answers, where)) if judged else (document,)
 
 

@@ -279,7 +279,7 @@ def test_rows_as_documents_and_as_prompts(source, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"row 1: has \['text'\] but needs 'messages', 'prompt', or 'question' and"):
         list(read_documents(source({"text": "t"}), prompts=True))
     with pytest.raises(UserError, match=r"row 1: image .*none.png does not exist"):
-        source({"messages": [user([{"type": "image", "image": "none.png"}])]})
+        list(read_documents(source({"messages": [user([{"type": "image", "image": "none.png"}])]}), prompts=True))
     with pytest.raises(UserError, match=r"data.sources.chats is plain text, of kind 'python-library': it has no"):
         library = SourceConfig(kind="python-library", limit=1)
         next(read_documents(open_source("chats", library), prompts=True))
