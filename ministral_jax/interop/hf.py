@@ -213,8 +213,9 @@ def read_spec(directory: Path) -> ModelSpec:
     """Sizes of a Hugging Face model directory; no weights are read. Raises `UserError`: no such model, another
     architecture, or damaged files."""
     directory = Path(directory)
-    config = load_config(directory)
-    return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))
+    config, where = load_config(directory), str(directory / "config.json")
+    from_config(config, where, True)  # another architecture is refused, whatever its weights are
+    return from_config(config, where, "lm_head.weight" in _tensors(directory))
 
 
 def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None = None) -> tuple[ModelSpec, Params]:
@@ -277,6 +278,8 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
             content = file.read()
         try:
             files = sorted(set(json.loads(content)["weight_map"].values()))
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError(f"{files[0]} is no name of a file")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid index: {error!r}") from None
         if whole not in files and (directory / whole).is_file():
