@@ -183,6 +183,8 @@ def _read_text(path: Path) -> str:
             text = TextIOWrapper(file, "utf-8").read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it or leave it out of the path") from None
+    if "\0" in text:
+        raise UserError(f"{path} is no text: it has zero bytes; leave it out of the path")
     if not text.strip():
         raise UserError(f"{path} is empty; leave it out of the path")
     return text
