@@ -52,6 +52,9 @@ class SourceConfig(Frozen):
     limit: int | None = Field(default=None, ge=1)
     """Documents to read at most: a fixed sample of the files or digits, the first rows of a JSONL file; of questions
     made here the number, 4000 if unset."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What becomes of rows and files that cannot be used, of which there may be at most half: all are named and nothing
+    is begun, or they are left out, which is said and counted."""
     thinking: bool = True
     """For arithmetic and digit-sum: whether the answer's working stands before it as reasoning."""
 

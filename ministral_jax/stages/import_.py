@@ -27,7 +27,7 @@ class Import(Stage):
         return not (Path(self.path) / "config.json").is_file()
 
     def contents(self, root: Path) -> dict[str, str | None]:
-        return {"path": None if self.is_gone else checkpoint_digest(Path(self.path))}
+        return {"path": None if self.is_gone else checkpoint_digest(Path(self.path), root)}
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
         """Its evaluation, on the longest rows that the stages that are made from it or taught by it read, so that a

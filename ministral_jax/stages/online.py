@@ -211,8 +211,13 @@ class OnlineLearner:
         """Rewards of answers; what went wrong with some is told."""
         scores = score_together(self.scorer, samples)
         for problem in scores.problems[:_SHOWN_PROBLEMS]:
-            print(f"{self.job.name:>18}  left out: {problem}", file=sys.stderr, flush=True)
+            say(self.job, f"left out: {problem}")
         return scores
+
+
+def say(job: Job[Any], text: str) -> None:
+    """A line of the log."""
+    print(f"{job.name:>18}  {text}", file=sys.stderr, flush=True)
 
 
 def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:

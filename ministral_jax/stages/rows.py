@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.pipeline import ENDLESS, Join, batches, held_out
 from ministral_jax.data.prepare import PackedData, prepare
-from ministral_jax.data.sources import open_source
-from ministral_jax.data.tokenizer import check_vocab, load_tokenizer
+from ministral_jax.data.sources import source_digest
+from ministral_jax.data.tokenizer import check_vocab, tokenizer_digest
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
@@ -128,14 +127,8 @@ def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedDat
 
 def data_contents(config: DataConfig, root: Path) -> dict[str, str | None]:
     """Digests of the tokenizer and of every source, see `Stage.contents`."""
-    found: dict[str, str | None] = {"data.tokenizer": None}
-    with suppress(UserError):
-        found["data.tokenizer"] = load_tokenizer(config.tokenizer, root).digest
-    for name, source in config.sources.items():
-        found[f"data.sources.{name}"] = None
-        with suppress(UserError):
-            found[f"data.sources.{name}"] = open_source(name, source).digest
-    return found
+    tokenizer = {"data.tokenizer": tokenizer_digest(config.tokenizer, root)}
+    return tokenizer | {f"data.sources.{name}": source_digest(one, root) for name, one in config.sources.items()}
 
 
 def data_details(data: PackedData) -> dict[str, str]:
