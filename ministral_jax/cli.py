@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return leave(2, together=True)
     except Preempted as stop:
-        _say(f"stopped as asked, before {stop}; the same command goes on")
-        return leave(RETRY, together=True)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last saved state")
+        _say(f"{stop.said}, before {stop}; {stop.then}")
+        return leave(stop.code, together=True)
+    except KeyboardInterrupt:  # while nothing is computed that could be saved
+        _say("interrupted")
         return leave(130, together=False)
     except OSError as error:
         if error.filename is None:
