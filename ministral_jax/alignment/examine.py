@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Params, Sampler, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
+from ministral_jax.data.images import thumbnail
 from ministral_jax.data.prompts import PromptData
 from ministral_jax.distributed.collectives import first_problem, gathered, is_first
 from ministral_jax.distributed.processes import announce
@@ -64,14 +66,19 @@ class Examiner:
         self._scorer.__exit__()
 
     def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """`figures_of` the answers, and their rewards `[N]`; a few are left in the directory, as `answers.json`."""
+        """`figures_of` the answers, and their rewards `[N]`. A few are left in the directory, as `answers.json`, beside
+        what was said to the same prompts at the first evaluation.
+        """
         config, rows = self._config, self._rows
         numbers = seeds(0, 0, len(rows), _SALT)
         answers = self._sampler.answers(params, rows, numbers, config.completions, config.max_completion_length)
         samples, scores = answers.samples, score_together(self._scorer, answers.samples)
         if is_first():
-            shown = range(0, len(samples), max(len(samples) // SHOWN, 1))
-            write_json(self._directory / "answers.json", {"answers": [_shown(samples[i], scores, i) for i in shown]})
+            told = [
+                {"prompt": _asked(samples[i], answers.rows[i].rendered.pictures), **_said(samples[i], scores, i)}
+                for i in range(0, len(samples), max(len(samples) // SHOWN, 1))
+            ]
+            _leave(self._directory / "answers.json", told, len(rows))
         return figures_of(samples, scores, [row.source for row in answers.rows]), scores.total
 
 
@@ -121,8 +128,28 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
     return scores
 
 
-def _shown(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:
+def _said(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:
     number = lambda value: None if np.isnan(value) else float(value)
     parts = {name: number(values[index]) for name, values in scores.parts.items()}
-    prompt = json.dumps(sample.prompt[-1].get("content"), ensure_ascii=False)
-    return {"prompt": prompt, "answer": sample.text, "reward": number(scores.total[index]), "parts": parts}
+    return {"answer": sample.text, "reward": number(scores.total[index]), "parts": parts}
+
+
+def _asked(sample: Sample, pictures: Sequence[np.ndarray]) -> str:
+    """What a conversation ends with, as JSON; an image with the picture that the model saw."""
+    content = sample.prompt[-1].get("content")
+    if isinstance(content, list):
+        images = [chunk for chunk in content if chunk["type"] == "image"]
+        shown = iter(pictures[len(pictures) - len(images) :])
+        content = [chunk | ({"png": thumbnail(next(shown))} if chunk["type"] == "image" else {}) for chunk in content]
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _leave(path: Path, told: list[dict[str, Any]], prompts: int) -> None:
+    """Write answers, each with the one to the same prompt at the first evaluation of the stage as `before`."""
+    earlier: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError, KeyError):
+        earlier = json.loads(path.read_text(encoding="utf-8"))["answers"]
+    for answer, old in zip(told, earlier, strict=False):
+        if answer["prompt"] == old.get("prompt"):
+            answer["before"] = old.get("before") or {key: old[key] for key in ("answer", "reward", "parts")}
+    write_json(path, {"prompts": prompts, "answers": told})

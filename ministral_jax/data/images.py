@@ -7,6 +7,8 @@ which does not average when it shrinks; transformers uses torchvision's, which d
 
 from __future__ import annotations
 
+import base64
+import io
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -23,6 +25,8 @@ from ministral_jax.models.spec import VisionSpec
 
 MOST_PIXELS = 89_478_485
 """Of an image file, checked before it is decoded; above this Pillow itself suspects a decompression bomb."""
+THUMBNAIL = 256
+"""Longest side of a picture in a report, in pixels."""
 # CLIP's pixel statistics, RGB.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -143,6 +147,14 @@ def unpatchify(patches: np.ndarray, row: np.ndarray, column: np.ndarray, patch_s
     grid = np.zeros((row.max() + 1, column.max() + 1, patches.shape[-1]), np.uint8)
     grid[row, column] = np.rint((patches * std + mean) * 255)
     return rearrange(grid, "r q (c y x) -> (r y) (q x) c", c=3, y=patch_size, x=patch_size)
+
+
+def thumbnail(pixels: np.ndarray) -> str:
+    """uint8 `[H, W, 3]` as a PNG in base64, its longer side `THUMBNAIL` pixels at most: what reports show."""
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _pixel_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

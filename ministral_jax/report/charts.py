@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ministral_jax.pruning.report import LayersStep, MlpStep, WidthStep
-from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines
+from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines, spark
 from ministral_jax.report.units import count, decimal, factor, percent
 from ministral_jax.runs.reading import Member, Stage, points
 from ministral_jax.stages.figures import HELD_OUT, KL, Figure
@@ -41,28 +41,34 @@ def axis(figure: Figure) -> Axis:
     return Axis(figure.label + unit, log=False if share else None, share=share)
 
 
-def recovery(member: Member, colour: str) -> Chart:
+def recovery(member: Member, colour: str) -> Chart | None:
     """Held-out KL against tokens: pruned and random start, short stage and then long stage on one axis."""
-    shown, notes, begin = [], [], 0.0
+    if member.stale:
+        return None
+    shown, notes, told, begin = [], [], [], 0.0
     for roles in (("scratch_short", "short"), ("scratch_base", "base")):
-        stages = [member.stages.get(role) for role in roles]
+        random, pruned = stages = [member.stages.get(role) for role in roles]
+        rows = f"rows of {length}" if (length := next((s.length for s in stages if s and s.length), None)) else "on"
         if begin and any(stages):
-            notes.append(Note(begin, None, "long context"))
+            notes.append(Note(begin, None, f"{rows} from here"))
         for stage, name, look in zip(stages, ("random start", "pruned start"), (("--", 1.5), ("-", 2.2)), strict=True):
-            x, y = points(stage.evals if stage else [], "kl", "tokens")
-            shown.append(Line(x + begin, y, colour, None if begin else name, look[0], width=look[1]))
+            x, y = points(stage.evals if stage and not stage.stale else [], "kl", "tokens")
+            line = "muted" if stage is random else colour
+            shown.append(Line(x + begin, y, line, None if begin else name, look[0], width=look[1]))
+        if pruned and (kl := pruned.last("kl")) is not None:
+            other = random.last("kl") if random and not random.stale else None
+            change = " \u2192 ".join(decimal(value) for value in (pruned.first("kl"), kl) if value is not None)
+            told.append(f"{rows}: {change}" + (f", random start {decimal(other)}" if other is not None else ""))
         begin += max((stage.seen("tokens") or 0.0 for stage in stages if stage), default=0.0)
     scratch, speedup = member.stages.get("scratch_short"), member.figure("token_speedup")
     if scratch and speedup and not member.at_once and (kl := scratch.last("kl")) is not None:
         end = scratch.seen("tokens") or 0.0
         shown.append(Line([end / speedup, end], [kl, kl], style=":", width=1.1))
-        shown.append(Line([end / speedup], [kl], colour, mark="ring"))
+        shown.append(Line([end / speedup], [kl], mark="ring"))
         notes.append(Note(end / speedup, kl, f"{factor(speedup)} fewer tokens"))
     y_axis = Axis("held-out KL to the parent, nats", log=True)
     picture = lines(shown, TOKENS, y_axis, f"Held-out KL of {member.name} against tokens.", notes)
-    words = {"kl_after_surgery": "after surgery", "kl_final": "at the end", "kl_scratch": "from random"}
-    told = [f"{decimal(kl)} {when}" for key, when in words.items() if (kl := member.figure(key)) is not None]
-    return Chart(member.name, picture, f"KL: {', '.join(told)}." if told else "", colour)
+    return Chart(member.name, picture, f"KL on {'; on '.join(told)}." if told else "", colour)
 
 
 def curve(stage: Stage, colour: str, wide: bool = False) -> Chart | None:
@@ -78,6 +84,17 @@ def curve(stage: Stage, colour: str, wide: bool = False) -> Chart | None:
     at, y_axis = STEPS if over == "step" else TOKENS, replace(axis(figure), high=high)
     picture = lines(shown, at, y_axis, f"{figure.label} of {stage.name} against {at.label}.", wide=wide)
     return Chart(stage.name, picture, f"{count(stage.seen(over))} {at.label}, {stage.state}.", colour)
+
+
+def steering(stage: Stage) -> list[tuple[Markup, str]]:
+    """What the optimizer was told and met: learning rate, and norm of the gradient before clipping, with a caption."""
+    made: list[tuple[Markup, str]] = []
+    for key, label in (("learning_rate", "learning rate"), ("gradient_norm", "gradient norm")):
+        _, y = points(stage.train, key, "step")
+        if len(y):
+            told = f"{decimal(y[0])} \u2192 {decimal(y[-1])}, at most {decimal(y.max())}"
+            made.append((spark(thin(y, 120), f"{label} of {stage.name}"), told))
+    return made
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
@@ -113,7 +130,9 @@ def parts(stage: Stage, figure: Figure) -> dict[str, str]:
 def learning(stage: Stage, colour: str) -> list[Chart]:
     """What of held-out answers is right, wins, loops, ..., and the curve of the verb where that is something else."""
     shown = [figure for figure in learned(stage) if figure.unit == "share"]
-    made = [Line(*points(stage.evals, f.name, "step"), accent(i), f.label, mark="ring") for i, f in enumerate(shown, 1)]
+    hues = [accent(i, len(shown)) for i in range(1, len(shown) + 1)]
+    drawn_points = [points(stage.evals, figure.name, "step") for figure in shown]
+    made = [Line(*xy, hue, f.label, mark="ring") for f, hue, xy in zip(shown, hues, drawn_points, strict=True)]
     alt = f"{', '.join(figure.label for figure in shown)} of {stage.name} against steps."
     told = Chart(stage.name, lines(made, STEPS, Axis("held out", share=True), alt), "At every evaluation.", colour)
     drawn = stage.curve and stage.curve.figure in [figure.name for figure in shown]
@@ -138,15 +157,15 @@ def left_out(name: str, split: SplitSummary, colour: str) -> list[Chart]:
         caption = f"Half of the tokens miss less than {percent(tail.p50, 2)}."
         made.append(Chart("Token by token", lines([outline], _LEFT_OUT, y_axis, alt, notes), caption))
     if split.tail_by_shard:
-        words, shown = {"mean": ("mean", "dot"), "p99": ("99th percentile", "ring")}, []
+        words, shown = {"mean": ("mean", "dot", colour), "p99": ("99th percentile", "ring", "ink")}, []
         for key, values in split.tail_by_shard.items():
             at, y = thin(np.arange(len(values), dtype=float)), thin(np.array(values))
-            shown.append(Line(at, y, colour, words[key][0], "", words[key][1]))
+            shown.append(Line(at, y, words[key][2], words[key][0], "", words[key][1]))
         picture = lines(shown, Axis("shard", count), _LEFT_OUT, f"What {name} leaves out, shard by shard.")
         made.append(Chart("Shard by shard", picture, f"{split.shards} shards."))
     if len(split.curve) > 1:
         sizes, now = sorted(split.curve), split.codec.get("entries", 0)
-        others = Line(sizes, [split.curve[size] for size in sizes], colour, width=1.2, mark="ring")
+        others = Line(sizes, [split.curve[size] for size in sizes], "muted", width=1.2, mark="ring")
         stored = Line([now], [split.curve.get(now, math.nan)], colour, mark="dot")
         x_axis = Axis("entries per token", count, log=True)
         picture = lines([others, stored], x_axis, _LEFT_OUT, f"What {name} would leave out with other sizes.")

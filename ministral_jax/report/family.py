@@ -42,7 +42,7 @@ def family_figure(members: Sequence[Member], portrait: bool = False) -> str:
         members: the parent first; one without sizes is left out.
         portrait: one below the other, for a phone.
     """
-    named = [(member, accent(i), member.spec) for i, member in enumerate(members) if member.spec]
+    named = [(m, accent(i, len(members) - 1), m.spec) for i, m in enumerate(members) if m.spec]
     slabs = [_slabs(spec) for *_, spec in named]
     tallest, widest = max(map(len, slabs), default=1), max((sum(s.values()) for t in slabs for s in t), default=1)
     pitch, scale = (min(14.0, 190 / tallest), 150 / widest) if portrait else (min(24.0, 250 / tallest), 142 / widest)
@@ -83,7 +83,7 @@ def _figures(member: Member) -> list[tuple[str, str]]:
     told = (
         ("kl_final", decimal, "nats KL to parent"),
         ("bits_per_byte", lambda bits: decimal(bits, 3), "bits per byte"),
-        ("digit_accuracy", percent, "images read right"),
+        ("digit_accuracy", percent, "images, teacher-forced"),
     )
     return [(write(value), label) for key, write, label in told if (value := member.figure(key)) is not None]
 

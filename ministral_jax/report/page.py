@@ -19,19 +19,33 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 _CONTROL = re.compile(r"(\[/?[A-Z][A-Z_]*\]|<SPECIAL_\d+>|</?(?:s|unk|pad)>)")
 _LONGEST = 600
 """Characters of an answer."""
+_LARGEST = 27_000
+"""Characters of an image in base64, 20 kB; together they keep a page below 2 MB of images."""
 
 
 def show(value: float | None, figure: Figure) -> str:
     return units.percent(value) if figure.unit == "share" else units.decimal(value)
 
 
-def prompt(content: str) -> str:
-    """Of a prompt as JSON the text, in which an image is `[IMG]`."""
+def is_shown(png: str) -> bool:
+    """Whether a picture in base64 is one, and small enough."""
+    return png.startswith("iVBORw0KGgo") and len(png) <= _LARGEST
+
+
+def prompt(content: str) -> Markup:
+    """Of a prompt as JSON the text and the pictures; one that is not there is `[IMG]`."""
     try:
         chunks = json.loads(content)
-        return chunks if isinstance(chunks, str) else " ".join(chunk.get("text", "[IMG]") for chunk in chunks)
+        chunks = [{"text": chunks}] if isinstance(chunks, str) else chunks
+        return Markup(" ").join(_chunk(chunk) for chunk in chunks)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return content
+        return marked(content)
+
+
+def _chunk(chunk: dict[str, Any]) -> Markup:
+    if is_shown(png := str(chunk.get("png", ""))):
+        return Markup('<img src="data:image/png;base64,{}" alt="picture of the prompt" />').format(png)
+    return marked(str(chunk.get("text", "[IMG]")))
 
 
 def marked(text: str) -> Markup:

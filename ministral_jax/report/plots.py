@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -27,6 +28,12 @@ PALETTE: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 """Name of a colour to its light and dark value. The `model-n` follow Okabe and Ito, so that colour-blind readers tell
 them apart, and reach a contrast of 4.5 on paper. No light value occurs twice: plots find their variable by it."""
+_RAMP = 16
+for _n, _light, _dark in zip(range(_RAMP), np.linspace(0.0, 0.72, _RAMP), np.linspace(0.3, 1.0, _RAMP), strict=True):
+    PALETTE[f"ramp-{_n}"] = (
+        to_hex(matplotlib.colormaps["cividis"](_light)),
+        to_hex(matplotlib.colormaps["cividis"](_dark)),
+    )
 _LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "ministral_jax", "text.parse_math": False, "text.color": _LIGHT["ink"],
@@ -39,9 +46,12 @@ _MARKS = {"ring": ("o", 4.8, 1.2), "dot": ("o", 6.0, 1.2), "cross": ("x", 8.0, 2
 """Marker of matplotlib, size and edge."""
 
 
-def accent(index: int) -> str:
-    """The colour of the parent (0) or of child 1, 2, ...; they repeat after the fifth, the parent's never."""
-    return f"model-{index and (index - 1) % 5 + 1}"
+def accent(index: int, of: int = 1) -> str:
+    """The colour of the parent (0) or of child 1, 2, ... of so many. Up to five are told apart by hue, up to sixteen by
+    shades of a scale made for colour-blind readers; only beyond that do some share one."""
+    if index == 0 or of <= 5:
+        return f"model-{index and (index - 1) % 5 + 1}"
+    return f"ramp-{(index - 1) * (_RAMP - 1) // (of - 1) if of <= _RAMP else (index - 1) % _RAMP}"
 
 
 def variables(selector: str) -> str:
@@ -124,6 +134,15 @@ def lines(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), alt)
+
+
+def spark(values: np.ndarray, alt: str) -> Markup:
+    """A line without axes, from 0 at its foot to the largest value, for a cell of a table."""
+    x, y = np.linspace(1, 159, len(values)), 31 - 30 * values / max(float(values.max()), 1e-30)
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y.clip(1, 31), strict=True))
+    look = 'fill="none" stroke="var(--ink)" stroke-width="1.3"'
+    box = 'class="spark" role="img" viewBox="0 0 160 32"'
+    return Markup(f'<svg {box} aria-label="{escape(alt)}"><polyline {look} points="{path}" /></svg>')
 
 
 def _drawable(line: Line, *axes: Axis) -> Line:

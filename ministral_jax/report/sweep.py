@@ -22,7 +22,6 @@ from ministral_jax.stages.figures import Figure
 
 Stages = dict[str, Stage]
 """By directory, as points name them."""
-_STYLES = ("-", "--", ":", "-.")
 
 
 def build_sweep_report(sweep_dir: Path) -> Path:
@@ -42,7 +41,7 @@ def build_sweep_report(sweep_dir: Path) -> Path:
         "values": charts(*(_values(record, layout, column) for column in chief_columns(record) if not seeds)),
         "series": layout.series,
         "heads": [f"{c.figure.label}{', ' + c.stage if len(record.measure) > 1 else ''}" for c in columns(record)],
-        "curves": charts(*(_curves(record, layout, stages, measure) for measure in record.measure)),
+        "curves": charts(*(_curves(record, stages, measure) for measure in record.measure)),
     }
     page = sweep_dir / "report.html"
     write_text(page, render("sweep.html.j2", record=record, setting=setting, accent=accent, **made))
@@ -75,7 +74,8 @@ def _values(record: SweepRecord, layout: Layout, column: Column) -> Chart | None
         return None
     found = np.array(sorted((*layout.at(p)[::-1], y) for p in record.points if (y := column.of(p)) is not None))
     groups = [found[found[:, 0] == group] for group in range(len(layout.series))]
-    made = [Line(g[:, 1], g[:, 2], accent(i), style=layout.style, mark="dot") for i, g in enumerate(groups, start=1)]
+    hues = [accent(i, len(groups)) for i in range(1, len(groups) + 1)]
+    made = [Line(g[:, 1], g[:, 2], hue, style=layout.style, mark="dot") for g, hue in zip(groups, hues, strict=True)]
     keys, what = ", ".join(layout.keys[key] for key in layout.across), f"{column.figure.label} of {column.stage}"
     names = [place.split("=", 1)[1] if len(layout.across) == 1 else place for place in layout.places]
     y_axis = axis(column.figure)
@@ -85,22 +85,21 @@ def _values(record: SweepRecord, layout: Layout, column: Column) -> Chart | None
     return Chart(what, picture, f"Best: {column.show(best)}, at {layout.words(best, layout.keys)}.")
 
 
-def _curves(record: SweepRecord, layout: Layout, stages: Stages, measure: Measured) -> Chart | None:
+def _curves(record: SweepRecord, stages: Stages, measure: Measured) -> Chart | None:
     """The curve of a stage's verb, with what it goes on from, of every point on one axis."""
     told = next((stage for p in record.points if (stage := stages[p.stages[measure.stage]]).curve), None)
     if told is None or told.curve is None:
         return None
-    made, notes, several = [], {}, len(layout.series) > 1
+    made, notes = [], {}
     for point in record.points:
-        begin, parts, (place, group) = 0.0, [], layout.at(point)
+        begin, parts = 0.0, []
         for name in measure.curve or (measure.stage,):
             x, y = points(stages[point.stages[name]].evals, told.curve.figure, told.curve.over)
             notes |= {begin: Note(begin, None, "")} if begin else {}
             parts.append((x + begin, y))
             begin += max(x, default=0.0)
         x, y = (np.concatenate(values) for values in zip(*parts, strict=True))
-        style = _STYLES[place % 4] if several else "-"
-        made.append(Line(x, y, accent(1 + (group if several else place)), point.name, style))
+        made.append(Line(x, y, accent(1 + len(made), len(record.points)), point.name))
     at, figure = STEPS if told.curve.over == "step" else TOKENS, told.figure(told.curve.figure)
     alt = f"{figure.label} of {told.name} against {at.label} for every point."
     picture = lines(made, at, axis(figure), alt, list(notes.values()), wide=True)

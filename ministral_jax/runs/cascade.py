@@ -155,10 +155,16 @@ def _manifest(job: Job[Stage], result: Result, seconds: float) -> dict[str, Any]
         "seconds": round(result.seconds or seconds, 3),
         "metrics": result.metrics,
         "files": result.files,
-        "devices": {"count": jax.device_count(), "kind": jax.devices()[0].device_kind, "hosts": jax.process_count()},
+        "devices": _devices(),
         **result.details,
         **environment(),
     }
+
+
+def _devices() -> dict[str, Any]:
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    kind = jax.devices()[0].device_kind
+    return {"count": jax.device_count(), "kind": kind, "hosts": jax.process_count(), "peak_memory": peak}
 
 
 def with_norms_of_source(job: Job[Stage]) -> Job[Stage]:

@@ -7,18 +7,19 @@ Of `run = read_run(Path("runs/tiny"))`, for instance, `run.stages["14b-short"].e
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_jsonl
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import Family
 from ministral_jax.runs import summary
+from ministral_jax.runs.comparable import most_common, row_length, stale_stages
 from ministral_jax.stages import verbs
 from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.figures import Curve, Figure
@@ -27,13 +28,19 @@ from ministral_jax.training.goodput import goodput
 
 Row = dict[str, Any]
 """A record of metrics.jsonl."""
+_OF_ROWS = ("kl_after_surgery", "kl_final", "kl_scratch", "bits_per_byte")
+"""Figures of the summary that depend on the length of the rows."""
+_OF_BASELINE = ("kl_scratch", "token_speedup")
 
 
 class Settings(BaseModel):
     """A stage in recipe.json, of any verb and any version."""
 
+    model_config = ConfigDict(extra="allow")
+
     do: str
     source: str | None = Field(default=None, alias="from")
+    optional: bool = False
 
 
 class RecipeFile(BaseModel):
@@ -59,20 +66,29 @@ class Samples(BaseModel):
     images: list[Sample] = Field(default_factory=list)
 
 
-class Answer(BaseModel):
-    """What a stage said to a held-out prompt."""
+class Said(BaseModel):
+    """An answer, and how good it is."""
 
-    prompt: str
-    """JSON: text, or a list of chunks."""
     answer: str
     reward: float | None = None
     parts: dict[str, float | None] = Field(default_factory=dict)
     """Of the reward."""
 
 
+class Answer(Said):
+    """What a stage said to a held-out prompt at its last evaluation."""
+
+    prompt: str
+    """JSON: text, or a list of chunks; a picture is one with a `png` in base64."""
+    before: Said | None = None
+    """What was said at the first one, before any training."""
+
+
 class Answers(BaseModel):
     """`<stage>/answers.json`."""
 
+    prompts: int | None = None
+    """All that were asked, of which these are a few."""
     answers: list[Answer] = Field(default_factory=list)
 
 
@@ -95,6 +111,13 @@ class Stage:
     attempts: int = 0
     answers: list[Answer] = field(default_factory=list)
     """Some of those of the last evaluation."""
+    asked: int | None = None
+    """Prompts of an evaluation."""
+    optional: bool = False
+    settings: Row = field(default_factory=dict)
+    """What it was made with; before it is, what the recipe says."""
+    stale: str | None = None
+    """Why it is not current, see `stale`."""
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -108,6 +131,22 @@ class Stage:
     @property
     def spec(self) -> ModelSpec | None:
         return self.manifest.spec if self.manifest else None
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the rows that it reads."""
+        return row_length(self.manifest) if self.manifest else None
+
+    @property
+    def data(self) -> str | None:
+        """SHA-256 of those rows."""
+        return self.manifest.data.digest if self.manifest and self.manifest.data else None
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds of a step, the mean."""
+        steps = self.seen("step")
+        return self.time["step"] / steps if steps and "step" in self.time else None
 
     @property
     def speed(self) -> float | None:
@@ -148,14 +187,26 @@ class Member:
     """Its figures in summary.json."""
     stages: dict[str, Stage]
     """By role, see `summary.Child.stages`; of the parent `base` alone."""
+    hidden: dict[str, str] = field(default_factory=dict)
+    """Figures that may not stand beside those of the others, and why: "stale", "rows of 128"."""
 
     def figure(self, key: str) -> float | None:
-        return getattr(self.published, key, None)
+        return None if key in self.hidden else getattr(self.published, key, None)
+
+    @property
+    def stale(self) -> str | None:
+        return next((s.stale for role, s in self.stages.items() if s.stale and "scratch" not in role), None)
+
+    def length_of(self, key: str) -> int | None:
+        """Tokens of the rows that a figure of the summary was read on."""
+        roles = {"kl_after_surgery": ("short",), "kl_scratch": ("scratch_base", "scratch_short")}
+        found = (self.stages.get(role) for role in roles.get(key, ("base", "short")))
+        return next((stage.length for stage in found if stage), None)
 
     @property
     def at_once(self) -> bool:
         """Whether the pruned start was ahead of its trained random start before any training."""
-        scratch, after = self.stages.get("scratch_short"), self.figure("kl_after_surgery")
+        scratch, after = self.stages.get("scratch_short"), getattr(self.published, "kl_after_surgery", None)
         return scratch is not None and after is not None and after <= (scratch.last("kl") or 0)
 
 
@@ -178,6 +229,11 @@ class Run:
         return found
 
 
+def stale(run: Run) -> dict[str, str]:
+    """The stages of a run that are not current, and why: see `comparable.stale_stages`."""
+    return {stage.name: stage.stale for stage in run.stages.values() if stage.stale}
+
+
 def read_run(run_dir: Path) -> Run:
     """Everything the report shows.
 
@@ -196,11 +252,12 @@ def read_run(run_dir: Path) -> Run:
     stages = {name: read_stage(run_dir / Path(name).name, name, s, notes) for name, s in recipe.stages.items()}
     told = _read(summary.Summary, run_dir / "summary.json", notes)
     samples = _read(Samples, run_dir / "samples.json", notes) or Samples()
-    for stage in stages.values():
-        for made in stage.manifest.inputs.values() if stage.manifest else ():
-            if made.stage in stages and stages[made.stage].digest != made.digest:
-                notes.append(f"{stage.name} was made from another {made.stage} than the one that is here now.")
-    members = _family(recipe.family, told, stages)
+    made = {name: stage.manifest for name, stage in stages.items() if stage.manifest}
+    here = {name: stage.digest for name, stage in stages.items() if stage.state != "waiting"}
+    for name, why in stale_stages(made, here).items():
+        stages[name] = replace(stages[name], stale=why)
+        notes.append(f"{name} is stale: it was {why}.")
+    members = _comparable(_family(recipe.family, told, stages))
     return Run(recipe.name, members, stages, told and told.wall_seconds, samples.images, notes)
 
 
@@ -221,8 +278,9 @@ def read_stage(directory: Path, name: str, settings: Settings | None = None, not
     """Without `settings` its verb is that of the manifest. What cannot be read is told in `notes`."""
     notes = [] if notes is None else notes
     do, source = (settings.do, settings.source) if settings else ("", None)
+    optional, given = (settings.optional, settings.model_extra or {}) if settings else (False, {})
     if not directory.is_dir():
-        return Stage(name, do, source)
+        return Stage(name, do, source, optional=optional, settings=given)
     manifest = None
     try:
         manifest = read_manifest(directory)
@@ -243,6 +301,9 @@ def read_stage(directory: Path, name: str, settings: Settings | None = None, not
         time=goodput(timed),
         attempts=len({record["attempt"] for record in timed}),
         answers=answers.answers,
+        asked=answers.prompts,
+        optional=optional,
+        settings=manifest.config if manifest else given,
     )
 
 
@@ -279,6 +340,25 @@ def _family(family: Family | None, told: summary.Summary | None, stages: dict[st
 def _member(name: str, published: summary.Member | None, stages: dict[str, Stage]) -> Member:
     specs = [stages[role].spec for role in ("base", "short", "pruned") if role in stages]
     return Member(name, next((spec for spec in specs if spec), None), published, stages)
+
+
+def _comparable(members: list[Member]) -> list[Member]:
+    """Hides what is stale, and what was read on rows of another length than the same figure of most members."""
+    hidden: list[dict[str, str]] = [{} for _ in members]
+    for member, why in zip(members, hidden, strict=True):
+        if any(stage.stale for role, stage in member.stages.items() if "scratch" in role):
+            why |= dict.fromkeys(_OF_BASELINE, "stale")
+        if member.stale and member.published:
+            why |= dict.fromkeys(type(member.published).model_fields, "stale")
+    for key in _OF_ROWS:
+        lengths = [
+            m.length_of(key) if replace(m, hidden=h).figure(key) is not None else None
+            for m, h in zip(members, hidden, strict=True)
+        ]
+        common = most_common(length for length in lengths if length)
+        for why, length in zip(hidden, lengths, strict=True):
+            why |= {key: f"rows of {length}"} if length not in (None, common) else {}
+    return [replace(member, hidden=why) for member, why in zip(members, hidden, strict=True)]
 
 
 def _roles(last: str | None, stages: dict[str, Stage]) -> dict[str, str]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ministral_jax.data.images import unpatchify
+from ministral_jax.data.images import thumbnail, unpatchify
 from ministral_jax.data.pipeline import held_out
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.distributed.collectives import is_first
 from ministral_jax.files import write_json
 
 SAMPLES = 16
-THUMBNAIL = 256
-"""Longest side in pixels."""
 
 Batch = dict[str, Any]
 
@@ -58,15 +53,8 @@ def _samples(data: PackedData, batch: Batch, predicted: np.ndarray) -> Iterator[
             (positions,) = np.nonzero(document & answered)
             question = document & (np.arange(len(document)) <= positions[0])
             yield {
-                "png": _png(unpatchify(row["patches"][here], *places, data.vision.patch_size)),
+                "png": thumbnail(unpatchify(row["patches"][here], *places, data.vision.patch_size)),
                 "question": data.tokenizer.decode(tokens[question].tolist()),
                 "label": data.tokenizer.decode(tokens[positions + 1].tolist()),
                 "answer": data.tokenizer.decode(predicted[number][positions].tolist()),
             }
-
-
-def _png(pixels: np.ndarray) -> str:
-    image, file = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

@@ -30,6 +30,8 @@ class Devices(BaseModel):
     count: int
     kind: str
     hosts: int = 1
+    peak_memory: int | None = None
+    """Bytes, the most that the first device held since its process began; None where nobody counts."""
 
 
 class DataIdentity(BaseModel):
