@@ -28,7 +28,7 @@ from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import abstract_params, init_params, param_shardings, placed_params
 from ministral_jax.settings import Frozen, merge
 from ministral_jax.stages.figures import Curve, Figure
-from ministral_jax.stages.manifest import finished
+from ministral_jax.stages.manifest import finished, refuse_export
 from ministral_jax.training.checkpoint import load_params, save_params
 
 if TYPE_CHECKING:
@@ -261,6 +261,7 @@ def load_stage(
         UserError: the stage is not finished, its checkpoint does not have the sizes its manifest names, or a file of it
             is not as it was written.
     """
+    refuse_export(directory)
     manifest = finished(directory)
     spec = manifest.spec
     abstract = abstract_params(spec, dtype) if placement is None else placed_params(spec, placement, dtype)
