@@ -38,8 +38,8 @@ def inline(text: str) -> list[str]:
 
 def commands() -> dict[str, list[str]]:
     """Every command as it is printed, with the pages that print it: each line of a bash block, and what begins with the
-    name of a program between backticks, or stands in a comment of a recipe. Forms, which have a place to fill in, are not
-    commands: `run RECIPE`."""
+    name of a program between backticks, or stands in a comment of a recipe. Forms, which have a place to fill in, are
+    not commands: `run RECIPE`."""
     found: dict[str, list[str]] = {}
 
     def add(line: str, page: str) -> None:
@@ -65,6 +65,6 @@ def words(line: str) -> list[str]:
 
 
 def is_form(code: str) -> bool:
-    """Whether a command has a place to fill in (`RUN`, `[STAGE...]`), or is but the name of one (`ministral-jax run`)."""
+    """Whether a command has a place to fill in (`RUN`, `[STAGE...]`), or is the name of one alone."""
     places = re.search(r"(?<![\w.-])[A-Z]{2,}(?![\w=:.-])|\.\.\.|…|\||=v1,v2", re.sub(r"\"[^\"]*\"|'[^']*'", "", code))
     return bool(places) or (len(code.split()) == 2 and code.startswith("ministral-jax "))

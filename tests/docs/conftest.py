@@ -11,7 +11,7 @@ from ministral_jax.distributed import processes
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A directory as a checkout is after `make cascade`, with the rows of docs/generate.md and a recipe of one's own."""
+    """A directory like a checkout after `make cascade`, with the rows of docs/generate.md and a recipe of one's own."""
     root = tmp_path_factory.mktemp("checkout")
     (root / "examples").symlink_to(ROOT / "examples")
     (launch,) = (block.text for block in blocks("yaml") if block.page == "docs/launch.md")

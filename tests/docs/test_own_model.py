@@ -1,5 +1,5 @@
-"""The complete recipe of docs/own_model.md: a Hugging Face directory and rows with pictures go in, a directory of half the
-size comes out. Every block of the page is run in the order in which it stands."""
+"""The complete recipe of docs/own_model.md: a Hugging Face directory and rows with pictures go in, a directory of half
+the size comes out. Every block of the page is run in the order in which it stands."""
 
 import re
 

@@ -1,5 +1,5 @@
-"""Every fenced block of README and docs is of a known language, and what it says is so: python runs, YAML is a recipe or
-lies over one, rows are rows."""
+"""Every fenced block of README and docs is of a known language, and what it says is so: python runs, YAML is a recipe
+or lies over one, rows are rows."""
 
 import json
 import tomllib

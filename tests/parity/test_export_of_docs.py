@@ -24,11 +24,12 @@ pytestmark = pytest.mark.parity
 
 ADD = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "What? [INST]"}
 THOUGHT = {"role": "assistant", "content": [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "It is."}]}
 CHATS = {
     "user": ([USER], None),
-    "system and turns": ([{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "So"}, USER], None),
+    "system and turns": ([SYSTEM, USER, {"role": "assistant", "content": "So"}, USER], None),
     "reasoning": ([USER, THOUGHT, USER], None),
     "tools": ([USER], [ADD]),
     "called": ([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
