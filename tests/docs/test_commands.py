@@ -64,11 +64,14 @@ def test_nothing_is_excused_that_is_not_there():
     assert len(ALL) > 40
 
 
-@pytest.mark.parametrize("command", [c for c in ALL if reason_not_to_run(c) and c.startswith("ministral-jax ")])
-def test_what_is_not_run_is_understood(command, monkeypatch, tmp_path, checkout):
+OURS = ("ministral-jax ", "python -m ministral_jax ")
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if reason_not_to_run(c) and c.startswith(OURS)])
+def test_what_is_not_run_is_understood(command, monkeypatch, checkout):
     """Options, stages, overrides and recipe, through what the command itself calls."""
     monkeypatch.chdir(checkout)
-    args = cli._parse(words(command)[1:])
+    args = cli._parse(words(command)[1 if command.startswith(OURS[0]) else 3 :])
     rest = getattr(args, "rest", [])
     if command.startswith("ministral-jax sweep"):
         assert expand(read_sweep(args.recipe, rest, args.zip))
@@ -76,8 +79,8 @@ def test_what_is_not_run_is_understood(command, monkeypatch, tmp_path, checkout)
         without = [word for word in words(command)[1:] if word != "--submit"]
         if args.scheduler != "local":
             assert cli.main(without) == 0
-    if hasattr(args, "recipe") and args.recipe.startswith("configs/") and "sweep" not in command:
-        recipe = load_recipe(args.recipe, [word for word in rest if "=" in word])
+    if "sweep" not in command and hasattr(args, "recipe") and args.recipe.startswith(("configs/", "tests/")):
+        recipe = load_recipe(ROOT / args.recipe, [word for word in rest if "=" in word])
         assert {word for word in rest if "=" not in word} <= recipe.stages.keys()
 
 
