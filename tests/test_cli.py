@@ -14,7 +14,7 @@ from ministral_jax.cli import main
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.recipe.load import load_recipe, resolve_specs
-from ministral_jax.runs.cascade import identity
+from ministral_jax.runs.identity import identity
 from ministral_jax.stages.manifest import digest
 
 MICRO = Path(__file__).with_name("micro.yaml")
@@ -65,8 +65,8 @@ def test_a_setting_newer_than_the_run_has_its_default(capsys, finished_parent):
     stage = json.loads(path.read_text())
     del stage["config"]["data"]["sources"]["code"]["thinking"]
     write_json(path, stage)
-    error = run(capsys, finished_parent, "stages.parent.steps=9")
-    assert "begun with other settings: config.steps was 8, now 9" in error
+    error = run(capsys, finished_parent, "stages.parent.seed=9")
+    assert "begun with other settings: config.seed was 0, now 9" in error
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ministral_jax.settings import Frozen
+from ministral_jax.settings import Frozen, Place
 
 
 class TokenizerConfig(Frozen):
@@ -17,7 +17,7 @@ class TokenizerConfig(Frozen):
     `tekken.json` that came with them.
     """
 
-    file: str = "bundled"
+    file: Place = "bundled"
     vocab: int | None = Field(default=None, ge=276)
     """Entries to keep, special tokens included: the same encoding with fewer merges. Unset keeps the file's."""
     special: int | None = Field(default=None, ge=20)
@@ -45,7 +45,7 @@ class SourceConfig(Frozen):
         "repeat",
         "preferences",
     ]
-    path: str | None = None
+    path: Place | None = None
     """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the tokens of the mix, relative to the other sources' weights."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ministral_jax.console import say
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.jsonl import json_row, lines_of, parse_row
@@ -128,7 +128,7 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
 
 @cache  # every stage looks
 def _say_once(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text)
 
 
 def _is_library(path: Path) -> bool:

@@ -19,7 +19,7 @@ from einops import rearrange
 
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain, write_json
+from ministral_jax.files import digest_of, digest_of_file, open_plain, write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
@@ -215,6 +215,12 @@ def read_spec(directory: Path) -> ModelSpec:
     directory = Path(directory)
     config = load_config(directory)
     return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """SHA-256 of what the files that are imported hold."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return digest_of([(path.name, digest_of_file(path)) for path in files])
 
 
 def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None = None) -> tuple[ModelSpec, Params]:

@@ -12,6 +12,7 @@ from ministral_jax.files import read_jsonl, write_json
 from ministral_jax.recipe.load import lineage
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.distill import scratch_name
+from ministral_jax.stages.evaluate import evaluation_name
 from ministral_jax.stages.manifest import Manifest, finished, read_manifest
 
 Rows = list[dict[str, Any]]
@@ -25,6 +26,8 @@ class Member(BaseModel):
     flops_per_token: int
     """Forward, of a token that sees no other."""
     tokens: int
+    row_length: int | None = None
+    """Tokens of the held-out rows: bits per byte of rows of different lengths do not compare."""
     bits_per_byte: float | None
     digit_accuracy: float | None
 
@@ -61,7 +64,8 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     """Write `summary.json` and `samples.json` from whatever is finished, and return the summary."""
     family, parent = recipe.family, None
     if family is not None and (manifest := read_manifest(run_dir / family.parent)) is not None:
-        parent = Parent(stage=family.parent, **_member(manifest))
+        evaluated = read_manifest(run_dir / evaluation_name(family.parent))
+        parent = Parent(stage=family.parent, **_member(manifest, evaluated))
     children = {
         child: _child(recipe, run_dir, last)
         for child, last in (family.children if family else {}).items()
@@ -76,13 +80,16 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     return summary
 
 
-def _member(manifest: Manifest) -> dict[str, Any]:
-    spec, metrics = manifest.spec, manifest.metrics
+def _member(manifest: Manifest, evaluated: Manifest | None = None) -> dict[str, Any]:
+    """Of a finished stage; its figures those of another one that `evaluated` it, where there is one."""
+    spec, measured = manifest.spec, evaluated or manifest
+    metrics = measured.metrics
     return {
         "parameters": spec.parameters,
         "decoder_parameters": spec.decoder_parameters,
         "flops_per_token": spec.flops_per_token(1),
         "tokens": manifest.tokens,
+        "row_length": measured.config.get("batch", {}).get("length"),
         "bits_per_byte": metrics.get("bits_per_byte"),
         "digit_accuracy": metrics.get("digit_accuracy"),
     }
@@ -143,13 +150,14 @@ def token_speedup(pruned: Rows, scratch: Rows) -> float | None:
 def _samples(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """The parent's held-out image questions with every model's answers beside the right one."""
     family = recipe.family
-    if family is None or not (run_dir / family.parent / "samples.json").is_file():
-        return {"images": []}
-    models = {"parent": family.parent, **family.children}
+    models = {"parent": family.parent, **family.children} if family else {}
     found: dict[str, dict[str, Any]] = {}
     for model, stage in models.items():
-        if (path := run_dir / stage / "samples.json").is_file():
+        places = (run_dir / name / "samples.json" for name in (stage, evaluation_name(stage)))
+        if (path := next((place for place in places if place.is_file()), None)) is not None:
             found[model] = {s["png"]: s for s in json.loads(path.read_text(encoding="utf-8"))["images"]}
+    if "parent" not in found:
+        return {"images": []}
     images = [
         {
             "png": png,

@@ -81,6 +81,16 @@ class Stage(Frozen):
         """Stages that must be finished first, by their role: the source is the parent."""
         return {} if self.source is None else {"parent": self.source}
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the checkpoint that the stage reads from outside of the run is not there (any more)."""
+        return False
+
+    def contents(self, root: Path) -> dict[str, str | None]:
+        """By setting, the digest of everything outside of the run that makes the result what it is: wherever it lies,
+        whatever it is called. None where it cannot be read. `root`: where packed data lies."""
+        return {}
+
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
         """Stages that this one, called `name`, brings into the recipe, such as a baseline. `sizes` resolves its own."""
         return {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 from pydantic import Field
 
+from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_problem, from_first, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
@@ -203,9 +203,9 @@ class ResumeStore:
         (step, writing), self._saving = self._saving, None
         writing.join(None if jax.process_count() == 1 else _LEAVE_SECONDS)
         if writing.is_alive():
-            _say(f"the state of step {step} was not saved in {self.directory}: other processes did not finish theirs")
+            say(f"the state of step {step} was not saved in {self.directory}: other processes did not finish theirs")
         elif writing.error is not None:
-            _say(f"the state of step {step} could not be saved in {self.directory}: {reason(writing.error)}")
+            say(f"the state of step {step} could not be saved in {self.directory}: {reason(writing.error)}")
             if is_first():
                 self._forget(step)
 
@@ -256,9 +256,9 @@ class ResumeStore:
         if is_first():
             instead = "starting from the beginning" if good is None else f"going on from step {good}"
             for step, problem in bad.items():
-                _say(f"{self._path(step)} is damaged ({problem}); {self._set_aside(step)}; {instead}")
+                say(f"{self._path(step)} is damaged ({problem}); {self._set_aside(step)}; {instead}")
             for step in torn:
-                _say(f"{self._path(step)} was being written when the run ended; removed; {instead}")
+                say(f"{self._path(step)} was being written when the run ended; removed; {instead}")
         barrier(f"open {self.directory}")
         return good
 
@@ -297,7 +297,3 @@ def _read_record(path: Path) -> tuple[Files | None, str | None]:
         return None, f"it has no {path.parent.name}/{path.name}: the run ended before that was written"
     except (OSError, ValueError):
         return None, f"{path.parent.name}/{path.name} is not readable"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
