@@ -19,6 +19,7 @@ def checkout(tmp_path_factory):
     (rows,) = (block.text for block in blocks("json") if block.page == "docs/generate.md")
     (root / "rows.jsonl").write_text(rows)
     finished_run(root / "runs" / "tiny", "configs/tiny.yaml")
+    (root / "runs" / "lr").symlink_to("tiny")
     return root
 
 
