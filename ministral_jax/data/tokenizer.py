@@ -96,9 +96,14 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     Raises `UserError`: the file is missing or not a Tekken file, or has fewer entries than asked for."""
     path = _kept_file(config, cache_dir)
     try:
-        return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
+        return read_tokenizer(path)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"data.tokenizer.file = {config.file!r} is not a usable Tekken file: {error}") from error
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A file that `load_tokenizer` kept."""
+    return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
 
 
 def tokenizer_digest(config: TokenizerConfig, cache_dir: Path) -> str | None:
