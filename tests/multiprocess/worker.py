@@ -18,7 +18,15 @@ import ministral_jax
 from ministral_jax import cli
 from ministral_jax.distributed import processes
 
-LAZY = ("orbax.checkpoint", "grain", "tensorstore", "mistral_common.tokens.tokenizers.mistral", "pebble", "rich.table")
+LAZY = (
+    "orbax.checkpoint",
+    "grain",
+    "tensorstore",
+    "mistral_common.tokens.tokenizers.mistral",
+    "pebble",
+    "rich.table",
+    "tensorboardX",
+)
 
 
 def load() -> None:
