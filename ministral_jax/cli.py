@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax import __version__
+from ministral_jax.console import log, say
 from ministral_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
     args = _parse(argv)
     if args.command in (_run, _sweep):  # loading JAX takes a while
-        print(f"ministral-jax {__version__}", file=sys.stderr, flush=True)
+        say(f"ministral-jax {__version__}")
     from ministral_jax.distributed.processes import (  # loads JAX, which --help need not
         RETRY,
         Preempted,
@@ -42,13 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while nothing is computed that could be saved
         _say("interrupted")
         return leave(130, together=False)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _say(f"{error.filename}: {error.strerror}")
-        return leave(2, together=False)
     except Exception as error:
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is not None:  # a file or directory is at fault
+            log(traceback.format_exc())
+            _say(f"{error.filename}: {error.strerror}")
+            return leave(2, together=False)
+        say(traceback.format_exc())
         if lost_peer(error):
             _say("another process of this job is gone; the same command goes on from the last saved state")
             return leave(RETRY, together=False)
@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _say(text: str) -> None:
-    print(f"ministral-jax: {text}", file=sys.stderr, flush=True)
+    say(f"ministral-jax: {text}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,7 +197,6 @@ def _dry_run(recipe: Recipe, run_dir: Path, stages: list[str], taken_from: list[
 
 def _finish_run(recipe: Recipe, run_dir: Path, names: Sequence[str] = ()) -> None:
     """The summary, the tables and the page of what a run has made."""
-    from ministral_jax.console import say
     from ministral_jax.report import build_report
     from ministral_jax.runs.reading import read_run
     from ministral_jax.runs.summary import write_summary
@@ -205,9 +204,12 @@ def _finish_run(recipe: Recipe, run_dir: Path, names: Sequence[str] = ()) -> Non
 
     summary = write_summary(recipe, run_dir)
     page = build_report(run_dir)
-    _print_table(stage_table(read_run(run_dir), names))
+    run = read_run(run_dir)
+    _print_table(stage_table(run, names))
     if summary.children:
-        _print_table(family_table(summary))
+        _print_table(family_table(run))
+    for note in run.notes:
+        say(note)
     say(f"report: {page}")
 
 

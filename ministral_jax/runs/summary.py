@@ -11,9 +11,10 @@ from pydantic import BaseModel, Field
 from ministral_jax.files import read_jsonl, write_json
 from ministral_jax.recipe.load import lineage
 from ministral_jax.recipe.types import Recipe
+from ministral_jax.runs.comparable import stale_stages
 from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.evaluate import evaluation_name
-from ministral_jax.stages.manifest import Manifest, finished, read_manifest
+from ministral_jax.stages.manifest import Manifest, digest, finished, read_manifest
 
 Rows = list[dict[str, Any]]
 
@@ -56,6 +57,9 @@ class Summary(BaseModel):
     name: str
     parent: Parent | None = None
     children: dict[str, Child] = Field(default_factory=dict)
+    """Those of whose stages every one was made from what is there now."""
+    stale: dict[str, str] = Field(default_factory=dict)
+    """The other finished ones, and why."""
     wall_seconds: float
     """Of all finished stages, and of packing data."""
 
@@ -66,15 +70,20 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     if family is not None and (manifest := read_manifest(run_dir / family.parent)) is not None:
         evaluated = read_manifest(run_dir / evaluation_name(family.parent))
         parent = Parent(stage=family.parent, **_member(manifest, evaluated))
-    children = {
-        child: _child(recipe, run_dir, last)
-        for child, last in (family.children if family else {}).items()
-        if read_manifest(run_dir / last) is not None
+    made = {name: manifest for name in recipe.stages if (manifest := read_manifest(run_dir / name)) is not None}
+    here = {
+        name: digest(run_dir / name) if name in made else None for name in recipe.stages if (run_dir / name).is_dir()
     }
-    manifests = [m for name in recipe.stages if (m := read_manifest(run_dir / name)) is not None]
+    stale = stale_stages(made, here)
+    children, left_out = {}, {}
+    for child, last in (family.children if family else {}).items():
+        if last in made and (why := next((stale[name] for name in lineage(recipe, last) if name in stale), None)):
+            left_out[child] = why
+        elif last in made:
+            children[child] = _child(recipe, run_dir, last)
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
-    wall = round(sum(m.seconds for m in manifests) + besides, 1)
-    summary = Summary(name=recipe.name, parent=parent, children=children, wall_seconds=wall)
+    wall = round(sum(m.seconds for m in made.values()) + besides, 1)
+    summary = Summary(name=recipe.name, parent=parent, children=children, stale=left_out, wall_seconds=wall)
     write_json(run_dir / "summary.json", summary.model_dump(mode="json"))
     write_json(run_dir / "samples.json", _samples(recipe, run_dir))
     return summary

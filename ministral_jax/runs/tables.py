@@ -11,11 +11,18 @@ from rich.table import Table
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.lock import owner
 from ministral_jax.runs.reading import Run, Stage, read_run
-from ministral_jax.runs.summary import Summary
 from ministral_jax.runs.survey import Planned, saved_step
 from ministral_jax.stages.figures import Figure
 
 _NUMBERS = {"parameters", "tokens", "disk", "steps", "time", "difference"}
+_FAMILY = (
+    ("KL pruned", "kl_after_surgery", ".4f"),
+    ("KL final", "kl_final", ".4f"),
+    ("KL scratch", "kl_scratch", ".4f"),
+    ("speed-up", "token_speedup", ".1f"),
+    ("bits/byte", "bits_per_byte", ".3f"),
+    ("images", "digit_accuracy", ".1%"),
+)
 _SHOWN = 3
 """Figures of a stage."""
 
@@ -55,7 +62,7 @@ def stage_table(run: Run, names: Iterable[str] = ()) -> Table:
         table.add_row(
             stage.name,
             stage.do,
-            stage.state,
+            f"{stage.state}, stale" if stage.stale else stage.state,
             _count(steps),
             _count(tokens),
             f"{seconds:,.0f} s" if seconds else "",
@@ -64,30 +71,22 @@ def stage_table(run: Run, names: Iterable[str] = ()) -> Table:
     return table
 
 
-def family_table(summary: Summary) -> Table:
-    """Size, parameters, tokens and held-out figures of every finished member of the family."""
-    members = ({"parent": summary.parent} if summary.parent else {}) | summary.children
-    lengths = [member.row_length for member in members.values()]
-    table = _table(f"{summary.name}: {summary.wall_seconds:,.0f} s", "size", "parameters", "tokens")
-    for column in ("KL pruned", "KL final", "KL scratch", "speed-up", "bits/byte", "images"):
-        table.add_column(column, justify="right")
-    for name, member in members.items():
-        row = member.model_dump()
-        if member.row_length != lengths[-1]:  # of rows of another length it would not compare
-            row["bits_per_byte"] = None
-        table.add_row(
-            name,
-            f"{member.parameters / 1e6:,.2f} M",
-            f"{member.tokens / 1e6:,.2f} M",
-            *(_number(row.get(key), ".4f") for key in ("kl_after_surgery", "kl_final", "kl_scratch")),
-            _number(row.get("token_speedup"), ".1f", "x"),
-            _number(row["bits_per_byte"], ".3f"),
-            _number(member.digit_accuracy, ".1%"),
-        )
-    if lengths and lengths[-1] is not None:
-        table.caption = (
-            f"bits/byte on held-out rows of {lengths[-1]} tokens; images: right answers to held-out pictures"
-        )
+def family_table(run: Run) -> Table:
+    """Size, parameters, tokens and held-out figures of every finished member of the family; "-" where a figure is not
+    to be compared with those of the others."""
+    table = _table(f"{run.name}: {run.wall_seconds or 0:,.0f} s", "size", "parameters", "tokens")
+    for title, *_ in _FAMILY:
+        table.add_column(title, justify="right")
+    hidden: dict[str, str] = {}
+    for member in run.members:
+        if member.published is None:
+            continue
+        figures = [
+            _number(member.figure(key), form) or ("-" if key in member.hidden else "") for _, key, form in _FAMILY
+        ]
+        hidden |= {f"{member.name}, {title}": member.hidden[key] for title, key, _ in _FAMILY if key in member.hidden}
+        table.add_row(member.name, _count(member.published.parameters), _count(member.published.tokens), *figures)
+    table.caption = "; ".join(f"{what}: {why}" for what, why in hidden.items()) or None
     return table
 
 
@@ -180,8 +179,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else format(value, form) + unit
+def _number(value: float | None, form: str, instead: str) -> str:
+    return instead if value is None else format(value, form)
 
 
 def _count(count: float | None) -> str:

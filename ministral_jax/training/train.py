@@ -23,6 +23,8 @@ from ministral_jax.training.optimizer import OptimizerConfig, decay_begins, make
 from ministral_jax.training.progress import ProgressLine
 from ministral_jax.training.state import State, abstract_state, init_state
 
+_SHOWN = 4
+"""Held-out figures told as they come."""
 StepMetrics = Mapping[str, tuple[Any, Any]]
 """(sum, count) by name, on the devices or on the host."""
 
@@ -295,6 +297,8 @@ class _Attempt:
     def evaluate(self, state: State) -> dict[str, float]:
         self.clock.switch("evaluate")
         figures = self.learner.evaluate(state)
+        shown = [f"{name} {value:.4g}" for name, value in list(figures.items())[:_SHOWN]]
+        self.line.say(f"held out, step {self.at_step}: {'  '.join(shown)}")
         self.log.write("eval", self.at_step, {**self.learner.schedule.seen(self.at_step), **figures})
         self._back_to_steps()
         return figures
