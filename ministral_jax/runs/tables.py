@@ -81,9 +81,7 @@ def family_table(run: Run) -> Table:
     for member in run.members:
         if member.published is None:
             continue
-        figures = [
-            _number(member.figure(key), form) or ("-" if key in member.hidden else "") for _, key, form in _FAMILY
-        ]
+        figures = (_number(member.figure(key), form, "-" * (key in member.hidden)) for _, key, form in _FAMILY)
         hidden |= {f"{member.name}, {title}": member.hidden[key] for title, key, _ in _FAMILY if key in member.hidden}
         table.add_row(member.name, _count(member.published.parameters), _count(member.published.tokens), *figures)
     table.caption = "; ".join(f"{what}: {why}" for what, why in hidden.items()) or None

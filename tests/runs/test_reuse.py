@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import ministral_jax
 from ministral_jax.cli import main
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.models.vlm import init_params
@@ -65,7 +66,7 @@ def home(tmp_path_factory) -> Path:
 
 def write(home: Path, recipe: dict) -> Path:
     path = home / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
@@ -146,6 +147,60 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, capsys):
     assert main(["run", str(home / "recipe.yaml"), *words, "--run-dir", str(home / "dry")]) == 0
     said = capsys.readouterr().out
     assert said.count("taken from") == 2 and "is made" in said and not (home / "dry").exists()
+
+
+def test_status_of_a_run_and_of_all_runs(home, capsys, monkeypatch):
+    assert main(["status", str(home / "first")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("finished") == 3 and "not begun: steady, steady-hf, decayed" in said
+    assert "written by: nobody now" in said
+    monkeypatch.chdir(home)
+    Path("runs").mkdir()
+    Path("runs/one").symlink_to("../first")
+    assert main(["status"]) == 0
+    assert "3 of 6 stages" in capsys.readouterr().out
+    assert main(["status", str(home)]) == 2
+    assert "is not a run" in lines(capsys)
+
+
+def test_two_runs_are_compared(home, capsys):
+    assert run(home, "other", "pruned", "stages.pruned.seed=3", "--from", str(home / "first")) == 0
+    capsys.readouterr()
+    assert main(["compare", str(home / "first"), str(home / "other")]) == 0
+    said = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["pruned", "seed", "0", "3"] in said
+    (row,) = [row for row in said if row[:2] == ["parent", "cross-entropy"]]
+    assert row[2] == row[3] and float(row[4]) == 0
+
+
+def test_clean_lists_what_no_result_needs_and_removes_it_when_told_to(moved, capsys):
+    run_dir = moved / "first"
+    (run_dir / "data" / ".draft-abc").mkdir()
+    assert main(["clean", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "compiled programs" in said and ".draft-abc" in said and "data/documents" in said
+    assert "nothing was removed" in said and (run_dir / "data" / "documents").is_dir()
+    assert main(["clean", str(run_dir), "--delete"]) == 0
+    assert not (run_dir / "xla").exists() and not (run_dir / "data" / "documents").exists() and CACHE.is_dir()
+    assert run(moved, "first") == 0 and main(["export", str(run_dir / "pruned"), str(moved / "again")]) == 0
+
+
+def test_clean_of_a_sweep_removes_stages_that_no_point_uses(home, capsys):
+    words = ["sweep", str(home / "recipe.yaml"), "pruned", "--from", str(home / "first")]
+    words += ["--run-dir", str(home / "cleaned")]
+    assert main([*words, "stages.pruned.seed=0,5"]) == 0 == main([*words, "stages.pruned.seed=5,6"])
+    capsys.readouterr()
+    shared = home / "cleaned" / "shared"
+    before = {path.name for path in shared.glob("p*")}
+    assert main(["clean", str(home / "cleaned"), "--delete"]) == 0
+    gone = before - {path.name for path in shared.glob("p*")}
+    assert len(gone) == 1 and gone.pop().startswith("pruned-") and (home / "first" / "pruned" / "params").is_dir()
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"ministral-jax {ministral_jax.__version__}\n"
 
 
 # ---- content ---------------------------------------------------------------------------------------------------------
@@ -269,8 +324,8 @@ def test_an_imported_parent_is_evaluated_once_like_a_trained_one(imported, capsy
     assert run(imported, "run") == 0
     captured = capsys.readouterr()
     assert "5 finished" in captured.err
-    (row,) = [line for line in captured.out.splitlines() if line.startswith("│ parent ") and " M " in line]
-    assert f"{parent['bits_per_byte']:.3f}" in row
+    rows = [line for line in captured.out.splitlines() if line.startswith("│ parent ")]
+    assert f" {parent['bits_per_byte']:.3f} " in rows[-1]
 
 
 def test_a_checkpoint_that_is_gone_after_its_import_is_not_missed(imported, capsys):
