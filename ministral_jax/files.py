@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -31,6 +32,19 @@ _REFUSED = {
     b"\xfe\xff": "is UTF-16; convert it to UTF-8",
 }
 _POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def refuse_url(path: str | Path, what: str) -> None:
+    """Raises `UserError`: `path`, which is `what` in the message, is a URL. As a `Path`, which keeps one slash of two,
+    it would be a directory called `gs:` below the working one."""
+    if (match := _URL.match(str(path))) is not None:
+        raise UserError(
+            f"{what} {path} is a URL, and {match[1]}: is neither read nor written; give a directory of a file system "
+            "that is mounted here"
+        )
 
 
 def refuse_pointer(path: Path, what: str = "") -> None:

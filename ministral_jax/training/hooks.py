@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +35,19 @@ def peak_flops() -> float | None:
 
 
 class GuardConfig(Frozen):
-    """What happens when a step's loss or gradient is NaN or infinite, or its loss above `spike` times the median of the
-    last `window`.
+    """What happens when a step's loss or gradient is NaN or infinite, or the loss stays far above what is usual.
 
     `stop` ends the run. `rollback` goes back to the newest saved state and leaves out the batches since then, at most
     `rollbacks` times in a row of a process's life.
     """
 
     action: Literal["stop", "rollback"] = "stop"
-    spike: float | None = Field(default=None, gt=1)
+    spike: float | None = Field(default=3, gt=0)
+    """A loss is far if it exceeds the usual one by more than this times its size, its deviation, or 1, whichever is the
+    largest: so at a loss near 0, or below, only leaps count. Usual is the lowest median of `window` losses in a row, or
+    what there is of the first window; deviations are absolute, their median counts. null: no loss is too far."""
+    patience: int = Field(default=5, ge=1)
+    """Steps in a row whose loss is far before anything happens. Nothing is saved meanwhile."""
     window: int = Field(default=50, ge=1)
     rollbacks: int = Field(default=3, ge=0)
 
@@ -56,24 +61,49 @@ class BadStep(Exception):
 
 
 class Guard:
-    """Watches the loss and the gradient of every step."""
+    """Watches the loss and the gradient of every step, from what `note` has told of the steps before."""
 
-    def __init__(self, config: GuardConfig):
-        self._config = config
-        self._recent: deque[float] = deque(maxlen=config.window)
+    def __init__(self, config: GuardConfig, recent: Sequence[float] = (), usual: float = math.inf):
+        self._config, self._usual, self._far = config, usual, 0
+        self._recent = deque(recent, maxlen=config.window)
+
+    @property
+    def calm(self) -> bool:
+        """Whether the loss of the last step was not far."""
+        return self._far == 0
+
+    def note(self) -> dict[str, Any]:
+        """Small JSON: what is usual after the last step."""
+        return {"recent": [*self._recent], "usual": self._usual} if self._recent else {}
 
     def check(self, step: int, loss: float, gradient_norm: float = 0.0) -> None:
-        """Raise `BadStep` when one of them is not finite, or the loss is a spike."""
+        """Raise `BadStep` when one of them is not finite, or the loss was far too often in a row."""
         if not math.isfinite(loss):
             raise BadStep(step, loss, f"the loss is {loss} at step {step}")
         if not math.isfinite(gradient_norm):  # of a finite loss: the parameters are spoilt, the next loss would say so
             raise BadStep(step, loss, f"the norm of the gradient is {gradient_norm} at step {step}")
-        if self._config.spike is not None and len(self._recent) == self._config.window:
-            usual = statistics.median(self._recent)
-            if loss > self._config.spike * usual:
-                much = f"over {loss / usual:.1f} times its usual {usual:.4g}"
-                raise BadStep(step, loss, f"the loss is {loss} at step {step}, {much}")
-        self._recent.append(loss)
+        if (spike := self._config.spike) is None:
+            return
+        limit = self._usual + spike * max(1.0, abs(self._usual), _deviation(self._recent))
+        if loss <= limit or not self._recent:
+            self._far = 0
+            full = len(self._recent) == self._config.window
+            self._recent.append(loss)
+            self._usual = min(statistics.median(self._recent), self._usual if full else math.inf)
+            return
+        self._far += 1
+        if self._far >= self._config.patience:
+            often = f", as in the {self._far} steps up to it" if self._far > 1 else ""
+            allowed = f"where {self._usual:.4g} is usual and guard.spike = {spike:g} allows {limit:.4g}"
+            raise BadStep(step, loss, f"the loss is {loss:.6g} at step {step}, {allowed}{often} (null allows any)")
+
+
+def _deviation(losses: Collection[float]) -> float:
+    """The median of the absolute deviations from the median."""
+    if not losses:
+        return 0.0
+    middle = statistics.median(losses)
+    return statistics.median(abs(loss - middle) for loss in losses)
 
 
 class Speed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,9 +99,11 @@ class Position:
     """Batches left out before the next one, by rolling back: step n + 1 trains on batch n + skipped."""
     seconds: float = 0.0
     """Spent over all attempts."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What `Guard.note` told."""
 
     def note(self) -> dict[str, Any]:
-        return {"evaluated": self.evaluated, "skipped": self.skipped, "seconds": self.seconds}
+        return {name: getattr(self, name) for name in ("evaluated", "skipped", "seconds", "guard")}
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Outcome:
 
 
 class Diverged(UserError):
-    """The loss is not a number any more, or far above what it was; the newest checkpoint is from before."""
+    """The loss is not a number any more, or stays far above what it was; the newest checkpoint is from before."""
 
 
 def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: Clock) -> Outcome:
@@ -128,9 +130,10 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         clock: has run since the stage began.
 
     Raises:
-        Diverged: the loss or the gradient of a step is NaN or infinite, or the loss a spike, and the guard does not
-            allow to roll back (again). Nothing of that step is saved.
-        Preempted: the job was asked to stop. The state is saved, at the same step by all processes.
+        Diverged: the loss or the gradient of a step is NaN or infinite, or the loss stays far above what is usual, and
+            the guard does not allow to roll back (again). Nothing of such steps is saved.
+        Preempted: the job was asked to stop. The state is saved, at the same step by all processes, unless its loss is
+            a spike; `then` says from which step the same command goes on.
     """
     schedule, begun = learner.schedule, time.monotonic()
     grows_from = schedule.grows_from(config)
@@ -146,14 +149,15 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
             while True:
                 try:
                     evaluates = schedule.evaluates_at(at.step, config.steps) and not at.evaluated
-                    due = at.step % config.checkpoint.every == 0 and at.step < config.steps
-                    saves = at.step > 0 and saved != at.step and (due or at.step == grows_from)
-                    if evaluates or saves:
+                    every = config.checkpoint.every
+                    due = at.step // every > (saved or 0) // every and at.step < config.steps
+                    due |= at.step == grows_from and saved != at.step
+                    if evaluates or due:
                         attempt.read_figures()
                     if evaluates:
                         figures = attempt.evaluate(state)
                         at = replace(at, evaluated=True)
-                    if saves:
+                    if due and attempt.guard.calm:
                         poll(f"saving step {at.step}", slow=True)
                         attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
                         saved = at.step
@@ -172,16 +176,22 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
             store.wait()
             if not figures:  # stopped between the last step and the manifest
                 figures = attempt.evaluate(state)
-        except Preempted:
+        except Preempted as stop:
             saving()
             if saved != at.step and attempt.is_sound():
                 attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
-            store.wait()
+            stop.then = _goes_on(store, directory.name)
             raise
         finally:
             profiler.close()
             attempt.end()
         return Outcome(state, figures, before + time.monotonic(), store)
+
+
+def _goes_on(store: ResumeStore, stage: str) -> str:
+    if (step := store.latest) is None:
+        return f"no state was saved, the same command begins {stage} again"
+    return f"the same command goes on from step {step} of {stage}"
 
 
 def _begin(params: Any, optimizer: Any, store: ResumeStore) -> tuple[Any, Position, int | None]:
@@ -232,7 +242,7 @@ class _Attempt:
         self.pending: tuple[int, StepMetrics] | None = None
         self.log = StageLog(self.directory, resumed, at.evaluated, self.config.track)
         self.line = ProgressLine(self.directory.name, self.config.steps, at.step)
-        self.guard = Guard(self.config.guard)
+        self.guard = Guard(self.config.guard, **at.guard)
         self.speed = Speed(schedule.tokens_per_step, schedule.flops_per_step)
         self.stream = self.learner.batches(at.step + at.skipped)
         self.clock.begin_attempt(self.log, at.step)
@@ -287,12 +297,12 @@ class _Attempt:
         self.line.update(step, note)
 
     def is_sound(self) -> bool:
-        """Whether the last step is one to go on from; its figures are logged if so."""
+        """Whether the last step is one to go on from; its figures are logged if its numbers are."""
         try:
             self.read_figures()
         except BadStep:
             return False
-        return True
+        return self.guard.calm
 
     def evaluate(self, state: State) -> dict[str, float]:
         self.clock.switch("evaluate")
@@ -305,7 +315,7 @@ class _Attempt:
 
     def save(self, state: State, at: Position, store: ResumeStore) -> None:
         self.clock.switch("checkpoint")
-        store.save(at.step, state, at.note())
+        store.save(at.step, state, replace(at, guard=self.guard.note()).note())
         self._back_to_steps()
 
     def _back_to_steps(self) -> None:

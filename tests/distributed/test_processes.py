@@ -1,5 +1,13 @@
 """What tells a lost peer from a fault, and what a process says of what comes next."""
 
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
 import jax
 import pytest
 
@@ -35,6 +43,36 @@ def several(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
 
 
+def from_compiled_code(error: BaseException) -> BaseException:
+    """The error as it is caught when compiled code, and no `raise` statement, threw it."""
+    loop = asyncio.new_event_loop()
+    future = loop.create_future()
+    future.set_exception(error)
+    loop.close()
+    try:
+        future.result()
+    except type(error) as caught:
+        return caught
+    raise AssertionError
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize("error", LOST, ids=str)
+def test_what_a_program_raises_is_no_lost_peer_even_in_the_runtimes_words(several, error):
+    fault = raised(type(error)(str(error)))
+    assert not processes.lost_peer(fault)
+    wrapped = RuntimeError("of a reward")
+    wrapped.__cause__ = fault
+    assert not processes.lost_peer(wrapped)
+    assert processes.lost_peer(from_compiled_code(type(error)(str(error))))
+
+
 @pytest.mark.parametrize("error", LOST, ids=str)
 def test_the_runtimes_errors_of_a_lost_peer_are_recognised(several, monkeypatch, error):
     assert processes.lost_peer(error)
@@ -66,3 +104,100 @@ def test_each_batch_is_announced_before_it_is_worked_on_and_a_stop_comes_between
     processes.announce("scoring")
     processes.saving()
     assert told[2:] == ["reading batch 3", "scoring", "saving"]
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """What this process knows of a job that takes hours at some things, by a clock that is turned by hand."""
+    found = processes._Job(processes.Limits(step=900, slow=3600))
+    found.now = 0.0
+    monkeypatch.setattr(processes, "_job", found)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: found.now)
+    return found
+
+
+def allowed(job, seconds: float, doing: str, slow: bool = False) -> float:
+    """Seconds until the watchdog would end what is begun now; what was done before has taken `seconds`."""
+    job.now += seconds
+    processes.poll(doing, slow)
+    return job.deadline - job.now
+
+
+def test_the_limit_of_a_step_follows_the_measured_steps(job):
+    assert allowed(job, 0, "step 1", slow=True) == 3600
+    assert allowed(job, 2000, "step 2") == 3600, "none was measured: the first one was compiled too"
+    assert allowed(job, 1150, "step 3") == 11500
+    assert allowed(job, 1250, "evaluating batch 1", slow=True) == 3600
+    assert allowed(job, 700, "evaluating batch 2") == 3600
+    assert allowed(job, 1, "evaluating batch 3") == 900, "never below what is set"
+    assert allowed(job, 1, "step 4") == 12000, "the median of 1150 and 1250"
+    for step in range(5, 40):
+        assert allowed(job, 20, f"step {step}") >= 900
+    assert allowed(job, 20, "step 40") == 900, "of the last ones"
+    assert allowed(job, 20, "step 1", slow=True) == 3600
+    assert allowed(job, 20, "step 2") == 3600, "another stage's steps may be slower"
+
+
+def test_what_is_slow_may_become_slower_and_what_one_process_does_alone_has_no_limit(job):
+    for update in range(1, 4):
+        job.now += 500
+        processes.announce(f"update {update}")
+    assert job.deadline - job.now == 5000
+    processes.poll_alone("packing data: rows")
+    assert job.deadline is None
+    processes.poll("beginning parent", slow=True)
+    with processes.unwatched():
+        assert job.deadline is None
+        job.now += 10_000
+    assert job.deadline - job.now == 3600
+
+
+INTERRUPTED = """
+import sys, time
+from ministral_jax import cli
+from ministral_jax.distributed import processes
+
+def command(args):
+    processes.join(processes.Limits())
+    for step in range(1, 600):
+        processes.poll(f"step {step}")
+        print(step, flush=True)
+        time.sleep(0.1 if sys.argv[1] == "quick" else 600)
+
+cli._parse = lambda argv: type("Args", (), {"command": staticmethod(command)})
+sys.exit(cli.main())
+"""
+
+
+def interrupted(pace: str, times: int) -> tuple[int, str]:
+    """Exit code and words of a command that gets Ctrl-C while it is at its steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, pace],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stdout.readline() == "1\n"
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        return process.wait(60), process.communicate()[1]
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_stops_before_the_next_step_and_claims_nothing_that_was_not_saved():
+    code, said = interrupted("quick", 1)
+    assert code == 130, said
+    assert re.search(r"interrupted, before step \d+; what is finished is kept, the same command does the rest\n$", said)
+    assert "saved" not in said and "Traceback" not in said
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    begun = time.monotonic()
+    code, said = interrupted("slow", 2)
+    assert code == 130 and time.monotonic() - begun < 60, said
+    assert said.splitlines()[-1].startswith("ministral-jax: interrupted twice, ended at once"), said

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from typing import ClassVar
 
@@ -19,10 +20,11 @@ from ministral_jax.losses.evaluation import figures, hidden, sums
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
 from ministral_jax.runs.summary import token_speedup
+from ministral_jax.stages.online import added
 from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore, load_params, save_params
 from ministral_jax.training.goodput import Clock, goodput
 from ministral_jax.training.hooks import BadStep, Guard, GuardConfig, ProfileConfig
-from ministral_jax.training.log import check_tracker
+from ministral_jax.training.log import check_tracker, mean
 from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ministral_jax.training.state import abstract_state, init_state, make_step, split_frozen
 from ministral_jax.training.train import Diverged, Schedule, Steps, train
@@ -277,12 +279,106 @@ def test_rolling_back_ends_when_there_is_nothing_to_go_back_to_or_it_was_done_of
         run(tmp_path / "b", params, batches=poisoned(0, 0), guard=GuardConfig(action="rollback"))
 
 
-def test_a_spike_is_a_multiple_of_the_recent_median():
-    guard = Guard(GuardConfig(spike=3, window=3))
-    for step, loss in enumerate([9.0, 1.0, 1.1, 2.9], 1):  # the first ones have no median yet
+def checked(losses, **settings) -> tuple[int | None, str]:
+    """The step at which a guard calls it off, and its words; None where it lets all pass."""
+    guard = Guard(GuardConfig(**settings))
+    for step, loss in enumerate(losses, 1):
+        try:
+            guard.check(step, loss)
+        except BadStep as bad:
+            return bad.step, str(bad)
+    return None, ""
+
+
+def test_a_loss_that_stays_far_above_the_usual_one_is_bad():
+    usual = [2.0, 2.2, 1.8, 2.1, 1.9] * 20
+    step, words = checked([*usual, 9.0, 9.1, 9.2, 2.0, 9.0, 9.1, 9.2, 9.3, 9.4, 2.0])
+    assert step == 109  # alone, or in a row too short, it is none
+    assert words == (
+        "the loss is 9.4 at step 109, where 2 is usual and guard.spike = 3 allows 8, as in the 5 steps up to it "
+        "(null allows any)"
+    )
+    assert checked([*usual, *[9.0] * 50], spike=None) == (None, "")
+    assert checked([*usual, *[9.0] * 50], spike=4) == (None, "")
+    assert checked([*usual, 2.0, 9.0], patience=1)[0] == 102
+
+
+def test_what_is_usual_is_the_lowest_level_so_a_slow_ascent_is_bad_too():
+    assert checked([2 + 0.02 * n for n in range(1000)])[0] == 404, "the fifth above 4 * 2.49"
+    assert checked([6.0, 6.5, 7.0, 12.0, 30.0, *[2000.0] * 10])[0] == 9, "from the first step on"
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        np.random.default_rng(0).normal(0.0, 0.3, 500),  # advantages are normalised: the policy loss is about 0
+        np.random.default_rng(1).normal(-0.02, 2.0, 500),
+        0.69 + np.abs(np.random.default_rng(2).standard_cauchy(500)) * 0.05,  # a preference loss, heavy tails
+        np.geomspace(1e-6, 0.5, 500),  # of a student that was its teacher
+        np.concatenate([np.linspace(11, 2, 100), np.full(100, 2.0), np.full(100, 5.0)]),  # other, harder data
+        np.full(200, 0.0),
+        np.full(200, -7.0) + np.random.default_rng(3).normal(0, 3, 200),
+        np.random.default_rng(4).lognormal(0, 1, 500),  # rows of very different kinds
+    ],
+    ids=["grpo", "grpo-noisy", "odpo", "kl-from-0", "harder", "zero", "negative", "mixed"],
+)
+def test_losses_of_healthy_runs_are_never_bad(losses):
+    assert checked([float(loss) for loss in losses]) == (None, "")
+
+
+def test_what_is_usual_is_known_to_a_run_that_goes_on():
+    losses = [2.0, 3.0, 2.5, 60.0]
+    guard = Guard(GuardConfig())
+    for step, loss in enumerate(losses, 1):
         guard.check(step, loss)
-    with pytest.raises(BadStep, match=r"the loss is 9.0 at step 5, over 8.2 times its usual 1.1"):
-        guard.check(5, 9.0)
+    assert not guard.calm
+    note = json.loads(json.dumps(guard.note()))
+    assert note == {"recent": [2.0, 3.0, 2.5], "usual": 2.5}
+    again = Guard(GuardConfig(patience=1), **note)
+    assert again.calm
+    with pytest.raises(BadStep, match=r"2.5 is usual and guard.spike = 3 allows 10 \(null"):
+        again.check(5, 61.0)
+
+
+def diverging(tmp_path, params, **settings):
+    """The learner at a rate of 30."""
+    config = OptimizerConfig(lr=30.0, warmup=0, schedule="constant")
+    update = make_step(loss, make_optimizer(config, 40), learning_rate(config, 40))
+    learner = Learner()
+    learner.step = lambda state, data: update(state, {}, data)
+    (tmp_path / "stage").mkdir(parents=True)
+    steps = Steps(steps=40, optimizer=config, checkpoint=CheckpointConfig(every=2), **settings)
+    return train(learner, jax.tree.map(jnp.copy, params), steps, tmp_path / "stage", Clock())
+
+
+def test_a_rate_of_30_stops_the_run(tmp_path, params):
+    with pytest.raises(Diverged) as stopped:
+        diverging(tmp_path, params)
+    said = str(stopped.value)
+    assert re.fullmatch(
+        r"the loss is \d+\.?\d* at step 6, where 3\.\d+ is usual and guard\.spike = 3 allows 1\d\.\d+, as in the 5 "
+        r"steps up to it \(null allows any\); no state was saved yet; a lower optimizer\.lr or optimizer\.clip may help",
+        said,
+    ), said
+    assert not [*(tmp_path / "stage" / "state").glob("[0-9]*")], "a state of a loss that was far already"
+    outcome = diverging(tmp_path / "regardless", params, guard=GuardConfig(spike=None))
+    assert int(outcome.state["step"]) == 40
+
+
+def test_a_save_that_fell_on_a_spike_is_made_up_for_after_it(tmp_path, params, monkeypatch):
+    saved, save = [], ResumeStore.save
+    monkeypatch.setattr(ResumeStore, "save", lambda self, step, *rest: (saved.append(step), save(self, step, *rest))[1])
+    learner, told = Learner(), iter([3.0, 900.0, 900.0, 3.0, 3.0, 3.0])
+
+    def step(state, data, ours=learner.step):
+        state, metrics = ours(state, data)
+        return state, {**metrics, "loss": (next(told), 1.0)}
+
+    learner.step = step
+    (tmp_path / "stage").mkdir()
+    config = Steps(steps=6, optimizer=CONFIG, checkpoint=CheckpointConfig(every=3))
+    train(learner, jax.tree.map(jnp.copy, params), config, tmp_path / "stage", Clock())
+    assert saved == [4]
 
 
 class Spoiling(Learner):
@@ -312,6 +408,31 @@ def test_a_gradient_that_is_no_number_is_a_bad_step(tmp_path, params):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome.state["params"]))
     records = read_jsonl(tmp_path / "stage" / "metrics.jsonl")
     assert [(r["step"], r["from"]) for r in records if r["kind"] == "rollback"] == [(3, 5)]
+
+
+def test_the_gradient_of_one_microbatch_that_is_no_number_is_that_of_the_step(tmp_path, params):
+    """Beside a loss that is one: the derivative of a root at 0."""
+
+    def steep(params, frozen, batch):
+        total, metrics = loss(params, frozen, batch)
+        gain = params["decoder"]["norm"][0]
+        return total + jnp.sum(jnp.sqrt(batch["zero"] * (gain - gain))), metrics
+
+    step = make_step(steep, make_optimizer(CONFIG, 10), learning_rate(CONFIG, 10), 2)
+    _, found = step(fresh(params), {}, {**batch(0), "zero": np.array([1.0, 0, 0, 0], np.float32)})
+    values = mean(found)
+    assert math.isfinite(values["loss"])
+    with pytest.raises(BadStep, match="the norm of the gradient is nan at step 7"):
+        Guard(GuardConfig()).check(7, values["loss"], values["gradient_norm"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_gradient_of_one_update_of_several_is_that_of_the_step(bad):
+    """As in GRPO, whose step has several updates."""
+    updates = [{"loss": (1.0, 2.0), "gradient_norm": (norm, 1.0)} for norm in (0.5, bad, 0.25)]
+    values = mean(added(updates))
+    with pytest.raises(BadStep, match=f"the norm of the gradient is {bad} at step 1"):
+        Guard(GuardConfig()).check(1, values["loss"], values["gradient_norm"])
 
 
 @pytest.mark.parametrize("bad", [2, 5])  # of a step that would be saved, and of the last one
