@@ -1,4 +1,5 @@
-"""Pages that are made while the site is built: the reference, by walking the package, the notebooks, the changelog."""
+"""Pages that are made while the site is built: the reference, by walking the package, the settings, the notebooks,
+the changelog."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import settings_page
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     pages = reference() | {f"notebooks/{path.stem}.md": notebook(path) for path in notebooks()}
+    pages["settings.md"] = settings_page.page()
     pages["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))

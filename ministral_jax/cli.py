@@ -7,8 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ministral_jax import __version__
+from ministral_jax.console import log, say
 from ministral_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
     args = _parse(argv)
+    if args.command in (_run, _sweep):  # loading JAX takes a while
+        say(f"ministral-jax {__version__}")
     from ministral_jax.distributed.processes import (  # loads JAX, which --help need not
         RETRY,
         Preempted,
@@ -34,13 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return leave(2, together=True)
     except Preempted as stop:
-        _say(f"stopped as asked, before {stop}; the same command goes on")
-        return leave(RETRY, together=True)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last saved state")
+        _say(f"{stop.said}, before {stop}; {stop.then}")
+        return leave(stop.code, together=True)
+    except KeyboardInterrupt:  # while nothing is computed that could be saved
+        _say("interrupted")
         return leave(130, together=False)
     except Exception as error:
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is not None:  # a file or directory is at fault
+            log(traceback.format_exc())
+            _say(f"{error.filename}: {error.strerror}")
+            return leave(2, together=False)
+        say(traceback.format_exc())
         if lost_peer(error):
             _say("another process of this job is gone; the same command goes on from the last saved state")
             return leave(RETRY, together=False)
@@ -60,19 +68,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _say(text: str) -> None:
-    print(f"ministral-jax: {text}", file=sys.stderr, flush=True)
+    say(f"ministral-jax: {text}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ministral-jax", description="Turn one vision-language model into a family of small ones."
     )
+    parser.add_argument("--version", action="version", version=f"ministral-jax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe's stages; finished ones are skipped, interrupted ones resumed")
     run.add_argument("recipe", help="YAML file, e.g. configs/tiny.yaml")
     run.add_argument("rest", nargs="*", metavar="STAGE | key=value", help="stages to run (default: all), and overrides")
     run.add_argument("--run-dir", type=Path, help="where stages are written (default: runs/<recipe's name>)")
+    run.add_argument("--dry-run", action="store_true", help="say what would be made, taken and skipped")
     run.add_argument("--all", action="store_true", help="the recipe's optional stages too")
     group = run.add_argument_group("several processes, each with this command")
     group.add_argument("--distributed", action="store_true", help="find the others by the cluster's own means")
@@ -93,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(command=_sweep)
 
+    for command in (run, sweep):
+        text = "a run or sweep from which stages are taken that were made in the same way; may be given several times"
+        options: Any = dict(dest="taken_from", action="append", default=[], type=Path, metavar="RUN", help=text)
+        command.add_argument("--from", **options)
+
     launch = commands.add_parser("launch", help="a scheduler's job that runs a recipe: printed, written or submitted")
     launch.add_argument("scheduler", choices=("slurm", "gke", "tpu-vm", "local"), help="`local` runs it here, at once")
     launch.add_argument("recipe", help="YAML file; its `launch:` block describes the job")
@@ -103,6 +118,19 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--output", type=Path, metavar="FILE|DIR", help="write the job instead of printing it")
     launch.add_argument("--submit", action="store_true", help="submit it with sbatch, kubectl or gcloud")
     launch.set_defaults(command=_launch)
+
+    status = commands.add_parser("status", help="how far a run is, or all of runs/")
+    status.add_argument("run_dir", type=Path, nargs="?", metavar="RUN")
+    status.set_defaults(command=_status)
+
+    compare = commands.add_parser("compare", help="settings in which two runs differ, and their figures")
+    compare.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN")
+    compare.set_defaults(command=_compare)
+
+    clean = commands.add_parser("clean", help="what a run or a sweep keeps that no finished result needs")
+    clean.add_argument("run_dir", type=Path, metavar="RUN")
+    clean.add_argument("--delete", action="store_true", help="remove it instead of listing it")
+    clean.set_defaults(command=_clean)
 
     report = commands.add_parser("report", help="write the report and the figures of a run or of a sweep")
     report.add_argument("run_dir", type=Path, metavar="RUN")
@@ -135,33 +163,88 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.collectives import barrier, is_first
     from ministral_jax.distributed.processes import join, use_cpu
-    from ministral_jax.recipe.load import load_recipe
-    from ministral_jax.runs.run import run_recipe
+    from ministral_jax.recipe.load import load_recipe, order, resolve_specs
+    from ministral_jax.runs.run import opened, run_recipe
+    from ministral_jax.runs.survey import made_specs
 
     overrides = [word for word in args.rest if "=" in word]
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = load_recipe(args.recipe, overrides, lambda name: made_specs(args.run_dir or Path("runs") / name))
+    run_dir = args.run_dir or Path("runs") / recipe.name
+    stages = list(recipe.stages) if args.all else [word for word in args.rest if "=" not in word]
+    resolve_specs(recipe, order(recipe, stages), made_specs(run_dir))  # before the directory is made
+    if args.dry_run:
+        return _dry_run(recipe, run_dir, stages, args.taken_from)
     if args.cpu_devices is not None:
         use_cpu(args.cpu_devices)
     join(recipe.limits, args.distributed, args.coordinator, args.process_count, args.process_index)
-    stages = list(recipe.stages) if args.all else [word for word in args.rest if "=" not in word]
-    run_dir = args.run_dir or Path("runs") / recipe.name
-    run_recipe(recipe, run_dir, stages)
-    if is_first():
-        _finish_run(recipe, run_dir)
-    barrier("reported")
+    with opened(run_dir):
+        made = run_recipe(recipe, run_dir, stages, args.taken_from)
+        if is_first():
+            _finish_run(recipe, run_dir, made)
+        barrier("reported")
 
 
-def _finish_run(recipe: Recipe, run_dir: Path) -> None:
-    """The summary, the table and the page of what a run has made."""
+def _dry_run(recipe: Recipe, run_dir: Path, stages: list[str], taken_from: list[Path]) -> None:
+    from tempfile import TemporaryDirectory
+
+    from ministral_jax.runs.survey import shelves, survey
+    from ministral_jax.runs.tables import plan_table
+
+    with TemporaryDirectory() as scratch:
+        plans = survey(recipe, run_dir, stages, shelves(taken_from), Path(scratch))
+    _print_table(plan_table(recipe, plans))
+
+
+def _finish_run(recipe: Recipe, run_dir: Path, names: Sequence[str] = ()) -> None:
+    """The summary, the tables and the page of what a run has made."""
     from ministral_jax.report import build_report
-    from ministral_jax.runs.run import family_table
+    from ministral_jax.runs.reading import read_run
     from ministral_jax.runs.summary import write_summary
+    from ministral_jax.runs.tables import family_table, stage_table
 
     summary = write_summary(recipe, run_dir)
     page = build_report(run_dir)
-    if summary.parent or summary.children:
-        _print_table(family_table(summary))
-    print(f"report: {page}", file=sys.stderr)
+    run = read_run(run_dir)
+    _print_table(stage_table(run, names))
+    if summary.children:
+        _print_table(family_table(run))
+    for note in run.notes:
+        say(note)
+    say(f"report: {page}")
+
+
+def _status(args: argparse.Namespace) -> None:
+    from ministral_jax.runs.reading import read_run
+    from ministral_jax.runs.tables import stage_table, status_lines, status_table
+
+    if args.run_dir is None:
+        run_dirs = sorted(path.parent for path in Path("runs").glob("*/recipe.json"))
+        return _print_table(status_table(run_dirs))
+    if (args.run_dir / "sweep.json").is_file():
+        return _print_table(status_table(sorted(path.parent for path in args.run_dir.glob("*/recipe.json"))))
+    run = read_run(args.run_dir)
+    _print_table(stage_table(run))
+    print("\n".join(status_lines(args.run_dir, run)))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from ministral_jax.runs.tables import comparison_tables
+
+    for table in comparison_tables(args.run_dirs):
+        _print_table(table)
+
+
+def _clean(args: argparse.Namespace) -> None:
+    from ministral_jax.runs.clean import leftovers, remove, size
+    from ministral_jax.runs.lock import owned
+
+    with owned(args.run_dir):
+        for what, paths in leftovers(args.run_dir).items():
+            print(f"{sum(map(size, paths)) / 1e6:12,.1f} MB  {what}: {', '.join(str(p) for p in paths)}")
+            for path in paths if args.delete else ():
+                remove(path)
+    if not args.delete:
+        print("nothing was removed; add --delete")
 
 
 def _print_table(table: Table) -> None:
@@ -173,16 +256,21 @@ def _print_table(table: Table) -> None:
 
 def _sweep(args: argparse.Namespace) -> int:
     from ministral_jax.distributed.processes import Limits, join
+    from ministral_jax.runs.run import opened
     from ministral_jax.runs.sweep import read_sweep
-    from ministral_jax.runs.sweep_run import run_sweep
+    from ministral_jax.runs.sweep_run import prepare, run_sweep
 
     join(Limits())  # one process: for its answer to SIGTERM
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     run_dir = args.run_dir or Path("runs") / sweep.name
     if args.jobs == "local":
-        code = run_sweep(sweep, run_dir)
-        _finish_sweep(run_dir)
+        prepare(sweep, run_dir, write=False)  # before the directory is made
+        with opened(run_dir):
+            code = run_sweep(sweep, run_dir, args.taken_from)
+            _finish_sweep(run_dir)
         return code
+    if args.taken_from:
+        raise UserError("--from needs --jobs local: jobs of a scheduler make what they need")
     from ministral_jax.launching.sweep_jobs import prepare_jobs
 
     sys.stdout.write(prepare_jobs(sweep, run_dir, args.jobs))

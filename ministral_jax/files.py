@@ -10,6 +10,7 @@ import lzma
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": 
 _REFUSED = {
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it",
     b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PAR1": "is Parquet; write its rows as JSON lines",
+    b"\xff\xfe\0\0": "is UTF-32; convert it to UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32; convert it to UTF-8",
     b"\xff\xfe": "is UTF-16; convert it to UTF-8",
     b"\xfe\xff": "is UTF-16; convert it to UTF-8",
 }
@@ -46,17 +50,25 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
     refuse_pointer(path)
     with path.open("rb") as file:
         head = file.read(8)
-    for magic, why in _REFUSED.items():
-        if head.startswith(magic):
-            raise UserError(f"{path} {why}")
-    opened = next((opened for magic, opened in _COMPRESSED.items() if head.startswith(magic)), open)
+    opened = next((opened for magic, opened in _COMPRESSED.items() if head.startswith(magic)), None)
     try:
-        with opened(path, "rb") as file:
-            if file.read(3) != b"\xef\xbb\xbf":
-                file.seek(0)
+        with (opened or open)(path, "rb") as file:
+            head = file.read(8)
+            for magic, why in _REFUSED.items():
+                if head.startswith(magic):
+                    raise UserError(f"{path} {why}")
+            if opened is not None and head.startswith(tuple(_COMPRESSED)):
+                raise UserError(f"{path} is compressed twice; decompress it")
+            if b"\0" in head[:4] and not head.startswith(tuple(_COMPRESSED)):
+                raise UserError(f"{path} begins with zero bytes, as UTF-16 does; convert it to UTF-8")
+            file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             yield file
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} is damaged or cut short ({error})") from None
+    except OSError as error:
+        if opened is None or error.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged or cut short ({error})") from None  # bzip2 says it so
 
 
 @contextmanager
@@ -82,6 +94,12 @@ def new_directory(final: Path) -> Iterator[Path]:
 def digest_of(record: Any) -> str:
     """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stable_key(name: str) -> int:

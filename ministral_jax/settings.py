@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializationInfo, ValidationInfo, WrapSerializer
+
+ROOT = "root"
+"""Key of a validation context: the directory that relative paths are below."""
+ANYWHERE = "anywhere"
+"""Key of a serialisation context: when true, paths are left empty, for what should not depend on where files lie."""
 
 
 class Frozen(BaseModel):
     """Immutable, hashable record that refuses unknown keys; the base of every spec and config in the project."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, coerce_numbers_to_str=True)
+
+
+class Typed(str):
+    """Text that was typed on the command line: as a path it is relative to the working directory."""
+
+
+def _located(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, str) or value == "bundled" or "://" in value:
+        return value
+    root = Path.cwd() if isinstance(value, Typed) else (info.context or {}).get(ROOT)
+    return str(value) if root is None else str(Path(root, Path(value).expanduser()))
+
+
+def _place(value: Any, write: Any, info: SerializationInfo) -> Any:
+    return "" if value is not None and (info.context or {}).get(ANYWHERE) else write(value)
+
+
+Place = Annotated[str, BeforeValidator(_located), WrapSerializer(_place)]
+"""The path of a file or directory (or a pattern, or a URL): in a recipe's file relative to the directory of that."""
 
 
 def merge(base: Any, over: Any) -> Any:

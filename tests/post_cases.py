@@ -32,3 +32,7 @@ def sometimes_sleeps(sample) -> float:
 
 def always_raises(sample) -> float:
     raise ValueError("never")
+
+
+def always_one(sample) -> float:
+    return 1.0

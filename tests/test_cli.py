@@ -14,7 +14,7 @@ from ministral_jax.cli import main
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.recipe.load import load_recipe, resolve_specs
-from ministral_jax.runs.cascade import identity
+from ministral_jax.runs.identity import identity
 from ministral_jax.stages.manifest import digest
 
 MICRO = Path(__file__).with_name("micro.yaml")
@@ -28,8 +28,9 @@ def one_device(monkeypatch):
 
 
 def snapshot(directory: Path) -> dict:
-    """Every file but the packed data, with its content."""
-    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and "data" not in p.parts}
+    """Every file but the packed data, the mark of the owner and the log, with its content."""
+    besides = {"data", ".owner", "log.txt"}
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and not besides & {*p.parts}}
 
 
 def refused(capsys, *argv: str) -> str:
@@ -65,8 +66,8 @@ def test_a_setting_newer_than_the_run_has_its_default(capsys, finished_parent):
     stage = json.loads(path.read_text())
     del stage["config"]["data"]["sources"]["code"]["thinking"]
     write_json(path, stage)
-    error = run(capsys, finished_parent, "stages.parent.steps=9")
-    assert "begun with other settings: config.steps was 8, now 9" in error
+    error = run(capsys, finished_parent, "stages.parent.seed=9")
+    assert "begun with other settings: config.seed was 0, now 9" in error
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ministral_jax.settings import Frozen
+from ministral_jax.settings import Frozen, Place
 
 
 class TokenizerConfig(Frozen):
@@ -17,7 +17,7 @@ class TokenizerConfig(Frozen):
     `tekken.json` that came with them.
     """
 
-    file: str = "bundled"
+    file: Place = "bundled"
     vocab: int | None = Field(default=None, ge=276)
     """Entries to keep, special tokens included: the same encoding with fewer merges. Unset keeps the file's."""
     special: int | None = Field(default=None, ge=20)
@@ -45,13 +45,16 @@ class SourceConfig(Frozen):
         "repeat",
         "preferences",
     ]
-    path: str | None = None
+    path: Place | None = None
     """For text and jsonl: a file, a glob, or a directory (searched for *.txt and *.md, or *.jsonl)."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the tokens of the mix, relative to the other sources' weights."""
     limit: int | None = Field(default=None, ge=1)
     """Documents to read at most: a fixed sample of the files or digits, the first rows of a JSONL file; of questions
     made here the number, 4000 if unset."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What becomes of rows and files that cannot be used, of which there may be at most half: all are named and nothing
+    is begun, or they are left out, which is said and counted."""
     thinking: bool = True
     """For arithmetic and digit-sum: whether the answer's working stands before it as reasoning."""
 

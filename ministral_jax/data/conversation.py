@@ -133,14 +133,15 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
 def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
     """Check functions offered in the OpenAI style and give them the keys, in the order, that the template shows. Raises
     `UserError`: not a list of `{"type": "function", "function": {"name": .., ..}}`; begins with `where`."""
+    raw = from_json(raw, "tools", where)
     if not isinstance(raw, list):
-        raise UserError(f"{where}: 'tools' must be a list of functions, got {str(raw)[:80]}")
+        raise UserError(f"{where}: 'tools' must be a list of functions, got {raw!r:.80}")
     tools = []
-    for tool in raw:
+    for tool in (from_json(tool, "tools", where) for tool in raw):
         if (function := _function(tool)) is None:
             raise UserError(
                 f"{where}: a tool must be {{'type': 'function', 'function': {{'name': ..}}}} with a name of 1 to 64 "
-                f"letters, digits, _ and -, got {str(tool)[:80]}"
+                f"letters, digits, _ and -, got {tool!r:.80}"
             )
         description, parameters = function.get("description") or "", function.get("parameters") or {}
         if not isinstance(description, str) or not isinstance(parameters, dict):
@@ -193,6 +194,17 @@ def spell(message: Message, thinking: bool = True) -> str:
     ]
     calls = (f"[TOOL_CALLS]{call.name}[ARGS]{dump(call.arguments)}" for call in message.calls)
     return "".join([*texts, *calls])
+
+
+def from_json(value: Any, key: str, where: str) -> Any:
+    """A value, or what the JSON holds that a table keeps in its place; nothing is an empty list. Raises `UserError`: it
+    is text that holds no JSON; begins with `where`."""
+    while isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: {key!r} is a string that holds no JSON, {value[:40]!r}; give a list") from None
+    return value or []
 
 
 def dump(value: Any) -> str:
@@ -289,11 +301,12 @@ def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
 
 def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
     calls: list[ToolCall] = []
+    raw = from_json(raw, "tool_calls", where)
     for call in raw if isinstance(raw, list) else [raw]:
         if (function := _function(call)) is None:
             raise UserError(
                 f"{where}: a tool call must be {{'id': .., 'type': 'function', 'function': {{'name': .., 'arguments': "
-                f"..}}}} with a name of 1 to 64 letters, digits, _ and -, got {str(call)[:80]}"
+                f"..}}}} with a name of 1 to 64 letters, digits, _ and -, got {call!r:.80}"
             )
         name, given = function["name"], function.get("arguments")
         arguments = {} if given in (None, "") else _json_object(given) if isinstance(given, str) else given

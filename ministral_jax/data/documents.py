@@ -2,11 +2,13 @@
 
 A store is a directory of flat arrays that are memory-mapped, so that neither tokenising nor packing holds more than a
 few documents: `tokens.bin` uint32, `flags.bin` uint8, `patches.bin` uint8 `[*, 3pp]`, `documents.safetensors` with the
-offsets, and `where.txt` to say where a document came from when it cannot be packed.
+offsets, `where.txt` to say where a document came from when it cannot be packed, and `left_out.json`, the rows that the
+source was read without.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,19 +19,20 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ministral_jax.data.bad_rows import BadRows, LeftOut, Unusable, settle
 from ministral_jax.data.chat import Rendered, render, render_text
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.images import MOST_PIXELS, to_patches
-from ministral_jax.data.sources import Source, read_documents
+from ministral_jax.data.sources import Source, read_rows
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, mix, new_directory, stable_key
+from ministral_jax.files import digest_of, mix, new_directory, stable_key, write_json
 from ministral_jax.models.spec import VisionSpec
 
 Progress = Callable[[str, int], None]
 """Called as (what, how many so far)."""
 
-_FORMAT = 2
+_FORMAT = 3
 _DRAW = 2**32  # a salt that no pass of packing reaches
 _BATCH = 64
 _THREADS = 8
@@ -55,6 +58,7 @@ class Documents:
     keys: np.ndarray
     plain: np.ndarray
     """bool `[D]`: plain text, which may be cut anywhere."""
+    left_out: LeftOut
 
     def drawn(self, share: float) -> np.ndarray:
         """bool `[D]`: a part of the documents, the same for the same names, independent of the order by `keys`."""
@@ -74,10 +78,9 @@ def drawn(keys: np.ndarray, share: float) -> np.ndarray:
 def tokenise(
     source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, root: Path, progress: Progress | None = None
 ) -> Documents:
-    """Tokenise a source into `root/<digest>`, or open what an earlier call left there. Raises `UserError`: a document
-    or an image cannot be used, or there is none."""
-    layout = vision and [vision.patch_size, vision.merge, vision.max_image_size]
-    digest = digest_of([_FORMAT, source.digest, tokenizer.digest, layout, MOST_PIXELS])
+    """Tokenise a source into `root/<digest>`, or open what an earlier call left there. Raises `UserError`: documents or
+    images cannot be used, all of which are read first, or there is none."""
+    digest = documents_digest(source.digest, tokenizer.digest, vision)
     directory = root / digest[:16]
     if not directory.is_dir():
         with new_directory(directory) as draft:
@@ -87,18 +90,30 @@ def tokenise(
         for name, dtype in (("tokens", np.uint32), ("flags", np.uint8), ("patches", np.uint8))
     )
     patches = patches.reshape(-1, vision.patch_width if vision is not None else 1)
-    return Documents(directory, digest, tokens, flags, patches, **load_file(directory / "documents.safetensors"))
+    left_out: LeftOut = json.loads((directory / "left_out.json").read_text(encoding="utf-8"))
+    settle(left_out, source.name, source.config)  # the same rows may have been read by other settings
+    arrays = load_file(directory / "documents.safetensors")
+    return Documents(directory, digest, tokens, flags, patches, **arrays, left_out=left_out)
+
+
+def documents_digest(source: str, tokenizer: str, vision: VisionSpec | None) -> str:
+    """Of the documents of a source, from its digest and the tokenizer's."""
+    layout = vision and [vision.patch_size, vision.merge, vision.max_image_size]
+    return digest_of([_FORMAT, source, tokenizer, layout, MOST_PIXELS])
 
 
 def _write(
     directory: Path, source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, progress: Progress | None
 ) -> None:
-    def rendering(document: Document) -> Rendered:
-        if document.text is not None:
-            return render_text(document.text, tokenizer, document.where)
-        return render(document.messages, tokenizer, vision, document.where, document.tools)
+    def rendering(row: Document | Unusable) -> tuple[Document, Rendered] | Unusable:
+        if isinstance(row, Unusable):
+            return row
+        try:
+            return row, _render(row, tokenizer, vision)
+        except UserError as error:
+            return Unusable(row.where, error)
 
-    documents = read_documents(source)
+    bad, rows = BadRows(source.name, source.config), read_rows(source)
     sizes, grids, keys, plain = [], [], [], []
     with ExitStack() as stack:
         tokens, flags, patches = (
@@ -106,8 +121,13 @@ def _write(
         )
         where = stack.enter_context((directory / "where.txt").open("w", encoding="utf-8", errors="surrogateescape"))
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
-        while batch := list(islice(documents, _BATCH)):
-            for document, rendered in zip(batch, pool.map(rendering, batch), strict=True):
+        while batch := list(islice(rows, _BATCH)):
+            for found in pool.map(rendering, batch):
+                if isinstance(found, Unusable):
+                    bad.add(*found)
+                    continue
+                document, rendered = found
+                bad.good(document.where)
                 tokens.write(rendered.tokens.tobytes())
                 flags.write(rendered.flags.tobytes())
                 count = 0
@@ -122,6 +142,7 @@ def _write(
                 where.write(document.where.replace("\n", " ") + "\n")
             if progress is not None:
                 progress(f"tokenise {source.name}", len(sizes))
+    write_json(directory / "left_out.json", bad.settle())
     if not sizes:
         raise UserError(f"data.sources.{source.name} ({source.config.path}) has no documents")
     ends = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(np.array(sizes, np.int64), axis=0)])
@@ -132,6 +153,12 @@ def _write(
         plain=np.array(plain, bool),
     )
     save_file(arrays, directory / "documents.safetensors")
+
+
+def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
+    if document.text is not None:
+        return render_text(document.text, tokenizer, document.where)
+    return render(document.messages, tokenizer, vision, document.where, document.tools)
 
 
 def _map(path: Path, dtype: type) -> np.ndarray:

@@ -12,12 +12,14 @@ key that is null is absent. Other keys are the document's columns, which rewards
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.data.conversation import Document, Message, parse_messages, parse_tools, spell
+from ministral_jax.data.conversation import Document, Message, from_json, parse_messages, parse_tools, spell
 from ministral_jax.data.pairwise import judge_documents
 from ministral_jax.errors import UserError
 from ministral_jax.files import open_plain
@@ -49,7 +51,7 @@ def json_row(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"{where}: not JSON ({error}); each line must be one object") from None
 
 
 def _whole(value: Any) -> Any:
@@ -61,23 +63,24 @@ def _whole(value: Any) -> Any:
 
 
 def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
-    """The documents of a row of the JSONL file at `path`: two of a preference, else one. Raises `UserError`: the row is
-    malformed, or has a key of another format that would be lost; begins with `where`."""
+    """The documents of a row of the JSONL file at `path`: two of a preference, else one; equal rows are held out
+    together. Raises `UserError`: the row is malformed, or has a key of another format that would be lost; begins with
+    `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
-    row = {key: value for key, value in row.items() if value is not None}
-    for key in row.keys() & _NEVER_READ.keys():
-        raise UserError(f"{where}: {key!r} is not read; {_NEVER_READ[key]}")
+    row, key = {k: value for k, value in row.items() if value is not None}, hashlib.sha256(line.strip()).hexdigest()
+    for unread in row.keys() & _NEVER_READ.keys():
+        raise UserError(f"{where}: {unread!r} is not read; {_NEVER_READ[unread]}")
     pair = {"chosen", "rejected"} <= row.keys()
     shared, *answers = _answers(row, where) if pair else (None,)
     if "text" in row and "messages" not in row and not prompts and not pair:
         if row.keys() & {"image", "images"}:
             raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
-        return (Document(name, where, _string(row, "text", where), columns=_columns(row)),)
+        return (Document(name, where, _string(row, "text", where), columns=_columns(row), key=key),)
     judged = pair and not prompts
     messages, tools = _conversation(row, shared, path.parent, where, prompts or judged)
-    document = Document(name, where, None, messages, tools, _columns(row))
+    document = Document(name, where, None, messages, tools, _columns(row), key)
     return judge_documents(document, *_compared(answers, where)) if judged else (document,)
 
 
@@ -97,17 +100,19 @@ def _conversation(
     if shared is not None:
         raw: Any = shared
     elif "messages" in row:
-        raw = _parsed(row, "messages", where)
+        raw = from_json(row["messages"], "messages", where)
+        if "prompt" in row:
+            _check_prompt(_spoken(row["prompt"]), raw, where)
     elif "prompt" in row and prompts:
-        prompt = row["prompt"]
+        prompt = _spoken(row["prompt"])
         raw = prompt if isinstance(prompt, list) else [_said("user", _string(row, "prompt", where))]
     elif "question" in row and "answer" in row:
         raw = [_said("user", _string(row, "question", where)), _said("assistant", _string(row, "answer", where))]
     else:
         raise _lacking(row, where, prompts)
-    if images := _images(row, where):
+    if (images := _images(row, where)) is not None:
         raw = _shown(raw, images, where)
-    return parse_messages(raw, base, where, prompts), parse_tools(_parsed(row, "tools", where), where)
+    return parse_messages(raw, base, where, prompts), parse_tools(row.get("tools"), where)
 
 
 def _said(role: str, text: str) -> dict[str, str]:
@@ -122,20 +127,30 @@ def _lacking(row: dict[str, Any], where: str, prompts: bool) -> UserError:
     return UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
 
 
-def _parsed(row: dict[str, Any], key: str, where: str) -> Any:
-    """A list, or the JSON of one, as tables keep it that hold no nested values; empty where there is nothing."""
-    value = row.get(key) or []
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: {key!r} is a string that holds no JSON, {value[:40]!r}; give a list") from None
+def _spoken(value: Any) -> Any:
+    """Messages, given as such or as their JSON; anything else as it is: it may be a text that looks like a list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            if isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found):
+                return found
+    return value
 
 
-def _images(row: dict[str, Any], where: str) -> list[Any]:
-    images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-    if not isinstance(images, list):
+def _check_prompt(prompt: Any, messages: Any, where: str) -> None:
+    """A prompt beside messages is what they begin with, or what the user says there."""
+    known = messages if isinstance(messages, list) else []
+    said = [str(message.get("content")).strip() for message in known if isinstance(message, dict)]
+    if str(prompt).strip() not in said and not (isinstance(prompt, list) and prompt == known[: len(prompt)]):
+        raise UserError(f"{where}: 'messages' do not hold the prompt, {str(prompt)[:40]!r}; give one of the two")
+
+
+def _images(row: dict[str, Any], where: str) -> list[Any] | None:
+    """Images named beside the messages; None where there is no key for them."""
+    if {"image", "images"} <= row.keys():
+        raise UserError(f"{where}: has 'image' and 'images'; name all of them in 'images'")
+    images = row.get("images", [row["image"]] if "image" in row else None)
+    if images is not None and not isinstance(images, list):
         raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
     return images
 
@@ -146,8 +161,15 @@ def _shown(raw: Any, images: list[Any], where: str) -> Any:
     chunks = [found for message in users if (found := _chunks(message)) is not None]
     if not users or len(chunks) < len(users):
         return raw
-    if any(chunk.get("type") in ("image", "image_url") for each in chunks for chunk in each):
+    if images and any(chunk.get("type") in ("image", "image_url") for each in chunks for chunk in each):
         raise UserError(f"{where}: has images in its messages and beside them; name each once")
+    for message in raw:
+        if (
+            message not in users
+            and images
+            and _PLACE in str(message.get("content") if isinstance(message, dict) else "")
+        ):
+            raise UserError(f"{where}: {_PLACE} stands in a message that is not the user's; images are shown in those")
     places = sum(chunk.get("text", "").count(_PLACE) for each in chunks for chunk in each)
     if places and places != len(images):
         raise UserError(f"{where}: its text says {_PLACE} {places} times but {len(images)} images are named beside it")
@@ -182,7 +204,7 @@ def _split(chunk: dict[str, Any], images: Iterator[dict[str, Any]]) -> Iterator[
 
 def _answers(row: dict[str, Any], where: str) -> tuple[list[Any] | None, Any, Any]:
     """The beginning that chosen and rejected share where both are conversations, and what differs."""
-    chosen, rejected = row["chosen"], row["rejected"]
+    chosen, rejected = _spoken(row["chosen"]), _spoken(row["rejected"])
     whole = isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1
     if not whole or (isinstance(chosen[0], dict) and chosen[0].get("role") == "assistant"):
         return None, chosen, rejected
@@ -195,11 +217,11 @@ def _answers(row: dict[str, Any], where: str) -> tuple[list[Any] | None, Any, An
 
 def _check_same_prompt(row: dict[str, Any], shared: list[Any], where: str) -> None:
     """What else the row says of the conversation is the beginning that both share."""
-    prompt, messages = row.get("prompt"), row.get("messages")
+    prompt, messages = _spoken(row.get("prompt")), _spoken(row.get("messages"))
     last = shared[-1].get("content") if isinstance(shared[-1], dict) else None
     if prompt is not None and prompt not in (shared, last):
         raise UserError(f"{where}: chosen and rejected do not begin with the prompt, {str(prompt)[:40]!r}")
-    if messages is not None and messages not in (shared, row["chosen"], row["rejected"]):
+    if messages is not None and messages not in (shared, _spoken(row["chosen"]), _spoken(row["rejected"])):
         raise UserError(f"{where}: 'messages' are neither what chosen and rejected begin with nor one of them")
 
 
@@ -207,7 +229,7 @@ def _compared(answers: list[Any], where: str) -> tuple[str, str]:
     """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
     texts, opening = {}, {"role": "user", "content": "?"}
     for key, value in zip(("chosen", "rejected"), answers, strict=True):
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             value = spell(parse_messages([opening, *value], Path(), f"{where}: {key}")[-1], thinking=False)
         texts[key] = _string({key: value}, key, where)
     if texts["chosen"] == texts["rejected"]:

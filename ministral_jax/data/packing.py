@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ministral_jax.data.bad_rows import SHOWN, LeftOut
 from ministral_jax.data.chat import TRAINABLE
 from ministral_jax.data.documents import Documents
 from ministral_jax.errors import UserError
@@ -137,19 +138,18 @@ def pack(
     """Rows as lists of pieces, and tallies that are complete when the rows are exhausted.
 
     Args:
-        members: documents of each source to pack, `[D']` indices.
+        members: documents of each source to pack, `[D']` indices, all of them `fitting`.
         weights: shares of the tokens, relative to each other.
         repeat: go round the smaller sources again so that the mix holds until each document was placed once; otherwise
             every document is placed exactly once and the mix holds as long as no source is exhausted.
 
     Raises:
-        UserError: a document with images exceeds a row, or `length` is too short to pack.
+        UserError: `length` is too short to pack.
     """
     if length < 16:
         raise UserError(f"batch.length = {length} is too short to pack documents; use at least 16 tokens")
     queues = []
     for index, (name, documents) in enumerate(sources.items()):
-        _check_fits(name, documents, members[name], length, patches)
         queues.append(_Queue(index, documents, members[name], length))
     total = sum(weights[name] for name in sources)
     shares = [weights[name] / total for name in sources]
@@ -177,15 +177,22 @@ def _rows(queues: list[_Queue], shares: list[float], length: int, patches: int, 
         queue.tally.passes = queue.finished / max(len(queue.members), 1)
 
 
-def _check_fits(name: str, documents: Documents, members: np.ndarray, length: int, patches: int) -> None:
-    sizes, needed = np.diff(documents.starts)[members], np.diff(documents.patch_starts)[members]
-    for d in np.flatnonzero(needed > patches)[:1]:
-        raise UserError(
-            f"{documents.where(int(members[d]))} (data.sources.{name}) needs {needed[d]} image patches but a row holds "
-            f"data.patches = {patches}; raise data.patches or make the image smaller"
-        )
-    for d in np.flatnonzero((needed > 0) & (sizes > length))[:1]:
-        raise UserError(
-            f"{documents.where(int(members[d]))} (data.sources.{name}) makes {sizes[d]} tokens with images but a row "
-            f"holds batch.length = {length}; raise batch.length or make the document shorter"
-        )
+def fitting(documents: Documents, name: str, length: int, patches: int) -> tuple[np.ndarray, LeftOut]:
+    """bool `[D]`: documents that rows of `length` tokens and `patches` image patches can hold; and of those that they
+    cannot, because a document with images is never cut, how many and why."""
+    sizes, needed = np.diff(documents.starts), np.diff(documents.patch_starts)
+    bad = (needed > patches) | ((needed > 0) & (sizes > length))
+    reasons = []
+    for d in np.flatnonzero(bad)[:SHOWN]:
+        place = f"{documents.where(int(d))} (data.sources.{name})"
+        if needed[d] > patches:
+            reasons.append(
+                f"{place} needs {needed[d]} image patches but a row holds data.patches = {patches}; raise data.patches "
+                "or make the image smaller"
+            )
+        else:
+            reasons.append(
+                f"{place} makes {sizes[d]} tokens with images but a row holds batch.length = {length}; raise "
+                "batch.length or make the document shorter"
+            )
+    return ~bad, LeftOut(rows=int(bad.sum()), of=len(bad), reasons=reasons)

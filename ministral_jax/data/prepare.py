@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,19 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from ministral_jax.data.bad_rows import added, settle
 from ministral_jax.data.config import DataConfig
-from ministral_jax.data.documents import Documents, Progress, tokenise
-from ministral_jax.data.packing import Tally, pack
+from ministral_jax.data.documents import Documents, Progress, documents_digest, tokenise
+from ministral_jax.data.packing import Tally, fitting, pack
 from ministral_jax.data.rows import encode_row
-from ministral_jax.data.sources import open_source
-from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ministral_jax.data.sources import open_source, source_digest
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, new_directory
 from ministral_jax.models.spec import VisionSpec
 
 SPLITS = ("train", "held_out")
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class PackedData:
 
     `counts[split]` is `{"rows", "tokens", "padding", "sources": {name: {"documents", "tokens", "pictures", "passes",
     "share"}}}`: `padding` the empty share of the rows, `passes` how often the source was gone through, `share` its part
-    of the tokens.
+    of the tokens. `counts["left_out"]` has a `bad_rows.LeftOut` for each source.
     """
 
     directory: Path
@@ -67,18 +69,35 @@ def prepare(
             f"data.patches = {config.patches} must be a multiple of {vision.merge**2}, the patches of one image token"
         )
     tokenizer = load_tokenizer(config.tokenizer, root)
-    opened = {name: open_source(name, source) for name, source in config.sources.items()}
+    opened = {name: open_source(name, source, root) for name, source in config.sources.items()}
     sources = {
         name: tokenise(source, tokenizer, vision, root / "documents", progress) for name, source in opened.items()
     }
-    inputs = {name: [sources[name].digest, source.weight] for name, source in config.sources.items()}
-    digest = digest_of([_FORMAT, inputs, config.held_out, length, config.patches, tokenizer.digest])
+    digest = _digest({name: d.digest for name, d in sources.items()}, tokenizer.digest, config, length)
     directory = root / digest[:16]
     if not directory.is_dir():
         with new_directory(directory) as draft:
             _write(draft, config, sources, tokenizer.bos, length, progress)
     counts = json.loads((directory / "index.json").read_text())
+    for name, source in config.sources.items():
+        settle(counts["left_out"][name], name, source)
     return PackedData(directory, digest, tokenizer, vision, length, config.patches, counts)
+
+
+def data_digest(config: DataConfig, length: int, vision: VisionSpec | None, root: Path) -> str | None:
+    """`prepare(..).digest` without packing anything; None where a source or the tokenizer is gone or cannot be read."""
+    tokenizer = tokenizer_digest(config.tokenizer, root)
+    sources = {name: source_digest(source, root) for name, source in config.sources.items()}
+    if tokenizer is None:
+        return None
+    documents = {name: documents_digest(d, tokenizer, vision) for name, d in sources.items() if d is not None}
+    return _digest(documents, tokenizer, config, length) if len(documents) == len(sources) else None
+
+
+def _digest(documents: Mapping[str, str], tokenizer: str, config: DataConfig, length: int) -> str:
+    """The order of the sources decides between equals, and so belongs to it."""
+    inputs = [[name, documents[name], source.weight] for name, source in config.sources.items()]
+    return digest_of([_FORMAT, inputs, config.held_out, length, config.patches, tokenizer])
 
 
 def _write(
@@ -91,15 +110,19 @@ def _write(
 ) -> None:
     weights = {name: source.weight for name, source in config.sources.items()}
     outside = {name: d.drawn(config.held_out) for name, d in sources.items()}
-    for name, out in outside.items():
-        if out.all():
+    fits, left_out = {}, {}
+    for name, documents in sources.items():
+        fits[name], too_large = fitting(documents, name, length, config.patches)
+        left_out[name] = added(documents.left_out, too_large)
+        settle(left_out[name], name, config.sources[name])
+        if not (fits[name] & ~outside[name]).any():
             raise UserError(
                 f"data.sources.{name} has no document left to train on with data.held_out = {config.held_out}; "
                 "give it more documents or hold out fewer"
             )
-    counts = {}
+    counts: dict[str, Any] = {"left_out": left_out}
     for split in SPLITS:
-        members = {name: np.flatnonzero(out == (split == "held_out")) for name, out in outside.items()}
+        members = {name: np.flatnonzero(fits[name] & (outside[name] == (split == "held_out"))) for name in sources}
         rows, tallies = pack(sources, members, weights, length, config.patches, repeat=split == "train")
         writer = ArrayRecordWriter(str(directory / f"{split}.array_record"), "group_size:1")
         written = 0

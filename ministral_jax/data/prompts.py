@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +11,15 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from ministral_jax.data.bad_rows import BadRows, Unusable, settle
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.conversation import Document, Message, spell
-from ministral_jax.data.documents import Progress, drawn
-from ministral_jax.data.sources import open_source, read_documents
-from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ministral_jax.data.documents import Progress, documents_digest, drawn
+from ministral_jax.data.sources import Source, open_source, read_rows, source_digest
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 from ministral_jax.errors import UserError
-from ministral_jax.files import stable_key
+from ministral_jax.files import digest_of, stable_key, write_json
 from ministral_jax.models.spec import VisionSpec
 
 _PROGRESS_EVERY = 1000
@@ -46,6 +49,8 @@ class PromptData:
     weights: dict[str, float]
     train: dict[str, list[Document]]
     held_out: dict[str, list[Document]]
+    digest: str
+    """Of the content of all sources and of all settings that make the prompts what they are."""
 
     def batch(self, seed: int, step: int, count: int) -> list[PromptRow]:
         """The training prompts of a step (from 0): each source's in an order of its own, anew in each pass, the sources
@@ -80,30 +85,27 @@ class PromptData:
         ]
         return grain.MapDataset.mix(sources, [self.weights[name] for name in present])
 
-    def check(self, longest: int, bound: str, progress: Progress | None = None) -> None:
-        """Render every prompt once, as it will be used.
-
-        Args:
-            longest: tokens that a prompt may have.
-            bound: what allows no more, for error messages.
-
-        Raises:
-            UserError: an image that cannot be used or a prompt that is too long, naming its file and row.
-        """
-        for name in self.train:
-            for number, document in enumerate([*self.train[name], *self.held_out[name]], 1):
-                tokens = len(self._row(document, name).rendered.tokens)
-                if tokens > longest:
-                    raise UserError(f"{document.where}: the prompt has {tokens} tokens, {bound} is {longest}")
-                if progress is not None and number % _PROGRESS_EVERY == 0:
-                    progress(f"check prompts of {name}", number)
-
     def _row(self, document: Document, source: str) -> PromptRow:
-        messages, reference = document.messages, ""
-        if messages[-1].role == "assistant":
-            messages, reference = messages[:-1], spell(messages[-1])
-        rendered = render(messages, self.tokenizer, self.vision, document.where, document.tools)
-        return PromptRow(messages, rendered, document.columns, reference, source, document.where)
+        return _row(document, source, self.tokenizer, self.vision)
+
+
+def _row(document: Document, source: str, tokenizer: Tokenizer, vision: VisionSpec | None) -> PromptRow:
+    messages, reference = document.messages, ""
+    if messages[-1].role == "assistant":
+        messages, reference = messages[:-1], spell(messages[-1])
+    rendered = render(messages, tokenizer, vision, document.where, document.tools)
+    return PromptRow(messages, rendered, document.columns, reference, source, document.where)
+
+
+class RowCheck(NamedTuple):
+    """What a prompt must be, beyond being one.
+
+    `row` is called with a prompt, as it will be used, and whether it is held out, and raises `UserError`, which begins
+    with where the prompt stands if it is that one's fault; `wanted`, a JSON value, says all that this depends on.
+    """
+
+    wanted: Any
+    row: Callable[[PromptRow, bool], object]
 
 
 def open_prompts(
@@ -111,27 +113,40 @@ def open_prompts(
     vision: VisionSpec | None,
     root: Path,
     answered: bool = False,
+    check: RowCheck | None = None,
     progress: Progress | None = None,
 ) -> PromptData:
-    """Read the conversations of all sources; `PromptData.check` says whether they can be used.
+    """Read the conversations of all sources, without the rows that cannot be used where sources leave these out.
 
     Args:
-        root: where the tokenizer's file is kept.
+        root: the data directory: what `check` found is kept in `root/prompts/<digest>.json`, and found once.
         answered: whether every row must end with the assistant's answer, which becomes `PromptRow.reference`.
+        check: of every prompt; None looks at none, nor at images.
 
     Raises:
-        UserError: a row that is malformed or is no conversation, naming its file; or a source without training prompts.
+        UserError: rows that are malformed, no conversations or refused by `check`, naming their files; or a source
+            without training prompts.
     """
-    train, held_out = {}, {}
-    for name, source in config.sources.items():
-        documents = []
-        for document in read_documents(open_source(name, source), prompts=not answered):
+    tokenizer = load_tokenizer(config.tokenizer, root)
+    train, held_out, digests = {}, {}, {}
+    for name, settings in config.sources.items():
+        source = open_source(name, settings, root)
+        digests[name] = source.digest
+
+        def problem(document: Document, name: str = name) -> UserError | None:
             if not document.messages:
-                raise UserError(f"{document.where}: is a text, not a conversation; stages that sample need 'messages'")
-            documents.append(document)
-            if progress is not None and len(documents) % _PROGRESS_EVERY == 0:
-                progress(f"read prompts of {name}", len(documents))
-        out = drawn(np.array([stable_key(d.key or d.name) for d in documents], np.uint64), config.held_out)
+                return UserError(f"{document.where}: is a text, not a conversation; stages that sample need 'messages'")
+            try:
+                if check is not None:
+                    is_out = bool(_drawn([document], config.held_out)[0])
+                    check.row(_row(document, name, tokenizer, vision), is_out)
+            except UserError as error:
+                return error
+
+        identity = [documents_digest(source.digest, tokenizer.digest, vision), answered, config.held_out]
+        kept = root / "prompts" / f"{digest_of([*identity, check.wanted])[:16]}.json" if check is not None else None
+        documents = _read(source, not answered, problem, kept, progress)
+        out = _drawn(documents, config.held_out)
         train[name] = [d for d, is_out in zip(documents, out, strict=True) if not is_out]
         held_out[name] = [d for d, is_out in zip(documents, out, strict=True) if is_out]
         if not train[name]:
@@ -140,4 +155,60 @@ def open_prompts(
                 "more rows or hold out fewer"
             )
     weights = {name: source.weight for name, source in config.sources.items()}
-    return PromptData(load_tokenizer(config.tokenizer, root), vision, weights, train, held_out)
+    return PromptData(tokenizer, vision, weights, train, held_out, _digest(digests, tokenizer.digest, config, vision))
+
+
+def prompts_digest(config: DataConfig, vision: VisionSpec | None, root: Path) -> str | None:
+    """`open_prompts(..).digest` without reading the rows of files that are known; None where a source or the tokenizer
+    is gone or cannot be read."""
+    tokenizer = tokenizer_digest(config.tokenizer, root)
+    digests = {name: source_digest(source, root) for name, source in config.sources.items()}
+    found = {name: digest for name, digest in digests.items() if digest is not None}
+    return None if tokenizer is None or len(found) < len(digests) else _digest(found, tokenizer, config, vision)
+
+
+def _digest(sources: Mapping[str, str], tokenizer: str, config: DataConfig, vision: VisionSpec | None) -> str:
+    prompts = [
+        [name, documents_digest(sources[name], tokenizer, vision), source.weight]
+        for name, source in config.sources.items()
+    ]
+    return digest_of([prompts, config.held_out])
+
+
+def _drawn(documents: Sequence[Document], share: float) -> np.ndarray:
+    return drawn(np.array([stable_key(d.key or d.name) for d in documents], np.uint64), share)
+
+
+def _read(
+    source: Source,
+    prompts: bool,
+    problem: Callable[[Document], UserError | None],
+    kept: Path | None,
+    progress: Progress | None,
+) -> list[Document]:
+    """The documents of a source that have no problem; which rows do is written to `kept`, and read from there."""
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else None
+    if known is not None:
+        settle(known["left_out"], source.name, source.config)
+    bad, documents, refused = BadRows(source.name, source.config), list[Document](), list[int]()
+    skipped = frozenset[int](known["refused"] if known is not None else ())
+    for number, row in enumerate(read_rows(source, prompts)):
+        if number in skipped:
+            continue
+        # What a machine cannot do is no fault of a row, and looked for each time.
+        asked = known is None or not documents
+        error = row.error if isinstance(row, Unusable) else problem(row) if asked else None
+        if error is not None:
+            bad.add(row.where, error)
+            refused.append(number)
+        elif isinstance(row, Document):
+            bad.good(row.where)
+            documents.append(row)
+            if progress is not None and len(documents) % _PROGRESS_EVERY == 0:
+                progress(f"read prompts of {source.name}", len(documents))
+    if known is None:
+        left_out = bad.settle()
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, {"left_out": left_out, "refused": refused})
+    return documents

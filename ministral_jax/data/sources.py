@@ -5,23 +5,25 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ministral_jax.data.bad_rows import Unusable, say_once
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document
-from ministral_jax.data.jsonl import json_row, lines_of, parse_row
+from ministral_jax.data.digests import Digests
+from ministral_jax.data.jsonl import lines_of, parse_row
 from ministral_jax.data.tasks import KINDS, read_task, task_digest
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, open_plain, stable_key
+from ministral_jax.files import digest_of, file_digest, open_plain, stable_key
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}
@@ -36,31 +38,53 @@ class Source:
     name: str
     config: SourceConfig
     files: tuple[tuple[str, Path], ...]
-    """(name, path), the name relative to the files' common directory."""
+    """(key, path): of a text the digest of its content, of a module and of a JSONL file its name in the directory."""
     digest: str
 
 
-def open_source(name: str, config: SourceConfig) -> Source:
-    """List the files of a source and digest their content; an image named by a JSONL row counts by its size. Raises
-    `UserError`: no file matches, or a JSONL row that names an image is malformed or its image missing."""
-    files = _list_files(name, config)
+def open_source(name: str, config: SourceConfig, root: Path | None = None) -> Source:
+    """List the files of a source and digest their content, and that of the pictures that rows of JSONL name.
+
+    The digest is one of content and of settings: neither names of files and directories nor times are in it, nor do
+    documents depend on them, but for the order in which a directory's JSONL files are read.
+
+    Args:
+        root: where digests of files that do not change are kept, see `Digests`; None reads everything.
+
+    Raises:
+        UserError: no file matches, or one cannot be read.
+    """
+    digests = Digests(root)
     if config.kind in KINDS:
-        content: Any = task_digest(config)
-    elif config.kind == "jsonl":
-        content = [(relative, _digest_jsonl(path)) for relative, path in files]
+        return Source(name, config, (), digest_of([config.kind, config.limit, task_digest(config)]))
+    files = _list_files(name, config)
+    if config.kind == "jsonl":
+        content: Any = [_digest_jsonl(path, digests) for _, path in files]
     else:
-        content = [(relative, hashlib.sha256(path.read_bytes()).hexdigest()) for relative, path in files]
+        content = [(key, digests.of(f"file {path}", [path], lambda p=path: file_digest(p))) for key, path in files]
+    if config.kind == "text":
+        # In the order of a hash, so that the first `limit` are a fair sample and not the beginning of the alphabet.
+        keyed = sorted(zip((digest for _, digest in content), (path for _, path in files), strict=True))
+        files = tuple(keyed[: config.limit])
+        content = [key for key, _ in files]
     return Source(name, config, files, digest_of([config.kind, config.limit, content]))
 
 
-def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
-    """The documents of a source, one at a time; images of files are still paths.
+def source_digest(config: SourceConfig, root: Path | None = None) -> str | None:
+    """`open_source(..).digest`; None where the source is gone or cannot be read. `root` is the data directory of a run,
+    in which files that did not change are known already."""
+    with suppress(UserError, OSError):
+        return open_source("", config, root).digest
+    return None
+
+
+def read_rows(source: Source, prompts: bool = False) -> Iterator[Document | Unusable]:
+    """The documents of a source and the rows that are none, one at a time; images of files are still paths.
 
     As `prompts`, conversations end with what is to be answered; the last answer, where there is one, is left out.
 
     Raises:
-        UserError: naming the file and the row: text that is empty or not UTF-8, or a row that is malformed; plain text
-            where prompts are wanted.
+        UserError: a file as a whole cannot be read, or it is plain text where prompts are wanted.
     """
     kind, limit = source.config.kind, source.config.limit
     if prompts and kind in ("text", "python-library"):
@@ -70,10 +94,28 @@ def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
     elif kind == "jsonl":
         rows = ((relative, path, n, line) for relative, path in source.files for n, line in lines_of(path))
         for relative, path, n, line in islice(rows, limit):
-            yield from parse_row(line, path, f"{relative}:{n}", f"{path} row {n}", prompts)
+            where = f"{path} row {n}"
+            try:
+                documents = parse_row(line, path, f"{relative}:{n}", where, prompts)
+                _check_pictures(documents, where)
+            except UserError as error:
+                yield Unusable(where, error)
+            else:
+                yield from documents
     else:
-        for relative, path in source.files:
-            yield Document(relative, str(path), text=_read_text(path))
+        for key, path in source.files:
+            try:
+                yield Document(key, str(path), text=_read_text(path))
+            except UserError as error:
+                yield Unusable(str(path), error)
+
+
+def read_documents(source: Source, prompts: bool = False) -> Iterator[Document]:
+    """The documents of `read_rows`. Raises `UserError`: as there, and at the first row that is none."""
+    for row in read_rows(source, prompts):
+        if isinstance(row, Unusable):
+            raise row.error
+        yield row
 
 
 def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]:
@@ -90,10 +132,9 @@ def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]
         paths = _match(name, config)
         root = Path(os.path.commonpath([p.parent for p in paths]))
     files = [(p.relative_to(root).as_posix(), p) for p in paths]
-    if config.kind == "jsonl":
-        return tuple(sorted(files))
-    # In the order of a hash, so that the first `limit` are a fair sample and not the beginning of the alphabet.
-    return tuple(sorted(files, key=lambda file: (stable_key(file[0]), file[0]))[: config.limit])
+    if config.kind == "python-library":
+        return tuple(sorted(files, key=lambda file: (stable_key(file[0]), file[0]))[: config.limit])
+    return tuple(sorted(files))
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -115,7 +156,7 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
         if paths and rest:
             kinds = sorted(Counter(p.suffix.lower() or p.name.lower() for p in rest).items())
             left = ", ".join(f"{count} {kind}" for kind, count in kinds)
-            _say_once(f"data.sources.{name}: of {pattern} is not read: {left}")
+            say_once(f"data.sources.{name}: of {pattern} is not read: {left}")
     else:
         paths = [pattern] if pattern.is_file() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]
     paths = [p.absolute() for p in paths if p.is_file()]
@@ -124,11 +165,6 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
             f"data.sources.{name}.path = {config.path!r} matches no file{wanted}; give a file, directory or glob"
         )
     return paths
-
-
-@cache  # every stage looks
-def _say_once(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _is_library(path: Path) -> bool:
@@ -147,24 +183,55 @@ def _read_text(path: Path) -> str:
             text = TextIOWrapper(file, "utf-8").read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it or leave it out of the path") from None
+    if "\0" in text:
+        raise UserError(f"{path} is no text: it has zero bytes; leave it out of the path")
     if not text.strip():
         raise UserError(f"{path} is empty; leave it out of the path")
     return text
 
 
-def _digest_jsonl(path: Path) -> str:
-    digest = hashlib.sha256()
-    for n, line in lines_of(path):
-        digest.update(line)
-        if b'"image' not in line:  # parsing every row of a large text file would double the time to start
-            continue
-        row = json_row(line, where := f"{path} row {n}")
-        if isinstance(row, dict) and row.get("text") is not None and row.get("messages") is None:
-            continue
-        # with or without an answer: its images are the user's
-        (document,) = parse_row(line, path, "", where, prompts=True)
-        for image in (part for message in document.messages for part in message.parts if isinstance(part, Path)):
-            if not image.is_file():
-                raise UserError(f"{where}: image {image} does not exist")
-            digest.update(str(image.stat().st_size).encode())
-    return digest.hexdigest()
+def _digest_jsonl(path: Path, digests: Digests) -> str:
+    """Of the rows of a file and of the pictures that they name; files without any are not read again."""
+    found = digests.of(f"rows {path}", [path], lambda: _digest_rows(path))
+    if not found["pictures"]:
+        return found["rows"]
+    pictures = lambda: (picture for _, shown in _lines(path) for picture in shown)
+    of_one = lru_cache(maxsize=4096)(_picture_digest)  # several rows may ask about a picture
+    of_all = lambda: digest_of([of_one(picture) for picture in pictures()])
+    return digest_of([found["rows"], digests.of(f"pictures {path}", pictures(), of_all)])
+
+
+def _digest_rows(path: Path) -> dict[str, Any]:
+    digest, any_pictures = hashlib.sha256(), False
+    for line, pictures in _lines(path):
+        digest.update(line.strip() + b"\n")
+        any_pictures = any_pictures or bool(pictures)
+    return {"rows": digest.hexdigest(), "pictures": any_pictures}
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, list[Path]]]:
+    """The rows of a file with the pictures that they name, of which a row that cannot be used has none."""
+    for _, line in lines_of(path):
+        pictures: list[Path] = []
+        if b'"image' in line:  # parsing every row of a large text file would double the time to start
+            with suppress(UserError):
+                # with or without an answer: its images are the user's
+                pictures.extend(_pictures(parse_row(line, path, "", "", prompts=True)))
+        yield line, pictures
+
+
+def _pictures(documents: tuple[Document, ...]) -> Iterator[Path]:
+    parts = (part for document in documents for message in document.messages for part in message.parts)
+    yield from (part for part in parts if isinstance(part, Path))
+
+
+def _check_pictures(documents: tuple[Document, ...], where: str) -> None:
+    for picture in _pictures(documents):
+        if not picture.is_file():
+            raise UserError(f"{where}: image {picture} does not exist")
+
+
+def _picture_digest(path: Path) -> str | None:
+    with suppress(OSError):
+        return file_digest(path)
+    return None

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +94,26 @@ class Tokenizer:
 def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     """Load the tokenizer a config asks for, keeping its file in `cache_dir/tokenizer-<request>-<digest>/tekken.json`.
     Raises `UserError`: the file is missing or not a Tekken file, or has fewer entries than asked for."""
+    path = _kept_file(config, cache_dir)
+    try:
+        return read_tokenizer(path)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"data.tokenizer.file = {config.file!r} is not a usable Tekken file: {error}") from error
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A file that `load_tokenizer` kept."""
+    return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
+
+
+def tokenizer_digest(config: TokenizerConfig, cache_dir: Path) -> str | None:
+    """`load_tokenizer(..).digest`, of the content alone; None where the file is gone or cannot be read."""
+    with suppress(UserError, OSError):
+        return _sha256(_kept_file(config, cache_dir).read_bytes())
+    return None
+
+
+def _kept_file(config: TokenizerConfig, cache_dir: Path) -> Path:
     source = _BUNDLED if config.file == "bundled" else Path(config.file).expanduser()
     if not source.is_file():
         raise UserError(
@@ -108,10 +129,7 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
         with new_directory(final) as draft:
             (draft / "tekken.json").write_bytes(cut)
         path = final / "tekken.json"
-    try:
-        return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"data.tokenizer.file = {config.file!r} is not a usable Tekken file: {error}") from error
+    return path
 
 
 def export_tokenizer(tokenizer: Tokenizer, directory: Path, vision: VisionSpec | None) -> Path:

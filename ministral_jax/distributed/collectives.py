@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from ministral_jax.distributed.processes import unwatched
 from ministral_jax.errors import UserError
 
 _LONGEST = 2000
+_MEETINGS = count()
+_SLICE_MILLISECONDS = 10_000
+"""Between them the interpreter may answer to signals."""
 
 
 def is_first() -> bool:
@@ -20,8 +26,37 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def heard(told: str, by: Iterable[int]) -> list[str]:
+    """What some processes tell all when they come here; this one's is `told`. All processes must call it.
+
+    It waits for as long as those live, whatever the limits: what they do may take any time, and where a device waits
+    for another the network's own limits hold. Of one that died the coordination service knows, or is gone with it.
+    """
+    meeting = f"ministral_jax/{next(_MEETINGS)}"
+    client: Any = distributed.global_state.client
+    client.key_value_set(f"{meeting}/{jax.process_index()}", told)
+    with unwatched():
+        return [_read(client, f"{meeting}/{process}") for process in by]
+
+
+def _read(client: Any, key: str) -> str:
+    while True:
+        try:
+            return client.blocking_key_value_get(key, _SLICE_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("DEADLINE_EXCEEDED"):
+                raise
+
+
+def _after_first() -> None:
+    """Wait until process 0 is here, which may have worked for long while the others had nothing to do."""
+    if jax.process_count() > 1:
+        heard("", by=[0])
+
+
 def barrier(name: str) -> None:
-    """Wait until every process is here."""
+    """Wait until every process is here; for process 0 as long as it lives."""
+    _after_first()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -53,6 +88,7 @@ def from_first(value: Any) -> Any:
     """The JSON value that process 0 has; the others' is not looked at."""
     if jax.process_count() == 1:
         return value
+    _after_first()
     text = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
     line = text if jax.process_index() == 0 else np.zeros(length, np.uint8)
@@ -63,6 +99,7 @@ def first_problem(problem: str | None) -> str | None:
     """What the first process that has something to say says; the same on every process."""
     if jax.process_count() == 1:
         return problem
+    _after_first()
     line = np.zeros(_LONGEST, np.uint8)
     text = np.frombuffer((problem or "").encode()[:_LONGEST], np.uint8)
     line[: len(text)] = text
@@ -72,22 +109,21 @@ def first_problem(problem: str | None) -> str | None:
 
 
 def first_then_all(work: Callable[[], None]) -> None:
-    """`work` by the first process, which writes files that the others then find.
+    """`work` by the first process, which writes files that the others then find. It may take any time.
 
     Raises:
-        UserError: the first process's, by every process.
+        UserError: that of a process, by every process.
     """
     error: UserError | None = None
-    if is_first():
-        try:
-            work()
-        except UserError as found:
-            error = found
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
-        if failed and error is None:
-            raise UserError("the first process found a fault, see what it says")
-    if error is not None:
-        raise error
-    if not is_first():
-        work()
+    for whose in ([0], range(1, jax.process_count())):
+        if jax.process_index() in whose:
+            try:
+                work()
+            except UserError as found:
+                error = found
+        if jax.process_count() > 1:
+            told = heard("" if error is None else "failed", by=whose)
+            if error is None and "failed" in told:
+                raise UserError(f"process {whose[told.index('failed')]} found a fault, see what it says")
+        if error is not None:
+            raise error

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from ministral_jax.data.digests import Digests
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain, write_json
+from ministral_jax.files import digest_of, file_digest, open_plain, write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
@@ -213,8 +214,15 @@ def read_spec(directory: Path) -> ModelSpec:
     """Sizes of a Hugging Face model directory; no weights are read. Raises `UserError`: no such model, another
     architecture, or damaged files."""
     directory = Path(directory)
-    config = load_config(directory)
-    return from_config(config, str(directory / "config.json"), "lm_head.weight" in _tensors(directory))
+    config, where = load_config(directory), str(directory / "config.json")
+    from_config(config, where, True)  # another architecture is refused, whatever its weights are
+    return from_config(config, where, "lm_head.weight" in _tensors(directory))
+
+
+def checkpoint_digest(directory: Path, root: Path) -> str:
+    """SHA-256 of what the files that are imported hold; what is known of them is kept in `root`, see `Digests`."""
+    files, digests = [directory / "config.json", *sorted(directory.glob("*.safetensors"))], Digests(root)
+    return digest_of([(p.name, digests.of(f"file {p}", [p], lambda p=p: file_digest(p))) for p in files])
 
 
 def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None = None) -> tuple[ModelSpec, Params]:
@@ -277,6 +285,8 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
             content = file.read()
         try:
             files = sorted(set(json.loads(content)["weight_map"].values()))
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError(f"{files[0]} is no name of a file")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid index: {error!r}") from None
         if whole not in files and (directory / whole).is_file():

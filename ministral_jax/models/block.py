@@ -58,11 +58,21 @@ Tap = Callable[[dict[str, Array]], Any]
 """What is made of a layer's activations, see `VLM.observe`."""
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
-    """A parameter of `module`: normal of standard deviation `std`, or ones; cast to the compute dtype."""
+def stored(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
+    """A parameter of `module` in the dtype that it is kept in: normal of standard deviation `std`, or ones."""
     init = nn.initializers.ones if std is None else nn.initializers.normal(std)
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-    return value if value.dtype == jnp.float64 else value.astype(module.compute.dtype)
+    return value
+
+
+def narrowed(value: Array, compute: Compute) -> Array:
+    """A parameter in the dtype that is computed in; float64 stays."""
+    return value if value.dtype == jnp.float64 else value.astype(compute.dtype)
+
+
+def weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Array:
+    """`stored`, then `narrowed` to the compute dtype of `module`."""
+    return narrowed(stored(module, name, shape, axes, std), module.compute)
 
 
 @jax.custom_vjp

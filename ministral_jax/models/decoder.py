@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -18,15 +20,46 @@ from ministral_jax.models.block import (
     Segments,
     Tap,
     Tokens,
+    narrowed,
     residual,
     rms_norm,
     stacked,
+    stored,
     weight,
 )
 from ministral_jax.models.spec import ModelSpec
 
 AXES = ("embed", "heads", "kv_heads", "head", "mlp")
 ZIGZAG = 2  # chunks of a shard of T
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def token_rows(table: Float[Array, "V D"], tokens: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
+    """Rows of an embedding in the dtype that is computed in.
+
+    Their gradients are added up in float32 or wider: a frequent token's are thousands in a batch, and bfloat16 loses
+    whatever is below 1/256 of the sum so far.
+    """
+    return _looked_up(narrowed(table, compute), tokens)
+
+
+def _looked_up(table: Array, tokens: Array) -> Array:
+    # Cut in V alone: from a table cut in D the compiler would make the rows of all devices on each of them.
+    return constrain(table, ("vocab", None))[tokens]
+
+
+def _rows_forward(table: Array, tokens: Array, compute: Compute) -> tuple[Array, tuple[Array, Array]]:
+    return token_rows(table, tokens, compute), (table, tokens)  # of the table only its shape and dtype are used
+
+
+def _rows_backward(compute: Compute, saved: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    wide = jnp.promote_types(d_rows.dtype, jnp.float32)
+    scatter = jax.linear_transpose(lambda x: _looked_up(x, tokens), jax.ShapeDtypeStruct(table.shape, wide))
+    return scatter(d_rows.astype(wide))[0].astype(table.dtype), None
+
+
+token_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Decoder(nn.Module):
@@ -37,7 +70,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         s = self.spec
-        self.embed = weight(self, "embed", (s.vocab, s.width), ("vocab", "embed"), s.width**-0.5)
+        self.embed = stored(self, "embed", (s.vocab, s.width), ("vocab", "embed"), s.width**-0.5)
         block = BlockSpec(
             s.width, s.heads, s.kv_heads, s.head_width, s.mlp_width, s.norm_eps, True, AXES, s.layers, ZIGZAG
         )
@@ -48,8 +81,7 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The tokens' rows of the embedding."""
-        # Cut in V alone: from a table cut in D the compiler would make the rows of all devices on each of them.
-        return residual(constrain(self.embed, ("vocab", None))[tokens], ZIGZAG)
+        return residual(token_rows(self.embed, tokens, self.compute), ZIGZAG)
 
     def __call__(
         self,
@@ -73,5 +105,6 @@ class Decoder(nn.Module):
         """Float32 or wider."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         if self.spec.tied:
-            return jnp.einsum("btd,vd->btv", hidden, self.embed, preferred_element_type=wide)
+            embed = narrowed(self.embed, self.compute)
+            return jnp.einsum("btd,vd->btv", hidden, embed, preferred_element_type=wide)
         return jnp.einsum("btd,dv->btv", hidden, self.head, preferred_element_type=wide)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,33 @@ from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest, validate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import Recipe
-from ministral_jax.settings import merge
+from ministral_jax.settings import Typed, merge
 from ministral_jax.stages import Graph, Stage, verbs
 
+Made = Callable[[str], Mapping[str, ModelSpec]]
 PACKAGED_CONFIGS = Path(__file__).parents[1] / "configs"
 """Where a wheel keeps the recipes of the repository's `configs/`."""
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), made: Made = lambda name: {}) -> Recipe:
     """Read, merge and validate a recipe, and check its graph.
 
     Args:
         path: a YAML file; `configs/<name>.yaml` that is not in the working directory is looked up in the package.
-        overrides: `dotted.key=value`, the value in YAML.
+            Relative paths in it are below its directory, those of the package's recipes below the working directory.
+        overrides: `dotted.key=value`, the value in YAML; relative paths are below the working directory.
+        made: called with the recipe's name: sizes of finished stages, for those whose checkpoint is gone since.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type, unknown stage, cycle; one line for each thing wrong.
     """
-    raw = _read_yaml(find_recipe(path))
+    found = find_recipe(path)
+    raw = _read_yaml(found)
     for override in overrides:
         _override(raw, override)
-    recipe = add_companions(validate(Recipe, _apply_defaults(raw), str(path)))
+    root = found.parent if found == Path(path) else Path()
+    recipe = validate(Recipe, _apply_defaults(raw), str(path), root=root.absolute())
+    recipe = add_companions(recipe, made(recipe.name))
     order(recipe)
     return recipe
 
@@ -87,7 +94,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {part!r} is a value, not a mapping with keys")
-    node[parts[-1]] = value
+    node[parts[-1]] = _typed(value)
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _typed(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_typed(part) for part in value]
+    return Typed(value) if isinstance(value, str) else value
 
 
 def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
@@ -131,13 +146,26 @@ def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, 
     return value
 
 
-def add_companions(recipe: Recipe) -> Recipe:
-    """Add what stages bring along, each behind its stage: `<stage>-scratch` after a distil stage with a baseline."""
+def add_companions(recipe: Recipe, made: Mapping[str, ModelSpec]) -> Recipe:
+    """Add what stages bring along, each behind its stage: `<stage>-scratch` after a distil stage with a baseline.
+
+    What comes from a checkpoint that is not there has no sizes yet, and no companions: its fault is said when it is
+    wanted.
+    """
+    gone = {name for name, stage in recipe.stages.items() if stage.is_gone and name not in made}
+    for _ in recipe.stages:  # a recipe may name a stage before its source
+        gone |= {name for name, stage in recipe.stages.items() if gone & set(stage.inputs().values())}
     stages: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
         stages[name] = stage
-        stages |= stage.companions(name, recipe.stages, lambda name=name: resolve_specs(recipe, [name])[name])
+        if name not in gone:
+            sizes = partial(_sizes, recipe, name, made)
+            stages |= stage.companions(name, recipe.stages, sizes)
     return recipe.model_copy(update={"stages": stages})
+
+
+def _sizes(recipe: Recipe, name: str, made: Mapping[str, ModelSpec]) -> ModelSpec:
+    return resolve_specs(recipe, [name], made)[name]
 
 
 def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
@@ -181,9 +209,11 @@ def _with_needs(graph: dict[str, list[str]], names: Iterable[str]) -> list[str]:
     return list(done)
 
 
-def resolve_specs(recipe: Recipe, wanted: Iterable[str] = ()) -> dict[str, ModelSpec]:
+def resolve_specs(
+    recipe: Recipe, wanted: Iterable[str] = (), made: Mapping[str, ModelSpec] | None = None
+) -> dict[str, ModelSpec]:
     """Sizes of the results of the wanted stages (all when none is named) and of what they need, by walking the graph;
-    an imported model's are read from its `config.json`.
+    an imported model's are read from its `config.json`, or when that is gone are those of the stage that was `made`.
 
     Raises:
         UserError: a source that is no model, or what a stage finds wrong with its inputs, see `Stage.resolve`.
@@ -193,7 +223,10 @@ def resolve_specs(recipe: Recipe, wanted: Iterable[str] = ()) -> dict[str, Model
         stage, where = recipe.stages[name], f"stages.{name}"
         if stage.source is not None and not recipe.stages[stage.source].makes_model:
             raise UserError(f"{where}.from = {stage.source!r} must be a stage that makes a model")
-        specs[name] = stage.resolve(Graph(recipe.stages, specs), where)
+        if made and name in made and stage.is_gone:
+            specs[name] = made[name]
+        else:
+            specs[name] = stage.resolve(Graph(recipe.stages, specs), where)
     return specs
 
 

@@ -2,62 +2,101 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-from pydantic import TypeAdapter, ValidationError
 
-from ministral_jax.distributed.collectives import barrier, first_then_all, is_first
+from ministral_jax.console import say
+from ministral_jax.distributed.collectives import barrier, first_then_all, from_first, is_first
 from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.distributed.processes import poll, poll_alone
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, write_json
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.recipe.load import order, resolve_specs
-from ministral_jax.recipe.types import AnyStage, Recipe
+from ministral_jax.recipe.load import resolve_specs
+from ministral_jax.recipe.types import Recipe
+from ministral_jax.runs.identity import identity
+from ministral_jax.runs.survey import Planned, made_specs, shelves, survey, take
 from ministral_jax.stages import Graph, Job, Result, Stage
-from ministral_jax.stages.manifest import digest, environment, finished, read_manifest
+from ministral_jax.stages.manifest import digest, environment, finished
 from ministral_jax.stages.rows import Packing
 from ministral_jax.training.progress import ProgressLine
 
 Jobs = Mapping[str, Job[Stage]]
 
 
-def run_cascade(recipe: Recipe, run_dir: Path, wanted: Iterable[str] = ()) -> list[str]:
+def run_cascade(
+    recipe: Recipe, run_dir: Path, wanted: Iterable[str] = (), taken_from: Sequence[Path] = ()
+) -> list[str]:
     """Bring the wanted stages (all but the optional ones when none is named) and what they need to `finished`.
 
-    A finished stage is skipped; running again after a crash goes on where the last saved state stands.
+    A finished stage is skipped, one that another run has made in the same way is taken from there; running again after
+    a crash goes on where the last saved state stands.
+
+    Args:
+        taken_from: directories of other runs and of sweeps.
 
     Returns:
         names of the stages in the order in which they were looked at.
 
     Raises:
-        UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings or another parent.
+        UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings, data or inputs.
     """
-    names = order(recipe, wanted)
-    specs = resolve_specs(recipe, names)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for name in names:  # every conflict is found before anything is computed or written
-        _check_unchanged(recipe.stages[name], specs[name], run_dir / name)
-    jobs = {name: make_job(recipe, name, specs, run_dir) for name in names if read_manifest(run_dir / name) is None}
+    wanted, plans = list(wanted), list[Planned]()
+
+    def look() -> None:  # every conflict is found before anything is computed or written
+        if is_first():
+            plans.extend(survey(recipe, run_dir, wanted, shelves(taken_from)))
+            for plan in plans:
+                if plan.state == "taken":
+                    take(plan, run_dir)
+
+    first_then_all(look)
+    told = from_first([[plan.name, plan.state, plan.step, plan.identity["contents"]] for plan in plans])
+    names = [name for name, *_ in told]
+    specs = resolve_specs(recipe, names, made_specs(run_dir))
+    jobs = {
+        name: make_job(recipe, name, specs, run_dir) for name, state, *_ in told if state not in ("finished", "taken")
+    }
+    opening(run_dir, told)
     for job in jobs.values():
         job.stage.check_mesh(job)
     first_then_all(lambda: _prepare(jobs, run_dir))  # so is every fault of the data
     if is_first():
         write_json(run_dir / "recipe.json", recipe.dump())
-    for position, name in enumerate(names, 1):
+    for position, (name, state, step, contents) in enumerate(told, 1):
+        at = f"[{position}/{len(names)}] {name}"
         if name not in jobs:
-            _say(f"[{position}/{len(names)}] {name}: finished already")
+            _say(f"{at}: {'finished already' if state == 'finished' else f'taken from {_origin(run_dir / name)}'}")
             continue
-        _say(f"[{position}/{len(names)}] {name}: {recipe.stages[name].do}")
-        _run_stage(jobs[name])
+        _say(f"{at}: {recipe.stages[name].do}" + (f", goes on from step {step}" if step is not None else ""))
+        _run_stage(jobs[name], contents)
     return names
+
+
+def opening(run_dir: Path, told: Sequence[Sequence[Any]]) -> None:
+    """One line: where, on what, and what is there already."""
+    states = Counter(state for _, state, *_ in told)
+    made = sum(count for state, count in states.items() if state not in ("finished", "taken"))
+    parts = [f"{made} of {len(told)} stages to make"]
+    parts += [f"{states[state]} {state}" for state in ("resumes", "grows", "finished", "taken") if states[state]]
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    _say(f"{run_dir.absolute()}: {', '.join(parts)}; on {devices}")
+
+
+def _say(text: str) -> None:
+    if is_first():
+        say(text)
+
+
+def _origin(place: Path) -> str:
+    return os.path.relpath(os.path.realpath(place))
 
 
 def make_job(recipe: Recipe, name: str, specs: Mapping[str, ModelSpec], run_dir: Path) -> Job[Stage]:
@@ -85,61 +124,13 @@ def _prepare(jobs: Jobs, run_dir: Path) -> None:
         append_jsonl(run_dir / "ledger.jsonl", {"what": "data", "seconds": spent})
 
 
-def _say(text: str) -> None:
-    if is_first():
-        print(text, file=sys.stderr, flush=True)
-
-
-def identity(stage: Stage, spec: ModelSpec) -> dict[str, Any]:
-    """The settings that make a stage's result what it is; where it is computed and how it survives do not."""
-    config = stage.model_dump(mode="json", by_alias=True, exclude=set(stage.incidental))
-    return {"config": config, "spec": spec.model_dump(mode="json")}
-
-
-def _check_unchanged(stage: Stage, spec: ModelSpec, directory: Path) -> None:
-    """A directory holds the result of one setting; another setting, or another parent, is an error, not a surprise."""
-    name, run_dir = directory.name, directory.parent
-    begun = _read_begun(directory)
-    if begun is not None:
-        wanted = identity(stage, spec)
-        for change in _differences({key: begun.get(key) for key in wanted}, wanted):
-            raise UserError(
-                f"stage {name!r} in {run_dir} was begun with other settings: {change}; "
-                f"give another --run-dir, or delete {directory} (and the stages made from it)"
-            )
-    manifest = read_manifest(directory)
-    for role, other in (manifest.inputs if manifest else {}).items():
-        if read_manifest(run_dir / other.stage) is None or digest(run_dir / other.stage) != other.digest:
-            raise UserError(
-                f"stage {name!r} in {run_dir} was made from another {role} {other.stage!r} than the one there now; "
-                f"delete {directory} to make it again"
-            )
-
-
-def _read_begun(directory: Path) -> dict[str, Any] | None:
-    """The identity of the stage that a directory was begun with; settings that it did not know have their defaults."""
-    path = directory / "stage.json"
-    if not path.is_file():
-        return None
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        stage: Any = TypeAdapter(AnyStage).validate_python(begun["config"])
-        return identity(stage, ModelSpec.model_validate(begun["spec"]))
-    except (ValidationError, KeyError):
-        return begun
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
-    return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
-
-
-def _run_stage(job: Job[Stage]) -> None:
+def _run_stage(job: Job[Stage], contents: Mapping[str, str | None]) -> None:
+    if job.directory.is_symlink() and not job.directory.exists():
+        raise UserError(f"{job.directory} is a link to {os.readlink(job.directory)}, which is gone; delete the link")
     job.directory.mkdir(exist_ok=True)
     if is_first():
-        write_json(job.directory / "stage.json", identity(job.stage, job.spec))
+        (job.directory / "manifest.json").unlink(missing_ok=True)  # of one that is to get more steps
+        write_json(job.directory / "stage.json", identity(job.stage, job.spec, contents))
     job = with_norms_of_source(job)
     begun = time.monotonic()
     poll(f"beginning {job.name}", slow=True)

@@ -24,7 +24,8 @@ from ministral_jax.errors import UserError
 from ministral_jax.interop.hf import read_spec
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
-from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.stages.base import stage_tokenizer
+from ministral_jax.stages.manifest import finished, refuse_export
 
 ROWS = 16
 """Of a JSONL file, at once."""
@@ -64,13 +65,11 @@ def run_generate(args: Namespace) -> None:
 
 def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
     """Sizes and tokenizer of a finished stage's directory or of a Hugging Face directory; no weights are read."""
+    refuse_export(path)
     if (path / "manifest.json").is_file():
-        manifest = read_manifest(path)
-        data = manifest.config.get("data") if manifest else None
-        if manifest is None or data is None:
+        spec, tokenizer = finished(path).spec, stage_tokenizer(path)
+        if tokenizer is None:
             raise UserError(f"{path} is not a finished stage that has a model and the tokenizer of its data")
-        spec = manifest.spec
-        tokenizer = load_tokenizer(TokenizerConfig.model_validate(data["tokenizer"]), path.parent / "data")
     elif (path / "config.json").is_file():
         spec = read_spec(path)
         if not (path / "tekken.json").is_file():

@@ -201,7 +201,8 @@ class Member:
         """Tokens of the rows that a figure of the summary was read on."""
         roles = {"kl_after_surgery": ("short",), "kl_scratch": ("scratch_base", "scratch_short")}
         found = (self.stages.get(role) for role in roles.get(key, ("base", "short")))
-        return next((stage.length for stage in found if stage), None)
+        length = next((stage.length for stage in found if stage), None)
+        return length or getattr(self.published, "row_length", None)  # of an imported parent its evaluation's
 
     @property
     def at_once(self) -> bool:

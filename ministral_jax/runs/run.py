@@ -1,24 +1,45 @@
-"""A whole run: the cascade, its summary, and the table at the end."""
+"""A whole run: its directory owned, its log opened, its programs kept, its stages brought to their end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
-from rich.table import Table
 
+from ministral_jax.console import log_to
+from ministral_jax.distributed.collectives import first_then_all, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import run_cascade
-from ministral_jax.runs.summary import Summary
+from ministral_jax.runs.lock import owned
 
 
-def run_recipe(recipe: Recipe, run_dir: Path, stages: Iterable[str] = ()) -> None:
-    """Run the stages of a recipe in `run_dir`, with the programs that an earlier attempt has compiled."""
+@contextmanager
+def opened(run_dir: Path) -> Iterator[None]:
+    """Own a run's directory, of a run or of a sweep, and log to `log.txt` in it; process 0 for all of them.
+
+    Raises:
+        UserError: somebody else owns it, or it cannot be written.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            if is_first():
+                stack.enter_context(owned(run_dir))
+                log_to(run_dir / "log.txt")
+
+        first_then_all(take)
+        yield
+
+
+def run_recipe(recipe: Recipe, run_dir: Path, stages: Iterable[str] = (), taken_from: Sequence[Path] = ()) -> list[str]:
+    """Run the stages of a recipe in `run_dir`, with the programs that an earlier attempt has compiled; see
+    `run_cascade`."""
     cache_compilations(run_dir / "xla")
-    run_cascade(recipe, run_dir, stages)
+    return run_cascade(recipe, run_dir, stages, taken_from)
 
 
 def cache_compilations(directory: Path) -> None:
@@ -38,28 +59,3 @@ def recipe_of(run_dir: Path) -> Recipe:
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no recipe.json")
     return Recipe.model_validate(json.loads(path.read_text(encoding="utf-8")))
-
-
-def family_table(summary: Summary) -> Table:
-    """Size, parameters, tokens and held-out figures of every finished member of the family."""
-    table = Table(title=f"{summary.name}: {summary.wall_seconds:,.0f} s")
-    columns = ("size", "parameters", "tokens", "KL pruned", "KL final", "KL scratch", "speed-up", "bits/byte", "digits")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "size" else "right")
-    members = ({"parent": summary.parent} if summary.parent else {}) | summary.children
-    for name, member in members.items():
-        row = member.model_dump()
-        table.add_row(
-            name,
-            f"{member.parameters / 1e6:,.2f} M",
-            f"{member.tokens / 1e6:,.2f} M",
-            *(_number(row.get(key), ".4f") for key in ("kl_after_surgery", "kl_final", "kl_scratch")),
-            _number(row.get("token_speedup"), ".1f", "x"),
-            _number(member.bits_per_byte, ".3f"),
-            _number(member.digit_accuracy, ".1%"),
-        )
-    return table
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else format(value, form) + unit

@@ -11,8 +11,10 @@ from pydantic import BaseModel, Field
 from ministral_jax.files import read_jsonl, write_json
 from ministral_jax.recipe.load import lineage
 from ministral_jax.recipe.types import Recipe
+from ministral_jax.runs.comparable import stale_stages
 from ministral_jax.stages.distill import scratch_name
-from ministral_jax.stages.manifest import Manifest, finished, read_manifest
+from ministral_jax.stages.evaluate import evaluation_name
+from ministral_jax.stages.manifest import Manifest, digest, finished, read_manifest
 
 Rows = list[dict[str, Any]]
 
@@ -25,6 +27,8 @@ class Member(BaseModel):
     flops_per_token: int
     """Forward, of a token that sees no other."""
     tokens: int
+    row_length: int | None = None
+    """Tokens of the held-out rows: bits per byte of rows of different lengths do not compare."""
     bits_per_byte: float | None
     digit_accuracy: float | None
 
@@ -53,6 +57,9 @@ class Summary(BaseModel):
     name: str
     parent: Parent | None = None
     children: dict[str, Child] = Field(default_factory=dict)
+    """Those of whose stages every one was made from what is there now."""
+    stale: dict[str, str] = Field(default_factory=dict)
+    """The other finished ones, and why."""
     wall_seconds: float
     """Of all finished stages, and of packing data."""
 
@@ -61,28 +68,37 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     """Write `summary.json` and `samples.json` from whatever is finished, and return the summary."""
     family, parent = recipe.family, None
     if family is not None and (manifest := read_manifest(run_dir / family.parent)) is not None:
-        parent = Parent(stage=family.parent, **_member(manifest))
-    children = {
-        child: _child(recipe, run_dir, last)
-        for child, last in (family.children if family else {}).items()
-        if read_manifest(run_dir / last) is not None
+        evaluated = read_manifest(run_dir / evaluation_name(family.parent))
+        parent = Parent(stage=family.parent, **_member(manifest, evaluated))
+    made = {name: manifest for name in recipe.stages if (manifest := read_manifest(run_dir / name)) is not None}
+    here = {
+        name: digest(run_dir / name) if name in made else None for name in recipe.stages if (run_dir / name).is_dir()
     }
-    manifests = [m for name in recipe.stages if (m := read_manifest(run_dir / name)) is not None]
+    stale = stale_stages(made, here)
+    children, left_out = {}, {}
+    for child, last in (family.children if family else {}).items():
+        if last in made and (why := next((stale[name] for name in lineage(recipe, last) if name in stale), None)):
+            left_out[child] = why
+        elif last in made:
+            children[child] = _child(recipe, run_dir, last)
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
-    wall = round(sum(m.seconds for m in manifests) + besides, 1)
-    summary = Summary(name=recipe.name, parent=parent, children=children, wall_seconds=wall)
+    wall = round(sum(m.seconds for m in made.values()) + besides, 1)
+    summary = Summary(name=recipe.name, parent=parent, children=children, stale=left_out, wall_seconds=wall)
     write_json(run_dir / "summary.json", summary.model_dump(mode="json"))
     write_json(run_dir / "samples.json", _samples(recipe, run_dir))
     return summary
 
 
-def _member(manifest: Manifest) -> dict[str, Any]:
-    spec, metrics = manifest.spec, manifest.metrics
+def _member(manifest: Manifest, evaluated: Manifest | None = None) -> dict[str, Any]:
+    """Of a finished stage; its figures those of another one that `evaluated` it, where there is one."""
+    spec, measured = manifest.spec, evaluated or manifest
+    metrics = measured.metrics
     return {
         "parameters": spec.parameters,
         "decoder_parameters": spec.decoder_parameters,
         "flops_per_token": spec.flops_per_token(1),
         "tokens": manifest.tokens,
+        "row_length": measured.config.get("batch", {}).get("length"),
         "bits_per_byte": metrics.get("bits_per_byte"),
         "digit_accuracy": metrics.get("digit_accuracy"),
     }
@@ -143,13 +159,14 @@ def token_speedup(pruned: Rows, scratch: Rows) -> float | None:
 def _samples(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """The parent's held-out image questions with every model's answers beside the right one."""
     family = recipe.family
-    if family is None or not (run_dir / family.parent / "samples.json").is_file():
-        return {"images": []}
-    models = {"parent": family.parent, **family.children}
+    models = {"parent": family.parent, **family.children} if family else {}
     found: dict[str, dict[str, Any]] = {}
     for model, stage in models.items():
-        if (path := run_dir / stage / "samples.json").is_file():
+        places = (run_dir / name / "samples.json" for name in (stage, evaluation_name(stage)))
+        if (path := next((place for place in places if place.is_file()), None)) is not None:
             found[model] = {s["png"]: s for s in json.loads(path.read_text(encoding="utf-8"))["images"]}
+    if "parent" not in found:
+        return {"images": []}
     images = [
         {
             "png": png,

@@ -2,7 +2,7 @@
 
 A sweep is a recipe and, for some of its keys, several values. Keys of one axis vary together (`zip`); axes multiply
 (`product`). Every combination is a point: a recipe of its own. Two points share a stage when its settings and sizes
-(`cascade.identity`), and those of everything it is made from, are equal; it is then run once, see `sweep_run.py`.
+(`identity.identity`), and those of everything it is made from, are equal; it is then run once, see `sweep_run.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ministral_jax.explain import suggest, validate
 from ministral_jax.files import digest_of
 from ministral_jax.recipe.load import find_recipe, load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
-from ministral_jax.runs.cascade import identity
+from ministral_jax.runs.identity import identity
 from ministral_jax.runs.naming import as_yaml, label, point_name, short_keys
 from ministral_jax.settings import Frozen
 from ministral_jax.stages import figures
@@ -243,10 +243,12 @@ def stage_directories(recipe: Recipe, wanted: Iterable[str]) -> dict[str, str]:
     Raises:
         UserError: see `order` and `resolve_specs`.
     """
-    names, specs, hashes = order(recipe, wanted), resolve_specs(recipe), {}
+    names, hashes = order(recipe, wanted), {}
+    specs = resolve_specs(recipe, names)
     for name in names:
         sources = [hashes[other] for other in recipe.stages[name].inputs().values()]
-        hashes[name] = digest_of([identity(recipe.stages[name], specs[name]), sources])
+        made_of = identity(recipe.stages[name], specs[name], anywhere=False)
+        hashes[name] = digest_of([{key: made_of[key] for key in ("config", "spec")}, sources])
     return {name: f"shared/{name}-{hashes[name][:10]}" for name in names}
 
 

@@ -12,11 +12,12 @@ sweep that was killed, or is given another value, goes on with what is there.
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from ministral_jax.console import say
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.runs.cascade import run_cascade
@@ -27,11 +28,14 @@ from ministral_jax.stages import verbs
 from ministral_jax.stages.manifest import Manifest, read_manifest
 
 
-def run_sweep(sweep: Sweep, sweep_dir: Path) -> int:
+def run_sweep(sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = ()) -> int:
     """Run every point, one after another, and keep `sweep.json`.
 
     A point that fails for a fault of its settings is recorded and the others go on; anything else, a preemption or
     Ctrl-C among it, ends the sweep at once and the same command goes on from there.
+
+    Args:
+        taken_from: directories of runs and of other sweeps, whose stages are used where they are the same.
 
     Returns:
         exit code: 0, or 1 when a point failed.
@@ -43,14 +47,14 @@ def run_sweep(sweep: Sweep, sweep_dir: Path) -> int:
     cache_compilations(sweep_dir / "xla")
     broken: dict[str, str] = {}
     for position, point in enumerate(points, 1):
-        _say(f"point [{position}/{len(points)}] {point.name}")
+        say(f"point [{position}/{len(points)}] {point.name}")
         link(point, sweep_dir)
-        point.error = _run_point(point, sweep, sweep_dir, broken)
+        point.error = _run_point(point, sweep, sweep_dir, broken, taken_from)
         if point.error is not None:
-            _say(f"point {point.name} failed: {point.error}")
+            say(f"point {point.name} failed: {point.error}")
         refresh(record, sweep_dir)
     if failed := [point.name for point in points if point.error is not None]:
-        _say(f"ministral-jax: {len(failed)} of {len(points)} points failed: {', '.join(failed)}")
+        say(f"ministral-jax: {len(failed)} of {len(points)} points failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -88,14 +92,16 @@ def link(point: Point, sweep_dir: Path) -> None:
         os.replace(temporary, place)
 
 
-def _run_point(point: Point, sweep: Sweep, sweep_dir: Path, broken: dict[str, str]) -> str | None:
+def _run_point(
+    point: Point, sweep: Sweep, sweep_dir: Path, broken: dict[str, str], taken_from: Sequence[Path]
+) -> str | None:
     """None, or why the point failed. `broken` remembers stages that failed, so that no other point tries them again."""
     for name, where in point.stages.items():
         if where in broken:
             return f"stage {name!r} failed in point {broken[where]}, which shares it"
     run_dir = sweep_dir / point.name
     try:
-        run_cascade(point.recipe, run_dir, sweep.stages)
+        run_cascade(point.recipe, run_dir, sweep.stages, taken_from)
     except UserError as error:
         pending = [(name, where) for name, where in point.stages.items() if _manifest(run_dir / name) is None]
         if pending and (run_dir / pending[0][0] / "stage.json").is_file():  # it had begun: the fault is not the data's
@@ -147,7 +153,3 @@ def _figures(measure: Measured, stage: Manifest | None) -> dict[str, float]:
         return {}
     names = [figure.name for figure in verb.figures if not measure.metrics or figure.name in measure.metrics]
     return {name: stage.metrics[name] for name in names if name in stage.metrics}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ _OWN = {
     "reward": "reward:Reward",
     "odpo": "odpo:ODPO",
     "grpo": "grpo:GRPO",
+    "evaluate": "evaluate:Evaluate",
     "export": "export:Export",
 }
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from pydantic import ConfigDict, Field, ValidationError
 
-from ministral_jax.data.tokenizer import Tokenizer
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules
 from ministral_jax.distributed.processes import saving
 from ministral_jax.errors import UserError
@@ -28,7 +29,7 @@ from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import abstract_params, init_params, param_shardings, placed_params
 from ministral_jax.settings import Frozen, merge
 from ministral_jax.stages.figures import Curve, Figure
-from ministral_jax.stages.manifest import finished
+from ministral_jax.stages.manifest import finished, refuse_export
 from ministral_jax.training.checkpoint import load_params, save_params
 
 if TYPE_CHECKING:
@@ -80,6 +81,16 @@ class Stage(Frozen):
     def inputs(self) -> dict[str, str]:
         """Stages that must be finished first, by their role: the source is the parent."""
         return {} if self.source is None else {"parent": self.source}
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the checkpoint that the stage reads from outside of the run is not there (any more)."""
+        return False
+
+    def contents(self, root: Path) -> dict[str, str | None]:
+        """By setting, the digest of everything outside of the run that makes the result what it is: wherever it lies,
+        whatever it is called. None where it cannot be read. `root`: where packed data lies."""
+        return {}
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
         """Stages that this one, called `name`, brings into the recipe, such as a baseline. `sizes` resolves its own."""
@@ -261,7 +272,22 @@ def load_stage(
         UserError: the stage is not finished, its checkpoint does not have the sizes its manifest names, or a file of it
             is not as it was written.
     """
+    refuse_export(directory)
     manifest = finished(directory)
     spec = manifest.spec
     abstract = abstract_params(spec, dtype) if placement is None else placed_params(spec, placement, dtype)
     return spec, load_params(directory / "params", abstract, manifest.files or None)
+
+
+def stage_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a finished stage's data, None where it read none: the copy that its run keeps, or when that is
+    gone the file that its settings name."""
+    manifest = finished(directory)
+    if manifest.data is None:
+        return None
+    name = f"tokenizer-*-{manifest.data.tokenizer_digest[:16]}/tekken.json"
+    for root in (directory.parent / "data", directory.resolve().parent / "data"):
+        if (kept := next(root.glob(name), None)) is not None:
+            return read_tokenizer(kept)
+    config = TokenizerConfig.model_validate(manifest.config["data"]["tokenizer"])
+    return load_tokenizer(config, directory.parent / "data")

@@ -8,12 +8,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ministral_jax.data.config import TokenizerConfig
-from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
+from ministral_jax.data.tokenizer import export_tokenizer
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.interop.hf import export_hf
-from ministral_jax.stages.base import Job, Result, Stage, load_stage
-from ministral_jax.stages.manifest import finished
+from ministral_jax.stages.base import Job, Result, Stage, load_stage, stage_tokenizer
 
 
 class Export(Stage):
@@ -33,11 +31,9 @@ class Export(Stage):
 def export_stage(stage_directory: Path, destination: Path, dtype: str, placement: Placement | None = None) -> None:
     """Export a finished stage, with the tokenizer its data was made with. All processes call it, the first writes."""
     spec, params = load_stage(stage_directory, placement=placement)
-    manifest = finished(stage_directory)
+    tokenizer = stage_tokenizer(stage_directory)
     with TemporaryDirectory() as scratch:
         files = []
-        if manifest.data is not None:
-            config = TokenizerConfig.model_validate(manifest.config["data"]["tokenizer"])
-            tokenizer = load_tokenizer(config, stage_directory.parent / "data")
+        if tokenizer is not None:
             files.append(export_tokenizer(tokenizer, Path(scratch), spec.vision))
         export_hf(params, spec, destination, dtype, files)

@@ -35,7 +35,7 @@ ECE = Figure("ece", "calibration error", "share", "lower")
 BITS_PER_BYTE = Figure("bits_per_byte", "bits per byte of text", "bits per byte", "lower")
 DIGIT_ACCURACY = Figure("digit_accuracy", "answers about images, teacher-forced", "share", "higher")
 KL = Figure("kl", "KL to the teacher", "nats per token", "lower")
-HELD_OUT = (CE, ECE, BITS_PER_BYTE, DIGIT_ACCURACY)
+HELD_OUT = (CE, BITS_PER_BYTE, DIGIT_ACCURACY, ECE)
 """Of every loop over packed rows."""
 REWARD_ACCURACY = Figure("reward_accuracy", "right answers", "share", "higher")
 REWARD = Figure("reward", "reward", "", "higher")

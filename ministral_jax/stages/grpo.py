@@ -81,11 +81,16 @@ class GRPO(online.OnlineStage):
 
 class _Learner(online.OnlineLearner):
     stage: GRPO
+    silent: int = 0
+    """Steps in a row from which nothing was learnt."""
 
     def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
         scores = self.scores(answers.samples)
         self.clock.switch("step")
         batches, signal = minibatches(self.stage, self.job.spec, answers, scores.total)
+        self.silent = 0 if signal[0] else self.silent + 1
+        if self.silent.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, ..
+            online.say(self.job, nothing_learnt(self.silent, self.stage.num_generations))
         metrics = []
         for number, batch in enumerate(batches * self.stage.num_iterations, 1):
             announce(f"update {number}")
@@ -97,6 +102,15 @@ class _Learner(online.OnlineLearner):
             "groups_with_signal": signal,
         }
         return state, {**host, **online.added(metrics)}
+
+
+def nothing_learnt(steps: int, answers: int) -> str:
+    """Of `steps` steps in a row whose groups of `answers` answers have equal rewards, or fewer than two."""
+    return (
+        f"nothing is learnt from {steps} step{'s in a row' if steps > 1 else ''}: the {answers} answers to each prompt "
+        "have equal rewards; see reward and groups_with_signal, and take other prompts, more num_generations or a "
+        "higher temperature"
+    )
 
 
 def objective(spec: ModelSpec, compute: Compute, options: PolicyOptions, temperature: float, heads: LossHead) -> LossFn:

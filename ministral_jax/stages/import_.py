@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from ministral_jax.interop.hf import import_hf, read_spec
+from ministral_jax.interop.hf import checkpoint_digest, import_hf, read_spec
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import param_shardings
+from ministral_jax.settings import Place
 from ministral_jax.stages.base import Graph, Job, Result, Stage
+from ministral_jax.stages.evaluate import Evaluate, evaluation_name
+from ministral_jax.stages.rows import EvaluateConfig, RowStage
 
 
 class Import(Stage):
     """Read a Hugging Face directory into the cascade."""
 
     do: Literal["import"]
-    path: str
+    path: Place
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def is_gone(self) -> bool:
+        return not (Path(self.path) / "config.json").is_file()
+
+    def contents(self, root: Path) -> dict[str, str | None]:
+        return {"path": None if self.is_gone else checkpoint_digest(Path(self.path), root)}
+
+    def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
+        """Its evaluation, on the longest rows that the stages that are made from it or taught by it read, so that a
+        table of the family has a first row."""
+        readers = [s for s in stages.values() if isinstance(s, RowStage) and name in s.inputs().values()]
+        if not readers or evaluation_name(name) in stages:
+            return {}
+        reader = max(readers, key=lambda stage: stage.batch.length)
+        shared = {key: getattr(reader, key) for key in ("seed", "data", "batch", "compute", "mesh", "sharding")}
+        evaluate = getattr(reader, "evaluate", EvaluateConfig())
+        made = Evaluate.model_validate(
+            {"do": "evaluate", "from": name, "optional": self.optional, "evaluate": evaluate, **shared}
+        )
+        return {evaluation_name(name): made}
 
     def resolve(self, graph: Graph, where: str) -> ModelSpec:
         """Read from its `config.json`."""

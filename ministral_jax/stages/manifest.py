@@ -92,6 +92,12 @@ def finished(stage_directory: Path) -> Manifest:
     return manifest
 
 
+def refuse_export(directory: Path) -> None:
+    """Raise `UserError` for the directory of an export stage: the model is one directory further down."""
+    if (directory / "hf" / "config.json").is_file():
+        raise UserError(f"{directory} is a stage that exported a model; the model is the directory {directory / 'hf'}")
+
+
 def digest(stage_directory: Path) -> str:
     """SHA-256 of a finished stage's manifest: what children name as their parent."""
     return hashlib.sha256((stage_directory / "manifest.json").read_bytes()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
@@ -26,7 +27,7 @@ from ministral_jax.models.vlm import Compute
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage
 from ministral_jax.stages.looped import FROZEN
 from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts
-from ministral_jax.stages.rows import Packing
+from ministral_jax.stages.rows import Packing, data_contents
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.log import check_tracker
 from ministral_jax.training.state import State, split_frozen
@@ -105,6 +106,9 @@ class OnlineStage(Stage, Steps):
     def longest_row(self) -> int:
         """Tokens of the longest prompt with the longest answer."""
         return self.max_prompt_length + max(self.completion_lengths.values())
+
+    def contents(self, root: Path) -> dict[str, str | None]:
+        return data_contents(self.data, root)
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
@@ -207,8 +211,13 @@ class OnlineLearner:
         """Rewards of answers; what went wrong with some is told."""
         scores = score_together(self.scorer, samples)
         for problem in scores.problems[:_SHOWN_PROBLEMS]:
-            print(f"{self.job.name:>18}  left out: {problem}", file=sys.stderr, flush=True)
+            say(self.job, f"left out: {problem}")
         return scores
+
+
+def say(job: Job[Any], text: str) -> None:
+    """A line of the log."""
+    print(f"{job.name:>18}  {text}", file=sys.stderr, flush=True)
 
 
 def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,9 +12,10 @@ from ministral_jax.alignment.scoring import Scorer
 from ministral_jax.alignment.tools import ToolBox
 from ministral_jax.data.batch import bucket, shapes
 from ministral_jax.data.documents import Progress
-from ministral_jax.data.prompts import PromptData, open_prompts
+from ministral_jax.data.prompts import PromptData, PromptRow, RowCheck, open_prompts
 from ministral_jax.data.tokenizer import check_vocab
 from ministral_jax.distributed.processes import poll_slow
+from ministral_jax.errors import UserError
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.sampling.decoding import Choice, Rows, programs
 from ministral_jax.sampling.engine import SLOTS, SamplingOptions, by_rows
@@ -22,36 +23,47 @@ from ministral_jax.stages.base import Job, Program
 
 
 def open_stage_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
-    """The prompts of a stage, of its own sources; `checked_prompts` has had a look at each of them.
+    """The prompts of a stage, of its own sources, each short enough to be answered and such that its rewards can judge
+    it. They are looked at once: what was found is kept beside the data.
 
     Args:
-        answered: rows are asked for with the answer that the data gives.
+        answered: rows are asked for with the answer that the data gives, and not judged.
+
+    Raises:
+        UserError: rows that cannot be used, or a reward that cannot be given on this machine.
     """
-    return open_prompts(job.stage.data, job.spec.vision, job.data_root, answered, progress)
+    check = _row_check(job, answered)
+    return open_prompts(job.stage.data, job.spec.vision, job.data_root, answered, check, progress)
 
 
-def checked_prompts(job: Job[Any], progress: Progress | None = None, answered: bool = False) -> PromptData:
-    """The prompts of a stage, each short enough for the model to answer. Raises `UserError`: naming the row."""
-    prompts = open_stage_prompts(job, progress, answered)
-    if (longest := getattr(job.stage, "max_prompt_length", None)) is None:
-        prompts.check(job.spec.context - 1, "the model's context less one", progress)
-    else:
-        prompts.check(longest, f"{job.where}.max_prompt_length", progress)
-    return prompts
+def _row_check(job: Job[Any], answered: bool) -> RowCheck:
+    stage, longest = job.stage, getattr(job.stage, "max_prompt_length", None)
+    bound = f"{job.where}.max_prompt_length" if longest is not None else "the model's context less one"
+    longest = job.spec.context - 1 if longest is None else longest
+    judged = (
+        ()
+        if answered
+        else (getattr(stage, "rewards", None), (getattr(stage, "generate", None) or stage.evaluate).rewards)
+    )
+    train, held_out = ([Scorer(rewards or {}, 1) for rewards in judged] + 2 * [Scorer({}, 1)])[:2]
+
+    def row(prompt: PromptRow, is_held_out: bool) -> None:
+        if (tokens := len(prompt.rendered.tokens)) > longest:
+            raise UserError(f"{prompt.where}: the prompt has {tokens} tokens, {bound} is {longest}")
+        (held_out if is_held_out else train).check(prompt.columns, prompt.where)
+
+    settings = [
+        {name: reward.model_dump(mode="json") for name, reward in (rewards or {}).items()} for rewards in judged
+    ]
+    return RowCheck([longest, settings], row)
 
 
 def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
-    """Every fault of the prompts, and of rewards that could not judge them, before anything is computed. Raises
-    `UserError`: naming the row."""
-    stage, prompts = job.stage, checked_prompts(job, progress)
+    """Every fault of the prompts before anything is computed. Raises `UserError`: see `open_stage_prompts`; or none is
+    held out."""
+    prompts = open_stage_prompts(job, progress)
     check_vocab(prompts.tokenizer, job.spec)
-    examined = getattr(stage, "generate", None) or stage.evaluate
-    trained = [document for documents in prompts.train.values() for document in documents]
-    judged = [(examined.rewards, prompts.evaluation(examined.prompts)), (getattr(stage, "rewards", None), trained)]
-    for rewards, rows in judged:
-        with Scorer(rewards or {}, 1) as scorer:
-            for row in rows:
-                scorer.check(row.columns, row.where)
+    prompts.evaluation(1)
 
 
 def open_sampler(job: Job[Any], prompts: PromptData, temperature: float, tools: ToolBox | None = None) -> Sampler:

@@ -29,6 +29,7 @@ from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, head_matrix, placed_params
+from ministral_jax.settings import Place
 from ministral_jax.stages.base import Job, Params, Program, Result, load_stage
 from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.manifest import digest
@@ -66,7 +67,7 @@ class Record(RowStage):
     codec: codecs.Codec = codecs.SampledCodec()
     shard: int = Field(default=32, ge=1)
     """Rows in one file."""
-    store: str | None = None
+    store: Place | None = None
     """Where the store is written: a path, or a URL such as gs://bucket/name; None is in the stage's directory."""
 
     def check_reader(self, student: Any, name: str, where: str) -> None:

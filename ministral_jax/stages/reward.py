@@ -23,7 +23,7 @@ from ministral_jax.models.vlm import placed_params
 from ministral_jax.stages.base import Job, Program, Result, load_stage
 from ministral_jax.stages.figures import HELD_OUT, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, Looped, Objective, loop_programs, run_loop
-from ministral_jax.stages.prompts import checked_prompts, open_stage_prompts
+from ministral_jax.stages.prompts import open_stage_prompts
 from ministral_jax.stages.rows import Packing, open_data
 from ministral_jax.stages.train import next_token_loss
 from ministral_jax.training.goodput import Clock
@@ -47,7 +47,7 @@ class Reward(Looped):
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         """Every row must be one of a pair, and enough of them held out."""
-        prompts = checked_prompts(job, packing.progress, answered=True)
+        prompts = open_stage_prompts(job, packing.progress, answered=True)
         for documents in prompts.train.values():
             for document in documents:
                 _check_pair(spell(document.messages[-1]), document.where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.pipeline import ENDLESS, Join, batches, held_out
 from ministral_jax.data.prepare import PackedData, prepare
-from ministral_jax.data.tokenizer import check_vocab
+from ministral_jax.data.sources import source_digest
+from ministral_jax.data.tokenizer import check_vocab, tokenizer_digest
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
@@ -98,6 +100,9 @@ class RowStage(Stage):
     batch: BatchConfig = BatchConfig()
     compute: Compute = Compute()
 
+    def contents(self, root: Path) -> dict[str, str | None]:
+        return data_contents(self.data, root)
+
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
         self.check_length(spec, where)
@@ -118,6 +123,12 @@ def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedDat
     """The packed rows of the stage's length; the cascade had them made before its first stage."""
     stage = job.stage
     return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root, progress)
+
+
+def data_contents(config: DataConfig, root: Path) -> dict[str, str | None]:
+    """Digests of the tokenizer and of every source, see `Stage.contents`."""
+    tokenizer = {"data.tokenizer": tokenizer_digest(config.tokenizer, root)}
+    return tokenizer | {f"data.sources.{name}": source_digest(one, root) for name, one in config.sources.items()}
 
 
 def data_details(data: PackedData) -> dict[str, str]:

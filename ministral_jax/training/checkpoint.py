@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 from pydantic import Field
 
+from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_problem, from_first, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
@@ -133,11 +133,12 @@ class ResumeStore:
 
     The newest `keep` stay. A state counts once `checksums`/<step>.json is there; opening looks for the newest one all
     of whose files match it, and moves what is newer to `damaged`/<step>, saying so on stderr. Older states go only
-    after a newer one counts, so Orbax, which knows nothing of that, is not asked to remove them.
+    after a newer one counts, so Orbax, which knows nothing of that, is not asked to remove them. The state of step
+    `pinned` stays for good.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory, self._keep = directory, keep
+    def __init__(self, directory: Path, keep: int, pinned: int | None = None):
+        self.directory, self._keep, self._pinned = directory, keep, pinned
         self._saving: tuple[int, Writing] | None = None
         self._latest = self._open()
 
@@ -203,17 +204,22 @@ class ResumeStore:
         (step, writing), self._saving = self._saving, None
         writing.join(None if jax.process_count() == 1 else _LEAVE_SECONDS)
         if writing.is_alive():
-            _say(f"the state of step {step} was not saved in {self.directory}: other processes did not finish theirs")
+            say(f"the state of step {step} was not saved in {self.directory}: other processes did not finish theirs")
         elif writing.error is not None:
-            _say(f"the state of step {step} could not be saved in {self.directory}: {reason(writing.error)}")
+            say(f"the state of step {step} could not be saved in {self.directory}: {reason(writing.error)}")
             if is_first():
                 self._forget(step)
 
     def delete(self) -> None:
-        """A finished stage needs no state to resume from."""
+        """A finished stage needs no state to resume from, but for the one from which it could go on to more steps."""
         self.wait()
-        if is_first():
+        if not is_first():
+            return
+        if self._pinned is None:
             shutil.rmtree(self.directory, ignore_errors=True)
+            return
+        for step in set(self._steps()) - {self._pinned}:
+            self._forget(step)
 
     # ---- process 0 ----
 
@@ -236,7 +242,7 @@ class ResumeStore:
         write_json(self._record(step), checksums(self._path(step)))
         steps = self._steps()
         counting = [step for step in steps if self._record(step).is_file()]
-        for old in set(steps) - set(counting[-self._keep :]):
+        for old in set(steps) - {*counting[-self._keep :], self._pinned}:
             self._forget(old)
 
     # ---- opening ----
@@ -256,9 +262,9 @@ class ResumeStore:
         if is_first():
             instead = "starting from the beginning" if good is None else f"going on from step {good}"
             for step, problem in bad.items():
-                _say(f"{self._path(step)} is damaged ({problem}); {self._set_aside(step)}; {instead}")
+                say(f"{self._path(step)} is damaged ({problem}); {self._set_aside(step)}; {instead}")
             for step in torn:
-                _say(f"{self._path(step)} was being written when the run ended; removed; {instead}")
+                say(f"{self._path(step)} was being written when the run ended; removed; {instead}")
         barrier(f"open {self.directory}")
         return good
 
@@ -297,7 +303,3 @@ def _read_record(path: Path) -> tuple[Files | None, str | None]:
         return None, f"it has no {path.parent.name}/{path.name}: the run ended before that was written"
     except (OSError, ValueError):
         return None, f"{path.parent.name}/{path.name} is not readable"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@ agree to be wrong."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from ministral_jax.distributed.collectives import first_problem
+from ministral_jax.files import file_digest
 
 Files = dict[str, Any]
 """Relative path -> [size in bytes, SHA-256 in hex]; survives JSON unchanged."""
@@ -23,7 +23,7 @@ def checksums(directory: Path) -> Files:
     """Of every file under `directory`."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(_sha256, paths)
+        digests = pool.map(file_digest, paths)
         return {
             path.relative_to(directory).as_posix(): [path.stat().st_size, digest]
             for path, digest in zip(paths, digests, strict=True)
@@ -55,13 +55,8 @@ def _difference(directory: Path, name: str, size: int, digest: str) -> str | Non
     try:
         if (found := path.stat().st_size) != size:
             return f"{name} has {found} bytes instead of {size}"
-        return None if _sha256(path) == digest else f"the content of {name} has changed since it was written"
+        return None if file_digest(path) == digest else f"the content of {name} has changed since it was written"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,6 +30,14 @@ class OptimizerConfig(Frozen):
     """Global gradient norm above which the gradient is scaled down."""
 
 
+def decay_begins(config: OptimizerConfig, steps: int) -> int | None:
+    """Updates before the learning rate depends on how many there are in all; None where it does from the start."""
+    if config.schedule == "cosine":
+        return None
+    rest = max(steps - min(config.warmup, steps), 1)
+    return steps if config.schedule == "constant" else steps - max(rest // 5, 1)
+
+
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of update n (from 0): linear warm-up, then down to `final_fraction * lr` at `steps`."""
     warmup = min(config.warmup, steps)

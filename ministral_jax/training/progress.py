@@ -9,6 +9,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ministral_jax.console import log, say
+
 LINE_SECONDS = 10.0
 """In a log, one progress line at most this often."""
 
@@ -37,7 +39,6 @@ class ProgressLine:
     def update(self, done: int, note: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
-            return
         if not self._shown:
             return
         now = time.monotonic()
@@ -46,22 +47,26 @@ class ProgressLine:
             self._printed = now
             speed = (now - self._first[1]) / max(done - self._first[0], 1)
             left = f"  {speed * (self._total - done):.0f} s left" if done > self._first[0] else ""
-            print(f"{self._title:>18}  {done}/{self._total}  {note}{left}", file=sys.stderr, flush=True)
+            self._line(f"{done}/{self._total}  {note}{left}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(f"{self._title}: {text}")
-        elif self._shown:
-            print(f"{self._title:>18}  {text}", file=sys.stderr, flush=True)
+        if self._shown:
+            self._line(text)
 
     def count(self, what: str, so_far: int) -> None:
         """Progress of work whose end is not known."""
         if self._bar is not None:
             self._bar.update(self._task, note=f"{what}: {so_far:,}")
-        elif self._shown and (now := time.monotonic()) - self._printed >= LINE_SECONDS:
+        if self._shown and (now := time.monotonic()) - self._printed >= LINE_SECONDS:
             self._printed = now
-            print(f"{self._title:>18}  {what}: {so_far:,}", file=sys.stderr, flush=True)
+            self._line(f"{what}: {so_far:,}")
+
+    def _line(self, text: str) -> None:
+        """A bar is shown on a terminal, lines are for a log."""
+        (say if self._bar is None else log)(f"{self._title:>18}  {text}")
 
     def close(self) -> None:
         if self._bar is not None:

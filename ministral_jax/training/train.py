@@ -19,10 +19,12 @@ from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.hooks import BadStep, Guard, GuardConfig, ProfileConfig, Profiler, Speed
 from ministral_jax.training.log import StageLog, Track, mean
-from ministral_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ministral_jax.training.optimizer import OptimizerConfig, decay_begins, make_optimizer
 from ministral_jax.training.progress import ProgressLine
 from ministral_jax.training.state import State, abstract_state, init_state
 
+_SHOWN = 4
+"""Held-out figures told as they come."""
 StepMetrics = Mapping[str, tuple[Any, Any]]
 """(sum, count) by name, on the devices or on the host."""
 
@@ -55,6 +57,12 @@ class Schedule:
         """At 0, at multiples of `evaluate_every`, at the end; `early`, at powers of two below the first multiple."""
         early = self.evaluate_early and step < self.evaluate_every and step & (step - 1) == 0
         return early or step % self.evaluate_every == 0 or step == steps
+
+    def grows_from(self, config: Steps) -> int | None:
+        """The step up to which nothing depends on `config.steps`: from there a finished stage can go on to more. None
+        where there is none."""
+        begins = decay_begins(config.optimizer, self.updates)
+        return None if begins is None else begins * config.steps // self.updates
 
     def seen(self, step: int) -> dict[str, int]:
         """`tokens` trained on until a step, where that is known ahead."""
@@ -125,7 +133,8 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         Preempted: the job was asked to stop. The state is saved, at the same step by all processes.
     """
     schedule, begun = learner.schedule, time.monotonic()
-    with closing(ResumeStore(directory / "state", config.checkpoint.keep)) as store:
+    grows_from = schedule.grows_from(config)
+    with closing(ResumeStore(directory / "state", config.checkpoint.keep, grows_from)) as store:
         state: Any
         state, at, saved = _begin(params, make_optimizer(config.optimizer, schedule.updates), store)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -137,18 +146,19 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
             while True:
                 try:
                     evaluates = schedule.evaluates_at(at.step, config.steps) and not at.evaluated
-                    saves = at.step > 0 and at.step % config.checkpoint.every == 0 and saved != at.step
+                    due = at.step % config.checkpoint.every == 0 and at.step < config.steps
+                    saves = at.step > 0 and saved != at.step and (due or at.step == grows_from)
                     if evaluates or saves:
                         attempt.read_figures()
                     if evaluates:
                         figures = attempt.evaluate(state)
                         at = replace(at, evaluated=True)
-                    if at.step == config.steps:
-                        break
                     if saves:
                         poll(f"saving step {at.step}", slow=True)
                         attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
                         saved = at.step
+                    if at.step == config.steps:
+                        break
                     poll(f"step {at.step + 1}", slow=attempt.first)
                     profiler.before(at.step + 1)
                     state = attempt.step(state)
@@ -287,6 +297,8 @@ class _Attempt:
     def evaluate(self, state: State) -> dict[str, float]:
         self.clock.switch("evaluate")
         figures = self.learner.evaluate(state)
+        shown = [f"{name} {value:.4g}" for name, value in list(figures.items())[:_SHOWN]]
+        self.line.say(f"held out, step {self.at_step}: {'  '.join(shown)}")
         self.log.write("eval", self.at_step, {**self.learner.schedule.seen(self.at_step), **figures})
         self._back_to_steps()
         return figures

@@ -12,7 +12,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from PIL import Image
 
-from ministral_jax.data.chat import TRAINABLE, render
+from ministral_jax.data.chat import TRAINABLE, render, render_text
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import (
     Message,
@@ -279,7 +279,7 @@ def test_rows_as_documents_and_as_prompts(source, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"row 1: has \['text'\] but needs 'messages', 'prompt', or 'question' and"):
         list(read_documents(source({"text": "t"}), prompts=True))
     with pytest.raises(UserError, match=r"row 1: image .*none.png does not exist"):
-        source({"messages": [user([{"type": "image", "image": "none.png"}])]})
+        list(read_documents(source({"messages": [user([{"type": "image", "image": "none.png"}])]}), prompts=True))
     with pytest.raises(UserError, match=r"data.sources.chats is plain text, of kind 'python-library': it has no"):
         library = SourceConfig(kind="python-library", limit=1)
         next(read_documents(open_source("chats", library), prompts=True))
@@ -331,3 +331,26 @@ def test_a_judgement_is_short_and_knows_images_and_calls(tokenizer):
     assert len(tokenizer.encode(empty.parts[0])) < 25
     assert [len(tokenizer.encode(choice)) for choice in "AB"] == [1, 1]
     assert re.match(r"[AB]", tokenizer.decode(tokenizer.encode("A")))
+
+
+@pytest.mark.parametrize("name", ["call_abc_123456", "1", "toolu_01A09q90qw90lq917835lq9", "abcdefghi"])
+def test_guard_ids_of_tool_calls_need_not_be_nine_letters(name, tokenizer):
+    """The template does not show them; without one, or answered by name alone, a call is refused."""
+    chat = [user("x"), said("", call("add", "{}", name)), result("2", name), said("2")]
+    usual = [user("x"), said("", call("add", "{}", "a1b2c3d4e")), result("2", "a1b2c3d4e"), said("2")]
+    assert rendered(chat, [ADD], tokenizer).tokens.tolist() == rendered(usual, [ADD], tokenizer).tokens.tolist()
+    nameless = {key: value for key, value in call("add", "{}", name).items() if key != "id"}
+    with pytest.raises(UserError, match="tool call add needs an 'id' of its own, got None"):
+        rendered([user("x"), said("", nameless), result("2", name), said("2")], [ADD], tokenizer)
+    with pytest.raises(UserError, match=r"needs the 'tool_call_id' of the call it answers|answers tool call"):
+        rendered([chat[0], chat[1], {"role": "tool", "name": "add", "content": "2"}, said("2")], [ADD], tokenizer)
+
+
+@pytest.mark.parametrize("text", ["<s>Hello", "<s><s>", "</s>", "<s>[INST]a[/INST]b</s>", "[IMG]", "<pad><unk>"])
+def test_guard_letters_of_control_tokens_stay_letters(text, tokenizer):
+    plain = render_text(text, tokenizer, "row 1").tokens
+    chat = rendered([user(text), said(text)], [], tokenizer).tokens
+    for tokens, frame in ((plain, ["<s>", "</s>"]), (chat, ["<s>", "[INST]", "[/INST]", "</s>"])):
+        control = [int(token) for token in tokens if token in tokenizer.control_ids]
+        assert control == [tokenizer.special(piece) for piece in frame]
+    assert tokenizer.decode(plain.tolist()) == text and tokenizer.decode(chat.tolist()) == 2 * text

@@ -5,10 +5,12 @@ import zlib
 
 import numpy as np
 import pytest
+from mistral_common.tokens.tokenizers.image import ImageConfig, ImageEncoder, SpecialImageIDs
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from ministral_jax.data.images import open_image
+from ministral_jax.data.images import open_image, token_grid
 from ministral_jax.errors import UserError
+from ministral_jax.models.spec import PRESETS
 
 RAMP = np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1))
 
@@ -82,3 +84,64 @@ def test_a_pointer_is_no_picture(tmp_path):
     (tmp_path / "b.png").write_bytes(io.BytesIO(b"\x89PNG").getvalue())
     with pytest.raises(UserError, match="give a PNG, JPEG or WebP"):
         open_image(tmp_path / "b.png", "here")
+
+
+def _saved(path, form):
+    image, options = ramp(), {}
+    match form:
+        case "palette GIF" | "animated GIF":
+            frames = [ramp("L").point(lambda value, n=n: value if n == 0 else 255) for n in range(3)]
+            options = dict(save_all=True, append_images=frames[1:]) if form == "animated GIF" else {}
+            image = frames[0].convert("P")
+        case "CMYK JPEG" | "LA PNG" | "1-bit PNG":
+            image = ramp({"C": "CMYK", "L": "LA", "1": "1"}[form[0]])
+        case "1 x 1 PNG":
+            image = Image.new("RGB", (1, 1), (10, 20, 30))
+    suffix = form.rsplit(" ", maxsplit=1)[-1]
+    image.save(path, suffix, **options, **({"quality": 100} if suffix == "JPEG" else {}))
+
+
+@pytest.mark.parametrize("form", ["palette GIF", "animated GIF", "CMYK JPEG", "LA PNG", "1-bit PNG", "1 x 1 PNG"])
+def test_guard_forms_of_pictures_are_decoded(tmp_path, form):
+    """Of an animation the first frame."""
+    _saved(tmp_path / "a", form)
+    shown = open_image(tmp_path / "a", "here")
+    assert shown.mode == "RGB"
+    if form == "1 x 1 PNG":
+        assert shown.size == (1, 1) and shown.getpixel((0, 0)) == (10, 20, 30)
+    elif form == "1-bit PNG":
+        pixels = np.asarray(shown)
+        assert set(pixels.flat) == {0, 255} and pixels[:, :8].mean() < 80 and pixels[:, -8:].mean() > 175
+    else:
+        assert np.abs(np.asarray(shown, int) - RAMP[..., None]).max() <= 8
+
+
+@pytest.mark.parametrize("form", ["RGB JPEG", "CMYK JPEG", "animated GIF", "LA PNG"])
+@pytest.mark.parametrize("left", [0.0, 0.1, 0.9])
+def test_guard_a_picture_that_was_cut_short_is_refused_by_its_row(tmp_path, form, left):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.convert(form.split()[0] if form[0] != "a" else "P").save(path := tmp_path / "a", form.split()[1])
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"^rows.jsonl row 7: image .* cannot be read") as error:
+        open_image(path, "rows.jsonl row 7")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (4620, 1598), (1598, 4620), (4620, 1597), (3080, 2135), (2135, 3080), (3080, 2137), (1540, 1540), (1541, 1540),
+        (8000, 1), (1, 8000), (1, 1), (23, 3), (28, 28), (29, 28), (1539, 29), (100_000, 20), (1541, 1), (6160, 2338),
+    ],
+)  # fmt: skip
+def test_large_pictures_have_mistral_commons_grid(size, patch):
+    """Sizes that end in .33, .67 and in .5 after the longest edge was limited: 2135 / 2 = 1067.5, 2137 / 2 = 1068.5."""
+    config = ImageConfig(image_patch_size=patch, max_image_size=1540, spatial_merge_size=2)
+    columns, rows = ImageEncoder(config, SpecialImageIDs(img=10, img_break=12, img_end=13))._image_to_num_tokens(
+        Image.new("1", size)
+    )
+    vision = PRESETS["mistral-small-3.1-24b"].vision.model_copy(update={"patch_size": patch, "max_image_size": 1540})
+    assert token_grid(*size, vision) == (rows, columns)
+    if (size, patch) == ((4620, 1598), 14):
+        assert (rows, columns) == (20, 55)

@@ -88,7 +88,17 @@ def test_images_of_a_later_turn_stand_there(read):
     [
         (TALK | {"images": ["nope.png"]}, "image .*nope.png does not exist"),
         (TALK | {"images": ["cat.png", "dog.png"]}, "says <image> 1 times but 2 images are named beside it"),
-        (TALK | {"images": []}, "does not apply"),
+        (TALK | {"images": []}, "says <image> 1 times but 0 images are named beside it"),
+        (TALK | {"images": ["cat.png"], "image": "dog.png"}, "has 'image' and 'images'; name all of them in 'images'"),
+        (
+            {"messages": [{"role": "system", "content": "<image>"}, U, A], "images": ["cat.png"]},
+            "<image> stands in a message that is not the user's",
+        ),
+        (
+            {"messages": [U, {**A, "content": "see <image>"}], "images": ["cat.png"]},
+            "in a message that is not the user's",
+        ),
+        ({"messages": [U, A], "prompt": "3+3?"}, "'messages' do not hold the prompt, '3\\+3\\?'; give one of the two"),
         ({"messages": [user([{"type": "image", "image": "cat.png"}]), A], "images": ["dog.png"]}, "and beside them"),
         ({"text": "<image>a cat", "images": ["cat.png"]}, "a 'text' has no images"),
         ({"messages": [U, A], "videos": ["a.mp4"]}, "'videos' is not read; there are only text and images"),
@@ -111,9 +121,6 @@ def test_images_of_a_later_turn_stand_there(read):
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(read, row, sentence):
-    if sentence == "does not apply":  # no image is named: letters
-        assert shown(read(row)[0]) == ["<image>What is this?"]
-        return
     with pytest.raises(UserError, match=f"row 1: .*{sentence}") as error:
         read(row)
     assert "\n" not in str(error.value)
@@ -136,6 +143,8 @@ def test_a_turn_of_weight_0_is_read_but_not_learnt(read, tokenizer):
     assert tokens[0] == tokens[1]
 
 
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "4"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 
 
@@ -149,6 +158,16 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "", "parame
         ({"messages": [U, A], "tools": json.dumps([TOOL])}, {"messages": [U, A], "tools": [TOOL]}),
         ({"messages": [U, A], "tools": ""}, {"messages": [U, A]}),
         ({"messages": json.dumps([U, A])}, {"messages": [U, A]}),
+        ({"messages": json.dumps(json.dumps([U, A])), "images": []}, {"messages": [U, A]}),
+        ({"messages": [U, A], "tools": [json.dumps(TOOL)]}, {"messages": [U, A], "tools": [TOOL]}),
+        ({"messages": [U, A], "tools": json.dumps(json.dumps([TOOL]))}, {"messages": [U, A], "tools": [TOOL]}),
+        ({"messages": [U, A], "tools": "null"}, {"messages": [U, A]}),
+        ({"messages": [U, A], "prompt": " 2+2?"}, {"messages": [U, A]}),
+        ({"messages": [U, A], "prompt": [U]}, {"messages": [U, A]}),
+        (
+            {"messages": [U, {"role": "assistant", "tool_calls": json.dumps(CALLS)}, RESULT, A]},
+            {"messages": [U, {"role": "assistant", "tool_calls": CALLS}, RESULT, A]},
+        ),
         ({"messages": [user("a"), user("b"), A]}, {"messages": [user("a\n\nb"), A]}),
         (
             {"messages": [U, {**A, "content": "4"}, {**A, "content": "5"}]},
@@ -162,6 +181,12 @@ def test_two_spellings_of_a_row_are_the_same_document(read, row, same, tokenizer
     if ours.messages:
         tokens = [render(d.messages, tokenizer, None, "here", d.tools).tokens.tolist() for d in (ours, theirs)]
         assert tokens[0] == tokens[1]
+
+
+def test_a_prompt_that_holds_messages_as_json(read):
+    assert shown(read({"prompt": json.dumps([U])}, prompts=True)[0]) == ["2+2?"]
+    for letters in ("[1, 2]", "[what?", json.dumps([{"a": 1}]), "[]"):
+        assert shown(read({"prompt": letters}, prompts=True)[0]) == [letters]
 
 
 def test_null_is_absent_in_prompts_too(read):
@@ -180,6 +205,7 @@ WRONG = {"role": "assistant", "content": "5"}
         {"chosen": [U, A], "rejected": [U, WRONG]},
         {"prompt": [U], "chosen": [A], "rejected": [WRONG]},
         {"prompt": [U], "chosen": "4", "rejected": "5", "messages": None},
+        {"prompt": json.dumps([U]), "chosen": json.dumps([U, A]), "rejected": json.dumps([U, WRONG])},
     ],
 )
 def test_a_preference_given_as_two_conversations(read, row):
@@ -199,6 +225,7 @@ def test_a_preference_given_as_two_conversations(read, row):
         ({"messages": [U, U, A], "chosen": [U, A], "rejected": [U, WRONG]}, "'messages' are neither"),
         ({"chosen": [U, A], "rejected": [U, A]}, "chosen and rejected are the same"),
         ({"chosen": [U, U], "rejected": [U, WRONG]}, "chosen: roles"),
+        ({"prompt": "2+2?", "chosen": [], "rejected": [A]}, "'chosen' must be text that is not empty, got \\[\\]"),
     ],
 )
 def test_conversations_that_are_no_preference(read, row, sentence):
@@ -219,6 +246,16 @@ def test_compressed_files_and_byte_order_marks(read, compress):
         ('{"text": "a"}'.encode("utf-16"), "is UTF-16; convert it to UTF-8"),
         (b"\x28\xb5\x2f\xfd....", "is compressed by zstd; decompress it"),
         (gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "is damaged or cut short"),
+        (gzip.compress(b'{"text": "a"}', mtime=0)[:14] + b"\xff" * 20, "is damaged or cut short"),
+        (bz2.compress(b'{"text": "a"}')[:-10], "is damaged or cut short"),
+        (b"BZh9garbage garbage", "is damaged or cut short"),
+        (lzma.compress(b'{"text": "a"}')[:-10], "is damaged or cut short"),
+        (gzip.compress(bz2.compress(b'{"text": "a"}')), "is compressed twice"),
+        (gzip.compress('{"text": "a"}'.encode("utf-16")), "is UTF-16; convert it to UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-le"), "begins with zero bytes, as UTF-16 does"),
+        ('{"text": "a"}'.encode("utf-16-be"), "begins with zero bytes, as UTF-16 does"),
+        ('{"text": "a"}'.encode("utf-32"), "is UTF-32"),
+        (b"PAR1" + bytes(60), "is Parquet; write its rows as JSON lines"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
@@ -226,6 +263,12 @@ def test_files_that_are_no_text(tmp_path, content, sentence, kind):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=f"file {sentence}"):
         list(read_documents(open_source("s", SourceConfig(kind=kind, path=str(tmp_path / "file")))))
+
+
+def test_a_text_with_zero_bytes_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"name.txt" + bytes(92) + b"0000644")
+    with pytest.raises(UserError, match=r"a.txt is no text: it has zero bytes"):
+        list(read_documents(open_source("s", SourceConfig(kind="text", path=str(tmp_path)))))
 
 
 def test_a_directory_says_what_it_leaves_out(tmp_path, capfd):

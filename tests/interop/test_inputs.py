@@ -103,3 +103,61 @@ def test_a_size_of_null_is_what_the_class_makes_of_it():
     assert (spec.head_width, spec.kv_heads) == (5120 // 32, 32)
     del config["text_config"]["head_dim"]
     assert from_config(config, "config.json", True).head_width == 160
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False}
+
+
+def test_guard_an_fp8_checkpoint_is_refused_before_its_weights_and_bf16_is_named(exported):
+    """As the released instruct models are: one scale a tensor, of no dimension."""
+    path, scale = exported / "config.json", {"model.layers.0.mlp.up_proj.weight_scale_inv": np.ones((), np.float32)}
+    rename(exported, str, **scale)
+    plain = path.read_text()
+    path.write_text(json.dumps({**json.loads(plain), "quantization_config": FP8}))
+    weights = exported / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(b"not to be read")
+    for read in (read_spec, import_hf):
+        with pytest.raises(UserError, match=r"config.json: weights are quantised \(fp8\); take the BF16 variant"):
+            read(exported)
+    weights.write_bytes(kept)
+    path.write_text(plain)
+    with pytest.raises(UserError, match=r"has unexpected tensor layers.0.mlp.up_proj.weight_scale_inv"):
+        import_hf(exported)
+
+
+PREFIXES = {
+    "released": lambda name: name,
+    "in memory": lambda name: "model." + name.replace("language_model.model.", "language_model."),
+    "bare": lambda name: name.replace("language_model.", ""),
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "wrapped": lambda name: f"module.{name}",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_guard_prefixes_of_weight_names(exported, params, prefix):
+    rename(exported, lambda name: "lm_head.weight" if "lm_head" in name else PREFIXES[prefix](name))
+    if prefix in ("compiled", "wrapped"):
+        with pytest.raises(UserError, match="lacks tensor"):
+            import_hf(exported)
+        return
+    read = import_hf(exported)[1]
+    assert np.array_equal(read["decoder"]["layers"]["mlp"]["up"], params["decoder"]["layers"]["mlp"]["up"])
+    assert np.array_equal(read["vision"]["patch_embed"], params["vision"]["patch_embed"])
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": {}}, {"metadata": {"total_size": "?"}}])
+def test_guard_an_index_without_a_total_size(exported, metadata):
+    shard = "model-00001-of-00001.safetensors"
+    (exported / "model.safetensors").rename(exported / shard)
+    index = {**metadata, "weight_map": dict.fromkeys(safetensors.read(exported / shard), shard)}
+    (exported / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert import_hf(exported)[0] == SPEC
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 1}, {"a": ["b"]}, {"a": None}, [1], "a", {"a": "b", "c": 2}])
+def test_an_index_that_names_no_files(exported, weight_map):
+    (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index.json: not a valid index"):
+        import_hf(exported)

@@ -20,7 +20,7 @@ from paths import TESTS
 from ministral_jax.cli import main
 from ministral_jax.launching import templates
 from ministral_jax.recipe.load import load_recipe, resolve_specs
-from ministral_jax.runs.cascade import identity
+from ministral_jax.runs.identity import identity
 
 ALWAYS = {"job-name": "tiny", "output": "%x-%j.log", "open-mode": "append", "requeue": "", "signal": "TERM@120"}
 ALONE = {"nodes": "1", "ntasks-per-node": "1"}

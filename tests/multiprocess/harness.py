@@ -5,27 +5,27 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import worker
 from harm_cases import free_port
 
 from ministral_jax.stages.base import load_stage
 
 RECIPE = Path(__file__).parent.parent / "chaos" / "chaos.yaml"
-WORKER = Path(__file__).with_name("worker.py")
 TRAINED = ("parent", "pruned", "short")
 POST = Path(__file__).parent.parent / "micro_post.yaml"
 POST_TRAINED = ("parent", "sft", "reward", "instruct", "rl")
@@ -38,9 +38,33 @@ GONE = 15
 # Programs that any job has compiled, of this session or another. Nobody needs fast ones.
 COMPILED = Path(tempfile.gettempdir()) / "ministral_jax_test_cache" / "jobs"
 COMPILING = {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONUNBUFFERED": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # the others would be there before the fork
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false",
 }
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["pytest", "worker", "preload"])
+
+
+def forked(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that does `work` and leads a process group, of one that has imported everything: that takes a process
+    seconds, and a test many of them. Those of the tests of `launching` and of SLURM are started as users start them.
+    """
+    before = {**os.environ}
+    paths = [str(POST.parent), str(Path(__file__).parent), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ.update(COMPILING, PYTHONPATH=os.pathsep.join(paths))
+    try:
+        process = FORKING.Process(target=work, args=arguments)
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    while process.exitcode is None and os.getpgid(process.pid) != process.pid:
+        time.sleep(0.001)
+    return process
 
 
 class Job:
@@ -69,17 +93,12 @@ class Job:
         shared = [str(recipe), *words, "--run-dir", str(run_dir), "--cpu-devices", str(devices)]
         if count > 1:
             shared += ["--coordinator", f"127.0.0.1:{port}", "--process-count", str(count)]
-        environment = {**os.environ, **COMPILING, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(POST.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.processes = []
         for i, log in enumerate(self.logs):
+            log.touch()
+            mine = ["run", *shared, *(["--process-index", str(i)] if count > 1 else [])]
             fault = faults[i] if i < len(faults) else ""
-            command = [sys.executable, str(WORKER), str(self.journals[i]), fault, str(pace), "run", *shared]
-            command += ["--process-index", str(i)] if count > 1 else []
-            with log.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-                )
+            self.processes.append(forked(worker.work, mine, str(log), str(self.journals[i]), fault, pace))
 
     def __enter__(self) -> Job:
         return self
@@ -89,12 +108,13 @@ class Job:
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.join()
         assert all(gone(process.pid) for process in self.processes), "orphans"
 
     def send(self, number: signal.Signals, *indices: int) -> None:
         for i in indices:
-            self.processes[i].send_signal(number)
+            with suppress(ProcessLookupError):
+                os.kill(self.processes[i].pid, number)
 
     def kill(self, victims: Sequence[int], seconds: float = GONE) -> list[int | None]:
         """Kill some processes; the others end in time, by a signal or asking to be run again. All exit codes."""
@@ -105,13 +125,13 @@ class Job:
         return codes
 
     def codes(self) -> list[int | None]:
-        return [process.poll() for process in self.processes]
+        return [process.exitcode for process in self.processes]
 
     def wait(self, seconds: float = PATIENCE, *indices: int) -> list[int | None]:
         """Exit codes, once these processes (all when none is named) have ended."""
         which = indices or range(len(self.processes))
         deadline = time.monotonic() + seconds
-        while any(self.processes[i].poll() is None for i in which):
+        while any(self.processes[i].exitcode is None for i in which):
             assert time.monotonic() < deadline, f"still there after {seconds} s: {self.codes()}\n{self.tails()}"
             time.sleep(0.02)
         return self.codes()

@@ -109,3 +109,31 @@ def test_the_image_processor_of_an_export_loads(tmp_path):
     side = case.spec.vision.stride
     assert all(size % side == 0 for size in out["image_sizes"][0])
     assert max(out["image_sizes"][0]) <= case.spec.vision.max_image_size + side
+
+
+@pytest.mark.parametrize(
+    ("size", "ours", "theirs"),
+    [
+        ((1540, 1540), (55, 55), (55, 55)),
+        ((1000, 700), (25, 36), (25, 36)),
+        ((3080, 2135), (39, 55), (39, 55)),  # 1067.5 pixels: either way within the same row of tokens
+        ((4620, 1598), (20, 55), (19, 55)),  # 532.67: 533 pixels begin a row that 532 do not
+        ((1598, 4620), (55, 20), (55, 19)),
+    ],
+)
+def test_the_grid_of_large_pictures_differs_where_rounding_up_begins_a_row(size, ours, theirs, tmp_path):
+    """mistral-common, and so this program, rounds the sides of a picture that is made smaller; transformers cuts."""
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    from ministral_jax.data.images import token_grid
+
+    spec = CASES["images"].spec
+    assert spec.vision is not None
+    vision = spec.vision.model_copy(update={"patch_size": 14, "max_image_size": 1540})
+    spec = spec.model_copy(update={"vision": vision})
+    assert token_grid(*size, vision) == ours
+    export_hf(random_params(spec), spec, tmp_path / "hf")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    height, width = processor(Image.new("RGB", size), return_tensors="np")["image_sizes"][0]
+    assert (height // vision.stride, width // vision.stride) == theirs

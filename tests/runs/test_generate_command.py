@@ -1,6 +1,7 @@
 """`ministral-jax generate`: prompts and rows in, text out, and what is refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -14,7 +15,9 @@ from ministral_jax.cli import main
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.distributed import processes
+from ministral_jax.errors import UserError
 from ministral_jax.interop.hf import export_hf
+from ministral_jax.stages.base import load_stage
 
 TEXTS = vlm(vocab=512, context=128)
 
@@ -124,3 +127,11 @@ def test_a_checkpoint_is_loaded_onto_a_mesh(checkpoint):
 def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "neither a finished stage (manifest.json) nor a Hugging Face directory" in capsys.readouterr().err
+
+
+def test_the_directory_of_an_export_stage_says_where_its_model_is(checkpoint, capsys):
+    assert main(["generate", str(checkpoint), "--prompt", "a"]) == 2
+    message = f"the model is the directory {checkpoint / 'hf'}"
+    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_stage(checkpoint)

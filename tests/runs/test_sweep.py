@@ -209,7 +209,7 @@ def pretend(monkeypatch):
     made: list[str] = []
     refuse: dict[str, BaseException] = {}
 
-    def run_cascade(recipe, run_dir, wanted):
+    def run_cascade(recipe, run_dir, wanted, taken_from):
         specs = resolve_specs(recipe)
         for name in stage_directories(recipe, wanted):
             if read_manifest(run_dir / name) is None:
@@ -308,7 +308,7 @@ def test_a_sweep_file_with_a_product_and_keys_that_vary_together(pretend, tmp_pa
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, given, message):
     assert main(["sweep", MICRO, *given, "--run-dir", str(tmp_path / "s")]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
+    _, *error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and re.search(message, error[0]), error
     assert list(tmp_path.iterdir()) == []
 

@@ -58,6 +58,16 @@ def test_drop_leaves_the_answer_out_and_counts_it(begun, tmp_path, capsys):
     assert all(record["reward"] > 0.2 for record in records)
 
 
+def test_guard_equal_rewards_teach_nothing_and_say_so(begun, tmp_path, capsys):
+    assert run(begun, tmp_path / "run", "always_one", "drop") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "nothing is learnt" in line]
+    assert len(said) == 2 and "rl  nothing is learnt from 1 step: the " in said[0] and "2 steps in a row" in said[1]
+    lines = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    assert [(r["reward"], r["groups_with_signal"], r["gradient_norm"]) for r in records] == [(1, 0, 0)] * 2
+    assert not any("NaN" in line for line in lines)
+
+
 def test_drop_stops_when_most_fail(begun, tmp_path, capsys):
     assert run(begun, tmp_path / "run", "always_raises", "drop") == 2
     assert "16 of 16 samples could not be scored" in capsys.readouterr().err

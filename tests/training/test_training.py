@@ -75,6 +75,20 @@ def test_microbatches_change_nothing_but_rounding(params):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
 
 
+def test_guard_microbatches_with_1_and_500_targets_have_the_gradient_of_one_batch(params):
+    """Of the mean over all targets, not of the mean of two means, which would weigh the lonely target 250 times."""
+    tokens = np.random.default_rng(0).integers(0, SPEC.vocab, (2, 501)).astype(np.int32)
+    mask = np.zeros(tokens.shape, np.float32)
+    mask[0, 0], mask[1, :500] = 1, 1
+    positions = np.broadcast_to(np.arange(501, dtype=np.int32), tokens.shape)
+    found = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens)}
+    found |= {"loss_mask": mask, "labels": np.roll(tokens, -1, 1)}
+    (whole, one), (split, two) = (step_fn(n)(fresh(params), {}, found) for n in (1, 2))
+    assert float(two["loss"][1]) == 501 and float(two["loss"][0]) == pytest.approx(float(one["loss"][0]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(whole["optimizer"]), jax.tree.leaves(split["optimizer"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
+
+
 def test_the_gradient_is_of_the_mean_over_counted_positions(params):
     def mean_loss(p):
         logits = MODEL.apply({"params": p}, batch(0)["tokens"])

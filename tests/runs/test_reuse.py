@@ -1,0 +1,291 @@
+"""What a result is made of is its content: results are reused, sources may move, stages get more steps."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from ministral_jax.cli import main
+from ministral_jax.interop.hf import export_hf
+from ministral_jax.models.vlm import init_params
+from ministral_jax.recipe.load import load_recipe, resolve_specs
+from ministral_jax.stages.base import load_stage
+from ministral_jax.stages.manifest import finished
+
+CACHE = Path(jax.config.jax_compilation_cache_dir)
+MODEL = {"layers": 2, "width": 16, "mlp_width": 32, "heads": 2, "kv_heads": 1, "head_width": 8, "vocab": 512}
+MODEL |= {"context": 64, "vision": None}
+ROWS = {"sequences": 2, "length": 32}
+TRAIN = {"do": "train", "model": MODEL, "batch": ROWS, "evaluate": {"every": 99, "early": False, "rows": 2}}
+BASELINE = {"baseline": True, "evaluate": {"rows": 2}}
+CONSTANT = {"schedule": "constant", "warmup": 0}
+RECIPE = {
+    "name": "tried",
+    "data": {
+        "tokenizer": {"file": "tekken.json", "vocab": 512, "special": 64},
+        "sources": {"web": {"kind": "jsonl", "path": "rows.jsonl"}},
+        "held_out": 0.3,
+    },
+    "defaults": {"train": {key: value for key, value in TRAIN.items() if key != "do"}},
+    "stages": {
+        "parent": {"do": "train", "steps": 3},
+        "pruned": {"do": "prune", "from": "parent", "model": {"mlp_width": 16}, "batch": ROWS, "calibration": 1},
+        "hf": {"do": "export", "from": "pruned"},
+        "steady": {"do": "train", "steps": 3, "optimizer": CONSTANT, "optional": True},
+        "steady-hf": {"do": "export", "from": "steady", "optional": True},
+        "decayed": {"do": "train", "steps": 5, "optimizer": {"schedule": "wsd", "warmup": 0}, "optional": True},
+    },
+}
+ALL = ("parent", "pruned", "hf")
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A recipe beside what it reads, and a finished run of it."""
+    home = tmp_path_factory.mktemp("home")
+    text = " ".join(f"word{n} and some more of it" for n in range(40))
+    rows = [{"text": f"{n} {text}"} for n in range(24)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bundled = load_recipe(write(home, {**RECIPE, "data": {**RECIPE["data"], "tokenizer": {"file": "bundled"}}}))
+    from ministral_jax.data import tokenizer
+
+    shutil.copy(tokenizer._BUNDLED, home / "tekken.json")
+    assert bundled.stages["parent"].data.sources["web"].path == str(home / "rows.jsonl")
+    write(home, RECIPE)
+    run(home, "first")
+    return home
+
+
+def write(home: Path, recipe: dict) -> Path:
+    path = home / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run(home: Path, name: str, *words: str) -> int:
+    run_dir = home / name
+    if not run_dir.exists():
+        run_dir.mkdir()
+        (run_dir / "xla").symlink_to(CACHE)
+    return main(["run", str(home / "recipe.yaml"), *words, "--run-dir", str(run_dir)])
+
+
+@pytest.fixture
+def moved(home, tmp_path) -> Path:
+    """A copy of everything in another place, and nothing left in the first one."""
+    there = tmp_path / "there"
+    shutil.copytree(home, there, symlinks=True)
+    for path in there.glob("*/recipe.json"):  # in which the first place stands
+        assert str(home) in path.read_text()
+    return there
+
+
+def lines(capsys) -> str:
+    return capsys.readouterr().err
+
+
+# ---- another value costs one stage -----------------------------------------------------------------------------------
+
+
+def test_one_stage_with_another_value_is_the_only_one_that_is_made(home, capsys):
+    assert run(home, "other", "pruned", "stages.pruned.seed=3", "--from", str(home / "first")) == 0
+    captured = capsys.readouterr()
+    assert "1 of 2 stages to make, 1 taken" in captured.err and "] parent: taken from" in captured.err
+    assert (home / "other" / "parent").is_symlink() and not (home / "other" / "pruned").is_symlink()
+    assert not os.path.isabs(os.readlink(home / "other" / "parent"))
+    assert [line.split("│")[1].strip() for line in captured.out.splitlines() if "finished" in line] == [
+        "parent",
+        "pruned",
+    ]
+    assert run(home, "other", "pruned", "stages.pruned.seed=3") == 0  # which is its own run by now
+    assert "2 finished" in lines(capsys)
+
+
+def test_a_sweep_takes_what_a_run_has_made_and_a_run_what_a_sweep_has(home, capsys):
+    words = ["pruned", "stages.pruned.seed=0,4"]
+    sweep = [
+        "sweep",
+        str(home / "recipe.yaml"),
+        *words,
+        "--run-dir",
+        str(home / "swept"),
+        "--from",
+        str(home / "first"),
+    ]
+    assert main(sweep) == 0
+    shared = {path.name: path.is_symlink() for path in (home / "swept" / "shared").glob("p*")}
+    assert sorted(shared.values()) == [False, True, True]  # parent and one of the two were there
+    assert run(home, "back", "pruned", "stages.pruned.seed=4", "--from", str(home / "swept")) == 0
+    assert "0 of 2 stages to make, 2 taken" in lines(capsys)
+    assert main(sweep) == 0
+
+
+def test_what_another_run_has_made_of_other_things_is_not_taken(home, capsys):
+    assert run(home, "unlike", "pruned", "stages.parent.steps=2", "--from", str(home / "first")) == 0
+    assert "2 of 2 stages to make; " in lines(capsys)
+    assert run(home, "nowhere", "parent", "--from", str(home / "swept2")) == 2
+    assert "is neither a run nor a sweep" in lines(capsys)
+
+
+def test_a_link_to_a_run_that_is_gone_is_named(home, capsys):
+    (home / "broken").mkdir()
+    (home / "broken" / "parent").symlink_to("../gone/parent")
+    assert run(home, "broken", "parent") == 2
+    assert "is a link to ../gone/parent, which is gone" in lines(capsys)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, capsys):
+    words = ["stages.hf.dtype=bfloat16", "--from", str(home / "first"), "--dry-run"]
+    assert main(["run", str(home / "recipe.yaml"), *words, "--run-dir", str(home / "dry")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("taken from") == 2 and "is made" in said and not (home / "dry").exists()
+
+
+# ---- content ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_moved_recipe_with_its_data_and_its_run_goes_on(moved, capsys):
+    assert run(moved, "first") == 0
+    assert "0 of 3 stages to make, 3 finished" in lines(capsys)
+
+
+def test_the_same_content_under_another_name_is_the_same(moved, capsys, monkeypatch):
+    (moved / "rows.jsonl").rename(moved / "others.jsonl")
+    (moved / "tekken.json").rename(moved / "tokenizer.json")
+    monkeypatch.chdir(moved)  # paths that are typed are relative to the working directory
+    words = ["data.sources.web.path=others.jsonl", "data.tokenizer.file=./tokenizer.json"]
+    assert run(moved, "first", *words) == 0
+    assert "3 finished" in lines(capsys)
+
+
+def test_sources_that_are_gone_do_not_disturb_what_is_finished(moved, capsys):
+    (moved / "rows.jsonl").unlink()
+    (moved / "tekken.json").unlink()
+    assert run(moved, "first") == 0
+    assert "3 finished" in lines(capsys)
+    assert main(["export", str(moved / "first" / "pruned"), str(moved / "exported")]) == 0
+    assert (moved / "exported" / "tekken.json").is_file()
+    assert run(moved, "first", "steady") == 2
+    assert "tekken.json' is not a file" in lines(capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"), [("rows.jsonl", "data.sources.web"), ("tekken.json", "data.tokenizer")], ids=["rows", "tekken"]
+)
+def test_content_that_changed_is_noticed(moved, capsys, file, setting):
+    path = moved / file
+    if file == "rows.jsonl":
+        path.write_text(path.read_text() + '{"text": "one more"}\n')
+    else:
+        tekken = json.loads(path.read_text())
+        tekken["vocab"][300], tekken["vocab"][301] = (
+            {**tekken["vocab"][301], "rank": 300},
+            {**tekken["vocab"][300], "rank": 301},
+        )
+        path.write_text(json.dumps(tekken))
+    assert run(moved, "first") == 2
+    assert f"what {setting} names has other content than then" in lines(capsys)
+
+
+def test_content_that_changed_is_noticed_by_a_stage_that_was_interrupted(moved, capsys):
+    (moved / "first" / "pruned" / "manifest.json").unlink()  # as after a kill
+    (moved / "rows.jsonl").write_text((moved / "rows.jsonl").read_text() + '{"text": "one more"}\n')
+    assert run(moved, "first", "pruned") == 2
+    assert "what data.sources.web names has other content than then" in lines(capsys)
+
+
+def test_a_stage_that_made_nothing_takes_other_settings(home, capsys):
+    assert run(home, "failed", "parent", "stages.parent.optimizer.lr=1e30", "stages.parent.steps=2") == 2
+    capsys.readouterr()
+    assert run(home, "failed", "parent", "stages.parent.steps=2") == 0
+
+
+# ---- more steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "few", "many", "saved"), [("steady", 3, 6, 3), ("decayed", 5, 8, 4)])
+def test_more_steps_go_on_to_what_one_run_of_them_would_be(home, capsys, stage, few, many, saved):
+    assert run(home, "grown", stage, f"stages.{stage}.steps={few}") == 0
+    assert run(home, "grown", stage, f"stages.{stage}.steps={many}") == 0
+    said = lines(capsys)
+    assert f"{stage}: train, goes on from step {saved}" in said
+    assert run(home, "whole", stage, f"stages.{stage}.steps={many}") == 0
+    grown, whole = (load_stage(home / name / stage)[1] for name in ("grown", "whole"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, grown, whole))
+    assert finished(home / "grown" / stage).metrics == finished(home / "whole" / stage).metrics
+    assert finished(home / "grown" / stage).steps == many
+
+
+def test_a_stage_that_cannot_have_more_steps_says_why(home, moved, capsys):
+    assert run(home, "first", "parent", "stages.parent.steps=9") == 2
+    assert "cannot go on from its 3 steps: its learning rate has decayed over them" in lines(capsys)
+    assert run(moved, "grow", "steady", "steady-hf") == 0
+    assert run(moved, "grow", "steady-hf", "stages.steady.steps=4") == 2
+    assert "'steady-hf' in" in (said := lines(capsys)) and "was made from 'steady', which is to get more steps" in said
+    shutil.rmtree(moved / "grow" / "steady" / "state")
+    assert run(moved, "grow", "steady", "stages.steady.steps=4") == 2
+    assert "no state of its optimiser is in" in lines(capsys)
+
+
+# ---- an imported parent ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imported(home) -> Path:
+    spec = resolve_specs(load_recipe(home / "recipe.yaml"), ["parent"])["parent"]
+    export_hf(init_params(spec, jax.random.key(0)), spec, home / "model", "float32", [])
+    recipe = {
+        **RECIPE,
+        "stages": {
+            "parent": {"do": "import", "path": "model"},
+            "pruned": {"do": "prune", "from": "parent", "model": {"mlp_width": 16}, "batch": ROWS, "calibration": 1},
+            "short": {"do": "distill", "from": "pruned", "teacher": "parent", "steps": 1, "batch": ROWS, **BASELINE},
+            "absent": {"do": "import", "path": "nowhere", "optional": True},
+        },
+        "family": {"parent": "parent", "children": {"half": "short"}},
+    }
+    there = home / "imported"
+    there.mkdir()
+    for name in ("rows.jsonl", "tekken.json"):
+        shutil.copy(home / name, there / name)
+    (home / "model").rename(there / "model")
+    write(there, recipe)
+    assert run(there, "run") == 0
+    return there
+
+
+def test_an_imported_parent_is_evaluated_once_like_a_trained_one(imported, capsys):
+    summary = json.loads((imported / "run" / "summary.json").read_text())
+    parent, child = summary["parent"], summary["children"]["half"]
+    assert parent["bits_per_byte"] == finished(imported / "run" / "parent-evaluated").metrics["bits_per_byte"] > 0
+    assert parent["row_length"] == child["row_length"] == ROWS["length"]
+    assert run(imported, "run") == 0
+    captured = capsys.readouterr()
+    assert "5 finished" in captured.err
+    (row,) = [line for line in captured.out.splitlines() if line.startswith("│ parent ") and " M " in line]
+    assert f"{parent['bits_per_byte']:.3f}" in row
+
+
+def test_a_checkpoint_that_is_gone_after_its_import_is_not_missed(imported, capsys):
+    (imported / "model").rename(imported / "elsewhere")
+    try:
+        assert run(imported, "run") == 0
+        assert "5 finished" in lines(capsys)
+        assert run(imported, "new", "pruned") == 2
+        assert "has no config.json" in lines(capsys)
+    finally:
+        (imported / "elsewhere").rename(imported / "model")
+
+
+def test_another_checkpoint_at_the_same_path_is_noticed(imported, capsys):
+    spec = resolve_specs(load_recipe(imported / "recipe.yaml"), ["parent"])["parent"]
+    export_hf(init_params(spec, jax.random.key(1)), spec, imported / "model", "float32", [])
+    assert run(imported, "run") == 2
+    assert "what path names has other content than then" in lines(capsys)
