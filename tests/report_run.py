@@ -30,7 +30,18 @@ POST = {
 }
 STORE = {"do": "record", "from": "parent", "codec": {"kind": "topk", "entries": 32, "bits": 8}}
 TOKENS_PER_STEP = 2048
-ASKED = (("4-2=?", 1.0), ("25-6=?", 0.0), ([{"type": "image"}, {"type": "text", "text": "Sum?"}], 1.0))
+DATA = {"sources": {"code": {"kind": "jsonl", "path": "mine/rows.jsonl", "weight": 0.6}}, "held_out": 0.1}
+
+
+def picture(seed: int) -> str:
+    """A PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+SHOWN = {"type": "image", "png": picture(0)}
+ASKED = (("4-2=?", 1.0), ("25-6=?", 0.0), ([SHOWN, {"type": "image"}, {"type": "text", "text": "Sum?"}], 1.0))
 """Prompts, and whether they are answered right."""
 
 
@@ -88,10 +99,16 @@ def write_stage(directory: Path, name: str, settings: dict[str, Any], seed: int 
     places = {role: directory.parent / stage for role, stage in made.items() if stage}
     last = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     inputs = {role: {"stage": p.name, "digest": digest(p)} for role, p in places.items() if p.is_dir()}
+    length = 512 if name == "parent" or "base" in name else 128
     figures = {key: value for key, value in last.items() if key not in ("kind", "step", "tokens")}
-    manifest = {"stage": name, "do": do, "status": "finished", "config": {}, "inputs": inputs, "metrics": figures}
+    manifest = {"stage": name, "do": do, "status": "finished", "inputs": inputs, "metrics": figures}
     manifest |= {"tokens": last.get("tokens", 0), "steps": last.get("step", 0), "seconds": 243.7, "git": "3f1c9ad0b7e8"}
     manifest |= {"spec": spec_of(name).model_dump(mode="json"), "versions": {"jax": "0.10.2"}}
+    manifest |= {"devices": {"count": 4, "kind": "made-up chip", "hosts": 2, "peak_memory": 5_000_000_000}}
+    manifest["config"] = {"do": do, "optimizer": {"lr": 1e-3, "clip": None}, "data": DATA}
+    if do in ("train", "prune", "distill", "sft", "reward"):
+        manifest["config"]["batch"] = {"sequences": 16, "length": length}
+        manifest["data"] = {"digest": f"{length:064x}", "tokenizer_digest": 64 * "7"}
     if do == "prune":
         manifest["prune"] = surgery(spec_of(settings["from"]), spec_of(name), CHILDREN[name.split("-")[0]][1], rng)
     if do == "record":
@@ -102,8 +119,19 @@ def write_stage(directory: Path, name: str, settings: dict[str, Any], seed: int 
         answers = []
         for prompt, right in ASKED:
             said = {"prompt": json.dumps(prompt), "answer": f"[THINK]1 steps[/THINK]{name} says 7"}
+            said["before"] = {"answer": f"before {name}", "reward": 0.1, "parts": {"accuracy": 0.0}}
             answers.append({**said, "reward": 0.1 + 0.9 * right, "parts": {"accuracy": right, "format": None}})
-        write_json(directory / "answers.json", {"answers": answers})
+        write_json(directory / "answers.json", {"prompts": 64, "answers": answers})
+
+
+def relink(run: Path) -> None:
+    """Manifests that a test has changed are what later stages were made from."""
+    for name in json.loads((run / "recipe.json").read_text())["stages"]:
+        if (run / name / "manifest.json").is_file():
+            made = told_by(run, name)
+            for given in made["inputs"].values():
+                given["digest"] = digest(run / given["stage"]) if (run / given["stage"]).is_dir() else given["digest"]
+            write_json(run / name / "manifest.json", made)
 
 
 def metrics(name: str, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -116,7 +144,10 @@ def metrics(name: str, rng: np.random.Generator) -> list[dict[str, Any]]:
         at = {"step": step, "tokens": step * TOKENS_PER_STEP}
         if step:
             loss = (ce if name == "parent" else kl) * math.exp(0.09 * rng.standard_normal())
-            rows.append({"kind": "train", **at, "loss": loss, "tokens_per_second": 9000 + 500 * rng.random()})
+            steered = {"learning_rate": 1e-3 * (1 - step / steps), "gradient_norm": 0.5 + rng.random()}
+            rows.append(
+                {"kind": "train", **at, **steered, "loss": loss, "tokens_per_second": 9000 + 500 * rng.random()}
+            )
         if step in (0, steps) or step % 50 == 0 or (step < 50 and step & (step - 1) == 0):
             row = {"ce": ce, "bits_per_byte": ce / 2.1, "digit_accuracy": max(0.1, 1.6 - 0.23 * ce)}
             rows.append({"kind": "eval", **at, **row, **({} if name == "parent" else {"kl": kl})})
@@ -165,11 +196,9 @@ def split(codec: dict[str, Any], rng: np.random.Generator, tokens: int = 20_000)
 def samples(images: int = 24) -> dict[str, Any]:
     made, wrong = [], {"8b": {7}, "3b": {3, 7, 18}}
     for i in range(images):
-        buffer = io.BytesIO()
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
         answers = {name: str((i + (i in wrong.get(name, ()))) % 10) for name in ("parent", *CHILDREN)}
         told = {"question": "Which digit is this?", "label": str(i % 10), "answers": answers}
-        made.append({"png": base64.b64encode(buffer.getvalue()).decode(), **told})
+        made.append({"png": picture(i), **told})
     return {"images": made}
 
 

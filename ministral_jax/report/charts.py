@@ -13,8 +13,9 @@ from markupsafe import Markup
 from ministral_jax.pruning.report import LayersStep, MlpStep, WidthStep
 from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines, spark
 from ministral_jax.report.units import count, decimal, factor, percent
+from ministral_jax.runs.overview import learned
 from ministral_jax.runs.reading import Member, Stage, points
-from ministral_jax.stages.figures import HELD_OUT, KL, Figure
+from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.manifest import Manifest
 from ministral_jax.teachers.summary import SplitSummary
 
@@ -109,12 +110,6 @@ def thin(values: np.ndarray, most: int = 400) -> np.ndarray:
     """Means of equal bins when there are more points than a figure can show."""
     starts = np.arange(0, len(values), max(1, math.ceil(len(values) / most)))
     return np.add.reduceat(values, starts) / np.diff(starts, append=len(values)) if len(values) else values
-
-
-def learned(stage: Stage) -> list[Figure]:
-    """The figures by which post-training is told: all but those of every loop over packed rows."""
-    packed = {figure.name for figure in (*HELD_OUT, KL)}
-    return [figure for figure in stage.figures if figure.name not in packed] if stage.curve else []
 
 
 def parts(stage: Stage, figure: Figure) -> dict[str, str]:

@@ -12,6 +12,7 @@ from ministral_jax.files import write_text
 from ministral_jax.report.charts import Chart, axis, charts
 from ministral_jax.report.page import render
 from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines, share_tick
+from ministral_jax.runs.comparable import OF_LENGTH, most_common
 from ministral_jax.runs.naming import label, setting
 from ministral_jax.runs.reading import Stage, points, read_stage
 from ministral_jax.runs.seeds import Change
@@ -33,6 +34,7 @@ def build_sweep_report(sweep_dir: Path) -> Path:
     record = read_record(sweep_dir)
     places = {where: name for point in record.points for name, where in point.stages.items()}
     stages = {where: read_stage(sweep_dir / where, name) for where, name in places.items()}
+    _leave_out_other_lengths(record, stages)
     layout = Layout(record)
     seeds = _seeds(record, stages) if all(key.endswith("seed") for key in record.keys) else {}
     made = {
@@ -46,6 +48,16 @@ def build_sweep_report(sweep_dir: Path) -> Path:
     page = sweep_dir / "report.html"
     write_text(page, render("sweep.html.j2", record=record, setting=setting, accent=accent, **made))
     return page
+
+
+def _leave_out_other_lengths(record: SweepRecord, stages: Stages) -> None:
+    """Figures that depend on the length of the rows, of points whose rows are not as long as those of most."""
+    for measure in record.measure:
+        lengths = [stages[point.stages[measure.stage]].length for point in record.points]
+        common = most_common(length for length in lengths if length)
+        for point, length in zip(record.points, lengths, strict=True):
+            for figure in OF_LENGTH if length not in (None, common) else ():
+                point.figures.get(measure.stage, {}).pop(figure, None)
 
 
 class Layout:

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
+from ministral_jax.stages.figures import BITS_PER_BYTE, CE, ECE, KL
 from ministral_jax.stages.manifest import Manifest
 
+OF_LENGTH = tuple(figure.name for figure in (CE, ECE, BITS_PER_BYTE, KL))
+"""Figures that depend on the length of the rows they are read on."""
 T = TypeVar("T", bound=Hashable)
 _QUANTILE = 1.959964
 """Of the normal distribution: 95 % lie within so many standard errors."""

@@ -28,7 +28,7 @@ from ministral_jax.training.goodput import goodput
 
 Row = dict[str, Any]
 """A record of metrics.jsonl."""
-_OF_ROWS = ("kl_after_surgery", "kl_final", "kl_scratch", "bits_per_byte")
+OF_ROWS = ("kl_after_surgery", "kl_final", "kl_scratch", "bits_per_byte")
 """Figures of the summary that depend on the length of the rows."""
 _OF_BASELINE = ("kl_scratch", "token_speedup")
 
@@ -351,7 +351,7 @@ def _comparable(members: list[Member]) -> list[Member]:
             why |= dict.fromkeys(_OF_BASELINE, "stale")
         if member.stale and member.published:
             why |= dict.fromkeys(type(member.published).model_fields, "stale")
-    for key in _OF_ROWS:
+    for key in OF_ROWS:
         lengths = [
             m.length_of(key) if replace(m, hidden=h).figure(key) is not None else None
             for m, h in zip(members, hidden, strict=True)

@@ -33,7 +33,7 @@ class Curve:
 CE = Figure("ce", "cross-entropy", "nats per token", "lower")
 ECE = Figure("ece", "calibration error", "share", "lower")
 BITS_PER_BYTE = Figure("bits_per_byte", "bits per byte of text", "bits per byte", "lower")
-DIGIT_ACCURACY = Figure("digit_accuracy", "answers about images", "share", "higher")
+DIGIT_ACCURACY = Figure("digit_accuracy", "answers about images, teacher-forced", "share", "higher")
 KL = Figure("kl", "KL to the teacher", "nats per token", "lower")
 HELD_OUT = (CE, BITS_PER_BYTE, DIGIT_ACCURACY, ECE)
 """Of every loop over packed rows."""

@@ -13,7 +13,19 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from pages import anchors, check, parse, plain, rows, section, text_of
-from report_run import CHILDREN, POST, STORE, recipe, samples, told_by, write_json, write_rows, write_run, write_stage
+from report_run import (
+    CHILDREN,
+    POST,
+    STORE,
+    recipe,
+    relink,
+    samples,
+    told_by,
+    write_json,
+    write_rows,
+    write_run,
+    write_stage,
+)
 
 from ministral_jax.report import build_report, charts, family_figure
 from ministral_jax.report.plots import PALETTE, Axis, Line, lines
@@ -24,7 +36,8 @@ from ministral_jax.stages.figures import Curve, Figure
 from ministral_jax.teachers.statistics import EDGES
 from ministral_jax.teachers.summary import SplitSummary
 
-SECTIONS = ["numbers", "recovery", "images", "post", "parent", "stored", "surgery", "cost", "stages", "time", "curves"]
+SECTIONS = ["numbers", "recovery", "images", "post", "parent", "stored", "surgery", "cost", "stages", "time", "data"]
+SECTIONS += ["settings", "curves"]
 EVIL = "<img src=x onerror=alert(1)>\"'&${0}{{ 7*7 }}\x01"
 
 
@@ -57,8 +70,9 @@ def test_a_finished_run_has_every_section(page, run):
     drawn = {name: sum(node.get("class") == "plot" for node in section(page, name).iter()) for name in SECTIONS}
     expected = {"recovery": 3, "parent": 1, "stored": 3, "surgery": 7, "post": 8, "curves": 12}
     assert {name: n for name, n in drawn.items() if n} == expected
-    assert f"25 of 25 stages finished, in {duration(25 * 243.7)}." in page
-    assert page.count('aria-label="wrong"') == 4 + 4  # of images and of answers, told by a sign and not by colour alone
+    assert f"25 stages finished, in {duration(25 * 243.7)}." in page
+    # of images, and of answers before and after: told by a sign and not by colour alone
+    assert page.count('aria-label="wrong"') == 4 + 6 + 4
     assert not list(run.glob("*.tmp")) and page == page_of(run)  # the same files give the same page
 
 
@@ -68,6 +82,7 @@ def test_figures_are_those_of_the_summary(copy):
     write_json(copy / "summary.json", summary)
     ahead = told_by(copy, "8b-short-scratch")
     write_json(copy / "8b-short-scratch" / "manifest.json", {**ahead, "metrics": {"kl": 2.2}})
+    relink(copy)
     page = page_of(copy)
     for name, entry in {"parent": summary["parent"], **summary["children"]}.items():
         kls = [decimal(entry.get(key)) for key in ("kl_after_surgery", "kl_final", "kl_scratch")]
@@ -87,14 +102,14 @@ def test_what_post_training_changed(page, run):
     change = lambda key: plain(f"{percent(first[key])} → {percent(last[key])}")
     right, reward, *_, time = cells(page, "post", "14b-sft")
     sources = " ".join(f"{source} {change(f'reward_accuracy_{source}')}" for source in ("sums", "pictures"))
-    assert right == f"{change('reward_accuracy')} {sources}" and time == "4 min 4 s 20 steps"
+    assert right == f"{change('reward_accuracy')} {sources}" and time == "4 min 4 s 20 steps, 64 prompts"
     assert reward == f"{decimal(first['reward'])} → {decimal(last['reward'])} format 1.00 → 1.00"
     assert "pairs judged right" in " ".join(cells(page, "post", "14b-reward"))
     post = section(page, "post")
     assert next(post.iter("h3")).text == "From 14b-base: 14b-sft, 14b-reward, 14b-instruct"
     prompts, answers = ([text_of(n) for told in post.iter("dl") for n in told.iter(tag)] for tag in ("dt", "dd"))
     assert prompts == ["4-2=?", "25-6=?", "[IMG] Sum?"] * 2
-    assert len(answers) == 3 * 4 and "✗ reward 0.100" in answers[2]  # a judge answers nothing
+    assert len(answers) == 3 * 6 and "✗ reward 0.100" in answers[3]  # a judge answers nothing
     assert page.count("<code>[THINK]</code>") == 12 and '<span class="thinking">1 steps</span>' in page
 
 
@@ -136,10 +151,10 @@ def test_stages_say_what_they_were_made_from(page, copy):
     source, _, tokens, steps, *_, own = cells(page, "stages", "14b-instruct")
     assert source == f"14b-sft {digests['14b-sft'][:10]} judge 14b-reward {digests['14b-reward'][:10]}"
     assert (tokens, steps, own) == ("–", "20", digests["14b-instruct"][:10])
-    assert cells(page, "time", "14b-rl")[-3:] == ["3 min 20 s", "60.0 %", "0"]
+    assert cells(page, "time", "14b-rl")[-6:] == ["3 min 20 s", "60.0 %", "0", "6.0 s", "700", "5 GB"]
     manifest = copy / "8b-short" / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
-    broken = "3b-pruned was made from another 8b-short than the one that is here now."
+    broken = "3b-pruned is stale: it was made from another 8b-short than the one that is here now."
     assert broken in page_of(copy) and broken not in page
 
 
@@ -149,8 +164,12 @@ def test_a_run_that_was_killed(tmp_path, until):
     write_stage(run / until, until, recipe()["stages"][until])
     (run / until / "manifest.json").unlink()
     page = page_of(run)
-    expected = {"parent": "parent stages", "14b-pruned": "parent cost stages"}
-    assert anchors(page) == expected.get(until, "recovery parent surgery cost stages curves").split()
+    expected = {"parent": "parent stages settings curves"}
+    expected["14b-pruned"] = "numbers parent cost stages time data settings curves"
+    assert (
+        anchors(page)
+        == expected.get(until, "numbers recovery parent surgery cost stages time data settings curves").split()
+    )
     assert f"begun: {until}." in page
     stages = text_of(section(page, "stages"))
     assert stages.count("unfinished") == 1 and "waiting" in stages
@@ -176,6 +195,7 @@ def test_values_no_axis_can_show(tmp_path, odd):
         write_rows(path, records)
         manifest = told_by(run, stage)
         write_json(run / stage / "manifest.json", {**manifest, "metrics": dict.fromkeys(manifest["metrics"], odd)})
+    relink(run)
     answers = [{"prompt": "7", "answer": "a", "reward": odd, "parts": {"accuracy": math.nan}}]
     write_json(run / "14b-rl" / "answers.json", {"answers": answers})
     assert {"recovery", "post"} <= set(anchors(page_of(run)))
@@ -232,8 +252,10 @@ def test_without_a_summary_and_with_many_images(copy):
     (copy / "summary.json").unlink()
     write_json(copy / "samples.json", samples(images=70))
     page = page_of(copy)
-    assert anchors(page) == SECTIONS[1:]  # no figure that the run has not published
-    assert page.count("image/png;base64") == 48 and "The first 48 of 70 are shown." in page
+    assert anchors(page) == SECTIONS and "fewer tokens" not in text_of(
+        section(page, "numbers")
+    )  # none that is published
+    assert page.count("image/png;base64") == 48 + 2 and "The first 48 of 70 are shown." in page
     assert page.count("Which digit is this?") == 1
 
 
