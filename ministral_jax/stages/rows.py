@@ -120,9 +120,11 @@ def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedDat
     return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root, progress)
 
 
-def data_details(data: PackedData) -> dict[str, str]:
+def data_details(data: PackedData) -> dict[str, Any]:
     """What the manifest says of the data."""
-    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest}
+    left_out = {name: found["rows"] for name, found in data.counts["left_out"].items() if found["rows"]}
+    more = {"left_out": left_out} if left_out else {}
+    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest, **more}
 
 
 def train_batches(
