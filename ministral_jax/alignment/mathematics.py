@@ -18,14 +18,26 @@ from ministral_jax.alignment.rewards import AccuracyReward
 from ministral_jax.errors import UserError
 
 _EMPHASIS = re.compile(r"(?<![\w)*_`])(\*{1,3}|__?|`)(?=\S)(.+?)(?<=\S)\1(?![\w(*_`])")
-_FRACTION = re.compile("(?<!\\d)[\u00bc-\u00be\u2150-\u215e]")
-_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*", "\u00f7": "/"})
+_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_MIXED = re.compile(r"(?<![\w./^])(\d+) (\d+)/(\d+)(?![\w./^])")
+_SIGNS = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*", "\u00f7": "/", "\u221e": r"\infty", "\u03c0": r"\pi "}
+    | dict.fromkeys("\u00a0\u2009\u202f", " ")
+)
+_SUPERSCRIPT = re.compile("(?<=[0-9A-Za-z)])[\u00b2\u00b3\u00b9\u2070-\u207b]+")
+_ROOT = re.compile(r"\u221a(?:\(([^()]*)\)|(\d+|[a-z]))")
+_TAG = re.compile(r"</?(?:answer|b|strong|i|em|code)>")
+_GROUPED = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{3}){2,}(?![\w.])|(?<=\d)(?:\\,|_)(?=\d{3}(?!\d))")
+_COMMA = re.compile(r"(?<![\w.,(\[{])(\d+),(\d{1,2})(?![\d.,)\]}])|(?<=\\boxed{)(-?\d+),(\d{1,2})(?=})")
+_CHOICE = re.compile(
+    r"(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?[\s:(*$]{1,8}(?:\\text{)?\(?([A-Z])(?![\w'])(?!\W+(?:or|and)\b)"
+)
 _POWER_OF_TEN = re.compile(r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
 _NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{1,300})?")
 _MARKED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\begin")
 _COMMAND = re.compile(r"\\[a-zA-Z]+|\b(sin|cos|tan|log|ln|exp|sqrt|pi|max|min|oo|inf)\b")
 _WORD = re.compile(r"[^\W\d_]{2,}")
-_FUNCTION = re.compile(r"(?<!\\)\b(sin|cos|tan|log|ln|exp)\b")
+_FUNCTION = re.compile(r"(?<!\\)\b(sin|cos|tan|log|ln|exp|pi)\b")
 _APART = re.compile(r"\w\s+\w")
 
 
@@ -50,13 +62,36 @@ def check_gold(columns: Mapping[str, Any], settings: AccuracyReward, where: str)
 
 
 def plain_answer(text: str) -> str:
-    """A stripped answer in the letters of mathematics: without Markdown's emphasis (2**3 stays a power), 1e3 as a power
-    of ten, signs and fractions as keyboards have them."""
-    text = _FRACTION.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text.strip()).translate(_SIGNS)
-    text = _POWER_OF_TEN.sub(r"\1*10^{\2}", text)
+    """A stripped answer in the letters of mathematics: without tags and Markdown's emphasis (2**3 is a power), 1e3 as a
+    power of ten, 3 1/2 as 7/2, thousands ungrouped, signs, roots, powers and fractions as keyboards have them."""
+    text = _TAG.sub(" ", text).strip()
+    text = _FRACTION.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]), text).strip()
+    text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text).translate(_SIGNS)
+    text = _MIXED.sub(lambda found: _improper(*map(int, found.groups())) or found[0], text)
+    text = _GROUPED.sub(lambda found: found[0].replace(".", "").strip("\\,_"), text)
+    text = _POWER_OF_TEN.sub(r"\1*10^{\2}", text.replace(r"\cdot", "*").replace(r"\times", "*"))
     while (shorter := _EMPHASIS.sub(r"\2", text)) != text:
         text = shorter
-    return text
+    return re.sub(r"\boo\b", r"\\infty", re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text))
+
+
+def _improper(whole: int, above: int, below: int) -> str | None:
+    return f"{whole * below + above}/{below}" if above < below else None
+
+
+def _decimal(gold: str, answer: str) -> str:
+    """An answer to a number, its decimal commas as points: 0,5 is one number, and 1,000 another."""
+    if not _NUMBER.fullmatch(gold):
+        return answer
+    return _COMMA.sub(lambda found: f"{found[1] or found[3]}.{found[2] or found[4]}", answer)
+
+
+def _chosen(answer: str) -> str | None:
+    """The letter of the choice that an answer says, as in `Answer: (B)`, `B.` or `The answer is B`."""
+    alone = re.fullmatch(r"\W*([A-Z])\W*", answer)
+    found = [alone[1]] if alone else _CHOICE.findall(answer)
+    return found[-1] if found else None
 
 
 def quick_accuracy(sample: Sample, settings: AccuracyReward) -> float | None:
@@ -84,9 +119,11 @@ def accuracy(sample: Sample, settings: AccuracyReward) -> float:
     if quick is not None:
         return quick
     gold, answer = plain_answer(gold_answer(sample.columns, sample.where)), plain_answer(sample.answer)
-    expected = _parse_gold(gold, settings, sample.where)
+    expected, answer = _parse_gold(gold, settings, sample.where), _decimal(gold, answer)
     if answer == gold:
         return 1.0
+    if re.fullmatch("[A-Z]", gold) and (chosen := _chosen(answer)):
+        return float(chosen == gold)
     given = _parse(_last_boxed(answer))
     if not expected or not given or (getattr(expected[0], "is_Number", False) and not _is_worked_out(given[0])):
         return 0.0

@@ -47,6 +47,8 @@ def open_image(path: Path, where: str) -> Image.Image:
     try:
         refuse_pointer(path, f"{where}: image {path}")
         with Image.open(path) as file:
+            file.verify()  # of a damaged PNG, whose pixels may be decoded all the same
+        with Image.open(path) as file:
             width, height = file.size
             if width * height > MOST_PIXELS:
                 raise UserError(
@@ -56,7 +58,7 @@ def open_image(path: Path, where: str) -> Image.Image:
             if width * height == 0:
                 raise UserError(f"{where}: image {path} has no pixels ({width} x {height})")
             image = _upright(file)
-            if image.mode == "RGB":
+            if image.mode == "RGB" and "transparency" not in image.info:
                 return image.copy()
             layer = (_eight_bits(image) if image.mode.startswith(("I", "F")) else image).convert("RGBA")
             white = Image.new("RGBA", layer.size, "WHITE")

@@ -145,25 +145,32 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
-    pattern, wanted = Path(config.path or "").expanduser(), ""
-    if pattern.is_dir():
-        suffixes = _SUFFIXES[config.kind]
-        endings = tuple(suffix + packed for suffix in suffixes for packed in _PACKED)
-        files = [p for p in pattern.rglob("*") if p.is_file()]
-        paths = [p for p in files if p.name.lower().endswith(endings)]
-        wanted = f" ({', '.join('*' + suffix for suffix in suffixes)})"
-        rest = [p for p in files if not p.name.lower().endswith(endings) and not p.name.startswith(".")]
-        if paths and rest:
-            kinds = sorted(Counter(p.suffix.lower() or p.name.lower() for p in rest).items())
-            left = ", ".join(f"{count} {kind}" for kind, count in kinds)
-            say_once(f"data.sources.{name}: of {pattern} is not read: {left}")
-    else:
-        paths = [pattern] if pattern.is_file() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]
-    paths = [p.absolute() for p in paths if p.is_file()]
+    """The files of a source; what lies beside them and is not read is said."""
+    pattern = Path(config.path or "").expanduser()
+    whole, endings = pattern.is_dir(), tuple(s + packed for s in _SUFFIXES[config.kind] for packed in _PACKED)
+    found = pattern.rglob("*") if whole else [pattern] if pattern.is_file() else glob.glob(str(pattern), recursive=True)
+    paths, rest = [], Counter[str]()
+    for path in map(Path, found):
+        hidden = whole and any(part.startswith(".") for part in path.relative_to(pattern).parts)
+        if path.is_dir():
+            rest["directory"] += not whole
+        elif whole and not path.name.lower().endswith(endings):
+            rest[path.suffix.lower() or path.name.lower()] += not hidden
+        elif hidden:
+            rest["hidden"] += 1
+        elif not path.is_file():
+            raise UserError(f"data.sources.{name}: {path} is a link to a file that is not there")
+        else:
+            paths.append(path.absolute())
+    left = ", ".join(f"{count} {kind}" for kind, count in sorted(rest.items()) if count)
     if not paths:
+        wanted = f" ({', '.join('*' + suffix for suffix in _SUFFIXES[config.kind])})" if whole else ""
+        there = f"; what is there is not read: {left}" if left else ""
         raise UserError(
-            f"data.sources.{name}.path = {config.path!r} matches no file{wanted}; give a file, directory or glob"
+            f"data.sources.{name}.path = {config.path!r} matches no file{wanted}; give a file, directory or glob{there}"
         )
+    if left:
+        say_once(f"data.sources.{name}: of {pattern} is not read: {left}")
     return paths
 
 

@@ -39,6 +39,8 @@ class DataIdentity(BaseModel):
 
     digest: str | None = None
     tokenizer_digest: str
+    left_out: dict[str, int] | None = None
+    """Rows that could not be used, of the sources that leave these out."""
 
 
 class Manifest(BaseModel):

@@ -131,9 +131,11 @@ def data_contents(config: DataConfig, root: Path) -> dict[str, str | None]:
     return tokenizer | {f"data.sources.{name}": source_digest(one, root) for name, one in config.sources.items()}
 
 
-def data_details(data: PackedData) -> dict[str, str]:
+def data_details(data: PackedData) -> dict[str, Any]:
     """What the manifest says of the data."""
-    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest}
+    left_out = {name: found["rows"] for name, found in data.counts["left_out"].items() if found["rows"]}
+    more = {"left_out": left_out} if left_out else {}
+    return {"digest": data.digest, "tokenizer_digest": data.tokenizer.digest, **more}
 
 
 def train_batches(

@@ -26,7 +26,7 @@ def with_orientation(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_orientation_is_followed(tmp_path, form, orientation):
     ramp().save(path := tmp_path / "a", form, exif=with_orientation(orientation), **_lossless(form))
@@ -67,6 +67,22 @@ def test_any_depth_is_shown_in_eight_bits(tmp_path, image, suffix):
     image.save(path := tmp_path / f"a.{suffix}")
     shown = open_image(path, "here")
     assert shown.mode == "RGB" and np.abs(np.asarray(shown, int) - RAMP[..., None]).max() <= 8
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_colour_that_is_transparent_is_white(tmp_path, mode):
+    ramp(mode).save(path := tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    pixels = np.asarray(open_image(path, "here"))
+    assert (pixels[:, 0] == 255).all() and (pixels[:, 12] < 255).all()
+
+
+def test_a_png_with_a_flipped_byte_is_damaged(tmp_path):
+    ramp().save(path := tmp_path / "a.png")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 12] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"here: image .*a.png cannot be read"):
+        open_image(path, "here")
 
 
 def test_a_profile_that_unpacks_to_much_is_named(tmp_path):

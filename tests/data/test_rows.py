@@ -281,6 +281,39 @@ def test_a_directory_says_what_it_leaves_out(tmp_path, capfd):
     assert f"data.sources.mix: of {tmp_path} is not read: 1 .json, 1 .zst" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("files", "path", "read", "said"),
+    [
+        (["a.jsonl", ".cache/b.jsonl", "._c.jsonl"], "", 1, "is not read: 2 hidden"),
+        (["a.txt", ".ipynb_checkpoints/a.txt", ".git/description.txt"], "", 1, "is not read: 2 hidden"),
+        (["a.jsonl", "b/c.jsonl"], "*", 1, "is not read: 1 directory"),
+        (["a.jsonl", "b/c.jsonl"], "**/*.jsonl", 2, None),
+        (["a[1]/b.jsonl"], "a[1]", 1, None),
+        (["c.jsonl.zst", "d.json"], "", 0, "matches no file .* what is there is not read: 1 .json, 1 .zst"),
+        ([".hidden.jsonl"], "", 0, "what is there is not read: 1 hidden"),
+    ],
+)
+def test_what_of_a_directory_is_read_and_what_is_said(tmp_path, capfd, files, path, read, said):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b'{"text": "a"}\n')
+    config = SourceConfig(kind="text" if files[0].endswith("txt") else "jsonl", path=str(tmp_path / path))
+    if not read:
+        with pytest.raises(UserError, match=said):
+            open_source("s", config)
+        return
+    assert len(list(read_documents(open_source("s", config)))) == read
+    assert (said or "") in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["", "*.jsonl"])
+def test_a_link_to_nothing_is_no_file_to_pass_over(tmp_path, path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"data.sources.s: .*b.jsonl is a link to a file that is not there"):
+        open_source("s", SourceConfig(kind="jsonl", path=str(tmp_path / path)))
+
+
 def test_half_a_character_is_replaced(read):
     documents = read(b'{"text": "half \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
     assert [document.text for document in documents] == ["half �", "whole \U0001f600"]
