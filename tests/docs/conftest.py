@@ -1,8 +1,10 @@
 """Where commands and snippets of the docs are run."""
 
+import re
+
 import jax
 import pytest
-from docs_blocks import blocks
+from docs_blocks import TEXTS, blocks
 from docs_run import finished_run
 from paths import ROOT
 
@@ -18,7 +20,8 @@ def checkout(tmp_path_factory):
     (root / "my.yaml").write_text(f"{(ROOT / 'tests/micro.yaml').read_text()}\n{launch}")
     (rows,) = (block.text for block in blocks("json") if block.page == "docs/generate.md")
     (root / "rows.jsonl").write_text(rows)
-    finished_run(root / "runs" / "tiny", "configs/tiny.yaml")
+    named = re.findall(r"runs/tiny/([\w-]+)", "".join(TEXTS.values()))
+    finished_run(root / "runs" / "tiny", "configs/tiny.yaml", named)
     (root / "runs" / "lr").symlink_to("tiny")
     return root
 
