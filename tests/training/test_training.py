@@ -357,7 +357,8 @@ def test_a_rate_of_30_stops_the_run(tmp_path, params):
     said = str(stopped.value)
     assert re.fullmatch(
         r"the loss is \d+\.?\d* at step 6, where 3\.\d+ is usual and guard\.spike = 3 allows 1\d\.\d+, as in the 5 "
-        r"steps up to it \(null allows any\); no state was saved yet; a lower optimizer\.lr or optimizer\.clip may help",
+        r"steps up to it \(null allows any\); no state was saved yet; a lower optimizer\.lr or optimizer\.clip may "
+        r"help",
         said,
     ), said
     assert not [*(tmp_path / "stage" / "state").glob("[0-9]*")], "a state of a loss that was far already"
