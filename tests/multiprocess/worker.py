@@ -50,7 +50,7 @@ def work(words: list[str], log: str, journal: str, fault: str, pace: float) -> N
             os.dup2(file.fileno(), descriptor)
     assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "forked from a process with threads"
     resource_tracker._resource_tracker._fd = None  # that of the tests; it gets its own if it needs one
-    _keep_programs_of_every_process()
+    keep_programs_of_every_process()
 
     def note(doing: str) -> None:
         with open(journal, "a", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ def work(words: list[str], log: str, journal: str, fault: str, pace: float) -> N
     sys.exit(cli.main(words))
 
 
-def _keep_programs_of_every_process() -> None:
+def keep_programs_of_every_process() -> None:
     """On CPUs each process has keys of its own in the cache of compiled programs, where JAX writes those of the first
     alone: the others would compile everything again in each job."""
     from jax._src import compiler

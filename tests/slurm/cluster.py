@@ -127,7 +127,7 @@ AccountingStorageType=accounting_storage/none
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=2
+SchedulerParameters=sched_interval=1
 JobRequeue=1
 KillWait=60
 {nodes}
