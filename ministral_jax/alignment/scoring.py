@@ -30,6 +30,7 @@ Judged = tuple[float | None, str | None]
 """A reward and None, or None and what went wrong."""
 
 _CHEAP = ("format", "constraints", "language", "length")
+_STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
 """Kinds that need no worker."""
 
 
@@ -133,9 +134,9 @@ class Scorer:
             return _evaluate(reward, sample)
         if self._pool is None:
             self._pool = _start_pool(self._workers, tuple(self._rewards.values()))
-        # The first task starts the workers, which begin without taking SIGTERM, until `_prepare_worker` has it ignored.
-        resource_tracker.ensure_running()  # it would let SIGTERM through again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # The first task starts the workers, which begin without taking a stop, until `_prepare_worker` has it ignored.
+        resource_tracker.ensure_running()  # it would let stops through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
             return self._pool.schedule(_evaluate, args=(reward, sample), timeout=self._allowed(reward))
         finally:
@@ -181,9 +182,10 @@ def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
 
 
 def _prepare_worker(job: int, rewards: tuple[AnyReward, ...]) -> None:
-    # A job that is to stop sends SIGTERM to all of its processes, and still has this batch to finish.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # A job that is to stop has SIGTERM, or a terminal's SIGINT, in all of its processes, and still this batch to finish.
+    for stop in _STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     die_with(job)
     # Imports and grammars now, since the time of a sample counts from when a worker takes it.
     if any(reward.kind == "accuracy" for reward in rewards):

@@ -200,6 +200,7 @@ def poll(doing: str, slow: bool = False) -> None:
         Preempted: the job was asked to stop and all processes have agreed to do so here.
     """
     limits, kind = _job.limits, _kind(doing)
+    _measure()
     if slow:  # the first of a stage, which may be slower than all stages before
         _job.durations[kind].clear()
     usual = limits.step if _job.durations[kind] else limits.slow
@@ -265,11 +266,17 @@ def _kind(doing: str) -> str:
     return re.sub(r"\d+", "", doing)
 
 
+def _measure() -> None:
+    """What was being done is done."""
+    if _job.measured is not None:
+        _job.durations[_job.measured].append(time.monotonic() - _job.begun)
+        _job.measured = None
+
+
 def _arm(doing: str, usual: float | None, measured: str | None = None) -> None:
     """This process gives up after the `usual` seconds, or after a multiple of what was `measured` of this kind."""
+    _measure()
     now = time.monotonic()
-    if _job.measured is not None:
-        _job.durations[_job.measured].append(now - _job.begun)
     _job.doing, _job.begun, _job.measured = doing, now, measured
     past = _job.durations[measured] if measured is not None else None
     _job.deadline = None if usual is None else now + max(usual, _TIMES * statistics.median(past or [0.0]))

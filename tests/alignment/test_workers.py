@@ -16,8 +16,6 @@ from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rewards import UserReward
 from ministral_jax.alignment.scoring import Scorer
 
-STOP = signal.SIGTERM
-
 
 def children(pid: int) -> set[int]:
     """Child processes, but the one that multiprocessing keeps for itself."""
@@ -36,7 +34,8 @@ def _command(pid: int) -> bytes:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_stop_does_not_reach_a_worker_that_is_starting():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_does_not_reach_a_worker_that_is_starting(number):
     sample = Sample((), "a", None, "a", (1, 2, 3), "stop", False, {}, "row 1", 8)
     over = threading.Event()
 
@@ -44,7 +43,7 @@ def test_a_stop_does_not_reach_a_worker_that_is_starting():
         while not over.wait(0.005):
             for child in children(os.getpid()):
                 with suppress(ProcessLookupError):
-                    os.kill(child, STOP)
+                    os.kill(child, number)
 
     harm = threading.Thread(target=stop)
     harm.start()

@@ -153,7 +153,8 @@ def test_what_is_slow_may_become_slower_and_what_one_process_does_alone_has_no_l
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from ministral_jax import cli
 from ministral_jax.distributed import processes
 
@@ -177,7 +178,6 @@ def interrupted(pace: str, times: int) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout.readline() == "1\n"
