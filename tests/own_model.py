@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from docs_blocks import blocks, words
+from docs_run import quickly_compiled
 from model_cases import random_params
 from paths import ROOT
 
@@ -39,7 +40,7 @@ def work_through(place: Path, run_python: Callable[[str], bool]) -> list[str]:
     The parent is made here instead of by `make cascade`, and the real run is left out."""
     printed = []
     devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
+    with quickly_compiled(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *backend: devices)
         patch.setattr(processes, "_job", processes._Job())
         patch.setattr(processes.signal, "signal", lambda *_: None)

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 from docs_blocks import TEXTS, blocks
-from docs_run import finished_run
+from docs_run import finished_run, quickly_compiled
 from paths import ROOT
 
 from ministral_jax.distributed import processes
@@ -24,6 +24,12 @@ def checkout(tmp_path_factory):
     finished_run(root / "runs" / "tiny", "configs/tiny.yaml", named)
     (root / "runs" / "lr").symlink_to("tiny")
     return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quickly_compiled():
+        yield
 
 
 @pytest.fixture(autouse=True)
