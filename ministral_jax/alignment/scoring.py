@@ -182,7 +182,7 @@ def _start_pool(workers: int, rewards: tuple[AnyReward, ...]) -> Any:
 
 
 def _prepare_worker(job: int, rewards: tuple[AnyReward, ...]) -> None:
-    # A job that is to stop has SIGTERM, or a terminal's SIGINT, in all of its processes, and still this batch to finish.
+    # A job that is to stop has SIGTERM, or a terminal's SIGINT, in all its processes, and still this batch to finish.
     for stop in _STOPS:
         signal.signal(stop, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)

@@ -35,5 +35,6 @@ def command(args: object) -> None:
 
 if __name__ == "__main__":
     port, index, what = sys.argv[1:]
+    collectives._SLICE_MILLISECONDS = 1000
     cli._parse = lambda argv: type("Args", (), {"command": staticmethod(command)})
     sys.exit(cli.main())
