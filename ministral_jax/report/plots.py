@@ -23,8 +23,8 @@ PALETTE: dict[str, tuple[str, str]] = {
     "paper": ("#fdfdfc", "#15181c"), "panel": ("#f4f4f1", "#1c2026"), "ink": ("#1b1f24", "#e7e9ec"),
     "muted": ("#5f6872", "#9aa4af"), "faint": ("#a4abb3", "#5d6772"), "rule": ("#e2e3df", "#2d333b"),
     "wrong": ("#b1261d", "#ff8f85"), "model-0": ("#47505c", "#b4bfcc"), "model-1": ("#0069a8", "#5db7ee"),
-    "model-2": ("#00795a", "#3cc79a"), "model-3": ("#bd4b00", "#ff9850"), "model-4": ("#9c4280", "#e39bc8"),
-    "model-5": ("#7a6300", "#dfc24a"),
+    "model-2": ("#00795a", "#3cc79a"), "model-3": ("#bd4b00", "#ff9850"), "model-4": ("#9c4280", "#e070b4"),
+    "model-5": ("#514200", "#f0e07c"),
 }  # fmt: skip
 """Name of a colour to its light and dark value. The `model-n` follow Okabe and Ito, so that colour-blind readers tell
 them apart, and reach a contrast of 4.5 on paper. No light value occurs twice: plots find their variable by it."""

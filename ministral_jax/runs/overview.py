@@ -42,7 +42,7 @@ def alone(run: Run) -> tuple[list[Figure], list[tuple[Stage, list[Cell]]]]:
     """Where not every member of a family has its figures, or there is no family: those of the finished stages, each
     column on rows of one length and of the same data."""
     made = [s for s in run.stages.values() if s.manifest and (s.figures or s.source is None)]
-    if run.members and all(member.published for member in run.members):
+    if run.members and all(member.published or member.stale for member in run.members):
         made = []
     post = {figure for stage in made for figure in learned(stage)}
     figures = [f for f in dict.fromkeys(f for s in made for f in s.figures if s.has(f)) if f not in post]

@@ -349,8 +349,8 @@ def _comparable(members: list[Member]) -> list[Member]:
     for member, why in zip(members, hidden, strict=True):
         if any(stage.stale for role, stage in member.stages.items() if "scratch" in role):
             why |= dict.fromkeys(_OF_BASELINE, "stale")
-        if member.stale and member.published:
-            why |= dict.fromkeys(type(member.published).model_fields, "stale")
+        if member.stale:
+            why |= dict.fromkeys(summary.Child.model_fields, "stale")
     for key in OF_ROWS:
         lengths = [
             m.length_of(key) if replace(m, hidden=h).figure(key) is not None else None
