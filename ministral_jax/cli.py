@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ministral_jax import __version__
 from ministral_jax.console import log, say
 from ministral_jax.errors import UserError
+from ministral_jax.files import refuse_url
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return leave(code, together=True)
 
 
+def _directory(text: str) -> Path:
+    try:
+        refuse_url(text, "directory")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options may stand between stages and overrides, which argparse alone would not have."""
     parser = _parser()
@@ -81,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe's stages; finished ones are skipped, interrupted ones resumed")
     run.add_argument("recipe", help="YAML file, e.g. configs/tiny.yaml")
     run.add_argument("rest", nargs="*", metavar="STAGE | key=value", help="stages to run (default: all), and overrides")
-    run.add_argument("--run-dir", type=Path, help="where stages are written (default: runs/<recipe's name>)")
+    run.add_argument("--run-dir", type=_directory, help="where stages are written (default: runs/<recipe's name>)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made, taken and skipped")
     run.add_argument("--all", action="store_true", help="the recipe's optional stages too")
     group = run.add_argument_group("several processes, each with this command")
@@ -97,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("rest", nargs="*", metavar="STAGE | key=v1,v2", help="stages to run, values to vary, overrides")
     sweep.add_argument("--zip", action="store_true", help="keys vary together instead of in every combination")
     sweep.add_argument("--name", help="of the directory below runs/ (default: the file's name and what varies)")
-    sweep.add_argument("--run-dir", type=Path, help="where points are written (default: runs/<name>)")
+    sweep.add_argument("--run-dir", type=_directory, help="where points are written (default: runs/<name>)")
     sweep.add_argument(
         "--jobs", choices=("local", "slurm", "gke"), default="local", help="here, or print a scheduler's jobs"
     )
@@ -105,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (run, sweep):
         text = "a run or sweep from which stages are taken that were made in the same way; may be given several times"
-        options: Any = dict(dest="taken_from", action="append", default=[], type=Path, metavar="RUN", help=text)
+        options: Any = dict(dest="taken_from", action="append", default=[], type=_directory, metavar="RUN", help=text)
         command.add_argument("--from", **options)
 
     launch = commands.add_parser("launch", help="a scheduler's job that runs a recipe: printed, written or submitted")
@@ -114,26 +123,26 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "rest", nargs="*", metavar="STAGE | key=value", help="as of run; launch.slurm.nodes=4 and the like"
     )
-    launch.add_argument("--run-dir", type=Path, help="where stages are written, as the job sees it")
+    launch.add_argument("--run-dir", type=_directory, help="where stages are written, as the job sees it")
     launch.add_argument("--output", type=Path, metavar="FILE|DIR", help="write the job instead of printing it")
     launch.add_argument("--submit", action="store_true", help="submit it with sbatch, kubectl or gcloud")
     launch.set_defaults(command=_launch)
 
     status = commands.add_parser("status", help="how far a run is, or all of runs/")
-    status.add_argument("run_dir", type=Path, nargs="?", metavar="RUN")
+    status.add_argument("run_dir", type=_directory, nargs="?", metavar="RUN")
     status.set_defaults(command=_status)
 
     compare = commands.add_parser("compare", help="settings in which two runs differ, and their figures")
-    compare.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN")
+    compare.add_argument("run_dirs", type=_directory, nargs=2, metavar="RUN")
     compare.set_defaults(command=_compare)
 
     clean = commands.add_parser("clean", help="what a run or a sweep keeps that no finished result needs")
-    clean.add_argument("run_dir", type=Path, metavar="RUN")
+    clean.add_argument("run_dir", type=_directory, metavar="RUN")
     clean.add_argument("--delete", action="store_true", help="remove it instead of listing it")
     clean.set_defaults(command=_clean)
 
     report = commands.add_parser("report", help="write the report and the figures of a run or of a sweep")
-    report.add_argument("run_dir", type=Path, metavar="RUN")
+    report.add_argument("run_dir", type=_directory, metavar="RUN")
     report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="write a finished stage as a Hugging Face directory")
@@ -170,7 +179,10 @@ def _run(args: argparse.Namespace) -> None:
     overrides = [word for word in args.rest if "=" in word]
     recipe = load_recipe(args.recipe, overrides, lambda name: made_specs(args.run_dir or Path("runs") / name))
     run_dir = args.run_dir or Path("runs") / recipe.name
-    stages = list(recipe.stages) if args.all else [word for word in args.rest if "=" not in word]
+    stages = [word for word in args.rest if "=" not in word]
+    if args.all and stages:
+        raise UserError(f"--all runs every stage, {', '.join(stages)} too; give the names or --all")
+    stages = list(recipe.stages) if args.all else stages
     resolve_specs(recipe, order(recipe, stages), made_specs(run_dir))  # before the directory is made
     if args.dry_run:
         return _dry_run(recipe, run_dir, stages, args.taken_from)
@@ -305,6 +317,7 @@ def _export(args: argparse.Namespace) -> None:
     from ministral_jax.stages.export import export_stage
 
     export_stage(args.checkpoint, args.destination, args.dtype)
+    say(f"{args.destination}: written in {args.dtype}")
 
 
 def _generate(args: argparse.Namespace) -> None:

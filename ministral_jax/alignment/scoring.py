@@ -30,8 +30,8 @@ Judged = tuple[float | None, str | None]
 """A reward and None, or None and what went wrong."""
 
 _CHEAP = ("format", "constraints", "language", "length")
-_STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
 """Kinds that need no worker."""
+_STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 class Scores(NamedTuple):
