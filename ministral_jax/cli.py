@@ -231,7 +231,7 @@ def _status(args: argparse.Namespace) -> None:
 
     if args.run_dir is None:
         run_dirs = sorted(path.parent for path in Path("runs").glob("*/recipe.json"))
-        return _print_table(status_table(run_dirs))
+        return _print_table(status_table(run_dirs)) if run_dirs else say("there is no run in runs/")
     if (args.run_dir / "sweep.json").is_file():
         return _print_table(status_table(sorted(path.parent for path in args.run_dir.glob("*/recipe.json"))))
     run = read_run(args.run_dir)
@@ -250,6 +250,7 @@ def _clean(args: argparse.Namespace) -> None:
     from ministral_jax.runs.clean import leftovers, remove, size
     from ministral_jax.runs.lock import owned
 
+    leftovers(args.run_dir)  # before anything is written in what is no run
     with owned(args.run_dir):
         for what, paths in leftovers(args.run_dir).items():
             print(f"{sum(map(size, paths)) / 1e6:12,.1f} MB  {what}: {', '.join(str(p) for p in paths)}")

@@ -77,8 +77,10 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     stale = stale_stages(made, here)
     children, left_out = {}, {}
     for child, last in (family.children if family else {}).items():
-        if last in made and (why := next((stale[name] for name in lineage(recipe, last) if name in stale), None)):
-            left_out[child] = why
+        gone = [f"made from {name}, which is not there" for name in lineage(recipe, last) if name not in made]
+        old = [stale[name] for name in lineage(recipe, last) if name in stale]
+        if last in made and (gone or old):
+            left_out[child] = (gone + old)[0]
         elif last in made:
             children[child] = _child(recipe, run_dir, last)
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))

@@ -328,6 +328,16 @@ def test_an_imported_parent_is_evaluated_once_like_a_trained_one(imported, capsy
     assert f" {parent['bits_per_byte']:.3f} " in rows[-1]
 
 
+def test_a_run_of_which_a_stage_was_deleted_is_reported_without_what_came_of_it(imported, tmp_path, capsys):
+    there = shutil.copytree(imported / "run", tmp_path / "run", symlinks=True)
+    shutil.rmtree(there / "pruned")
+    assert main(["report", str(there)]) == 0
+    summary = json.loads((there / "summary.json").read_text())
+    assert summary["children"] == {} and summary["stale"] == {"half": "made from pruned, which is not there"}
+    assert run(imported, "run", "--all", "short") == 2
+    assert "--all runs every stage, short too" in lines(capsys)
+
+
 def test_a_checkpoint_that_is_gone_after_its_import_is_not_missed(imported, capsys):
     (imported / "model").rename(imported / "elsewhere")
     try:
