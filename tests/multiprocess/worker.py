@@ -60,6 +60,7 @@ def work(words: list[str], log: str, journal: str, fault: str, pace: float) -> N
             raise ValueError("a fault of this host alone")
 
     processes.observe(note)
+    sys.argv = [cli.__file__, *words]  # the workers of rewards are told of it
     sys.exit(cli.main(words))
 
 
