@@ -56,7 +56,7 @@ def family_figure(members: Sequence[Member], portrait: bool = False) -> str:
         if portrait:
             lines, gap = 92.0 + 19 * len(figures), 26 + max(34, 16 * len(cuts)) if made else 0
             arrow, y, room = (80, y + gap / 2), y + gap, max(height, lines)
-            at, text, y = (80, y + (room - height) / 2), (178, y + (room - lines) / 2 - 12), y + room + 8
+            at, text, y = (80, y + (room - height) / 2), (170, y + (room - lines) / 2 - 12), y + room + 8
         made.append(Tower(member.name, colour, spec, figures, cuts, parts, at, text, arrow))
     size = (360, y + 90) if portrait else (COLUMN * max(len(made), 2), tallest * pitch + 226)
     return render("family.svg.j2", towers=made, style=variables(".family"), portrait=portrait, size=size)

@@ -22,8 +22,6 @@ Colours = dict[str, str]
 """Of members and stages, by name."""
 _KINDS = "loading/compiling/waiting for data/generating/judging/steps/saving/evaluating/lost to restarts/not running"
 _CUTS = {"layers": "layers", "width": "width", "mlp": "feed-forward", "tie": "tying", "projector": "projector"}
-_PROMPTS = 2
-"""Of each stage, that many without a picture and that many with one."""
 _WORDS = dict(zip(OF_ROWS, ("KL after surgery", "KL distilled", "KL from scratch", "bits per byte"), strict=True))
 
 
@@ -127,5 +125,5 @@ def _group(source: str | None, group: list[Stage], colours: Colours) -> dict[str
         "shared": [figure for figure, stages in figures.items() if len(stages) > 1 or len(group) == 1],
         "besides": [figure for figure, stages in figures.items() if len(stages) == 1 < len(group)],
         "charts": [chart for stage in group for chart in charts.learning(stage, colours[stage.name])],
-        "answers": overview.answers(group, _PROMPTS),
+        "answers": overview.answers(group),
     }

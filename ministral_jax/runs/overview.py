@@ -64,7 +64,7 @@ def _column(figure: Figure, made: list[Stage]) -> list[Cell]:
     return found
 
 
-def answers(group: Sequence[Stage], each: int) -> list[tuple[str, dict[str, Said]]]:
+def answers(group: Sequence[Stage], each: int = 2) -> list[tuple[str, dict[str, Said]]]:
     """Held-out prompts with what was said to them, by stage, and by the stage that one goes on from before its own
     training. Of every stage `each` prompts without a picture and as many with one, those first that most answered."""
     said: dict[str, dict[str, Said]] = {}

@@ -72,6 +72,20 @@ def test_points_that_have_nothing_yet(tmp_path):
     assert anchors(page) == ["points", "settings"] and text_of(section(page, "points")).count("unfinished") == 2
 
 
+def test_points_with_other_row_lengths_do_not_compare(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep", {LR: [1e-4, 3e-4, 1e-3]}, ("14b-short",), "14b-short")
+    record = json.loads((sweep / "sweep.json").read_text())
+    path = sweep / record["points"][0]["stages"]["14b-short"] / "manifest.json"
+    told = json.loads(path.read_text())
+    told["config"]["batch"]["length"] = 512
+    write_json(path, told)
+    page = page_of(sweep)
+    heads = [text_of(node) for node in section(page, "points").iter("th") if node.get("scope") == "col"][1:]
+    first, second = (dict(zip(heads, map(text_of, rows(page, "points")[f"point-{i}"]), strict=True)) for i in (0, 1))
+    lost = {name for name, text in first.items() if text == "–"}
+    assert lost == {figures()[name].label for name in ("kl", "ce", "bits_per_byte")} and "–" not in second.values()
+
+
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_a_sweep_over_seeds(tmp_path, seeds):
     sweep = write_sweep(tmp_path / "seeds", {SEED: [0, 1, 2]}, ("14b-sft", "14b-reward", "14b-rl"), "14b-rl")
