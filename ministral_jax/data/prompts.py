@@ -199,6 +199,8 @@ def _read(
         asked = known is None or not documents
         error = row.error if isinstance(row, Unusable) else problem(row) if asked else None
         if error is not None:
+            if known is not None:
+                raise error
             bad.add(row.where, error)
             refused.append(number)
         elif isinstance(row, Document):
