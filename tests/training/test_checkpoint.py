@@ -150,16 +150,17 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
 from test_checkpoint import ResumeStore, state
-store = ResumeStore(Path({directory!r}), keep=2)
+store = ResumeStore(Path({directory!r}), {keep})
 for step in range(1, 1000):
     store.save(step, state(step, size=200_000), {{}})
     print("saving", step, flush=True)
 """
 
 
-def test_killed_while_it_saves_it_goes_on_from_a_whole_state(tmp_path, capfd):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_killed_while_it_saves_it_goes_on_from_a_whole_state(tmp_path, capfd, keep):
     directory = tmp_path / "state"
-    script = _KILLED.format(tests=str(TESTS), directory=str(directory))
+    script = _KILLED.format(tests=str(TESTS), directory=str(directory), keep=keep)
     process = subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
