@@ -333,7 +333,7 @@ def diverging(tmp_path, params, **settings):
     learner = Learner()
     learner.step = lambda state, data: update(state, {}, data)
     (tmp_path / "stage").mkdir(parents=True)
-    steps = Steps(steps=40, optimizer=config, checkpoint=CheckpointConfig(every=2), **settings)
+    steps = Steps(steps=10, optimizer=config, checkpoint=CheckpointConfig(every=2), **settings)
     return train(learner, jax.tree.map(jnp.copy, params), steps, tmp_path / "stage", Clock())
 
 
@@ -348,7 +348,7 @@ def test_a_rate_of_30_stops_the_run(tmp_path, params):
     ), said
     assert not [*(tmp_path / "stage" / "state").glob("[0-9]*")], "a state of a loss that was far already"
     outcome = diverging(tmp_path / "regardless", params, guard=GuardConfig(spike=None))
-    assert int(outcome.state["step"]) == 40
+    assert int(outcome.state["step"]) == 10
 
 
 def test_a_save_that_fell_on_a_spike_is_made_up_for_after_it(tmp_path, params, monkeypatch):
