@@ -62,8 +62,9 @@ def forked(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    while process.exitcode is None and os.getpgid(process.pid) != process.pid:
-        time.sleep(0.001)
+    with suppress(ProcessLookupError):  # it has already ended
+        while os.getpgid(process.pid) != process.pid:
+            time.sleep(0.001)
     return process
 
 
