@@ -20,7 +20,7 @@ from ministral_jax.training.checkpoint import save_params
 @contextmanager
 def quickly_compiled() -> Iterator[None]:
     """At these sizes compiling takes the time."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
