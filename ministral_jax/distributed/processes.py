@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -246,7 +246,7 @@ def saving() -> None:
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
+def unwatched() -> Generator[None]:
     """For a wait that ends by itself when one of those that are waited for dies: its time is not held against this
     process."""
     deadline, begun = _job.deadline, time.monotonic()
