@@ -19,6 +19,7 @@ from ministral_jax.settings import ANYWHERE
 from ministral_jax.stages import Stage
 
 Identity = dict[str, Any]
+OTHER_CONTENT = "has other content than then"
 
 
 def identity(
@@ -54,7 +55,7 @@ def differences(old: Identity, new: Identity) -> list[str]:
     contents = old.get("contents", {})
     for setting, digest in new["contents"].items():
         if None not in (digest, contents.get(setting)) and digest != contents[setting]:
-            found.append(f"what {setting} names has other content than then")
+            found.append(f"{setting} {OTHER_CONTENT}")
     return found
 
 

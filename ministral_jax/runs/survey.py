@@ -13,7 +13,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.load import order, resolve_specs
 from ministral_jax.recipe.types import Recipe
-from ministral_jax.runs.identity import Identity, begun, differences, identity
+from ministral_jax.runs.identity import OTHER_CONTENT, Identity, begun, differences, identity
 from ministral_jax.stages import Stage
 from ministral_jax.stages.manifest import Manifest, digest, read_manifest
 
@@ -92,8 +92,10 @@ def _plan(wanted: Wanted, run_dir: Path, before: Mapping[str, Planned], shelves:
     is_empty = found is None and step is None and not any((directory / d).exists() for d in ("params", "store", "hf"))
     changes = differences(old, wanted.identity) if old is not None and not is_empty else []
     if changes and not (found is not None and _may_grow(wanted, old, changes, directory)):
+        is_content = changes[0].endswith(OTHER_CONTENT)
+        begun_so = "was begun with other data" if is_content else "was begun with other settings"
         raise UserError(
-            f"stage {wanted.name!r} in {run_dir} was begun with other settings: {changes[0]}; give another --run-dir "
+            f"stage {wanted.name!r} in {run_dir} {begun_so}: {changes[0]}; give another --run-dir "
             f"(with --from {run_dir} for what stays the same), or delete {directory} (and the stages made from it)"
         )
     state, place = "begins" if step is None else "resumes", directory

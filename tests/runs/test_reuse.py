@@ -246,14 +246,14 @@ def test_content_that_changed_is_noticed(moved, capsys, file, setting):
         )
         path.write_text(json.dumps(tekken))
     assert run(moved, "first") == 2
-    assert f"what {setting} names has other content than then" in lines(capsys)
+    assert f"was begun with other data: {setting} has other content than then" in lines(capsys)
 
 
 def test_content_that_changed_is_noticed_by_a_stage_that_was_interrupted(moved, capsys):
     (moved / "first" / "pruned" / "manifest.json").unlink()  # as after a kill
     (moved / "rows.jsonl").write_text((moved / "rows.jsonl").read_text() + '{"text": "one more"}\n')
     assert run(moved, "first", "pruned") == 2
-    assert "what data.sources.web names has other content than then" in lines(capsys)
+    assert "was begun with other data: data.sources.web has other content than then" in lines(capsys)
 
 
 def test_a_stage_that_made_nothing_takes_other_settings(home, capsys):
@@ -353,4 +353,4 @@ def test_another_checkpoint_at_the_same_path_is_noticed(imported, capsys):
     spec = resolve_specs(load_recipe(imported / "recipe.yaml"), ["parent"])["parent"]
     export_hf(init_params(spec, jax.random.key(1)), spec, imported / "model", "float32", [])
     assert run(imported, "run") == 2
-    assert "what path names has other content than then" in lines(capsys)
+    assert "was begun with other data: path has other content than then" in lines(capsys)

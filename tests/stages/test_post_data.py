@@ -29,7 +29,7 @@ def no_stage_runs(monkeypatch):
 
 def nothing_begun(run_dir: Path) -> bool:
     """No stage, of the parents neither; packed data may be there."""
-    return not run_dir.exists() or {p.name for p in run_dir.iterdir()} <= {"data", "ledger.jsonl"}
+    return not run_dir.exists() or {p.name for p in run_dir.iterdir()} <= {"data", "ledger.jsonl", ".owner", "log.txt"}
 
 
 USER, SAID = {"role": "user", "content": "2+2=?"}, {"role": "assistant", "content": "4"}

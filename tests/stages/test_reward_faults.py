@@ -77,7 +77,7 @@ def test_optional_stages_are_run_when_named_or_with_all(tmp_path, capsys, monkey
     from ministral_jax.runs import cascade
 
     ran = []
-    monkeypatch.setattr(cascade, "_run_stage", lambda job: ran.append(job.name))
+    monkeypatch.setattr(cascade, "_run_stage", lambda job, contents: ran.append(job.name))
     base = ["run", RECIPE, "stages.rl.optional=true", "stages.hf.optional=true", "--run-dir", str(tmp_path / "run")]
     main(base)
     assert ran == ["parent", "sft", "reward", "instruct"]
