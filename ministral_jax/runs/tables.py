@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.lock import owner
+from ministral_jax.runs.overview import flat
 from ministral_jax.runs.reading import Run, Stage, read_run
 from ministral_jax.runs.survey import Planned, saved_step
 from ministral_jax.stages.figures import Figure
@@ -120,7 +120,7 @@ def comparison_tables(run_dirs: Sequence[Path]) -> list[Table]:
         pair = [run.stages[name] for run in runs]
         if pair[0].manifest is None or pair[1].manifest is None:
             continue
-        flat = [dict(_flat(stage.manifest.config)) for stage in pair if stage.manifest]
+        flat = [dict(flat(stage.manifest.config)) for stage in pair if stage.manifest]
         for key in dict.fromkeys([*flat[0], *flat[1]]):
             if (a := flat[0].get(key)) != (b := flat[1].get(key)):
                 settings.add_row(name, key, str(a), str(b))
@@ -128,14 +128,6 @@ def comparison_tables(run_dirs: Sequence[Path]) -> list[Table]:
             if (a := pair[0].last(figure.name)) is not None and (b := pair[1].last(figure.name)) is not None:
                 figures.add_row(name, figure.label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}")
     return [settings, figures]
-
-
-def _flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, part in value.items():
-            yield from _flat(part, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
 
 
 def _progress(run_dir: Path, stage: Stage) -> str:
