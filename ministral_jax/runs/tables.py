@@ -120,9 +120,9 @@ def comparison_tables(run_dirs: Sequence[Path]) -> list[Table]:
         pair = [run.stages[name] for run in runs]
         if pair[0].manifest is None or pair[1].manifest is None:
             continue
-        flat = [dict(flat(stage.manifest.config)) for stage in pair if stage.manifest]
-        for key in dict.fromkeys([*flat[0], *flat[1]]):
-            if (a := flat[0].get(key)) != (b := flat[1].get(key)):
+        ours, theirs = (dict(flat(stage.manifest.config)) for stage in pair if stage.manifest)
+        for key in dict.fromkeys([*ours, *theirs]):
+            if (a := ours.get(key)) != (b := theirs.get(key)):
                 settings.add_row(name, key, str(a), str(b))
         for figure in pair[0].figures:
             if (a := pair[0].last(figure.name)) is not None and (b := pair[1].last(figure.name)) is not None:
