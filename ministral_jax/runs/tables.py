@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ministral_jax.recipe.types import Recipe
+from ministral_jax.runs.comparable import OF_LENGTH, most_common
 from ministral_jax.runs.lock import owner
 from ministral_jax.runs.overview import flat
 from ministral_jax.runs.reading import Run, Stage, read_run
@@ -56,6 +57,9 @@ def stage_table(run: Run, names: Iterable[str] = ()) -> Table:
     """Stages of a run (those that have begun when none is named): how far they are, and their held-out figures."""
     chosen = list(names) or [name for name, stage in run.stages.items() if stage.state != "waiting"]
     table = _table(run.name, "stage", "do", "state", "steps", "tokens", "time", "held-out figures")
+    common = most_common(
+        stage.length for stage in map(run.stages.get, chosen) if stage and stage.length and _told(stage)
+    )
     for stage in (run.stages[name] for name in chosen):
         tokens, steps = stage.seen("tokens"), stage.seen("step")
         seconds = stage.manifest.seconds if stage.manifest else sum(stage.time.values())
@@ -66,7 +70,7 @@ def stage_table(run: Run, names: Iterable[str] = ()) -> Table:
             _count(steps),
             _count(tokens),
             f"{seconds:,.0f} s" if seconds else "",
-            "\n".join(_said(figure, stage) for figure in _told(stage)),
+            "\n".join(_said(figure, stage, common) for figure in _told(stage)),
         )
     return table
 
@@ -144,7 +148,10 @@ def _told(stage: Stage) -> list[Figure]:
     return [figure for figure in stage.figures if stage.has(figure)][:_SHOWN]
 
 
-def _said(figure: Figure, stage: Stage) -> str:
+def _said(figure: Figure, stage: Stage, common: int | None) -> str:
+    """The figure, unless it would stand beside those of rows of another length."""
+    if figure.name in OF_LENGTH and stage.length not in (None, common):
+        return f"{figure.label}: rows of {stage.length}"
     value = stage.last(figure.name)
     return f"{figure.label} " + (f"{value:.1%}" if figure.unit == "share" else f"{value:.4g}")
 
