@@ -269,18 +269,15 @@ def _print_table(table: Table) -> None:
 
 def _sweep(args: argparse.Namespace) -> int:
     from ministral_jax.distributed.processes import Limits, join
-    from ministral_jax.runs.run import opened
     from ministral_jax.runs.sweep import read_sweep
-    from ministral_jax.runs.sweep_run import prepare, run_sweep
+    from ministral_jax.runs.sweep_run import run_sweep
 
     join(Limits())  # one process: for its answer to SIGTERM
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     run_dir = args.run_dir or Path("runs") / sweep.name
     if args.jobs == "local":
-        prepare(sweep, run_dir, write=False)  # before the directory is made
-        with opened(run_dir):
-            code = run_sweep(sweep, run_dir, args.taken_from)
-            _finish_sweep(run_dir)
+        code = run_sweep(sweep, run_dir, args.taken_from)
+        _finish_sweep(run_dir)
         return code
     if args.taken_from:
         raise UserError("--from needs --jobs local: jobs of a scheduler make what they need")

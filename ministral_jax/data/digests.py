@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.files import append_jsonl, read_jsonl
+from ministral_jax.files import append_jsonl, file_digest, read_jsonl
 
 SETTLED = 2.0
 """Seconds for which a file must have been left alone: it may change again within a tick of its clock."""
@@ -44,6 +44,10 @@ class Digests:
         if newest < (began - SETTLED) * 1e9:
             self._keep({"of": what, "stamp": stamp.hexdigest(), "value": value})
         return value
+
+    def of_file(self, path: Path) -> str:
+        """`file_digest` of a file."""
+        return self.of(f"file {path}", [path], lambda: file_digest(path))
 
     def _keep(self, record: dict[str, Any]) -> None:
         self._kept[record["of"]] = record

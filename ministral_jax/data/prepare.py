@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ministral_jax.data.bad_rows import added, settle
 from ministral_jax.data.config import DataConfig
-from ministral_jax.data.documents import Documents, Progress, documents_digest, tokenise
+from ministral_jax.data.documents import Documents, Progress, tokenise
 from ministral_jax.data.packing import Tally, fitting, pack
 from ministral_jax.data.rows import encode_row
-from ministral_jax.data.sources import open_source, source_digest
-from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
+from ministral_jax.data.sources import open_source
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, new_directory
 from ministral_jax.models.spec import VisionSpec
@@ -73,7 +72,9 @@ def prepare(
     sources = {
         name: tokenise(source, tokenizer, vision, root / "documents", progress) for name, source in opened.items()
     }
-    digest = _digest({name: d.digest for name, d in sources.items()}, tokenizer.digest, config, length)
+    # the order of the sources decides between equals, and so belongs to it
+    inputs = [[name, sources[name].digest, source.weight] for name, source in config.sources.items()]
+    digest = digest_of([_FORMAT, inputs, config.held_out, length, config.patches, tokenizer.digest])
     directory = root / digest[:16]
     if not directory.is_dir():
         with new_directory(directory) as draft:
@@ -82,22 +83,6 @@ def prepare(
     for name, source in config.sources.items():
         settle(counts["left_out"][name], name, source)
     return PackedData(directory, digest, tokenizer, vision, length, config.patches, counts)
-
-
-def data_digest(config: DataConfig, length: int, vision: VisionSpec | None, root: Path) -> str | None:
-    """`prepare(..).digest` without packing anything; None where a source or the tokenizer is gone or cannot be read."""
-    tokenizer = tokenizer_digest(config.tokenizer, root)
-    sources = {name: source_digest(source, root) for name, source in config.sources.items()}
-    if tokenizer is None:
-        return None
-    documents = {name: documents_digest(d, tokenizer, vision) for name, d in sources.items() if d is not None}
-    return _digest(documents, tokenizer, config, length) if len(documents) == len(sources) else None
-
-
-def _digest(documents: Mapping[str, str], tokenizer: str, config: DataConfig, length: int) -> str:
-    """The order of the sources decides between equals, and so belongs to it."""
-    inputs = [[name, documents[name], source.weight] for name, source in config.sources.items()]
-    return digest_of([_FORMAT, inputs, config.held_out, length, config.patches, tokenizer])
 
 
 def _write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.conversation import Document, Message, spell
 from ministral_jax.data.documents import Progress, documents_digest, drawn
-from ministral_jax.data.sources import Source, open_source, read_rows, source_digest
-from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
+from ministral_jax.data.sources import Source, open_source, read_rows
+from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, stable_key, write_json
 from ministral_jax.models.spec import VisionSpec
@@ -49,8 +49,6 @@ class PromptData:
     weights: dict[str, float]
     train: dict[str, list[Document]]
     held_out: dict[str, list[Document]]
-    digest: str
-    """Of the content of all sources and of all settings that make the prompts what they are."""
 
     def batch(self, seed: int, step: int, count: int) -> list[PromptRow]:
         """The training prompts of a step (from 0): each source's in an order of its own, anew in each pass, the sources
@@ -128,10 +126,9 @@ def open_prompts(
             without training prompts.
     """
     tokenizer = load_tokenizer(config.tokenizer, root)
-    train, held_out, digests = {}, {}, {}
+    train, held_out = {}, {}
     for name, settings in config.sources.items():
         source = open_source(name, settings, root)
-        digests[name] = source.digest
 
         def problem(document: Document, name: str = name) -> UserError | None:
             if not document.messages:
@@ -155,24 +152,7 @@ def open_prompts(
                 "more rows or hold out fewer"
             )
     weights = {name: source.weight for name, source in config.sources.items()}
-    return PromptData(tokenizer, vision, weights, train, held_out, _digest(digests, tokenizer.digest, config, vision))
-
-
-def prompts_digest(config: DataConfig, vision: VisionSpec | None, root: Path) -> str | None:
-    """`open_prompts(..).digest` without reading the rows of files that are known; None where a source or the tokenizer
-    is gone or cannot be read."""
-    tokenizer = tokenizer_digest(config.tokenizer, root)
-    digests = {name: source_digest(source, root) for name, source in config.sources.items()}
-    found = {name: digest for name, digest in digests.items() if digest is not None}
-    return None if tokenizer is None or len(found) < len(digests) else _digest(found, tokenizer, config, vision)
-
-
-def _digest(sources: Mapping[str, str], tokenizer: str, config: DataConfig, vision: VisionSpec | None) -> str:
-    prompts = [
-        [name, documents_digest(sources[name], tokenizer, vision), source.weight]
-        for name, source in config.sources.items()
-    ]
-    return digest_of([prompts, config.held_out])
+    return PromptData(tokenizer, vision, weights, train, held_out)
 
 
 def _drawn(documents: Sequence[Document], share: float) -> np.ndarray:

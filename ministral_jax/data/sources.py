@@ -56,12 +56,12 @@ def open_source(name: str, config: SourceConfig, root: Path | None = None) -> So
     """
     digests = Digests(root)
     if config.kind in KINDS:
-        return Source(name, config, (), digest_of([config.kind, config.limit, task_digest(config)]))
+        return Source(name, config, (), digest_of([config.kind, config.limit, task_digest(config, digests)]))
     files = _list_files(name, config)
     if config.kind == "jsonl":
         content: Any = [_digest_jsonl(path, digests) for _, path in files]
     else:
-        content = [(key, digests.of(f"file {path}", [path], lambda p=path: file_digest(p))) for key, path in files]
+        content = [(key, digests.of_file(path)) for key, path in files]
     if config.kind == "text":
         # In the order of a hash, so that the first `limit` are a fair sample and not the beginning of the alphabet.
         keyed = sorted(zip((digest for _, digest in content), (path for _, path in files), strict=True))

@@ -13,17 +13,23 @@ have the same key. Questions are short, because every token of the tiny recipe i
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from itertools import count, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ministral_jax import files
+from ministral_jax.data import conversation, pairwise
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document, Message, Part, Thought, as_openai, dump
+from ministral_jax.data.digests import Digests
 from ministral_jax.data.pairwise import judge_documents
 from ministral_jax.files import stable_key
 
@@ -61,9 +67,11 @@ def _made(kind: str, limit: int, thinking: bool) -> tuple[Document, ...]:
     return tuple(_read_digits(limit) if kind == "digits" else (TASKS[kind](n, thinking) for n in range(limit)))
 
 
-def task_digest(config: SourceConfig) -> str:
-    """SHA-256 of what a task's documents are made of."""
-    return _digest(config.kind, config.limit, config.thinking)
+def task_digest(config: SourceConfig, digests: Digests) -> str:
+    """SHA-256 of what a task's documents are made of; made once as long as what makes them is the same."""
+    settings = (config.kind, config.limit, config.thinking)
+    makers = [Path(module.__file__ or "") for module in (sys.modules[__name__], conversation, pairwise, files)]
+    return digests.of(f"task {settings} {version('scikit-learn')}", makers, lambda: _digest(*settings))
 
 
 @cache  # every stage asks again

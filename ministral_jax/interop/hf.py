@@ -20,7 +20,7 @@ from einops import rearrange
 from ministral_jax.data.digests import Digests
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, file_digest, open_plain, write_json
+from ministral_jax.files import digest_of, open_plain, write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
@@ -222,7 +222,7 @@ def read_spec(directory: Path) -> ModelSpec:
 def checkpoint_digest(directory: Path, root: Path) -> str:
     """SHA-256 of what the files that are imported hold; what is known of them is kept in `root`, see `Digests`."""
     files, digests = [directory / "config.json", *sorted(directory.glob("*.safetensors"))], Digests(root)
-    return digest_of([(p.name, digests.of(f"file {p}", [p], lambda p=p: file_digest(p))) for p in files])
+    return digest_of([(path.name, digests.of_file(path)) for path in files])
 
 
 def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None = None) -> tuple[ModelSpec, Params]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ministral_jax.launching.launch import SCHEDULERS, block
 from ministral_jax.runs.sweep import Point, Sweep, users
-from ministral_jax.runs.sweep_run import link, prepare
+from ministral_jax.runs.sweep_run import link, prepare, refresh
 from ministral_jax.stages.manifest import read_manifest
 
 
@@ -61,7 +61,7 @@ def prepare_jobs(sweep: Sweep, sweep_dir: Path, scheduler: str) -> str:
     Raises:
         UserError: see `sweep_run.prepare`; also a recipe without `launch.gke`, or one that the scheduler cannot run.
     """
-    points, _ = prepare(sweep, sweep_dir, write=False)
+    points, record = prepare(sweep, sweep_dir)
     done = [where for where in users(points) if read_manifest(sweep_dir / where) is not None]
     runs = plan(sweep, points, done)
     begin, entry = {"slurm": (_SUBMIT, _submission), "gke": (_APPLY, _manifest)}[scheduler]
@@ -73,7 +73,8 @@ def prepare_jobs(sweep: Sweep, sweep_dir: Path, scheduler: str) -> str:
         name = _job_name(sweep, run)
         text = SCHEDULERS[scheduler].render(job, name, ("run", sweep.recipe, *run.stages, *overrides, *place))
         parts.append(f"# {run.name}: {run.point.name}\n{entry(run, name, text)}")
-    prepare(sweep, sweep_dir)
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    refresh(record, sweep_dir)
     for point in points:
         link(point, sweep_dir)
     return "".join(parts)

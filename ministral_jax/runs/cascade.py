@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter
 
 from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_then_all, from_first, is_first
@@ -19,16 +20,16 @@ from ministral_jax.distributed.processes import poll, poll_alone
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, write_json
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.recipe.load import resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.identity import identity
-from ministral_jax.runs.survey import Planned, made_specs, shelves, survey, take
+from ministral_jax.runs.survey import Planned, shelves, survey, take
 from ministral_jax.stages import Graph, Job, Result, Stage
 from ministral_jax.stages.manifest import digest, environment, finished
 from ministral_jax.stages.rows import Packing
 from ministral_jax.training.progress import ProgressLine
 
 Jobs = Mapping[str, Job[Stage]]
+_PLANS = TypeAdapter(list[Planned])
 
 
 def run_cascade(
@@ -58,33 +59,31 @@ def run_cascade(
                     take(plan, run_dir)
 
     first_then_all(look)
-    told = from_first([[plan.name, plan.state, plan.step, plan.identity["contents"]] for plan in plans])
-    names = [name for name, *_ in told]
-    specs = resolve_specs(recipe, names, made_specs(run_dir))
-    jobs = {
-        name: make_job(recipe, name, specs, run_dir) for name, state, *_ in told if state not in ("finished", "taken")
-    }
-    opening(run_dir, told)
+    plans = _PLANS.validate_python(from_first(_PLANS.dump_python(plans, mode="json")))
+    specs = {plan.name: plan.spec for plan in plans}
+    jobs = {plan.name: make_job(recipe, plan.name, specs, run_dir) for plan in plans if plan.is_made}
+    opening(run_dir, plans)
     for job in jobs.values():
         job.stage.check_mesh(job)
     first_then_all(lambda: _prepare(jobs, run_dir))  # so is every fault of the data
     if is_first():
         write_json(run_dir / "recipe.json", recipe.dump())
-    for position, (name, state, step, contents) in enumerate(told, 1):
-        at = f"[{position}/{len(names)}] {name}"
-        if name not in jobs:
-            _say(f"{at}: {'finished already' if state == 'finished' else f'taken from {_origin(run_dir / name)}'}")
+    for position, plan in enumerate(plans, 1):
+        at = f"[{position}/{len(plans)}] {plan.name}"
+        if not plan.is_made:
+            found = "finished already" if plan.state == "finished" else f"taken from {_origin(run_dir / plan.name)}"
+            _say(f"{at}: {found}")
             continue
-        _say(f"{at}: {recipe.stages[name].do}" + (f", goes on from step {step}" if step is not None else ""))
-        _run_stage(jobs[name], contents)
-    return names
+        goes_on = f", goes on from step {plan.step}" if plan.step is not None else ""
+        _say(f"{at}: {recipe.stages[plan.name].do}{goes_on}")
+        _run_stage(jobs[plan.name], plan.identity["contents"])
+    return list(specs)
 
 
-def opening(run_dir: Path, told: Sequence[Sequence[Any]]) -> None:
+def opening(run_dir: Path, plans: Sequence[Planned]) -> None:
     """One line: where, on what, and what is there already."""
-    states = Counter(state for _, state, *_ in told)
-    made = sum(count for state, count in states.items() if state not in ("finished", "taken"))
-    parts = [f"{made} of {len(told)} stages to make"]
+    states = Counter(plan.state for plan in plans)
+    parts = [f"{sum(plan.is_made for plan in plans)} of {len(plans)} stages to make"]
     parts += [f"{states[state]} {state}" for state in ("resumes", "grows", "finished", "taken") if states[state]]
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     _say(f"{run_dir.absolute()}: {', '.join(parts)}; on {devices}")

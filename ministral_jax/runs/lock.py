@@ -60,6 +60,11 @@ def owner(directory: Path) -> dict[str, Any] | None:
     return said
 
 
+def named(said: dict[str, Any]) -> str:
+    """What an `owner` is called."""
+    return f"process {said['pid']} on {said['host']}, since {said['since']}"
+
+
 def _take(place: Path, directory: Path) -> Path:
     while True:
         newest = _newest(place)
@@ -84,7 +89,7 @@ def _take(place: Path, directory: Path) -> Path:
 
 
 def _refusal(directory: Path, said: dict[str, Any]) -> str:
-    who = f"process {said['pid']} on {said['host']}, since {said['since']}" if said else "a process that has just begun"
+    who = named(said) if said else "a process that has just begun"
     return f"{directory} is being written by {who}; wait for its end or stop it, or give another --run-dir"
 
 

@@ -117,7 +117,7 @@ class Stage:
     settings: Row = field(default_factory=dict)
     """What it was made with; before it is, what the recipe says."""
     stale: str | None = None
-    """Why it is not current, see `stale`."""
+    """Why it is not current, see `comparable.stale_stages`."""
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -228,11 +228,6 @@ class Run:
         for _ in self.stages:  # a recipe may name a stage before its source
             found = {s.name: found[s.source] for s in self.stages.values() if s.source in found} | found
         return found
-
-
-def stale(run: Run) -> dict[str, str]:
-    """The stages of a run that are not current, and why: see `comparable.stale_stages`."""
-    return {stage.name: stage.stale for stage in run.stages.values() if stage.stale}
 
 
 def read_run(run_dir: Path) -> Run:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from ministral_jax.files import read_jsonl, write_json
 from ministral_jax.recipe.load import lineage
 from ministral_jax.recipe.types import Recipe
-from ministral_jax.runs.comparable import stale_stages
+from ministral_jax.runs.comparable import row_length, stale_stages
 from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.evaluate import evaluation_name
 from ministral_jax.stages.manifest import Manifest, digest, finished, read_manifest
@@ -100,7 +100,7 @@ def _member(manifest: Manifest, evaluated: Manifest | None = None) -> dict[str, 
         "decoder_parameters": spec.decoder_parameters,
         "flops_per_token": spec.flops_per_token(1),
         "tokens": manifest.tokens,
-        "row_length": measured.config.get("batch", {}).get("length"),
+        "row_length": row_length(measured),
         "bits_per_byte": metrics.get("bits_per_byte"),
         "digit_accuracy": metrics.get("digit_accuracy"),
     }

@@ -21,7 +21,7 @@ from ministral_jax.console import say
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.runs.cascade import run_cascade
-from ministral_jax.runs.run import cache_compilations
+from ministral_jax.runs.run import cache_compilations, opened
 from ministral_jax.runs.summary import write_summary
 from ministral_jax.runs.sweep import Measured, Point, Sweep, SweepRecord, describe, expand
 from ministral_jax.stages import verbs
@@ -44,22 +44,24 @@ def run_sweep(sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = ()) ->
         UserError: the sweep or a point's recipe is wrong, before anything is written.
     """
     points, record = prepare(sweep, sweep_dir)
-    cache_compilations(sweep_dir / "xla")
     broken: dict[str, str] = {}
-    for position, point in enumerate(points, 1):
-        say(f"point [{position}/{len(points)}] {point.name}")
-        link(point, sweep_dir)
-        point.error = _run_point(point, sweep, sweep_dir, broken, taken_from)
-        if point.error is not None:
-            say(f"point {point.name} failed: {point.error}")
+    with opened(sweep_dir):
         refresh(record, sweep_dir)
+        cache_compilations(sweep_dir / "xla")
+        for position, point in enumerate(points, 1):
+            say(f"point [{position}/{len(points)}] {point.name}")
+            link(point, sweep_dir)
+            point.error = _run_point(point, sweep, sweep_dir, broken, taken_from)
+            if point.error is not None:
+                say(f"point {point.name} failed: {point.error}")
+            refresh(record, sweep_dir)
     if failed := [point.name for point in points if point.error is not None]:
         say(f"ministral-jax: {len(failed)} of {len(points)} points failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def prepare(sweep: Sweep, sweep_dir: Path, write: bool = True) -> tuple[list[Point], SweepRecord]:
-    """Check everything that can be checked, then `write` `sweep.json`.
+def prepare(sweep: Sweep, sweep_dir: Path) -> tuple[list[Point], SweepRecord]:
+    """Check everything that can be checked; nothing is written.
 
     Raises:
         UserError: see `expand` and `measured`; or `sweep_dir` holds something else.
@@ -72,9 +74,6 @@ def prepare(sweep: Sweep, sweep_dir: Path, write: bool = True) -> tuple[list[Poi
         for place in (sweep_dir / point.name / name for name in (*point.stages, "data")):
             if place.exists() and not place.is_symlink():
                 raise UserError(f"{place} was not made by a sweep (it is no link); delete it or give another --run-dir")
-    if write:
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        refresh(record, sweep_dir)
     return points, record
 
 

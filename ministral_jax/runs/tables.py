@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.comparable import OF_LENGTH, most_common
-from ministral_jax.runs.lock import owner
+from ministral_jax.runs.lock import named, owner
 from ministral_jax.runs.overview import flat
 from ministral_jax.runs.reading import Run, Stage, read_run
 from ministral_jax.runs.survey import Planned, saved_step
@@ -141,7 +141,7 @@ def _progress(run_dir: Path, stage: Stage) -> str:
 
 def _owner(run_dir: Path) -> str:
     said = owner(run_dir)
-    return f"process {said['pid']} on {said['host']}, since {said['since']}" if said else ""
+    return named(said) if said else ""
 
 
 def _told(stage: Stage) -> list[Figure]:

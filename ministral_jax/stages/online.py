@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from pydantic import Field, field_validator
 
+from ministral_jax import console
 from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.examine import Examiner, GenerateConfig, conduct, score_together
 from ministral_jax.alignment.rewards import RewardsConfig
@@ -217,7 +217,7 @@ class OnlineLearner:
 
 def say(job: Job[Any], text: str) -> None:
     """A line of the log."""
-    print(f"{job.name:>18}  {text}", file=sys.stderr, flush=True)
+    console.say(f"{job.name:>18}  {text}")
 
 
 def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -34,8 +34,7 @@ def decay_begins(config: OptimizerConfig, steps: int) -> int | None:
     """Updates before the learning rate depends on how many there are in all; None where it does from the start."""
     if config.schedule == "cosine":
         return None
-    rest = max(steps - min(config.warmup, steps), 1)
-    return steps if config.schedule == "constant" else steps - max(rest // 5, 1)
+    return steps if config.schedule == "constant" else steps - max((steps - min(config.warmup, steps)) // 5, 1)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -45,9 +44,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.lr, rest, config.final_fraction)
     elif config.schedule == "wsd":
-        decay = max(rest // 5, 1)
-        stable = optax.constant_schedule(config.lr)
-        after = optax.join_schedules([stable, optax.linear_schedule(config.lr, final, decay)], [rest - decay])
+        begins = decay_begins(config, steps) or 0
+        stable, decay = optax.constant_schedule(config.lr), optax.linear_schedule(config.lr, final, steps - begins)
+        after = optax.join_schedules([stable, decay], [max(begins - warmup, 0)])
     else:
         after = optax.constant_schedule(config.lr)
     # the first update already moves the weights: (n + 1) / warmup, not n / warmup

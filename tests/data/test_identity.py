@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+from contextlib import suppress
 
 import pytest
 from PIL import Image
@@ -11,11 +12,12 @@ from PIL import Image
 from ministral_jax.data import digests, sources
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
 from ministral_jax.data.pipeline import batches
-from ministral_jax.data.prepare import data_digest, prepare
-from ministral_jax.data.prompts import open_prompts, prompts_digest
+from ministral_jax.data.prepare import prepare
 from ministral_jax.data.sources import open_source, read_documents, source_digest
 from ministral_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS
+from ministral_jax.stages.rows import data_contents
 
 VISION = PRESETS["tiny-24b"].vision
 TINY = TokenizerConfig(vocab=2048, special=64)
@@ -40,6 +42,12 @@ def config(folder, **changes):
         rows=dict(kind="jsonl", path=str(folder / "*.jsonl")), texts=dict(kind="text", path=str(folder / "texts"))
     )
     return DataConfig(**dict(dict(tokenizer=TINY.model_dump(), sources=found, held_out=0.2, patches=16), **changes))
+
+
+def data_digest(*args) -> str | None:
+    with suppress(UserError):
+        return prepare(*args).digest
+    return None
 
 
 def of_source(folder, name="rows", root=None):
@@ -116,18 +124,18 @@ def test_what_is_gone_has_no_digest(folder, tmp_path):
     chosen = config(folder, tokenizer=dict(file=str(folder / "tekken.json")))
     del chosen.sources["texts"]
     root = tmp_path / "data"
-    prompts = open_prompts(chosen, VISION, root)
-    assert prompts.digest == prompts_digest(chosen, VISION, root)
+    contents = data_contents(chosen, root)
+    assert None not in contents.values()
     assert tokenizer_digest(chosen.tokenizer, root) == load_tokenizer(chosen.tokenizer, root).digest
     assert data_digest(chosen, 64, VISION, root) == prepare(chosen, 64, VISION, root).digest
     moved = shutil.move(folder / "tekken.json", tmp_path / "tekken.json")
     assert tokenizer_digest(chosen.tokenizer, root) is None
-    assert data_digest(chosen, 64, VISION, root) is None is prompts_digest(chosen, VISION, root)
+    assert data_digest(chosen, 64, VISION, root) is None is data_contents(chosen, root)["data.tokenizer"]
     same = chosen.model_copy(update=dict(tokenizer=TokenizerConfig(file=str(moved))))
-    assert prompts_digest(same, VISION, root) == prompts.digest
+    assert data_contents(same, root) == contents
     shutil.rmtree(folder)
     assert of_source(folder) is None is of_source(folder, "texts")
-    assert data_digest(same, 64, VISION, root) is None is prompts_digest(same, VISION, root)
+    assert data_digest(same, 64, VISION, root) is None is data_contents(same, root)["data.sources.rows"]
 
 
 def test_files_that_did_not_change_are_read_once(folder, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """How tests read a page: it is XML as well as HTML, so that an XML parser judges its nesting and escaping."""
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
+from ministral_jax.report import build_report
 from ministral_jax.report.units import THIN
 
 
@@ -45,3 +47,7 @@ def check(page: str) -> str:
     assert all(node.get("aria-label") or node.get("alt") for node in pictures)
     assert not re.search(r'[dxy]="[^"]*(nan|inf)', page)
     return page
+
+
+def page_of(run: Path) -> str:
+    return check(build_report(run).read_text(encoding="utf-8"))

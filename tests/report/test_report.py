@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from pages import anchors, check, parse, plain, rows, section, text_of
+from pages import anchors, page_of, parse, plain, rows, section, text_of
 from report_run import (
     CHILDREN,
     POST,
-    STORE,
     recipe,
     relink,
     samples,
@@ -27,7 +24,7 @@ from report_run import (
     write_stage,
 )
 
-from ministral_jax.report import build_report, charts, family_figure
+from ministral_jax.report import charts, family_figure
 from ministral_jax.report.plots import PALETTE, Axis, Line, lines
 from ministral_jax.report.units import count, decimal, duration, factor, percent, tick
 from ministral_jax.runs import reading
@@ -39,25 +36,6 @@ from ministral_jax.teachers.summary import SplitSummary
 SECTIONS = ["numbers", "recovery", "images", "post", "parent", "stored", "surgery", "cost", "stages", "time", "data"]
 SECTIONS += ["settings", "curves"]
 EVIL = "<img src=x onerror=alert(1)>\"'&${0}{{ 7*7 }}\x01"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "tiny", more={**POST, "logits": STORE})
-
-
-@pytest.fixture
-def copy(run, tmp_path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def page(run) -> str:
-    return page_of(run)
-
-
-def page_of(run: Path) -> str:
-    return check(build_report(run).read_text(encoding="utf-8"))
 
 
 def cells(page: str, anchor: str, head: str) -> list[str]:

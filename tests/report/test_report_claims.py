@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 from matplotlib.colors import to_rgb
-from pages import check, parse, plain, rows, section, text_of
-from report_run import POST, STORE, picture, relink, told_by, write_json, write_rows, write_run
+from pages import page_of, parse, plain, rows, section, text_of
+from report_run import picture, relink, told_by, write_json, write_rows, write_run
 
 from ministral_jax.report import build_report, charts
 from ministral_jax.report.plots import PALETTE, Axis, Line, accent
 from ministral_jax.report.units import decimal
-from ministral_jax.runs.reading import read_run, stale
+from ministral_jax.runs.reading import Run, read_run
 
 
 def unplotted(shown: list[Line], _x: Axis, _y: Axis, alt: str, *_: object, **__: object) -> Markup | None:
@@ -33,23 +33,8 @@ def quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "tiny", more={**POST, "logits": STORE})
-
-
-@pytest.fixture
-def copy(run, tmp_path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def page(run) -> str:
-    return page_of(run)
-
-
-def page_of(run: Path) -> str:
-    return check(build_report(run).read_text(encoding="utf-8"))
+def stale(run: Run) -> dict[str, str]:
+    return {stage.name: stage.stale for stage in run.stages.values() if stage.stale}
 
 
 def findings(page: str) -> dict[str, str]:
