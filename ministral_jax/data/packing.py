@@ -5,13 +5,18 @@ fits, then goes on with the next. So every prefix of the rows has the mix to wit
 full of them (up to P) while the others hold none. Plain text is cut where a row ends; a conversation only when it is
 longer than a row, and a window of it in which the assistant says nothing is left out; a document with images never.
 Every window that continues a document begins with `<s>`, as the models always see it.
+
+Held-out rows are `spread`: a row begins with a window of whichever document comes next, and each document gives one
+before any gives another, so that the first rows are of as many documents as there can be.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 
@@ -57,9 +62,11 @@ class _Queue:
     documents: Documents
     members: np.ndarray
     length: int
+    spread: bool
     tally: Tally = field(default_factory=Tally)
-    window: list[tuple[int, int]] = field(default_factory=list)
-    waiting: deque[int] = field(default_factory=deque)
+    window: list[Piece] = field(default_factory=list)
+    """What comes next of each document in turn; what is taken may be less of it."""
+    waiting: deque[Piece] = field(default_factory=deque)
     begun: int = 0
     finished: int = 0
 
@@ -74,6 +81,8 @@ class _Queue:
     @property
     def done(self) -> bool:
         """Every document was placed at least once."""
+        if self.spread and self.begun:
+            return not self.window and not self.waiting
         return self.finished >= len(self.members)
 
     def take(self, tokens: int, patches: int, repeat: bool) -> Piece | None:
@@ -83,30 +92,29 @@ class _Queue:
             best, size = self._best(tokens, patches)
             if best < 0:
                 return None
-            document, start = self.window[best]
-            piece = Piece(self.index, document, start, start + size - (start > 0))
-            if piece.stop == self.sizes[document]:
+            whole = self.window[best]
+            piece = replace(whole, stop=whole.start + size - (whole.start > 0))
+            if piece.stop == whole.stop:
                 del self.window[best]
-                self.finished += 1
+                self.finished += whole.stop == self.sizes[whole.document]
             else:
-                self.window[best] = (document, piece.stop)
+                self.window[best] = replace(whole, start=piece.stop)
             if self._teaches(piece):
-                self.tally.documents += start == 0
+                self.tally.documents += piece.start == 0
                 self.tally.tokens += size
-                self.tally.pictures += self.pictures[document]
+                self.tally.pictures += self.pictures[piece.document]
                 return piece
 
     def _best(self, tokens: int, patches: int) -> tuple[int, int]:
         """Place in the window of what fills most of the space, and how much; place -1 where nothing fits."""
         best, size = -1, 0
-        for position, (document, start) in enumerate(self.window):
-            left = self.sizes[document] - start + (start > 0)
-            if left > tokens:
-                if tokens >= self.shortest[document]:
+        for position, piece in enumerate(self.window):
+            if piece.size > tokens:
+                if tokens >= self.shortest[piece.document] and not self.spread:
                     return position, tokens
-            elif left > size and self.patches[document] <= patches:
-                best, size = position, left
-                if left == tokens:
+            elif piece.size > size and self.patches[piece.document] <= patches:
+                best, size = position, piece.size
+                if size == tokens or (self.spread and tokens == self.length):
                     break
         return best, size
 
@@ -121,10 +129,25 @@ class _Queue:
         # Another pass begins only when all of this one is placed, so that no document is ahead of another by two.
         if not self.window and not self.waiting and len(self.members) and (repeat or self.begun == 0):
             keys = mix(self.documents.keys[self.members], self.begun)
-            self.waiting.extend(self.members[np.argsort(keys, kind="stable")].tolist())
+            members = self.members[np.argsort(keys, kind="stable")].tolist()
+            self.waiting.extend(self._windows(members) if self.spread else map(self._whole, members))
             self.begun += 1
         while self.waiting and len(self.window) < _LOOKAHEAD:
-            self.window.append((self.waiting.popleft(), 0))
+            self.window.append(self.waiting.popleft())
+
+    def _whole(self, document: int) -> Piece:
+        return Piece(self.index, document, 0, self.sizes[document])
+
+    def _windows(self, members: list[int]) -> Iterator[Piece]:
+        """Windows of a row's length, one of each document before a second of any; which of them is left to chance."""
+        turns: list[tuple[int, int, Piece]] = []
+        for place, document in enumerate(members):
+            size = self.sizes[document]
+            starts = [0, *range(self.length, size, self.length - 1)]  # each but the first is preceded by `<s>`
+            pieces = [Piece(self.index, document, *ends) for ends in pairwise([*starts, size])]
+            keys = mix(self.documents.keys[document] + np.arange(len(pieces), dtype=np.uint64), 0)
+            turns.extend((turn, place, pieces[n]) for turn, n in enumerate(np.argsort(keys, kind="stable").tolist()))
+        return (piece for _, _, piece in sorted(turns, key=itemgetter(0, 1)))
 
 
 def pack(
@@ -133,15 +156,16 @@ def pack(
     weights: dict[str, float],
     length: int,
     patches: int,
-    repeat: bool,
+    spread: bool,
 ) -> tuple[Iterator[list[Piece]], dict[str, Tally]]:
     """Rows as lists of pieces, and tallies that are complete when the rows are exhausted.
 
     Args:
         members: documents of each source to pack, `[D']` indices, all of them `fitting`.
         weights: shares of the tokens, relative to each other.
-        repeat: go round the smaller sources again so that the mix holds until each document was placed once; otherwise
-            every document is placed exactly once and the mix holds as long as no source is exhausted.
+        spread: as held-out rows are: every document is placed exactly once, the mix holds as long as no source is
+            exhausted. Otherwise the smaller sources are gone round again so that it holds until each document was
+            placed once.
 
     Raises:
         UserError: `length` is too short to pack.
@@ -150,11 +174,11 @@ def pack(
         raise UserError(f"batch.length = {length} is too short to pack documents; use at least 16 tokens")
     queues = []
     for index, (name, documents) in enumerate(sources.items()):
-        queues.append(_Queue(index, documents, members[name], length))
+        queues.append(_Queue(index, documents, members[name], length, spread))
     total = sum(weights[name] for name in sources)
     shares = [weights[name] / total for name in sources]
     tallies = {name: queue.tally for name, queue in zip(sources, queues, strict=True)}
-    return _rows(queues, shares, length, patches, repeat), tallies
+    return _rows(queues, shares, length, patches, repeat=not spread), tallies
 
 
 def _rows(queues: list[_Queue], shares: list[float], length: int, patches: int, repeat: bool) -> Iterator[list[Piece]]:

@@ -62,7 +62,8 @@ def held_out(
     rows: Indices | None = None,
     join: Join | None = None,
 ) -> Iterator[Batch]:
-    """The held-out rows (or the first `limit_rows`) in file order, once, in batches like those of `batches`.
+    """The held-out rows (or the first `limit_rows`) in file order, once, in batches like those of `batches`, with
+    `document` int32 `[len(rows), T]` beside them: a number of the document that each token is of.
 
     The last one is padded with empty rows.
 
@@ -74,7 +75,7 @@ def held_out(
     wanted = range(batch_size) if rows is None else rows
     for first in range(0, count, batch_size):
         indices = [first + int(i) for i in wanted]
-        yield _batch([records[i] if i < count else None for i in indices], data, join)
+        yield _batch([records[i] if i < count else None for i in indices], data, join, documents=True)
 
 
 def training_order(data: PackedData, seed: int) -> np.ndarray:
@@ -107,9 +108,11 @@ def _order(data: PackedData, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(data.counts["train"]["rows"]).seed(seed).shuffle().repeat()
 
 
-def _batch(records: list[bytes | None], data: PackedData, join: Join | None) -> Batch:
+def _batch(records: list[bytes | None], data: PackedData, join: Join | None, documents: bool = False) -> Batch:
     """The rows' arrays; empty rows are the last ones, and zero in what is joined."""
     batch = stack([decode_row(record, data.length, data.patches, data.tokenizer, data.vision) for record in records])
+    if not documents:
+        del batch["document"]
     joined = join([content_hash(record) for record in records if record is not None]) if join else {}
     return batch | {key: padded(array, len(records)) for key, array in joined.items()}
 

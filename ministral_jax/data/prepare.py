@@ -22,7 +22,7 @@ from ministral_jax.files import digest_of, new_directory
 from ministral_jax.models.spec import VisionSpec
 
 SPLITS = ("train", "held_out")
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def _write(
     counts: dict[str, Any] = {"left_out": left_out}
     for split in SPLITS:
         members = {name: np.flatnonzero(fits[name] & (outside[name] == (split == "held_out"))) for name in sources}
-        rows, tallies = pack(sources, members, weights, length, config.patches, repeat=split == "train")
+        rows, tallies = pack(sources, members, weights, length, config.patches, spread=split == "held_out")
         writer = ArrayRecordWriter(str(directory / f"{split}.array_record"), "group_size:1")
         written = 0
         for row in rows:

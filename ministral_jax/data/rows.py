@@ -16,26 +16,30 @@ from ministral_jax.data.packing import Piece
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.models.spec import VisionSpec
 
-_EMPTY = dict(tokens=np.zeros(0, np.uint32), flags=np.zeros(0, np.uint8), sizes=np.zeros(0, np.int32))
+_NONE = np.zeros(0, np.int32)
+_EMPTY = dict(tokens=np.zeros(0, np.uint32), flags=np.zeros(0, np.uint8), sizes=_NONE, documents=_NONE)
 
 
 def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) -> bytes:
-    """A row as safetensors: `tokens` uint32 and `flags` uint8 without padding, `sizes` int32 of its pieces, and of its
-    pictures in order `grids` int32 `[I, 2]` and `patches` uint8 `[P, 3pp]`."""
+    """A row as safetensors: `tokens` uint32 and `flags` uint8 without padding, `sizes` int32 of its pieces and
+    `documents` int32 of which they are (of hashes), and of its pictures in order `grids` int32 `[I, 2]` and `patches`
+    uint8 `[P, 3pp]`."""
     tokens, flags, grids, patches = [], [], [], []
     for piece in pieces:
-        documents, d = sources[piece.source], piece.document
-        first = int(documents.starts[d])
+        source, d = sources[piece.source], piece.document
+        first = int(source.starts[d])
         if piece.start > 0:
             tokens.append(np.array([bos], np.uint32))
             flags.append(np.zeros(1, np.uint8))
-        tokens.append(documents.tokens[first + piece.start : first + piece.stop])
-        flags.append(documents.flags[first + piece.start : first + piece.stop])
-        if documents.picture_starts[d] < documents.picture_starts[d + 1]:
-            grids.append(documents.grids[documents.picture_starts[d] : documents.picture_starts[d + 1]])
-            patches.append(documents.patches[documents.patch_starts[d] : documents.patch_starts[d + 1]])
+        tokens.append(source.tokens[first + piece.start : first + piece.stop])
+        flags.append(source.flags[first + piece.start : first + piece.stop])
+        if source.picture_starts[d] < source.picture_starts[d + 1]:
+            grids.append(source.grids[source.picture_starts[d] : source.picture_starts[d + 1]])
+            patches.append(source.patches[source.patch_starts[d] : source.patch_starts[d + 1]])
     sizes = np.array([piece.size for piece in pieces], np.int32)
-    record = dict(tokens=np.concatenate(tokens), flags=np.concatenate(flags), sizes=sizes)
+    keys = np.array([sources[piece.source].keys[piece.document] for piece in pieces], np.uint64)
+    documents = (keys >> np.uint64(33)).astype(np.int32)
+    record = dict(tokens=np.concatenate(tokens), flags=np.concatenate(flags), sizes=sizes, documents=documents)
     if patches:
         record |= dict(grids=np.concatenate(grids), patches=np.concatenate(patches))
     return save(record)
@@ -56,7 +60,7 @@ def content_hash(record: bytes) -> bytes:
 def decode_row(
     record: bytes | None, length: int, patches: int, tokenizer: Tokenizer, vision: VisionSpec | None
 ) -> Batch:
-    """Arrays of one row of `pipeline.batches`, without the leading B; None is an empty row."""
+    """Arrays of one row of `pipeline.batches` and `document`, without the leading B; None is an empty row."""
     stored = _EMPTY if record is None else load(record)
     row = text_row(stored["tokens"], stored["sizes"], length)
     # Position t predicts t + 1, which counts when it belongs to the same document; the first token of one never does.
@@ -65,6 +69,7 @@ def decode_row(
         loss_mask=(targets & TRAINABLE > 0).astype(np.float32),
         answer_mask=(targets & ANSWER > 0).astype(np.float32),
         text_bytes=np.where(targets & TEXT, tokenizer.byte_lengths[row["labels"]], 0).astype(np.float32),
+        document=padded(np.repeat(stored["documents"], stored["sizes"]), length),
     )
     if patches:
         assert vision is not None

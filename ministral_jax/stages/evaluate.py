@@ -30,9 +30,9 @@ class Evaluate(rows.RowStage):
         spec, params = load_stage(job.source, placement=job.placement)
         data = rows.open_data(job)
         evaluator = make_evaluate(spec, self.compute, job.placement)
-        figures, predictions = evaluator(params, None, rows.held_out_batches(job, data))
+        found, predictions = evaluator(params, None, rows.held_out_batches(job, data))
         write_samples(job.directory / "samples.json", data, self.batch.sequences, self.evaluate.rows, predictions)
-        return Result(figures, details={"data": rows.data_details(data)})
+        return Result(found.figures, details={"data": rows.data_details(data), "held_out": found.details()})
 
 
 def evaluation_name(stage: str) -> str:

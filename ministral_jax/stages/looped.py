@@ -8,6 +8,7 @@ from typing import Any
 
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.losses.evaluation import make_evaluate
+from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.stages import rows
 from ministral_jax.stages.base import Job, Params, Program, Result
@@ -96,6 +97,8 @@ class RowLearner:
         self.evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out, job.teacher_placement.rules)
         self.predictions: list[Any] = []
         """Of the last evaluation, `[B, T]` per batch: the most probable next tokens."""
+        self.found = HeldOut()
+        """By the last evaluation."""
 
     def batches(self, first: int) -> rows.Batches:
         return rows.train_batches(self.job, self.data, first, join=self.teacher.join if self.teacher else None)
@@ -107,8 +110,8 @@ class RowLearner:
         params = {**state["params"], **self.fixed}
         join = self.teacher.held_out_join if self.teacher else None
         batches = rows.held_out_batches(self.job, self.data, join)
-        figures, self.predictions = self.evaluator(params, self.constants, batches)
-        return figures | (self.examine(params) if self.examine else {})
+        self.found, self.predictions = self.evaluator(params, self.constants, batches)
+        return self.found.figures | (self.examine(params) if self.examine else {})
 
 
 def run_loop(
@@ -126,4 +129,5 @@ def run_loop(
     write_samples(path, data, stage.batch.sequences, stage.evaluate.rows, learner.predictions)
     outcome.store.delete()
     tokens = stage.steps * stage.batch.tokens
-    return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, files, {"data": rows.data_details(data)})
+    details = {"data": rows.data_details(data), "held_out": learner.found.details()}
+    return Result(outcome.metrics, tokens, stage.steps, outcome.seconds, files, details)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ministral_jax.errors import UserError
+from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.pruning.report import PruneReport
 from ministral_jax.teachers.summary import SplitSummary
@@ -61,6 +62,8 @@ class Manifest(BaseModel):
     steps: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = Field(default_factory=dict)
+    held_out: HeldOut | None = None
+    """What stands behind held-out `metrics`."""
     files: dict[str, Any] = Field(default_factory=dict)
     """Checksums of the parameters' files."""
     devices: Devices | None = None

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import as_teacher, make_evaluate
+from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, placed_params
 from ministral_jax.pruning.statistics import batch_sums, calibrated
@@ -53,10 +54,10 @@ class Prune(rows.RowStage):
         spec, params = load_stage(job.source, placement=job.placement)
         data = rows.open_data(job)
 
-        def kl_to_source(pruned: Params, pruned_spec: ModelSpec) -> float:
+        def measure(pruned: Params, pruned_spec: ModelSpec) -> HeldOut:
             teacher = as_teacher(spec, self.compute, job.placement)
             evaluate = make_evaluate(pruned_spec, self.compute, job.placement, teacher)
-            return evaluate(pruned, params, rows.held_out_batches(job, data))[0]["kl"]
+            return evaluate(pruned, params, rows.held_out_batches(job, data))[0]
 
         surgery = Surgery(
             job.spec,
@@ -65,12 +66,14 @@ class Prune(rows.RowStage):
             self.seed,
             compute=self.compute,
             placement=job.placement,
-            measure=kl_to_source,
+            measure=lambda pruned, pruned_spec: measure(pruned, pruned_spec).figures["kl"],
             progress=ProgressLine(job.name, 0).say,
         )
         with job.placement.rules.active():
             pruned, pruned_spec, report = surgery.run(params, spec)
         files = job.save(pruned)
-        metrics = {"kl_to_source": kl_to_source(pruned, pruned_spec)}
-        details = {"prune": report.model_dump(mode="json"), "data": rows.data_details(data)}
-        return Result(metrics, files=files, details=details, spec=pruned_spec)
+        found = measure(pruned, pruned_spec)
+        held_out = found.details()
+        held_out["intervals"] = {f"{name}_to_source": ends for name, ends in found.intervals.items() if name == "kl"}
+        details = {"prune": report.model_dump(mode="json"), "data": rows.data_details(data), "held_out": held_out}
+        return Result({"kl_to_source": found.figures["kl"]}, files=files, details=details, spec=pruned_spec)

@@ -182,6 +182,7 @@ def evaluation_programs(job: Job[Any], spec: ModelSpec, teacher: Teacher | None 
     """What `losses.evaluation.make_evaluate` compiles for a model of `spec`: its states, and what is read off them."""
     placement = job.placement
     params, batch = placed_params(spec, placement), abstract_batch(job)
+    batch["document"] = batch["segments"]
     run, targets = forward(spec, job.stage.compute, placement), None
 
     def as_rows(states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

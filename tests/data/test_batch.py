@@ -18,7 +18,8 @@ def test_a_packed_row_of_one_document_is_that_of_a_prompt(tokenizer):
     pictures = [Image.new("RGB", size, "red") for size in ((9, 6), (4, 4))]
     document = render((Message("user", (*pictures, "Which?")),), tokenizer, VISION, "here")
     images, size = to_patches(document.pictures, VISION), len(document.tokens)
-    record = dict(tokens=document.tokens, flags=document.flags, sizes=np.array([size], np.int32), **images._asdict())
+    sizes, one = np.array([size], np.int32), np.ones(1, np.int32)
+    record = dict(tokens=document.tokens, flags=document.flags, sizes=sizes, documents=one, **images._asdict())
     packed = decode_row(save(record), bucket(size), bucket(len(images.patches)), tokenizer, VISION)
     batch = one_per_row([document.tokens, [1, 2]], rows=3)
     batch |= images_of_rows([images, None], batch["tokens"] == tokenizer.image_ids[0], VISION)
@@ -30,7 +31,7 @@ def test_a_packed_row_of_one_document_is_that_of_a_prompt(tokenizer):
     assert batch["labels"][1, :2].tolist() == [2, 0] and batch["positions"][1, :3].tolist() == [0, 1, 0]
     assert (batch["image_slot"][1:] == -1).all() and batch["patch_image"][0].max() == 2
     assert one_per_row([[1, 2]], shortest=40)["tokens"].shape == (1, 48)
-    assert set(packed) - set(batch) == {"loss_mask", "answer_mask", "text_bytes"}
+    assert set(packed) - set(batch) == {"loss_mask", "answer_mask", "text_bytes", "document"}
 
 
 def test_few_shapes_are_compiled():

@@ -58,7 +58,8 @@ def batch() -> dict[str, np.ndarray]:
     mask = ((packed["segments"] > 0) & (rng.random((ROWS, T)) < 0.8)).astype(np.float32)
     mask[:, [9, 21, 28]] = 0
     labels = {"labels": np.roll(packed["tokens"], -1, 1)}
-    return packed | labels | dict.fromkeys(("loss_mask", "answer_mask", "text_bytes"), mask)
+    documents = {"document": packed["segments"]}
+    return packed | labels | documents | dict.fromkeys(("loss_mask", "answer_mask", "text_bytes"), mask)
 
 
 def step_parts(do: str, place: Placement):
@@ -144,8 +145,8 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
             statistics = collect(VLM(TEACHER, COMPUTE), params, [data])
             cut = Surgery(target, lambda: [data], placement=place).run(params, TEACHER)
             evaluate = make_evaluate(cut[1], COMPUTE, place, as_teacher(TEACHER, COMPUTE, place))
-            figures, predictions = evaluate(cut[0], params, [data])
-            return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], figures, predictions
+            found, predictions = evaluate(cut[0], params, [data])
+            return statistics, jax.tree.map(lambda x: (x.sharding, np.asarray(x)), cut[0]), cut[2], found, predictions
 
     one, many = run(placement(devices=1)), run(placement(**MESHES[mesh]))
     for name in ("tokens", "norm_ratio", "cosine", "mlp", "second_moment", "projector"):
@@ -153,7 +154,7 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
         np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE * np.abs(a).max(), err_msg=name)
     assert [getattr(s, "kept", None) for s in one[2].steps] == [getattr(s, "kept", None) for s in many[2].steps]
     # A basis is found from rounded moments: what is compared is what the cut models do.
-    np.testing.assert_allclose(many[3]["kl"], one[3]["kl"], rtol=1e-3)
+    np.testing.assert_allclose(many[3].figures["kl"], one[3].figures["kl"], rtol=1e-3)
     assert np.mean(many[4][0] == one[4][0]) > 0.97
     shardings = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[0], many[1], is_leaf=lambda x: isinstance(x, tuple)))
     assert sum(not s.is_fully_replicated for s in shardings) > len(shardings) * 0.8

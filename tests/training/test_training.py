@@ -16,7 +16,7 @@ from ministral_jax.distributed.processes import Preempted
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_jsonl
 from ministral_jax.losses.chunked import cross_entropy
-from ministral_jax.losses.evaluation import figures, hidden, sums
+from ministral_jax.losses.evaluation import hidden
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
 from ministral_jax.runs.summary import token_speedup
@@ -207,26 +207,6 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path, params):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_params(tmp_path / "empty", abstract_params(SPEC))
-
-
-def test_figures_are_means_over_all_batches_not_means_of_means():
-    ones = np.ones((1, 4), np.float32)
-    part = {
-        "labels": np.array([[2, 3, 4, 0]]),
-        "loss_mask": np.array([[1, 1, 0, 0]], np.float32),
-        "text_bytes": np.array([[3, 0, 0, 0]], np.float32),
-        "answer_mask": np.array([[0, 1, 0, 0]], np.float32),
-    }
-    other = {**part, "loss_mask": ones, "answer_mask": np.array([[1, 1, 0, 0]], np.float32)}
-    right = {"ce": 2 * ones, "kl": ones, "prediction": np.array([[2, 3, 4, 0]]), "confidence": 0.5 * ones}
-    wrong = {"ce": 4 * ones, "kl": 4 * ones, "prediction": np.zeros((1, 4), int), "confidence": 0.9 * ones}
-    result = figures([sums(part, right), sums(other, wrong)])
-    assert result["kl"] == pytest.approx((2 * 1 + 4 * 4) / 6)
-    # two right at 0.5 and, of four at 0.9, the last one
-    assert result["ece"] == pytest.approx((abs(2 * 0.5 - 2) + abs(4 * 0.9 - 1)) / 6)
-    assert result["ce"] == pytest.approx((2 * 2 + 4 * 4) / 6)
-    assert result["bits_per_byte"] == pytest.approx((2 + 4) / math.log(2) / 6)
-    assert result["digit_accuracy"] == pytest.approx(1 / 3)
 
 
 def curve(*points):
