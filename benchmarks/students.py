@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.losses.head import LossHead
+from ministral_jax.models.vlm import VLM
 from ministral_jax.recipe.load import resolve_specs
 from ministral_jax.recipe.types import Recipe
-from ministral_jax.stages.base import Job, fresh_params, load_stage
+from ministral_jax.stages.base import Graph, Job, fresh_params, load_stage
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.rows import open_data, train_batches
 from ministral_jax.stages.teaching import distillation
@@ -53,15 +55,16 @@ class Side:
 def make_side(recipe: Recipe, student: str, teacher: str | None, run_dir: Path) -> Side:
     """The step and the batches of a distil stage, its student drawn at random; `teacher` online, or as the recipe has
     it: stored."""
-    job = Job(student, recipe.stages[student], resolve_specs(recipe)[student], run_dir)
-    stage, place, data = job.stage, job.placement, open_data(job)
+    stage, specs = recipe.stages[student], resolve_specs(recipe)
+    job = Job(student, stage, specs[student], Graph(recipe.stages, specs), run_dir, make_mesh(stage.mesh))
+    place, data = job.placement, open_data(job)
     if teacher is None:
-        taught = stored(Store(str(run_dir / stage.teacher.store / "store")), place)
+        taught = stored(Store(str(run_dir / stage.teacher.store / "store")), place, stage.batch.length)
     else:
         spec, params = load_stage(run_dir / teacher, jnp.dtype(stage.compute.dtype), place)
         taught = online(spec, params, stage.compute, place, stage.batch.length)
     trainable, fixed = split_frozen(fresh_params(job.spec, 0, place), FROZEN)
-    loss = distillation(job.spec, stage.compute, stage.loss, LossHead(place, place.rules), taught.targets)
+    loss = distillation(VLM(job.spec, stage.compute), stage.loss, LossHead(place, place.rules), taught.targets)
     rate, optimizer = learning_rate(stage.optimizer, stage.steps), make_optimizer(stage.optimizer, stage.steps)
     step = make_step(place.rules.scoped(loss), optimizer, rate, 1, state_shardings(trainable, optimizer))
     constants = {**fixed, "teacher": taught.constants}

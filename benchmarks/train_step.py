@@ -34,7 +34,7 @@ def ours():
     from ministral_jax.losses.chunked import LossOptions
     from ministral_jax.losses.head import LossHead
     from ministral_jax.models.spec import ModelSpec
-    from ministral_jax.models.vlm import Compute
+    from ministral_jax.models.vlm import VLM, Compute
     from ministral_jax.stages.base import fresh_params
     from ministral_jax.stages.teaching import distillation
     from ministral_jax.teachers.teacher import online_targets
@@ -48,7 +48,7 @@ def ours():
     optimizer = make_optimizer(config, 1000)
     place = Placement(make_mesh(MeshConfig()), Rules())
     teaching = online_targets(teacher, Compute(), place.rules)
-    loss = distillation(student, Compute(), LossOptions(), LossHead(place), teaching)
+    loss = distillation(VLM(student, Compute()), LossOptions(), LossHead(place), teaching)
     step = make_step(loss, optimizer, learning_rate(config, 1000))
     state = init_state(fresh_params(student, 0), optimizer)
     frozen = {"teacher": fresh_params(teacher, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import grain
@@ -19,10 +20,18 @@ Join = Callable[[list[bytes]], Batch]
 ENDLESS = range(2**40)
 
 
+@dataclass(frozen=True)
+class Order:
+    """An endless sequence of training rows: every epoch is shuffled anew, by `seed`; it is read from `first` on."""
+
+    seed: int = 0
+    first: int = 0
+
+
 def batches(
     data: PackedData,
     batch_size: int,
-    seed: int,
+    order: Order,
     steps: range = ENDLESS,
     rows: Indices | None = None,
     join: Join | None = None,
@@ -30,8 +39,8 @@ def batches(
     """The global batches of training rows of these steps, shuffled anew each epoch; or of each only `rows`, those that
     the devices of this host hold.
 
-    Batch n holds rows `n B .. (n + 1) B` of an endless sequence that depends on the seed alone: any number of hosts
-    reads the same global batch, and resuming is starting at a step. What `join` gives for the rows stands beside them.
+    Batch n holds rows `n B .. (n + 1) B` of the sequence: any number of hosts reads the same global batch, and resuming
+    is starting at a step. What `join` gives for the rows stands beside them.
     Closing the iterator ends its reading threads.
 
     Yields:
@@ -45,12 +54,12 @@ def batches(
     Raises:
         UserError: there are no rows.
     """
-    records, order = _open(data, "train"), _order(data, seed)
+    records, sequence = _open(data, "train"), _order(data, order.seed)
     wanted = range(batch_size) if rows is None else rows
 
     def batch(step: int) -> Batch:
-        first = step * batch_size
-        return _batch([records[cast(int, order[first + int(i)])] for i in wanted], data, join)
+        first = order.first + step * batch_size
+        return _batch([records[cast(int, sequence[first + int(i)])] for i in wanted], data, join)
 
     return _prefetched(grain.MapDataset.range(steps.start, steps.stop).map(batch))
 

@@ -71,8 +71,9 @@ def make_evaluate(
     placement: Placement,
     teacher: TeacherFn | None = None,
     teacher_rules: Rules | None = None,
+    teacher_context: int | None = None,
 ) -> Evaluate:
-    """An evaluator of models of one size, against a teacher when what it says is given.
+    """An evaluator of models of one size, against a teacher when what it says is given; at positions of its context.
 
     Returns:
         `(params, constants, batches) -> (what was found, predictions)` of batches of `data.pipeline.held_out` as
@@ -95,7 +96,7 @@ def make_evaluate(
             states = forward(spec, compute, placement)(params, batch)
             read = reading(LossHead(placement, teacher_rules or placement.rules))
             found = jax.device_get(read(states, head(params), targets, batch))
-            sums.append(document_sums(found))
+            sums.append(document_sums(found, teacher_context))
             predictions.append(found["prediction"][:, np.argsort(placement.order(found["prediction"].shape[1]))])
         return held_out_figures(sums), predictions
 

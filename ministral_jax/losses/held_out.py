@@ -53,12 +53,13 @@ class HeldOut:
         return {key: value for key, value in asdict(self).items() if key != "figures"}
 
 
-def document_sums(read: Readings) -> tuple[Int[np.ndarray, " D"], Sums]:
+def document_sums(read: Readings, teacher_context: int | None = None) -> tuple[Int[np.ndarray, " D"], Sums]:
     """Sums over the positions of each document of a batch, and which documents these are.
 
     Args:
         read: `ce`, `confidence`, `prediction` (and `kl`) as `losses.chunked.evaluate_positions` gives them; `labels`,
             `loss_mask`, `answer_mask`, `text_bytes`, `positions` and `document` as `data.pipeline.held_out` does.
+        teacher_context: `kl` counts at positions before that.
     """
     found, places = np.unique(read["document"], return_inverse=True)
     places = places.reshape(read["document"].shape)
@@ -88,7 +89,12 @@ def document_sums(read: Readings) -> tuple[Int[np.ndarray, " D"], Sums]:
         "octave_ce": binned(mask * read["ce"], octave, OCTAVES),
     }
     if "kl" in read:
-        sums |= {"kl": summed(mask * read["kl"]), "octave_kl": binned(mask * read["kl"], octave, OCTAVES)}
+        known = mask if teacher_context is None else mask * (read["positions"] < teacher_context)
+        sums |= {"kl": summed(known * read["kl"]), "known": summed(known)}
+        sums |= {
+            "octave_kl": binned(known * read["kl"], octave, OCTAVES),
+            "octave_known": binned(known, octave, OCTAVES),
+        }
     return found, sums
 
 
@@ -112,7 +118,9 @@ def held_out_figures(batches: Sequence[tuple[Int[np.ndarray, " D"], Sums]]) -> H
 def _ratios(sums: Sums, weights: Float[np.ndarray, "N D"]) -> dict[str, Float[np.ndarray, " N"]]:
     """Every figure, for each of N ways to weight the documents. Left out is what no document has anything of."""
     total = {key: np.tensordot(weights, values, 1) for key, values in sums.items() if not key.startswith("octave")}
-    result = {key: _over(total[key], np.maximum(total["counted"], 1)) for key in ("ce", "kl") if key in total}
+    result = {"ce": _over(total["ce"], np.maximum(total["counted"], 1))}
+    if "kl" in total:
+        result["kl"] = _over(total["kl"], np.maximum(total["known"], 1))
     if sums["bytes"].any():
         result["bits_per_byte"] = _over(total["nats"] / np.log(2), total["bytes"])
     if sums["answers"].any():
@@ -135,11 +143,16 @@ def _intervals(sums: Sums, count: int) -> dict[str, tuple[float, float]]:
 
 
 def _octaves(sums: Sums) -> tuple[Octave, ...]:
-    counted, ce = sums["octave"].sum(0), sums["octave_ce"].sum(0)
-    kl = sums["octave_kl"].sum(0) if "octave_kl" in sums else None
+    total = {key: values.sum(0) for key, values in sums.items() if key.startswith("octave")}
+    counted = total["octave"]
+
+    def kl(n: int) -> float | None:
+        known = total["octave_known"][n] if "octave_known" in total else 0
+        return float(total["octave_kl"][n] / known) if known else None
+
     starts = [0, *(1 << (_FIRST_OCTAVE + n) for n in range(OCTAVES - 1))]
     return tuple(
-        Octave(start, float(counted[n]), float(ce[n] / counted[n]), None if kl is None else float(kl[n] / counted[n]))
+        Octave(start, float(counted[n]), float(total["octave_ce"][n] / counted[n]), kl(n))
         for n, start in enumerate(starts)
         if counted[n]
     )

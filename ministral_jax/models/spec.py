@@ -16,8 +16,9 @@ from ministral_jax.settings import Frozen
 class RopeSpec(Frozen):
     """Rotary positions and what long context adds to them.
 
-    `yarn_factor == 1` is plain RoPE; `temperature_beta == 0` turns the position temperature off. Both are the identity
-    for positions below `original_context`, which is therefore required as soon as either is on.
+    `yarn_factor == 1` is plain RoPE; `temperature_beta == 0` turns the position temperature off. Both are said relative
+    to `original_context`, which is therefore required as soon as either is on. The temperature is 1 below it; YaRN
+    changes frequencies, and so what is computed at every position.
     """
 
     theta: float = Field(default=1e6, gt=1)

@@ -13,7 +13,7 @@ from ministral_jax.stages import teaching
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, Stage, fresh_params, load_stage
 from ministral_jax.stages.figures import HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
-from ministral_jax.stages.rows import open_data
+from ministral_jax.stages.rows import first_row, open_data
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
 
@@ -35,15 +35,16 @@ class Distill(teaching.Taught):
     """Also run `<stage>-scratch`: same shape, data, tokens and teacher, but decoder and projector drawn at random."""
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
-        """The baseline, equal but for its first weights."""
+        """The baseline, equal but for its first weights: it reads the very rows."""
         if not self.baseline:
             return {}
         before = stages.get(self.source or "")
+        changes: dict[str, Any] = {"baseline": False, "first_row": first_row(self, stages)}
         if isinstance(before, Distill) and before.baseline:
-            changes: dict[str, Any] = {"source": scratch_name(self.source or "")}
+            changes |= {"source": scratch_name(self.source or "")}
         else:
-            changes = {"source": None, "model": sizes().model_dump(mode="json")}
-        return {scratch_name(name): self.model_copy(update={"baseline": False, **changes})}
+            changes |= {"source": None, "model": sizes().model_dump(mode="json")}
+        return {scratch_name(name): self.model_copy(update=changes)}
 
     def objective(self, job: Job[Distill], teacher: Teacher) -> Objective:
         return Objective(teaching.teacher_loss(job, teacher), FROZEN, teacher)

@@ -38,6 +38,10 @@ class Looped(rows.RowStage, Steps):
 
     evaluate: rows.EvaluateConfig = rows.EvaluateConfig()
 
+    @property
+    def rows_read(self) -> int:
+        return self.steps * self.batch.sequences
+
     def prepare(self, job: Job[Any], packing: rows.Packing) -> None:
         check_tracker(self.track, job.where)
         super().prepare(job, packing)
@@ -94,7 +98,8 @@ class RowLearner:
         self.schedule = Schedule(stage.evaluate.every, stage.steps, tokens, flops * tokens, stage.evaluate.early)
         self.constants = self.teacher.constants if self.teacher else None
         held_out = self.teacher.held_out if self.teacher else None
-        self.evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out, job.teacher_placement.rules)
+        rules, context = job.teacher_placement.rules, self.teacher.context if self.teacher else None
+        self.evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out, rules, context)
         self.predictions: list[Any] = []
         """Of the last evaluation, `[B, T]` per batch: the most probable next tokens."""
         self.found = HeldOut()

@@ -34,6 +34,10 @@ class Prune(rows.RowStage):
     options: PruneOptions = PruneOptions()
     evaluate: rows.EvaluateConfig = rows.EvaluateConfig()
 
+    @property
+    def rows_read(self) -> int:
+        return self.calibration * self.batch.sequences
+
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         check_target(graph.specs[self.source], spec, where)
         self.check_length(spec, where)
@@ -56,7 +60,7 @@ class Prune(rows.RowStage):
 
         def measure(pruned: Params, pruned_spec: ModelSpec) -> HeldOut:
             teacher = as_teacher(spec, self.compute, job.placement)
-            evaluate = make_evaluate(pruned_spec, self.compute, job.placement, teacher)
+            evaluate = make_evaluate(pruned_spec, self.compute, job.placement, teacher, teacher_context=spec.context)
             return evaluate(pruned, params, rows.held_out_batches(job, data))[0]
 
         surgery = Surgery(

@@ -7,7 +7,7 @@ killed goes on with what is missing, on any mesh and number of hosts. A file of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -30,10 +30,10 @@ from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, head_matrix, placed_params
 from ministral_jax.settings import Place
-from ministral_jax.stages.base import Job, Params, Program, Result, load_stage
+from ministral_jax.stages.base import Job, Params, Program, Result, Stage, load_stage
 from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.manifest import digest
-from ministral_jax.stages.rows import Packing, RowStage, abstract_batch, data_details, open_data
+from ministral_jax.stages.rows import Packing, RowStage, abstract_batch, data_details, first_row, open_data
 from ministral_jax.teachers import codecs, store_format
 from ministral_jax.teachers.encode import encoder
 from ministral_jax.teachers.statistics import statistics, summarise
@@ -70,7 +70,7 @@ class Record(RowStage):
     store: Place | None = None
     """Where the store is written: a path, or a URL such as gs://bucket/name; None is in the stage's directory."""
 
-    def check_reader(self, student: Any, name: str, where: str) -> None:
+    def check_reader(self, student: Any, name: str, stages: Mapping[str, Stage], where: str) -> None:
         """Raise `UserError` when a student would read rows that this stage, `name`, does not record."""
         if student.batch.length != self.batch.length:
             raise UserError(
@@ -82,10 +82,10 @@ class Record(RowStage):
                 f"{where}.evaluate.rows = {student.evaluate.rows} is more than stages.{name}.held_out_rows = "
                 f"{self.held_out_rows}"
             )
-        needed = student.steps * student.batch.sequences
-        if self.rows is not None and (student.seed != self.seed or needed > self.rows):
+        last = first_row(student, stages) + student.rows_read
+        if self.rows is not None and (student.seed != self.seed or last > self.rows):
             raise UserError(
-                f"{where} reads {needed} rows in the order of seed {student.seed}, {name!r} records the first "
+                f"{where} reads rows up to {last} in the order of seed {student.seed}, {name!r} records the first "
                 f"{self.rows} in the order of seed {self.seed}; raise stages.{name}.rows, leave it out (all rows), or "
                 "use one seed"
             )
@@ -291,7 +291,7 @@ def recorded_teacher(job: Job[Any], recorder: Record) -> Teacher:
     shape, kept = (spec.width, spec.vocab), recorder.kept(job.tokens.control)
     lies = job.teacher_placement.sharding(shape, ("embed", "vocab"))
     head = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=lies)
-    teacher = recorded(*kept["train"], dtype, head)
+    teacher = recorded(*kept["train"], dtype, head, spec.context)
     return replace(teacher, train_arrays=added(*kept["train"]), held_out_arrays=added(*kept["held_out"]))
 
 

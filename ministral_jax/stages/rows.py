@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import Field, field_validator
 from ministral_jax.data.batch import shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
-from ministral_jax.data.pipeline import ENDLESS, Join, batches, held_out
+from ministral_jax.data.pipeline import ENDLESS, Join, Order, batches, held_out
 from ministral_jax.data.prepare import PackedData, prepare
 from ministral_jax.data.sources import source_digest
 from ministral_jax.data.tokenizer import check_vocab, tokenizer_digest
@@ -98,7 +99,15 @@ class RowStage(Stage):
     seed: int = 0
     data: DataConfig
     batch: BatchConfig = BatchConfig()
+    first_row: int | None = Field(default=None, ge=0)
+    """Where the stage begins in the endless sequence of training rows of its seed; None is after what the stages it
+    comes from have read of the same sequence, so that no row is read twice before every one was read."""
     compute: Compute = Compute()
+
+    @property
+    def rows_read(self) -> int:
+        """Training rows, one after the other."""
+        return 0
 
     def contents(self, root: Path) -> dict[str, str | None]:
         return data_contents(self.data, root)
@@ -117,6 +126,21 @@ class RowStage(Stage):
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         packing.rows(job)
+
+
+def first_row(stage: Stage, stages: Mapping[str, Stage]) -> int:
+    """Where a stage of a recipe begins in its sequence of training rows, which is that of every stage with the same
+    data, row length and seed; see `RowStage.first_row`."""
+    if not isinstance(stage, RowStage):
+        return 0
+    if stage.first_row is not None:
+        return stage.first_row
+    before, same = stages.get(stage.source or ""), ("data", "batch.length", "seed")
+    while before is not None:
+        if isinstance(before, RowStage) and all(attrgetter(key)(before) == attrgetter(key)(stage) for key in same):
+            return first_row(before, stages) + before.rows_read
+        before = stages.get(before.source or "")
+    return 0
 
 
 def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedData:
@@ -143,7 +167,8 @@ def train_batches(
 ) -> Batches:
     """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
     count, steps = job.stage.batch.sequences, range(start, stop or ENDLESS.stop)
-    rows = batches(data, count, job.stage.seed, steps, job.placement.rows(count), join)
+    first = first_row(job.stage, job.graph.stages)
+    rows = batches(data, count, Order(job.stage.seed, first), steps, job.placement.rows(count), join)
     return _placed(job.placement, rows, count)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Targets, check_options
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, Compute, head_matrix, param_shardings, placed_params
+from ministral_jax.models.vlm import VLM, head_matrix, param_shardings, placed_params
 from ministral_jax.settings import Frozen
 from ministral_jax.stages.base import Graph, Job, Params, load_stage
 from ministral_jax.stages.looped import FROZEN, Looped
@@ -51,6 +52,9 @@ class Taught(Looped):
 
     teacher: AnyTeacher | None = None
     loss: LossOptions = LossOptions()
+    beyond_teacher: Literal["refuse", "mask", "labels"] = "refuse"
+    """Of rows longer than the teacher's context: refuse them, leave positions beyond it out of the loss, or learn the
+    labels there, by cross-entropy. What a model says beyond its context is no target."""
 
     @property
     def teacher_stage(self) -> str | None:
@@ -81,8 +85,14 @@ class Taught(Looped):
                 check_options(self.loss, teacher.codec.kind)
             except UserError as error:
                 raise UserError(f"{where}.{error}") from None
-            teacher.check_reader(self, name, where)
+            teacher.check_reader(self, name, graph.stages, where)
         check_vocabulary(spec, name, "teacher", graph, where)
+        if self.beyond_teacher == "refuse" and self.batch.length > graph.specs[name].context:
+            raise UserError(
+                f"{where}.batch.length = {self.batch.length} exceeds the context of {graph.specs[name].context} of its "
+                f"teacher {name!r}; set {where}.beyond_teacher to `labels` (cross-entropy there) or `mask` (nothing), "
+                "or use shorter rows"
+            )
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         """A student must read the rows that are, or will be, in the store."""
@@ -105,22 +115,34 @@ def check_vocabulary(spec: ModelSpec, name: str, role: str, graph: Graph, where:
         )
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """What is learnt at positions from the teacher's `context` on: the labels, or nothing."""
+
+    context: int
+    labels: bool
+
+
 def distillation(
-    student_spec: ModelSpec,
-    compute: Compute,
+    student: VLM,
     options: LossOptions,
     heads: LossHead,
     targets: Callable[[Params, dict[str, Any]], Targets],
+    beyond: Beyond | None = None,
 ) -> LossFn:
     """The objective: `(trainable, frozen, batch)`, with the teacher's arrays under `frozen["teacher"]`, of which and of
-    the batch `targets` makes what to learn."""
-    student = VLM(student_spec, compute)
+    the batch `targets` makes what to learn; `beyond` its context where rows are longer than that."""
 
     def loss(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
-        constants, mask = dict(frozen), batch["loss_mask"]
+        constants, counted, labels = dict(frozen), batch["loss_mask"], batch["labels"]
         taught = targets(constants.pop("teacher"), batch)
         states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
-        total, metrics = heads.distillation_loss(states, head, taught, batch["labels"], mask, options)
+        mask = counted if beyond is None else counted * (batch["positions"] < beyond.context)
+        total, metrics = heads.distillation_loss(states, head, taught, labels, mask, options)
+        if beyond is not None and beyond.labels:
+            more, found = heads.cross_entropy(states, head, labels, counted - mask, options.chunk)
+            total, metrics = total + more, {**metrics, "ce_beyond_teacher": found["ce"]}
+            mask = counted
         return total, {**metrics, "loss": (total, mask.sum())}
 
     return loss
@@ -128,8 +150,11 @@ def distillation(
 
 def teacher_loss(job: Job[Any], teacher: Teacher) -> LossFn:
     """`distillation` as the stage's settings say."""
+    stage: Taught = job.stage
     heads = LossHead(job.placement, job.teacher_placement.rules)
-    return distillation(job.spec, job.stage.compute, job.stage.loss, heads, teacher.targets)
+    longer = stage.batch.length > teacher.context
+    beyond = Beyond(teacher.context, stage.beyond_teacher == "labels") if longer else None
+    return distillation(VLM(job.spec, stage.compute), stage.loss, heads, teacher.targets, beyond)
 
 
 def described_teacher(job: Job[Any]) -> Teacher:
@@ -166,7 +191,7 @@ def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
             length=data.length,
             vocab=job.spec.vocab,
         )
-        return stored(store, placement)
+        return stored(store, placement, job.graph.specs[stage.teacher.store].context)
     # In the dtype it computes in: the parameters would be cast to that at every use.
     spec, params = load_stage(directory, jnp.dtype(stage.compute.dtype), placement)
     return online(spec, params, stage.compute, placement, stage.batch.length)

@@ -31,6 +31,7 @@ Batch = dict[str, Any]
 class Teacher:
     """What a student is compared with.
 
+    context: positions from there on are beyond what it knows.
     constants: arrays that every step is given, as `frozen["teacher"]`.
     targets: `(constants, batch) -> Targets`, traced within the step.
     held_out: `(constants, batch) -> (final states [B, T, D'], parameters with the head)`: the whole distribution.
@@ -38,6 +39,7 @@ class Teacher:
     join, held_out_join: what it adds to the rows of a batch when these are read.
     """
 
+    context: int
     constants: Params
     targets: Callable[[Params, Batch], Targets]
     held_out: TeacherFn
@@ -53,7 +55,7 @@ class Teacher:
 def online(spec: ModelSpec, params: Params, compute: Compute, placement: Placement, length: int) -> Teacher:
     """A model that runs on the student's mesh, by its own rules."""
     targets = online_targets(spec, compute, placement.rules)
-    return Teacher(params, targets, as_teacher(spec, compute, placement), spec.flops_per_token(length))
+    return Teacher(spec.context, params, targets, as_teacher(spec, compute, placement), spec.flops_per_token(length))
 
 
 def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[[Params, Batch], Hidden]:
@@ -62,8 +64,9 @@ def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[
     return lambda params, batch: Hidden(taught(model, params, batch), head_matrix(params))
 
 
-def stored(store: Store, placement: Placement) -> Teacher:
-    """A teacher that was recorded: only its output matrix is in memory, for what is stored as hidden states.
+def stored(store: Store, placement: Placement, context: int) -> Teacher:
+    """A teacher that was recorded, and its context: only its output matrix is in memory, for what is stored as hidden
+    states.
 
     Each host reads the targets of its own rows, in the threads that read these.
     """
@@ -76,19 +79,20 @@ def stored(store: Store, placement: Placement) -> Teacher:
     shape = (info.width, info.vocab)
     head = jax.make_array_from_callback(shape, placement.sharding(shape, ("embed", "vocab")), part)
     return replace(
-        recorded(codec, info.forced, info.dtype, head),
+        recorded(codec, info.forced, info.dtype, head, context),
         join=lambda hashes: unpack(store.read("train", hashes)),
         held_out_join=lambda hashes: unpack(store.read("held_out", hashes)),
     )
 
 
-def recorded(codec: Codec, forced: tuple[int, ...], dtype: str, head: Any) -> Teacher:
+def recorded(codec: Codec, forced: tuple[int, ...], dtype: str, head: Any, context: int) -> Teacher:
     """What a store of `codec` for training rows teaches, its batches joined or not.
 
     Args:
         forced: ids that `codec` always keeps.
         dtype: of the hidden states of held-out rows.
         head: the teacher's output matrix `[D', V]`, an array or its shape.
+        context: the teacher's.
     """
 
     def whole(params: Params, batch: Batch) -> tuple[Array, Params]:
@@ -97,4 +101,4 @@ def recorded(codec: Codec, forced: tuple[int, ...], dtype: str, head: Any) -> Te
         return found.hidden, params
 
     taught = lambda params, batch: targets(codec, batch, head_matrix(params), forced)
-    return Teacher({"decoder": {"head": head}}, taught, whole)
+    return Teacher(context, {"decoder": {"head": head}}, taught, whole)

@@ -19,7 +19,7 @@ from ministral_jax.data.config import DataConfig, SourceConfig
 from ministral_jax.data.documents import tokenise
 from ministral_jax.data.images import normalise, patch_positions
 from ministral_jax.data.packing import pack
-from ministral_jax.data.pipeline import batches, chosen_rows, held_out, training_order
+from ministral_jax.data.pipeline import Order, batches, chosen_rows, held_out, training_order
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.rows import content_hash
 from ministral_jax.data.sources import open_source
@@ -91,7 +91,7 @@ def sources(inputs, root, data):
 def rows_of(data, split):
     """Every row of a split once."""
     count = data.counts["train"]["rows"]
-    stream = held_out(data, 4) if split == "held_out" else batches(data, 1, 0, range(count))
+    stream = held_out(data, 4) if split == "held_out" else batches(data, 1, Order(0), range(count))
     return [{key: array[i] for key, array in batch.items()} for batch in stream for i in range(len(batch["tokens"]))]
 
 
@@ -206,7 +206,7 @@ def test_masks_and_pictures_follow_the_documents(data, sources):
         chat.tokens[chat.starts[i] : chat.starts[i + 1]].astype(np.int32).tobytes(): i for i in range(len(chat.keys))
     }
     checked = 0
-    for batch in batches(data, 8, 3, range(15)):
+    for batch in batches(data, 8, Order(3), range(15)):
         for r in range(8):
             row = {key: value[r] for key, value in batch.items()}
             picture = 0
@@ -243,7 +243,7 @@ def test_masks_and_pictures_follow_the_documents(data, sources):
 
 def test_batches_depend_on_the_seed_and_the_step_alone(data):
     def read(start=0, seed=5, rows=None):
-        return list(batches(data, 8, seed, range(start, 12), rows))
+        return list(batches(data, 8, Order(seed), range(start, 12), rows))
 
     def same(a, b):
         return len(a) == len(b) and all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in x)
@@ -258,12 +258,14 @@ def test_batches_depend_on_the_seed_and_the_step_alone(data):
             for share, part in zip(shares, step, strict=True):
                 assert all(np.array_equal(part[key], batch[key][share]) for key in batch)
     assert read(12) == []
-    endless = batches(data, 8, 5)
+    endless = batches(data, 8, Order(5))
     assert same(whole[:2], [next(endless), next(endless)])
     endless.close()
 
     rows = data.counts["train"]["rows"]
-    epochs = [[b["tokens"].tobytes() for b in batches(data, 1, 5, range(e * rows, (e + 1) * rows))] for e in (0, 1)]
+    epochs = [
+        [b["tokens"].tobytes() for b in batches(data, 1, Order(5), range(e * rows, (e + 1) * rows))] for e in (0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1] and len(set(epochs[0])) > rows * 0.9
 
 
@@ -317,16 +319,16 @@ def test_packing_is_reused_and_the_same_in_another_process(data, inputs, tmp_pat
     script = (
         "import sys; from pathlib import Path; from ministral_jax.data.config import DataConfig;"
         "from ministral_jax.data.prepare import prepare;"
-        "from ministral_jax.data.pipeline import batches; from ministral_jax.models.spec import PRESETS;"
+        "from ministral_jax.data.pipeline import Order, batches; from ministral_jax.models.spec import PRESETS;"
         "vision = PRESETS['tiny-24b'].vision;"
         f"d = prepare(DataConfig.model_validate_json(sys.argv[1]), {LENGTH}, vision, Path(sys.argv[2]));"
-        "b = next(batches(d, 4, 9, range(2, 3))); print(d.directory, b['tokens'].sum(), b['patches'].sum())"
+        "b = next(batches(d, 4, Order(9), range(2, 3))); print(d.directory, b['tokens'].sum(), b['patches'].sum())"
     )
     command = [sys.executable, "-c", script, config(inputs).model_dump_json(), str(tmp_path)]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert content(Path(out[0])) == content(data.directory) and Path(out[0]).name == data.directory.name
-    batch = next(batches(data, 4, 9, range(2, 3)))
+    batch = next(batches(data, 4, Order(9), range(2, 3)))
     assert out[1:] == [str(batch["tokens"].sum()), str(batch["patches"].sum())]
 
 
@@ -365,14 +367,14 @@ def test_built_in_sources(tmp_path):
 
     plain = DataConfig(tokenizer=TOKENIZER, sources=dict(library=dict(kind="python-library", limit=3)), held_out=0)
     data = prepare(plain, 128, None, tmp_path)
-    assert set(next(batches(data, 2, 0))) == {
+    assert set(next(batches(data, 2, Order(0)))) == {
         "tokens", "positions", "segments", "labels", "loss_mask", "answer_mask", "text_bytes",
     }  # fmt: skip
     with pytest.raises(UserError, match="no document is in the held_out split"):
         next(held_out(data, 2))
     (data.directory / "train.array_record").unlink()
     with pytest.raises(UserError, match=r"train.array_record is missing; delete"):
-        batches(data, 4, 0)
+        batches(data, 4, Order(0))
 
 
 def _pictures(folder):
@@ -493,12 +495,12 @@ def test_what_is_joined_goes_by_content(data):
         return {"again": np.array([known[found] for found in hashes]).reshape(-1, data.length)}
 
     for size, rows in ((8, None), (6, [1, 3])):
-        for batch in batches(data, size, 3, range(4), rows, join):
+        for batch in batches(data, size, Order(3), range(4), rows, join):
             np.testing.assert_array_equal(batch["again"], batch["tokens"])
     order = training_order(data, 3)
     assert sorted(order) == list(range(data.counts["train"]["rows"]))
     stream = chosen_rows(data, "train", [order[:4], [order[4], -1]])
-    for batch, (again, hashes) in zip(batches(data, 4, 3, range(2)), stream, strict=True):
+    for batch, (again, hashes) in zip(batches(data, 4, Order(3), range(2)), stream, strict=True):
         full = [i for i, found in enumerate(hashes) if found is not None]
         np.testing.assert_array_equal(again["tokens"][full], batch["tokens"][full])
     assert hashes[1] is None and not again["segments"][1].any()

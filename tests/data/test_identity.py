@@ -11,7 +11,7 @@ from PIL import Image
 
 from ministral_jax.data import digests, sources
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
-from ministral_jax.data.pipeline import batches
+from ministral_jax.data.pipeline import Order, batches
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.sources import open_source, read_documents, source_digest
 from ministral_jax.data.tokenizer import load_tokenizer, tokenizer_digest
@@ -71,7 +71,7 @@ def test_moved_renamed_touched_and_compressed_data_is_the_same(folder, tmp_path)
     assert data_digest(config(moved), 64, VISION, root) == before
     second = prepare(config(moved), 64, VISION, tmp_path / "other")
     assert (second.digest, second.counts) == (first.digest, first.counts)
-    for one, other in zip(batches(first, 2, 0, range(3)), batches(second, 2, 0, range(3)), strict=True):
+    for one, other in zip(batches(first, 2, Order(), range(3)), batches(second, 2, Order(), range(3)), strict=True):
         assert all((one[key] == other[key]).all() for key in one)
 
 

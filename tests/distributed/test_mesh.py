@@ -67,7 +67,7 @@ def step_parts(do: str, place: Placement):
     heads = LossHead(place, place.rules)
     if do == "distill":
         objective = distillation(
-            STUDENT, COMPUTE, LossOptions(chunk=64), heads, online_targets(TEACHER, COMPUTE, place.rules)
+            VLM(STUDENT, COMPUTE), LossOptions(chunk=64), heads, online_targets(TEACHER, COMPUTE, place.rules)
         )
         params, frozen = split_frozen(fresh_params(STUDENT, 0, place), ("vision",))
         constants = {**frozen, "teacher": fresh_params(TEACHER, 1, place)}
