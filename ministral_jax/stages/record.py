@@ -61,7 +61,7 @@ class Record(RowStage):
     do: Literal["record"]
     source: str = Field(alias="from")
     rows: int | None = Field(default=None, ge=1)
-    """Training rows, the first ones in the order of `seed`, as a student with that seed reads them; None is all."""
+    """Training rows from `first_row` on, in the order of `seed` as a student with that seed reads them; None is all."""
     held_out_rows: int = Field(default=64, ge=1)
     """Held-out rows, in file order, whose hidden states are kept for exact evaluations."""
     codec: codecs.Codec = codecs.SampledCodec()
@@ -82,12 +82,15 @@ class Record(RowStage):
                 f"{where}.evaluate.rows = {student.evaluate.rows} is more than stages.{name}.held_out_rows = "
                 f"{self.held_out_rows}"
             )
-        last = first_row(student, stages) + student.rows_read
-        if self.rows is not None and (student.seed != self.seed or last > self.rows):
+        if self.rows is None:
+            return
+        theirs, ours = first_row(student, stages), first_row(self, stages)
+        last, kept = theirs + student.rows_read, ours + self.rows
+        if student.seed != self.seed or theirs < ours or last > kept:
             raise UserError(
-                f"{where} reads rows up to {last} in the order of seed {student.seed}, {name!r} records the first "
-                f"{self.rows} in the order of seed {self.seed}; raise stages.{name}.rows, leave it out (all rows), or "
-                "use one seed"
+                f"{where} reads rows {theirs} to {last} in the order of seed {student.seed}, {name!r} records {ours} "
+                f"to {kept} in the order of seed {self.seed}; set stages.{name}.first_row and rows, leave rows out (all), "
+                "or use one seed"
             )
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
@@ -116,7 +119,7 @@ class Record(RowStage):
         spec, params = load_stage(job.source, jnp.dtype(self.compute.dtype), job.placement)
         data = open_data(job)
         job = job.with_tokens(data.tokenizer)
-        programs, splits = self.programs(job), _splits(self, spec, data)
+        programs, splits = self.programs(job), _splits(job, spec, data)
         root, description = self.store or str(job.directory / "store"), _describe(job, spec, data, splits)
         opened: list[Writer] = []
         first_then_all(lambda: opened.append(open_for_writing(root, description, create=is_first())))
@@ -143,9 +146,10 @@ class Rows:
     spec: store_format.SplitSpec
 
 
-def _splits(stage: Record, spec: ModelSpec, data: PackedData) -> list[Rows]:
+def _splits(job: Job[Record], spec: ModelSpec, data: PackedData) -> list[Rows]:
+    stage, order, first = job.stage, training_order(data, job.stage.seed), first_row(job.stage, job.graph.stages)
     orders = {
-        "train": training_order(data, stage.seed)[: stage.rows],
+        "train": order if stage.rows is None else order[first : first + stage.rows],
         "held_out": np.arange(data.counts["held_out"]["rows"])[: stage.held_out_rows],
     }
     splits = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,26 @@ def first_row(stage: Stage, stages: Mapping[str, Stage]) -> int:
         return 0
     if stage.first_row is not None:
         return stage.first_row
-    before, same = stages.get(stage.source or ""), ("data", "batch.length", "seed")
-    while before is not None:
-        if isinstance(before, RowStage) and all(attrgetter(key)(before) == attrgetter(key)(stage) for key in same):
-            return first_row(before, stages) + before.rows_read
-        before = stages.get(before.source or "")
-    return 0
+    mine, read = _sequence(stage), 0
+    for before in _ancestors(stage, stages):
+        if isinstance(before, RowStage) and _sequence(before) == mine:
+            read += before.rows_read
+            if before.first_row is not None:
+                return before.first_row + read
+    return read
+
+
+def _sequence(stage: RowStage) -> tuple[Any, ...]:
+    return stage.data, stage.batch.length, stage.seed
+
+
+def _ancestors(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Stage]:
+    """What a stage comes from, the nearest first; of a cycle, which is refused elsewhere, no end."""
+    seen: set[str] = set()
+    while (name := stage.source) is not None and name in stages and name not in seen:
+        seen.add(name)
+        stage = stages[name]
+        yield stage
 
 
 def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedData:

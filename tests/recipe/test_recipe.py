@@ -11,6 +11,7 @@ from ministral_jax.models.spec import PRESETS
 from ministral_jax.recipe.load import load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.distill import scratch_name
+from ministral_jax.stages.rows import first_row
 
 CONFIGS = ROOT / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -88,7 +89,8 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
     specs = resolve_specs(recipe)
     for name in ("8b-short", "8b-base"):
         ours, scratch = recipe.stages[name], recipe.stages[scratch_name(name)]
-        same = {"source": None, "model": None, "baseline": False}
+        assert first_row(ours, recipe.stages) == scratch.first_row
+        same = {"source": None, "model": None, "baseline": False, "first_row": None}
         assert ours.model_copy(update=same) == scratch.model_copy(update=same)
         assert specs[name] == specs[scratch_name(name)]
     assert recipe.stages["8b-short-scratch"].source is None
@@ -145,8 +147,8 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
         ("stages.14b-short.teacher={stor: logits}", "unknown key stages.14b-short.teacher.stor (did you mean store?)"),
         ("stages.14b-short.teacher=logits", "'logits' is a record stage; write it as {store: logits}"),
         ("stages.14b-short.teacher={store: parent}", "teacher.store = 'parent' must be a record stage"),
-        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records the first 320 in the order of seed 0"),
-        ("stages.14b-short.steps=300", "stages.14b-short reads 2400 rows"),
+        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records 64 to 768 in the order of seed 0"),
+        ("stages.14b-short.steps=300", "stages.14b-short reads rows 64 to 2464 in"),
         ("stages.14b-short.loss.objective=jsd", "stages.14b-short.loss: objective 'jsd' does not go with"),
         (
             "stages.14b-short.batch.length=64",
