@@ -20,7 +20,7 @@ _FAMILY = (
     ("KL pruned", "kl_after_surgery", ".4f"),
     ("KL final", "kl_final", ".4f"),
     ("KL scratch", "kl_scratch", ".4f"),
-    ("speed-up", "token_speedup", ".1f"),
+    ("fewer tokens", "token_speedup", ".1f"),
     ("bits/byte", "bits_per_byte", ".3f"),
     ("images", "digit_accuracy", ".1%"),
 )
@@ -85,7 +85,9 @@ def family_table(run: Run) -> Table:
     for member in run.members:
         if member.published is None:
             continue
-        figures = (_number(member.figure(key), form, "-" * (key in member.hidden)) for _, key, form in _FAMILY)
+        figures = [_number(member.figure(key), form, "-" * (key in member.hidden)) for _, key, form in _FAMILY]
+        if member.at_once and member.figure("token_speedup") is not None:
+            figures[3] = f"\u2265 {figures[3]}"
         hidden |= {f"{member.name}, {title}": member.hidden[key] for title, key, _ in _FAMILY if key in member.hidden}
         table.add_row(member.name, _count(member.published.parameters), _count(member.published.tokens), *figures)
     table.caption = "; ".join(f"{what}: {why}" for what, why in hidden.items()) or None
@@ -97,7 +99,7 @@ def status_table(run_dirs: Iterable[Path]) -> Table:
     table = _table("runs", "run", "finished", "going on", "written by")
     for run_dir in run_dirs:
         run = read_run(run_dir)
-        states = [stage.state for stage in run.stages.values()]
+        states = [stage.state for stage in run.stages.values() if not stage.is_spared]
         table.add_row(
             str(run_dir),
             f"{states.count('finished')} of {len(states)} stages",
@@ -109,8 +111,8 @@ def status_table(run_dirs: Iterable[Path]) -> Table:
 
 def status_lines(run_dir: Path, run: Run) -> list[str]:
     """What stands below the table of one run's stages."""
-    waiting = [name for name, stage in run.stages.items() if stage.state == "waiting"]
-    lines = [f"not begun: {', '.join(waiting)}"] if waiting else []
+    waiting, spared = ([n for n, s in run.stages.items() if s.state == "waiting" and s.is_spared == x] for x in (0, 1))
+    lines = [f"{what}: {', '.join(names)}" for what, names in (("not begun", waiting), ("optional", spared)) if names]
     return [*lines, *run.notes, f"written by: {_owner(run_dir) or 'nobody now'}"]
 
 
