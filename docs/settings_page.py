@@ -40,6 +40,7 @@ WORDS = {
     "lr": "The learning rate after the warm-up.",
     "beta1": "AdamW's: share of the mean of the gradient that is kept in a step.",
     "beta2": "AdamW's: share of the mean of its square that is kept.",
+    "window": "Losses in a row, of whose medians the lowest is the usual loss.",
     "weight": "Of this reward in the sum of all.",
     "thinking": "Whether reasoning is asked for; without it there must be none.",
     "enabled": "Whether programs that a model wrote may be run.",

@@ -223,9 +223,11 @@ def test_settings_data_machines_and_what_steered(page, run):
     assert drawn[:2] == ["learning rate of parent", "gradient norm of parent"] and len(drawn) == 2 * 13
 
 
-def test_a_speed_that_is_only_bounded_says_so(run, page):
+def test_a_speed_that_is_only_bounded_says_so(copy):
     """The pruned start of the 8b was ahead before any training; in the terminal as on the page."""
-    told = terminal(family_table(read_run(run)))
+    change(copy, "8b-short-scratch", metrics={"kl": 2.2})
+    relink(copy)
+    page, told = page_of(copy), terminal(family_table(read_run(copy)))
     lines = {name: line for line in told.splitlines() if (name := line.strip("│ ").split(" ")[0]) in ("14b", "8b")}
     assert ("≥" in lines["8b"], "≥" in lines["14b"]) == (True, False) and "fewer tokens" in told
     assert "≥" in text_of(rows(page, "numbers")["8b"][5])
