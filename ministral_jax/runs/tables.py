@@ -60,6 +60,10 @@ def stage_table(run: Run, names: Iterable[str] = ()) -> Table:
     common = most_common(
         stage.length for stage in map(run.stages.get, chosen) if stage and stage.length and _told(stage)
     )
+    if any(run.stages[name].length not in (None, common) and _told(run.stages[name]) for name in chosen):
+        table.caption = (
+            f"KL, cross-entropy and bits per byte compare on rows of one length only: here of {common} tokens"
+        )
     for stage in (run.stages[name] for name in chosen):
         tokens, steps = stage.seen("tokens"), stage.seen("step")
         seconds = stage.manifest.seconds if stage.manifest else sum(stage.time.values())
@@ -153,7 +157,7 @@ def _told(stage: Stage) -> list[Figure]:
 def _said(figure: Figure, stage: Stage, common: int | None) -> str:
     """The figure, unless it would stand beside those of rows of another length."""
     if figure.name in OF_LENGTH and stage.length not in (None, common):
-        return f"{figure.label}: rows of {stage.length}"
+        return f"{figure.label} \u2013 (rows of {stage.length})"
     value = stage.last(figure.name)
     return f"{figure.label} " + (f"{value:.1%}" if figure.unit == "share" else f"{value:.4g}")
 

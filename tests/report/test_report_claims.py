@@ -20,7 +20,7 @@ from ministral_jax.report import build_report, charts
 from ministral_jax.report.plots import PALETTE, Axis, Line, accent
 from ministral_jax.report.units import decimal
 from ministral_jax.runs.reading import Run, read_run
-from ministral_jax.runs.tables import family_table, status_lines, status_table
+from ministral_jax.runs.tables import family_table, stage_table, status_lines, status_table
 
 
 def unplotted(shown: list[Line], _x: Axis, _y: Axis, alt: str, *_: object, **__: object) -> Markup | None:
@@ -221,6 +221,12 @@ def test_settings_data_machines_and_what_steered(page, run):
     assert "Ran on 4 × made-up chip on 2 hosts (25 stages)." in time and "jax 0.10.2 · commit 3f1c9ad0b7" in time
     drawn = [str(node.get("aria-label")) for node in section(page, "curves").iter() if node.get("class") == "spark"]
     assert drawn[:2] == ["learning rate of parent", "gradient norm of parent"] and len(drawn) == 2 * 13
+
+
+def test_the_table_of_stages_says_why_a_figure_is_missing(run):
+    told = " ".join(terminal(stage_table(read_run(run))).split())
+    assert "cross-entropy – (rows of 512)" in told and "rows of one length only: here of 128 tokens" in told
+    assert "rows of" not in terminal(stage_table(read_run(run), ["14b-base", "8b-base", "14b-hf"]))
 
 
 def test_a_speed_that_is_only_bounded_says_so(copy):
