@@ -12,7 +12,7 @@ import pytest
 from markupsafe import Markup
 from matplotlib.colors import to_rgb
 from pages import page_of, parse, plain, rows, section, text_of
-from report_run import picture, relink, told_by, write_json, write_rows, write_run
+from report_run import CHILDREN, picture, relink, told_by, write_json, write_rows, write_run
 from rich.console import Console
 from rich.table import Table
 
@@ -221,6 +221,20 @@ def test_settings_data_machines_and_what_steered(page, run):
     assert "Ran on 4 × made-up chip on 2 hosts (25 stages)." in time and "jax 0.10.2 · commit 3f1c9ad0b7" in time
     drawn = [str(node.get("aria-label")) for node in section(page, "curves").iter() if node.get("class") == "spark"]
     assert drawn[:2] == ["learning rate of parent", "gradient norm of parent"] and len(drawn) == 2 * 13
+
+
+def test_what_is_not_there_is_not_spoken_of(copy):
+    """Without a random start nothing is said of it; an imported parent has been trained on nobody knows how much."""
+    assert "random start" in text_of(section(page_of(copy), "recovery"))
+    for name in CHILDREN:
+        for stage in (f"{name}-short-scratch", f"{name}-base-scratch"):
+            shutil.rmtree(copy / stage, ignore_errors=True)
+    summary = json.loads((copy / "summary.json").read_text())
+    write_json(copy / "summary.json", {**summary, "parent": {**summary["parent"], "tokens": 0}})
+    page = page_of(copy)
+    assert (
+        "random start" not in text_of(section(page, "recovery")) and text_of(rows(page, "numbers")["parent"][1]) == "–"
+    )
 
 
 def test_the_table_of_stages_says_why_a_figure_is_missing(run):
