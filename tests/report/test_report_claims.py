@@ -66,7 +66,7 @@ def test_optional_stages_that_nobody_asked_for_are_not_missing(copy):
     assert "Optional and not run: 8b-sft, 8b-cot." in text_of(section(page, "stages"))
     assert "8b-sft" not in rows(page, "stages") and len(list(section(page, "settings").iter("details"))) == 25
     assert "25 of 25 stages" in terminal(status_table([copy]))
-    assert status_lines(copy, read_run(copy))[0] == "optional: 8b-sft, 8b-cot"
+    assert status_lines(copy, read_run(copy))[0] == "optional and not run: 8b-sft, 8b-cot"
     (copy / "8b-sft").mkdir()
     (copy / "14b-hf" / "manifest.json").unlink()
     page = page_of(copy)

@@ -152,13 +152,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, capsys):
 def test_status_of_a_run_and_of_all_runs(home, capsys, monkeypatch):
     assert main(["status", str(home / "first")]) == 0
     said = capsys.readouterr().out
-    assert said.count("finished") == 3 and "not begun: steady, steady-hf, decayed" in said
+    assert said.count("finished") == 3 and "optional and not run: steady, steady-hf, decayed" in said
     assert "written by: nobody now" in said
     monkeypatch.chdir(home)
     Path("runs").mkdir()
     Path("runs/one").symlink_to("../first")
     assert main(["status"]) == 0
-    assert "3 of 6 stages" in capsys.readouterr().out
+    assert "3 of 3 stages" in capsys.readouterr().out
     assert main(["status", str(home)]) == 2
     assert "is not a run" in lines(capsys)
 
