@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, metavar="K")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     generate.add_argument("--jsonl", type=Path, metavar="IN", help='rows of {"prompt", "images"} or {"messages"}')
+    generate.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="rows that cannot be used")
     generate.add_argument("--output", type=Path, metavar="OUT", help="the rows with their completions")
     generate.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
     generate.set_defaults(command=_generate)

@@ -42,6 +42,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), made: Made = la
     raw = _read_yaml(found)
     for override in overrides:
         _override(raw, override)
+    if not isinstance(raw["stages"], dict):
+        raise UserError(f"recipe {path}: `stages` must be a mapping of named stages, got {raw['stages']!r}")
     root = found.parent if found == Path(path) else Path()
     recipe = validate(Recipe, _apply_defaults(raw), str(path), root=root.absolute())
     recipe = add_companions(recipe, made(recipe.name))
@@ -102,7 +104,7 @@ def _typed(value: Any) -> Any:
         return {key: _typed(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_typed(part) for part in value]
-    return Typed(value) if isinstance(value, str) else value
+    return Typed(value) if isinstance(value, str) else yaml12.set_typed(value)
 
 
 def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:

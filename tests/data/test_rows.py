@@ -377,13 +377,21 @@ def test_a_directory_says_what_it_leaves_out(tmp_path, capfd):
         (["a[1]/b.jsonl"], "a[1]", 1, None),
         (["c.jsonl.zst", "d.json"], "", 0, "matches no file .* what is there is not read: 1 .json, 1 .zst"),
         ([".hidden.jsonl"], "", 0, "what is there is not read: 1 hidden"),
+        (["a.jsonl", "empty.jsonl"], "", 1, "is not read: 1 empty"),
+        (["empty.jsonl"], "empty.jsonl", 0, "what is there is not read: 1 empty"),
+        (["a.jsonl", "../linked/b.jsonl"], "", 1, "is not read: 1 linked directory"),
+        (["a.jsonl"], "/dev/null", 0, "/dev/null is no file that can be read again"),
+        (["a.jsonl"], "s3://bucket/a.jsonl", 0, "s3: is neither read nor written"),
     ],
 )
 def test_what_of_a_directory_is_read_and_what_is_said(tmp_path, capfd, files, path, read, said):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b'{"text": "a"}\n')
-    config = SourceConfig(kind="text" if files[0].endswith("txt") else "jsonl", path=str(tmp_path / path))
+        (tmp_path / name).write_bytes(b"" if "empty" in name else b'{"text": "a"}\n')
+        if name.startswith("../"):
+            (tmp_path / "link").symlink_to((tmp_path / name).parent)
+    place = path if "://" in path else str(tmp_path / path)
+    config = SourceConfig(kind="text" if files[0].endswith("txt") else "jsonl", path=place)
     if not read:
         with pytest.raises(UserError, match=said):
             open_source("s", config)
