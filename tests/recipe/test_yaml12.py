@@ -72,9 +72,12 @@ def test_a_directory_whose_name_is_a_number(tmp_path, monkeypatch):
     stage = f"{{do: train, model: tiny-24b, data: {data}, steps: 1, batch: {batch}}}"
     (tmp_path / "r.yaml").write_text(f"stages: {{p: {stage}}}")
     monkeypatch.chdir("/")
-    in_file = load_recipe(tmp_path / "r.yaml").stages["p"].data.sources["a"]
-    typed = load_recipe(tmp_path / "r.yaml", ["stages.p.data.sources.a.path=007"]).stages["p"].data.sources["a"]
-    assert (in_file.path, typed.path) == (str(tmp_path / "2026"), "/007")
+    in_file = load_recipe(tmp_path / "r.yaml").dump()["stages"]["p"]
+    typed = load_recipe(tmp_path / "r.yaml", ["stages.p.data.sources.a.path=007"]).dump()["stages"]["p"]
+    assert tuple(stage["data"]["sources"]["a"]["path"] for stage in (in_file, typed)) == (
+        str(tmp_path / "2026"),
+        "/007",
+    )
 
 
 def test_stages_are_not_taken_away():
