@@ -174,7 +174,7 @@ def _run(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.processes import join, use_cpu
     from ministral_jax.recipe.load import load_recipe, order, resolve_specs
     from ministral_jax.runs.run import opened, run_recipe
-    from ministral_jax.runs.survey import made_specs
+    from ministral_jax.runs.survey import made_specs, shelves
 
     overrides = [word for word in args.rest if "=" in word]
     recipe = load_recipe(args.recipe, overrides, lambda name: made_specs(args.run_dir or Path("runs") / name))
@@ -184,6 +184,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--all runs every stage, {', '.join(stages)} too; give the names or --all")
     stages = list(recipe.stages) if args.all else stages
     resolve_specs(recipe, order(recipe, stages), made_specs(run_dir))  # before the directory is made
+    shelves(args.taken_from)
     if args.dry_run:
         return _dry_run(recipe, run_dir, stages, args.taken_from)
     if args.cpu_devices is not None:

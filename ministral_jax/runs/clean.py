@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ministral_jax.errors import UserError
 from ministral_jax.runs.reading import Run, read_run
+from ministral_jax.runs.survey import is_taken
 from ministral_jax.runs.sweep_run import read_record
 
 
@@ -20,7 +21,9 @@ def leftovers(run_dir: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {"compiled programs": list(run_dir.glob("xla"))}
     if (run_dir / "sweep.json").is_file():
         used = {where for point in read_record(run_dir).points for where in point.stages.values()}
-        others = [path for path in run_dir.glob("shared/*-*") if f"shared/{path.name}" not in used]
+        others = [
+            path for path in run_dir.glob("shared/*-*") if f"shared/{path.name}" not in used and not is_taken(path)
+        ]
         found["stages of no point of the sweep"] = others
         return {what: paths for what, paths in found.items() if paths}
     run = read_run(run_dir)

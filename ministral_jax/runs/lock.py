@@ -35,6 +35,8 @@ def owned(directory: Path) -> Iterator[None]:
         UserError: somebody else does, or it cannot be written.
     """
     place = directory / ".owner"
+    if directory.is_symlink() and not directory.exists():
+        raise UserError(f"{directory} is a link to {os.readlink(directory)}, which is not there")
     try:
         place.mkdir(parents=True, exist_ok=True)
         own = _take(place, directory)
@@ -55,7 +57,7 @@ def owned(directory: Path) -> Iterator[None]:
 def owner(directory: Path) -> dict[str, Any] | None:
     """Who owns a run's directory, as far as can be said at once: "host", "pid", "since", "command"."""
     found = _newest(directory / ".owner")
-    if found is None or (said := _read(found)).get("left") or _is_dead(said):
+    if found is None or not (said := _read(found)) or said.get("left") or _is_dead(said):
         return None
     return said
 
@@ -102,11 +104,13 @@ def _newest(place: Path) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Empty while it is being written."""
+    """Empty while it is being written, or where it does not say who is there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    is_told = isinstance(said, dict) and type(said.get("pid")) is int and {"host", "since", "begun"} <= said.keys()
+    return said if is_told else {}
 
 
 def _write(path: Path, said: dict[str, Any]) -> None:
@@ -161,8 +165,8 @@ def _falls_silent(path: Path, said: dict[str, Any]) -> bool:
     if said and said.get("machine") == _machine():
         return False
     seen, end = _sign(path), time.monotonic() + SILENT_SECONDS
-    if said:
-        print(f"waiting for a sign of life from {said['host']}, whose run this is", file=sys.stderr, flush=True)
+    who = f"{said['host']}, whose run this is" if said else f"who made {path}, which does not say who that is"
+    print(f"waiting for a sign of life from {who}", file=sys.stderr, flush=True)
     while time.monotonic() < end:
         time.sleep(min(0.5, SILENT_SECONDS / 10))
         if _sign(path) != seen:

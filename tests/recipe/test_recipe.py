@@ -111,7 +111,7 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
         ("stages.8b-short.teacher=parnt", "needs stage 'parnt', which does not exist (did you mean parent?)"),
         (
             "family.children.8b=8b-bas",
-            "family.children names stage '8b-bas', which does not exist (did you mean 8b-base?)",
+            "family.children.8b names stage '8b-bas', which does not exist (did you mean 8b-base?)",
         ),
         (
             "stages.8b-short.batch.microbatches=3",
