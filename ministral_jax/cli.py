@@ -24,6 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
     args = _parse(argv)
+    try:
+        return _carry_out(args)
+    except KeyboardInterrupt:  # while JAX is loaded
+        _say("interrupted")
+        return 130
+
+
+def _carry_out(args: argparse.Namespace) -> int:
     if args.command in (_run, _sweep):  # loading JAX takes a while
         say(f"ministral-jax {__version__}")
     from ministral_jax.distributed.processes import (  # loads JAX, which --help need not

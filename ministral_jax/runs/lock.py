@@ -41,7 +41,8 @@ def owned(directory: Path) -> Iterator[None]:
         place.mkdir(parents=True, exist_ok=True)
         own = _take(place, directory)
     except OSError as error:
-        raise UserError(f"{directory} cannot be a run's directory: {error.strerror} ({error.filename})") from None
+        where = f" ({error.filename})" if error.filename else ""  # of a full disk none is named
+        raise UserError(f"{directory} cannot be a run's directory: {error.strerror}{where}") from None
     over = threading.Event()
     beat = threading.Thread(target=_beat, args=(own, over), daemon=True, name="owner of the run")
     beat.start()
@@ -50,7 +51,7 @@ def owned(directory: Path) -> Iterator[None]:
     finally:
         over.set()
         beat.join()
-        with suppress(OSError):  # a full disk: who comes next finds that this process is gone
+        with suppress(OSError):
             _write(own, {**_self(), "left": True})
 
 
@@ -114,10 +115,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, said: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(said))
-        file.flush()
-        os.fsync(file.fileno())
+    """Say it, or on a full disk leave nothing: a file that says nothing is waited for."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(said))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _self() -> dict[str, Any]:
