@@ -21,10 +21,8 @@ def leftovers(run_dir: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {"compiled programs": list(run_dir.glob("xla"))}
     if (run_dir / "sweep.json").is_file():
         used = {where for point in read_record(run_dir).points for where in point.stages.values()}
-        others = [
-            path for path in run_dir.glob("shared/*-*") if f"shared/{path.name}" not in used and not is_taken(path)
-        ]
-        found["stages of no point of the sweep"] = others
+        others = [path for path in run_dir.glob("shared/*-*") if f"shared/{path.name}" not in used]
+        found["stages of no point of the sweep"] = [path for path in others if path.is_symlink() or not is_taken(path)]
         return {what: paths for what, paths in found.items() if paths}
     run = read_run(run_dir)
     stages = [run_dir / name for name, stage in run.stages.items() if stage.state == "finished"]
