@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    is_told = isinstance(said, dict) and type(said.get("pid")) is int and {"host", "since", "begun"} <= said.keys()
+    is_told = isinstance(said, dict) and type(said.get("pid")) is int and {"host", "since"} <= said.keys()
     return said if is_told else {}
 
 
@@ -163,7 +163,7 @@ def _is_dead(said: dict[str, Any]) -> bool:
         return True
     except PermissionError:  # another user's: it is there
         return False
-    return said["begun"] is not None and _begun(said["pid"]) != said["begun"]
+    return said.get("begun") is not None and _begun(said["pid"]) != said["begun"]
 
 
 def _falls_silent(path: Path, said: dict[str, Any]) -> bool:
