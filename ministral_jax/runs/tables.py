@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ministral_jax.errors import UserError
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.comparable import OF_LENGTH, most_common
 from ministral_jax.runs.lock import named, owner
@@ -102,7 +103,11 @@ def status_table(run_dirs: Iterable[Path]) -> Table:
     """Runs, a line each."""
     table = _table("runs", "run", "finished", "going on", "written by")
     for run_dir in run_dirs:
-        run = read_run(run_dir)
+        try:
+            run = read_run(run_dir)
+        except UserError as error:  # of one run, which must not hide the others
+            table.add_row(str(run_dir), str(error))
+            continue
         states = [stage.state for stage in run.stages.values() if not stage.is_spared]
         table.add_row(
             str(run_dir),
@@ -140,8 +145,18 @@ def comparison_tables(run_dirs: Sequence[Path]) -> list[Table]:
                 settings.add_row(name, key, str(a), str(b))
         for figure in pair[0].figures:
             if (a := pair[0].last(figure.name)) is not None and (b := pair[1].last(figure.name)) is not None:
-                figures.add_row(name, figure.label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}")
+                difference = _incomparable(figure, *pair) or f"{b - a:+.4f}"
+                figures.add_row(name, figure.label, f"{a:.4f}", f"{b:.4f}", difference)
     return [settings, figures]
+
+
+def _incomparable(figure: Figure, a: Stage, b: Stage) -> str | None:
+    """Why a figure of two stages may not be compared."""
+    if a.stale or b.stale:
+        return "stale"
+    if figure.name in OF_LENGTH and a.length != b.length:
+        return f"rows of {a.length}, {b.length}"
+    return "other data" if a.data != b.data else None
 
 
 def _progress(run_dir: Path, stage: Stage) -> str:
