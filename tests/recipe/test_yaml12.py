@@ -81,7 +81,7 @@ def test_a_directory_whose_name_is_a_number(tmp_path, monkeypatch):
 
 
 def test_stages_are_not_taken_away():
-    with pytest.raises(UserError, match=r"`stages` must be a mapping of named stages, got None"):
+    with pytest.raises(UserError, match=r"override 'stages=.*': stages must be a mapping of named stages"):
         load_recipe(MICRO, ["stages=null"])
 
 
