@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -26,6 +27,43 @@ stage stand in the stage or, for all of a kind, under the recipe's `defaults`; [
 they are merged.
 
 """
+
+
+WORDS = {
+    "from": "The stage whose model this one begins with; what `train` and `import` have none of.",
+    "steps": "Updates of the parameters.",
+    "seed": "Of the order of the data and of everything that is drawn.",
+    "model": "Sizes: a preset, changes to the sizes of the source, or both; see [the recipe file](recipe.md).",
+    "path": "The Hugging Face directory.",
+    "temperature": "By which logits are divided before a token is drawn; 0 takes the most probable one.",
+    "max_completion_length": "Tokens of an answer, at most.",
+    "lr": "The learning rate after the warm-up.",
+    "beta1": "AdamW's: share of the mean of the gradient that is kept in a step.",
+    "beta2": "AdamW's: share of the mean of its square that is kept.",
+    "window": "Losses in a row, of whose medians the lowest is the usual loss.",
+    "weight": "Of this reward in the sum of all.",
+    "thinking": "Whether reasoning is asked for; without it there must be none.",
+    "enabled": "Whether programs that a model wrote may be run.",
+    "memory_mb": "That a test may take, in MB.",
+    "early": "As in [EvaluateConfig](#EvaluateConfig).",
+    "every": "Steps between two evaluations.",
+    "nodes": "Machines.",
+    "gpus_per_node": "GPUs of a machine.",
+    "cpus_per_task": "CPU cores of a process.",
+    "partition": "Of SLURM.",
+    "image": "A container image that has this package.",
+    "spot": "Whether machines may be taken away at any time, for a lower price.",
+    "service_account": "Of Kubernetes, whose pods may use the bucket.",
+    "zone": "Of Google Cloud.",
+    "runtime_version": "Software of the VMs, such as `v2-alpha-tpuv6e`.",
+    "processes": "How many.",
+    "claim": "A persistent volume claim.",
+    "bucket": "Of Cloud Storage.",
+    "topology": "Chips along each side, such as `4x8`.",
+    "secret": "Its name.",
+    "key": "The key within it.",
+}
+"""Of keys whose class says nothing of them, neither below the field nor in its own text."""
 
 
 class Key(typing.NamedTuple):
@@ -61,9 +99,15 @@ def section(titles: dict[type, str], kind: type, rows: list[Key]) -> str:
         lines += ["| setting | default | |", "|---|---|---|"]
     for key in rows:
         links = " ".join(f"[{titles[group]}](#{group.__name__})" for group in groups(key.annotation))
-        note = " ".join(part for part in (key.note, links or values(key.annotation)) if part)
+        note = key.note or ("" if links or explains(kind, key) else WORDS.get(key.name, ""))
+        note = " ".join(part for part in (note, links or values(key.annotation)) if part)
         lines.append(f"| `{key.name}` | {said(key.default)} | {cell(note)} |")
     return "\n".join([*lines, ""])
+
+
+def explains(kind: type, key: Key) -> bool:
+    """Whether the text of a class, which stands above its table, speaks of a key."""
+    return re.search(rf"\b{key.name}\b[`:,]", kind.__doc__ or "") is not None
 
 
 def keys(kind: type) -> Iterator[Key]:

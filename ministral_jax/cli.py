@@ -24,6 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's input is at fault (said in one sentence on stderr),
     75 stopped or lost a peer and to be run again, 130 interrupted, 1 a fault (with its traceback)."""
     args = _parse(argv)
+    try:
+        return _carry_out(args)
+    except KeyboardInterrupt:  # while JAX is loaded
+        _say("interrupted")
+        return 130
+
+
+def _carry_out(args: argparse.Namespace) -> int:
     if args.command in (_run, _sweep):  # loading JAX takes a while
         say(f"ministral-jax {__version__}")
     from ministral_jax.distributed.processes import (  # loads JAX, which --help need not
@@ -163,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, metavar="K")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     generate.add_argument("--jsonl", type=Path, metavar="IN", help='rows of {"prompt", "images"} or {"messages"}')
+    generate.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="rows that cannot be used")
     generate.add_argument("--output", type=Path, metavar="OUT", help="the rows with their completions")
     generate.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
     generate.set_defaults(command=_generate)
@@ -174,7 +183,7 @@ def _run(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.processes import join, use_cpu
     from ministral_jax.recipe.load import load_recipe, order, resolve_specs
     from ministral_jax.runs.run import opened, run_recipe
-    from ministral_jax.runs.survey import made_specs
+    from ministral_jax.runs.survey import made_specs, shelves
 
     overrides = [word for word in args.rest if "=" in word]
     recipe = load_recipe(args.recipe, overrides, lambda name: made_specs(args.run_dir or Path("runs") / name))
@@ -184,6 +193,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--all runs every stage, {', '.join(stages)} too; give the names or --all")
     stages = list(recipe.stages) if args.all else stages
     resolve_specs(recipe, order(recipe, stages), made_specs(run_dir))  # before the directory is made
+    shelves(args.taken_from)
     if args.dry_run:
         return _dry_run(recipe, run_dir, stages, args.taken_from)
     if args.cpu_devices is not None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializationInfo, ValidationInfo, WrapSerializer
 
+from ministral_jax import yaml12
+
 ROOT = "root"
 """Key of a validation context: the directory that relative paths are below."""
 ANYWHERE = "anywhere"
@@ -24,9 +26,12 @@ class Typed(str):
 
 
 def _located(value: Any, info: ValidationInfo) -> Any:
-    if not isinstance(value, str) or value == "bundled" or "://" in value:
+    number = yaml12.written(value)  # a directory may be called 2026
+    if (not isinstance(value, str) and number is None) or value == "bundled" or "://" in str(value):
         return value
-    root = Path.cwd() if isinstance(value, Typed) else (info.context or {}).get(ROOT)
+    typed = isinstance(value, Typed) or yaml12.is_typed(value)
+    value = str(value)
+    root = Path.cwd() if typed else (info.context or {}).get(ROOT)
     return str(value) if root is None else str(Path(root, Path(value).expanduser()))
 
 

@@ -18,6 +18,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Int(int):
     text: str
+    typed = False
 
     def __str__(self) -> str:
         return self.text
@@ -25,6 +26,7 @@ class _Int(int):
 
 class _Float(float):
     text: str
+    typed = False
 
     def __str__(self) -> str:
         return self.text
@@ -55,6 +57,17 @@ for _tag in ("int", "float"):
 def load(text: str) -> Any:
     """The value of a document. Raises `yaml.YAMLError`: it is none."""
     return yaml.load(text, _Loader)
+
+
+def set_typed(value: Any) -> Any:
+    """A value, which if it is a number remembers that it was typed on the command line."""
+    if isinstance(value, (_Int, _Float)):
+        value.typed = True
+    return value
+
+
+def is_typed(value: Any) -> bool:
+    return isinstance(value, (_Int, _Float)) and value.typed
 
 
 def written(value: Any) -> str | None:

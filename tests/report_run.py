@@ -30,7 +30,8 @@ POST = {
 }
 STORE = {"do": "record", "from": "parent", "codec": {"kind": "topk", "entries": 32, "bits": 8}}
 TOKENS_PER_STEP = 2048
-DATA = {"sources": {"code": {"kind": "jsonl", "path": "mine/rows.jsonl", "weight": 0.6}}, "held_out": 0.1}
+DATA = {"sources": {"code": {"kind": "jsonl", "path": "mine/rows.jsonl", "weight": 0.6, "on_bad_row": "stop"}}}
+DATA |= {"held_out": 0.1}
 
 
 def picture(seed: int) -> str:

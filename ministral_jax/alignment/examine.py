@@ -76,7 +76,7 @@ class Examiner:
         if is_first():
             told = [
                 {"prompt": _asked(samples[i], answers.rows[i].rendered.pictures), **_said(samples[i], scores, i)}
-                for i in range(0, len(samples), max(len(samples) // SHOWN, 1))
+                for i in _shown([row.source for row in rows], config.completions)
             ]
             _leave(self._directory / "answers.json", told, len(rows))
         return figures_of(samples, scores, [row.source for row in answers.rows]), scores.total
@@ -126,6 +126,14 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
     if np.isnan(scores.total).any():
         check_enough(scores, first_problem(next(iter(own.problems), None)))
     return scores
+
+
+def _shown(sources: Sequence[str], completions: int) -> list[int]:
+    """Which answers are kept: one to each of the first prompts of every source, so that stages that ask the same
+    sources keep the same prompts."""
+    each = -(-SHOWN // max(len(set(sources)), 1))
+    chosen = {name: [i for i, source in enumerate(sources) if source == name][:each] for name in dict.fromkeys(sources)}
+    return [completions * i for i in sorted(i for first in chosen.values() for i in first)]
 
 
 def _said(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:

@@ -21,8 +21,17 @@ _EMPHASIS = re.compile(r"(?<![\w)*_`])(\*{1,3}|__?|`)(?=\S)(.+?)(?<=\S)\1(?![\w(
 _FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _MIXED = re.compile(r"(?<![\w./^])(\d+) (\d+)/(\d+)(?![\w./^])")
 _SIGNS = str.maketrans(
-    {"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00d7": "*", "\u00f7": "/", "\u221e": r"\infty", "\u03c0": r"\pi "}
-    | dict.fromkeys("\u00a0\u2009\u202f", " ")
+    {
+        "\u2248": "=",
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u2044": "/",
+        "\u00d7": "*",
+        "\u00f7": "/",
+        "\u221e": r"\infty",
+        "\u03c0": r"\pi ",
+    }
+    | dict.fromkeys("\u00a0\u2009\u202f\u2018\u2019\u201c\u201d", " ")
 )
 _SUPERSCRIPT = re.compile("(?<=[0-9A-Za-z)])[\u00b2\u00b3\u00b9\u2070-\u207b]+")
 _ROOT = re.compile(r"\u221a(?:\(([^()]*)\)|(\d+|[a-z]))")
@@ -30,8 +39,15 @@ _TAG = re.compile(r"</?(?:answer|b|strong|i|em|code)>")
 _GROUPED = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{3}){2,}(?![\w.])|(?<=\d)(?:\\,|_)(?=\d{3}(?!\d))")
 _COMMA = re.compile(r"(?<![\w.,(\[{])(\d+),(\d{1,2})(?![\d.,)\]}])|(?<=\\boxed{)(-?\d+),(\d{1,2})(?=})")
 _CHOICE = re.compile(
-    r"(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?[\s:(*$]{1,8}(?:\\text{)?\(?([A-Z])(?![\w'])(?!\W+(?:or|and)\b)"
+    r"(?:[Aa]nswer|[Oo]ption|[Cc]hoice|[Cc]hoose|[Pp]ick)(?:\s+is)?[\s:(*$]{1,8}(?:\\text{)?\(?"
+    r"([A-Z])(?![\w'])(?!\W+(?:or|and)\b)"
 )
+_RIGHT = re.compile(r"\b([A-Z])\W{0,3} is (?:the )?(?:correct|right)\b")
+_ITEM = re.compile(r"^[\s*_(]*([A-Z])[).:]+(?=[\s*_]|$)", re.MULTILINE)
+_OTHER = re.compile(r"\b(?:not|instead of|rather than)\s+\$?[-+]?\d[\d.,/]*|(?<=\d)\s+\([^()\\\d]{2}[^()\\]*\)")
+_SAID = re.compile(r"^A(?:ns)?\s*:|(?<=\d)!+(?=\W*$)")
+_LISTED = re.compile(r",?\s+(?:and|or)\s+")
+_ENVIRONMENT = re.compile(r"\\begin\{(\w+)\}.*?\\end\{\1\}", re.DOTALL)
 _POWER_OF_TEN = re.compile(r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
 _NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{1,300})?")
 _MARKED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\begin")
@@ -56,15 +72,22 @@ def gold_answer(columns: Mapping[str, Any], where: str) -> str:
 def check_gold(columns: Mapping[str, Any], settings: AccuracyReward, where: str) -> None:
     """Raises `UserError`: the row has no answer, or one that is no mathematics where text is not asked for
     (`exact`)."""
-    gold = plain_answer(gold_answer(columns, where))
+    gold = _plain_gold(columns, where)
     if not settings.exact and not _NUMBER.fullmatch(gold):
         _parse_gold(gold, settings, where)
+
+
+def _plain_gold(columns: Mapping[str, Any], where: str) -> str:
+    """The row's answer in the letters of mathematics; (B), B) and B. are the choice B."""
+    gold = plain_answer(gold_answer(columns, where))
+    choice = re.fullmatch(r"\(?([A-Z])[).]", gold)
+    return choice[1] if choice else gold
 
 
 def plain_answer(text: str) -> str:
     """A stripped answer in the letters of mathematics: without tags and Markdown's emphasis (2**3 is a power), 1e3 as a
     power of ten, 3 1/2 as 7/2, thousands ungrouped, signs, roots, powers and fractions as keyboards have them."""
-    text = _TAG.sub(" ", text).strip()
+    text = re.sub(r"(?<!\\)\\ ", " ", _TAG.sub(" ", text)).strip()
     text = _FRACTION.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]), text).strip()
     text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text).translate(_SIGNS)
@@ -81,22 +104,25 @@ def _improper(whole: int, above: int, below: int) -> str | None:
 
 
 def _decimal(gold: str, answer: str) -> str:
-    """An answer to a number, its decimal commas as points: 0,5 is one number, and 1,000 another."""
+    """An answer to a number, its decimal commas as points: 0,5 is one number, and 1,000 another. Numbers that it is not
+    (`72, not 70`), remarks in brackets (`72 (in all)`), `A:` before it and `!` at the end are left out."""
     if not _NUMBER.fullmatch(gold):
         return answer
+    answer = _SAID.sub(" ", _OTHER.sub(" ", answer)).strip()
     return _COMMA.sub(lambda found: f"{found[1] or found[3]}.{found[2] or found[4]}", answer)
 
 
 def _chosen(answer: str) -> str | None:
     """The letter of the choice that an answer says, as in `Answer: (B)`, `B.` or `The answer is B`."""
     alone = re.fullmatch(r"\W*([A-Z])\W*", answer)
-    found = [alone[1]] if alone else _CHOICE.findall(answer)
-    return found[-1] if found else None
+    found = [alone[1]] if alone else _CHOICE.findall(answer) or _RIGHT.findall(answer)
+    items = set() if found else set(_ITEM.findall(answer))  # of `(B) Paris`, not of a list of the choices
+    return found[-1] if found else items.pop() if len(items) == 1 else None
 
 
 def quick_accuracy(sample: Sample, settings: AccuracyReward) -> float | None:
     """The reward where it needs no mathematics; None elsewhere."""
-    gold, answer = plain_answer(gold_answer(sample.columns, sample.where)), plain_answer(sample.answer)
+    gold, answer = _plain_gold(sample.columns, sample.where), plain_answer(sample.answer)
     sure = settings.exact or _NUMBER.fullmatch(gold) is not None
     if sure and (answer == gold or not answer):
         return float(answer == gold)
@@ -118,12 +144,14 @@ def accuracy(sample: Sample, settings: AccuracyReward) -> float:
     quick = quick_accuracy(sample, settings)
     if quick is not None:
         return quick
-    gold, answer = plain_answer(gold_answer(sample.columns, sample.where)), plain_answer(sample.answer)
+    gold, answer = _plain_gold(sample.columns, sample.where), plain_answer(sample.answer)
     expected, answer = _parse_gold(gold, settings, sample.where), _decimal(gold, answer)
     if answer == gold:
         return 1.0
     if re.fullmatch("[A-Z]", gold) and (chosen := _chosen(answer)):
         return float(chosen == gold)
+    if type(expected[0] if expected else None).__name__ == "FiniteSet":
+        answer = _LISTED.sub(", ", answer)
     given = _parse(_last_boxed(answer))
     if not expected or not given or (getattr(expected[0], "is_Number", False) and not _is_worked_out(given[0])):
         return 0.0
@@ -133,7 +161,7 @@ def accuracy(sample: Sample, settings: AccuracyReward) -> float:
 
 
 def _parse_gold(gold: str, settings: AccuracyReward, where: str) -> list[Any]:
-    found = _parse(gold)
+    found = _parse(_LISTED.sub(", ", gold))
     if not found and not settings.exact:
         raise UserError(
             f"{where}: answer is {gold!r}, which is no mathematical expression; "
@@ -148,7 +176,10 @@ def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
     options: dict[str, Any] = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
-    bare = not (_MARKED.search(text) or _WORD.search(_COMMAND.sub(" ", text)) or _APART.search(text))
+    unmarked = _COMMAND.sub(r"\\", text)
+    bare = not (_MARKED.search(text) or _WORD.search(unmarked) or _APART.search(unmarked))
+    if not re.search(r"\$|\\\[|\\\(|\\boxed", text):
+        text = _ENVIRONMENT.sub(r"$\g<0>$", text)
     marked = _FUNCTION.sub(r"\\\1", text)
     return (bare and parse(f"${marked}$", **options)) or parse(text, **options)
 

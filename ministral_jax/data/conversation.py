@@ -19,6 +19,8 @@ _NEXT = {
     "assistant": ("user", "assistant"),
     "tool": ("assistant",),
 }
+_HINTS = ("annotations", "cache_control", "signature")  # of servers, about a chunk that is read without them
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what mistral-common accepts as the name of a function
 
 
@@ -76,11 +78,12 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
     """Check and convert messages in the OpenAI style; image paths are relative to `base`.
 
     Accepted content is a string or a list of `{"type": "text", "text": ..}`, `{"type": "image_url", "image_url": path
-    or {"url": path}}`, `{"type": "image", "image": path}` from the user and `{"type": "thinking", "thinking": ..}` from
-    the assistant or the system. The assistant may also, or only, have `tool_calls`, and a `weight` of 0 where what it
-    says is not to be learnt. An optional system message comes first, then user and assistant alternate; neighbours of
-    one role are joined, as mistral-common joins them. Every call is answered by a message from the role tool with its
-    `tool_call_id`, and the assistant goes on. Results come back in the order of their calls, as there.
+    or {"url": path}}`, `{"type": "image", "image" or "path" or "url": path}` from the user and `{"type": "thinking",
+    "thinking": ..}` from the assistant or the system. The assistant may also, or only, have `tool_calls`, and a
+    `weight` of 0 where what it says is not to be learnt. An optional system message comes first, then user and
+    assistant alternate; neighbours of one role are joined, as mistral-common joins them. Every call is answered by a
+    message from the role tool with its `tool_call_id`, and the assistant goes on. Results come back in the order of
+    their calls, as there.
 
     The assistant is last; as a `prompt` the conversation ends before the assistant's last message, which may be absent.
 
@@ -143,7 +146,9 @@ def parse_tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
                 f"{where}: a tool must be {{'type': 'function', 'function': {{'name': ..}}}} with a name of 1 to 64 "
                 f"letters, digits, _ and -, got {tool!r:.80}"
             )
-        description, parameters = function.get("description") or "", function.get("parameters") or {}
+        _check_function(function, f"{where}: tool {function['name']}", "description", "parameters", "strict", "return")
+        description = function.get("description") or ""
+        parameters = from_json(function.get("parameters"), "parameters", where) or {}
         if not isinstance(description, str) or not isinstance(parameters, dict):
             raise UserError(
                 f"{where}: tool {function['name']} must have a text as description and a JSON schema as parameters"
@@ -245,9 +250,8 @@ def _joined(before: Message, message: Message, where: str) -> Message:
 def _check_keys(role: Any, raw: dict[str, Any], where: str) -> None:
     """Nothing that a message says is passed over."""
     # a tool's result may be named: the template knows it by its place
-    unknown = sorted(
-        k for k in raw.keys() - _KEYS if raw[k] not in (None, "", [], {}) and (k, role) != ("name", "tool")
-    )
+    unknown = sorted(k for k in raw.keys() - _KEYS if raw[k] not in _NOTHING and (k, role) != ("name", "tool"))
+    unknown = [k for k in unknown if (k, raw[k]) != ("prefix", False)]  # of what mistral-common writes
     if unknown:
         raise UserError(
             f"{where}: message from {role} has {unknown[0]!r}, which is not read; accepted are {sorted(_KEYS)}"
@@ -283,10 +287,14 @@ def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Me
 
 def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
     kind = chunk.get("type") if isinstance(chunk, dict) else None
-    value = chunk.get(kind) if kind is not None else None
-    if kind == "image_url" and isinstance(value, dict):
-        value = value.get("url")
+    names = {"image": ("image", "path", "url")}.get(kind, (kind,)) if isinstance(kind, str) else ()
+    value = next((chunk[name] for name in names if chunk.get(name) is not None), None)
+    if kind in ("image", "image_url") and isinstance(value, dict) and not value.get("bytes"):
+        value = value.get("url") or value.get("path")
     if isinstance(value, str):
+        for key in chunk.keys() - {"type", *names, *_HINTS}:
+            if chunk[key] not in _NOTHING and (key, chunk[key]) != ("closed", True):
+                raise UserError(f"{where}: {kind} of a message from {role} has {key!r}, which is not read")
         if kind == "text":
             return value
         if kind == "thinking" and role in ("assistant", "system"):
@@ -302,13 +310,15 @@ def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
 def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
     calls: list[ToolCall] = []
     raw = from_json(raw, "tool_calls", where)
-    for call in raw if isinstance(raw, list) else [raw]:
+    for item in raw if isinstance(raw, list) else [raw]:
+        call = from_json(item, "tool_calls", where)
         if (function := _function(call)) is None:
             raise UserError(
                 f"{where}: a tool call must be {{'id': .., 'type': 'function', 'function': {{'name': .., 'arguments': "
                 f"..}}}} with a name of 1 to 64 letters, digits, _ and -, got {call!r:.80}"
             )
         name, given = function["name"], function.get("arguments")
+        _check_function(function, f"{where}: tool call {name}", "arguments")
         arguments = {} if given in (None, "") else _json_object(given) if isinstance(given, str) else given
         if not isinstance(arguments, dict):
             raise UserError(f"{where}: tool call {name} has arguments that are not a JSON object: {str(given)[:80]!r}")
@@ -321,9 +331,17 @@ def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
 
 def _function(item: Any) -> dict[str, Any] | None:
     """The `function` of a tool or of a call to one, if its name may be one."""
-    function = item.get("function") if isinstance(item, dict) and item.get("type", "function") == "function" else None
+    kind = item.get("type") or "function" if isinstance(item, dict) else None
+    function = item.get("function") if kind == "function" else None
     named = isinstance(function, dict) and isinstance(name := function.get("name"), str) and _NAME.fullmatch(name)
     return function if named else None
+
+
+def _check_function(function: dict[str, Any], what: str, *read: str) -> None:
+    """Nothing that a function or a call to it says is passed over; mistral-common leaves `strict` out, as here."""
+    unread = [key for key in function if key not in ("name", *read) and function[key] not in _NOTHING]
+    if unread:
+        raise UserError(f"{what} has {unread[0]!r}, which is not read; accepted are {sorted(('name', *read))}")
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

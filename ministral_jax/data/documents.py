@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ministral_jax.data.bad_rows import BadRows, LeftOut, Unusable, settle
+from ministral_jax.data.bad_rows import BadRows, LeftOut, Unusable, say_once, settle
 from ministral_jax.data.chat import Rendered, render, render_text
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.images import MOST_PIXELS, to_patches
@@ -34,6 +34,7 @@ Progress = Callable[[str, int], None]
 
 _FORMAT = 3
 _DRAW = 2**32  # a salt that no pass of packing reaches
+_KNOWN = {"answer", "chosen", "rejected", "image", "images"}  # columns that are learnt all the same
 _BATCH = 64
 _THREADS = 8
 
@@ -114,7 +115,7 @@ def _write(
             return Unusable(row.where, error)
 
     bad, rows = BadRows(source.name, source.config), read_rows(source)
-    sizes, grids, keys, plain = [], [], [], []
+    sizes, grids, keys, plain, columns = [], [], [], [], set[str]()
     with ExitStack() as stack:
         tokens, flags, patches = (
             stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ("tokens", "flags", "patches")
@@ -139,9 +140,12 @@ def _write(
                 sizes.append((len(rendered.tokens), len(rendered.pictures), count))
                 keys.append(stable_key(document.key or document.name))
                 plain.append(document.text is not None)
+                columns |= document.columns.keys() - _KNOWN
                 where.write(document.where.replace("\n", " ") + "\n")
             if progress is not None:
                 progress(f"tokenise {source.name}", len(sizes))
+    if columns and source.config.kind == "jsonl":
+        say_once(f"data.sources.{source.name}: keys that are not learnt, but for rewards: {', '.join(sorted(columns))}")
     write_json(directory / "left_out.json", bad.settle())
     if not sizes:
         raise UserError(f"data.sources.{source.name} ({source.config.path}) has no documents")

@@ -83,8 +83,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than eight bits: integers of 0 to 65535, floats of 0 to 1."""
-    grey = np.asarray(image, np.float64) * (255 if image.mode == "F" else 255 / 65535)
+    """Grey of more than eight bits: integers of 0 to 65535, floats of 0 to 1. Raises `ValueError`: other floats."""
+    values = np.asarray(image, np.float64)
+    if image.mode == "F" and not (np.min(values) >= 0 and np.max(values) <= 1):
+        raise ValueError("its floats are not from 0 to 1")
+    grey = values * (255 if image.mode == "F" else 255 / 65535)
     return Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
 
 

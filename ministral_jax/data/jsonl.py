@@ -6,14 +6,16 @@ gives a judge's two documents; `chosen` and `rejected` may also be whole convers
 as prompts, a row ends before its answer, may have none, and may be `{"prompt": text or messages}`.
 
 Images stand in the messages, or beside them as `"image": path` or `"images": [path, ..]`: then they are shown where
-the user's text says `<image>`, or before the first of it where it never does. Paths are relative to the JSONL file. A
-key that is null is absent. Other keys are the document's columns, which rewards read.
+the user's text says `<image>` or has a chunk `{"type": "image"}` without a path, or before the first of it where it
+never does. Paths are relative to the JSONL file. A key that is null is absent. Other keys are the document's columns,
+which rewards read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,13 +27,21 @@ from ministral_jax.errors import UserError
 from ministral_jax.files import open_plain
 
 _PLACE = "<image>"
+_NAMED = "name images as 'image' or 'images'"
 _NEVER_READ = {
     **dict.fromkeys(("video", "videos", "audio", "audios"), "there are only text and images here"),
     **dict.fromkeys(("functions", "function_call"), "offer functions as 'tools', call them as 'tool_calls'"),
     **dict.fromkeys(("system", "system_prompt"), "begin 'messages' with one from the role system"),
     **dict.fromkeys(("conversations", "history"), "put all turns into 'messages'"),
+    **dict.fromkeys((f"{a}{b}" for a in ("image_path", "image_url", "image_file", "img") for b in ("", "s")), _NAMED),
 }
 """Keys of other formats that change what a model sees."""
+_NEVER_LEARNT = {
+    **dict.fromkeys(("weight", "loss_mask", "completion_mask", "assistant_masks"), "give turns a 'weight' of 0 or 1"),
+    **dict.fromkeys(("input_ids", "attention_mask"), "give the text, which is tokenised here"),
+    **dict.fromkeys(("chosen_response", "rejected_response"), "a pair is 'chosen' and 'rejected'"),
+}
+"""Keys of other formats that change what is learnt; of prompts they are columns."""
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -43,15 +53,26 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def json_row(line: bytes, where: str) -> Any:
-    """The value of a row of JSONL, half a character (`\\ud83d` alone) as U+FFFD; `UserError` where it is not UTF-8 or
-    not JSON."""
+    """The value of a row of JSONL, half a character (`\\ud83d` alone) as U+FFFD and NaN, which tables write where
+    nothing is, as null; `UserError` where it is not UTF-8 or not JSON."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=_object)
         return _whole(row) if b"\\ud" in line.lower() else row
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); each line must be one object") from None
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands twice")
+    return found
 
 
 def _whole(value: Any) -> Any:
@@ -70,27 +91,37 @@ def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> 
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
     row, key = {k: value for k, value in row.items() if value is not None}, hashlib.sha256(line.strip()).hexdigest()
-    for unread in row.keys() & _NEVER_READ.keys():
-        raise UserError(f"{where}: {unread!r} is not read; {_NEVER_READ[unread]}")
+    _check_row(row, where, prompts)
     pair = {"chosen", "rejected"} <= row.keys()
     shared, *answers = _answers(row, where) if pair else (None,)
     if "text" in row and "messages" not in row and not prompts and not pair:
-        if row.keys() & {"image", "images"}:
+        if row.get("image") or row.get("images"):
             raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
-        return (Document(name, where, _string(row, "text", where), columns=_columns(row), key=key),)
+        return (Document(name, where, _string(row, "text", where), columns=_rest(row, "text", "images"), key=key),)
     judged = pair and not prompts
     messages, tools = _conversation(row, shared, path.parent, where, prompts or judged)
-    document = Document(name, where, None, messages, tools, _columns(row), key)
+    if "messages" in row or ("prompt" in row and (prompts or pair)):
+        columns = _rest(row, "messages", "prompt", "tools", "image", "images")
+    else:
+        columns = _rest(row, "question", "tools")  # its images stay, as they are named
+    document = Document(name, where, None, messages, tools, columns, key)
     return judge_documents(document, *_compared(answers, where)) if judged else (document,)
 
 
-def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """What is no part of the conversation; a question's images stay, as they are named."""
-    if "messages" in row or "prompt" in row:
-        used = {"messages", "prompt", "tools", "image", "images"}
-    else:
-        used = {"text", "question", "tools"}
-    return {key: value for key, value in row.items() if key not in used}
+def _check_row(row: dict[str, Any], where: str, prompts: bool) -> None:
+    """Nothing that changes what is seen or learnt is passed over; what is empty says nothing."""
+    refused = _NEVER_READ if prompts else _NEVER_READ | _NEVER_LEARNT
+    for key in row:
+        if key in refused and row[key] not in ("", [], {}):
+            raise UserError(f"{where}: {key!r} is not read; {refused[key]}")
+    if not prompts and len(lone := {"chosen", "rejected"} & row.keys()) == 1:
+        (missing,) = {"chosen", "rejected"} - lone
+        raise UserError(f"{where}: has {lone.pop()!r} but no {missing!r}; a pair needs both")
+
+
+def _rest(row: dict[str, Any], *used: str) -> dict[str, Any]:
+    """The columns of a row: what is no part of its text or conversation."""
+    return {key: value for key, value in row.items() if key not in used and key not in _NEVER_READ}
 
 
 def _conversation(
@@ -110,8 +141,7 @@ def _conversation(
         raw = [_said("user", _string(row, "question", where)), _said("assistant", _string(row, "answer", where))]
     else:
         raise _lacking(row, where, prompts)
-    if (images := _images(row, where)) is not None:
-        raw = _shown(raw, images, where)
+    raw = _shown(raw, _images(row, where), where)
     return parse_messages(raw, base, where, prompts), parse_tools(row.get("tools"), where)
 
 
@@ -120,15 +150,15 @@ def _said(role: str, text: str) -> dict[str, str]:
 
 
 def _lacking(row: dict[str, Any], where: str, prompts: bool) -> UserError:
-    if not prompts and "prompt" in row and (lone := {"chosen", "rejected"} & row.keys()):
-        (missing,) = {"chosen", "rejected"} - lone
-        return UserError(f"{where}: has {lone.pop()!r} but no {missing!r}; a pair needs both")
     needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
     return UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
 
 
 def _spoken(value: Any) -> Any:
-    """Messages, given as such or as their JSON; anything else as it is: it may be a text that looks like a list."""
+    """Messages, given as such, as one alone or as their JSON; anything else as it is: it may be a text that looks like
+    a list."""
+    if isinstance(value, dict) and "role" in value:
+        return [value]
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
@@ -145,12 +175,12 @@ def _check_prompt(prompt: Any, messages: Any, where: str) -> None:
         raise UserError(f"{where}: 'messages' do not hold the prompt, {str(prompt)[:40]!r}; give one of the two")
 
 
-def _images(row: dict[str, Any], where: str) -> list[Any] | None:
-    """Images named beside the messages; None where there is no key for them."""
+def _images(row: dict[str, Any], where: str) -> list[Any]:
+    """Images named beside the messages."""
     if {"image", "images"} <= row.keys():
         raise UserError(f"{where}: has 'image' and 'images'; name all of them in 'images'")
-    images = row.get("images", [row["image"]] if "image" in row else None)
-    if images is not None and not isinstance(images, list):
+    images = row.get("images", [row["image"]] if "image" in row else [])
+    if not isinstance(images, list):
         raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
     return images
 
@@ -161,6 +191,9 @@ def _shown(raw: Any, images: list[Any], where: str) -> Any:
     chunks = [found for message in users if (found := _chunks(message)) is not None]
     if not users or len(chunks) < len(users):
         return raw
+    places = sum(chunk.get("text", "").count(_PLACE) for each in chunks for chunk in each)
+    if not places and not images:
+        return raw
     if images and any(chunk.get("type") in ("image", "image_url") for each in chunks for chunk in each):
         raise UserError(f"{where}: has images in its messages and beside them; name each once")
     for message in raw:
@@ -170,9 +203,11 @@ def _shown(raw: Any, images: list[Any], where: str) -> Any:
             and _PLACE in str(message.get("content") if isinstance(message, dict) else "")
         ):
             raise UserError(f"{where}: {_PLACE} stands in a message that is not the user's; images are shown in those")
-    places = sum(chunk.get("text", "").count(_PLACE) for each in chunks for chunk in each)
     if places and places != len(images):
-        raise UserError(f"{where}: its text says {_PLACE} {places} times but {len(images)} images are named beside it")
+        raise UserError(
+            f"{where}: its user says {_PLACE}, or shows an image that has no path, {places} times but {len(images)} "
+            "images are named beside the messages"
+        )
     shown = iter([{"type": "image", "image": image} for image in images])
     if places:
         chunks = [[part for chunk in each for part in _split(chunk, shown)] for each in chunks]
@@ -183,14 +218,16 @@ def _shown(raw: Any, images: list[Any], where: str) -> Any:
 
 
 def _chunks(message: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """A message's content as chunks; None where it is malformed."""
-    content = message.get("content")
+    """A message's content as chunks, an image without its path as the text that stands for one; None where it is
+    malformed."""
+    content, place = message.get("content"), {"type": "text", "text": _PLACE}
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    whole = isinstance(content, list) and all(
-        isinstance(c, dict) and isinstance(c.get("text", ""), str) for c in content
-    )
-    return content if whole else None
+    if not isinstance(content, list) or not all(isinstance(chunk, dict) for chunk in content):
+        return None
+    chunks = [{key: value for key, value in chunk.items() if value is not None} for chunk in content]
+    whole = all(isinstance(chunk.get("text", ""), str) for chunk in chunks)
+    return [place if chunk == {"type": "image"} else chunk for chunk in chunks] if whole else None
 
 
 def _split(chunk: dict[str, Any], images: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -219,7 +256,8 @@ def _check_same_prompt(row: dict[str, Any], shared: list[Any], where: str) -> No
     """What else the row says of the conversation is the beginning that both share."""
     prompt, messages = _spoken(row.get("prompt")), _spoken(row.get("messages"))
     last = shared[-1].get("content") if isinstance(shared[-1], dict) else None
-    if prompt is not None and prompt not in (shared, last):
+    said = prompt.strip() == str(last).strip() if isinstance(prompt, str) else prompt == shared
+    if prompt is not None and not said:
         raise UserError(f"{where}: chosen and rejected do not begin with the prompt, {str(prompt)[:40]!r}")
     if messages is not None and messages not in (shared, _spoken(row["chosen"]), _spoken(row["rejected"])):
         raise UserError(f"{where}: 'messages' are neither what chosen and rejected begin with nor one of them")

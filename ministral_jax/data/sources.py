@@ -23,7 +23,7 @@ from ministral_jax.data.digests import Digests
 from ministral_jax.data.jsonl import lines_of, parse_row
 from ministral_jax.data.tasks import KINDS, read_task, task_digest
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, file_digest, open_plain, stable_key
+from ministral_jax.files import digest_of, file_digest, open_plain, refuse_url, stable_key
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}
@@ -146,20 +146,24 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
     """The files of a source; what lies beside them and is not read is said."""
+    refuse_url(config.path or "", f"data.sources.{name}.path =")
     pattern = Path(config.path or "").expanduser()
     whole, endings = pattern.is_dir(), tuple(s + packed for s in _SUFFIXES[config.kind] for packed in _PACKED)
     found = pattern.rglob("*") if whole else [pattern] if pattern.is_file() else glob.glob(str(pattern), recursive=True)
     paths, rest = [], Counter[str]()
     for path in map(Path, found):
         hidden = whole and any(part.startswith(".") for part in path.relative_to(pattern).parts)
-        if path.is_dir():
-            rest["directory"] += not whole
+        if path.is_dir():  # a link to one is not followed, which might never end
+            rest["directory" if not whole else "linked directory"] += not whole or (path.is_symlink() and not hidden)
         elif whole and not path.name.lower().endswith(endings):
             rest[path.suffix.lower() or path.name.lower()] += not hidden
         elif hidden:
             rest["hidden"] += 1
         elif not path.is_file():
-            raise UserError(f"data.sources.{name}: {path} is a link to a file that is not there")
+            what = "no file that can be read again" if path.exists() else "a link to a file that is not there"
+            raise UserError(f"data.sources.{name}: {path} is {what}")
+        elif config.kind == "jsonl" and not path.stat().st_size:
+            rest["empty"] += 1
         else:
             paths.append(path.absolute())
     left = ", ".join(f"{count} {kind}" for kind, count in sorted(rest.items()) if count)

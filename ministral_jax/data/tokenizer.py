@@ -98,7 +98,7 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     try:
         return read_tokenizer(path)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"data.tokenizer.file = {config.file!r} is not a usable Tekken file: {error}") from error
+        raise _no_tekken(config, error) from error
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -174,7 +174,7 @@ def _cut(content: bytes, config: TokenizerConfig) -> bytes:
         vocab = config.vocab or sizes["default_vocab_size"]
         merges = raw["vocab"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.tokenizer.file = {config.file!r} is not a Tekken file: {error!r}") from error
+        raise _no_tekken(config, error) from error
     if not 256 <= vocab - special <= len(merges):
         raise UserError(
             f"data.tokenizer.vocab = {vocab} with {special} special tokens leaves {vocab - special} text tokens; "
@@ -192,6 +192,12 @@ def _cut(content: bytes, config: TokenizerConfig) -> bytes:
         raw["config"]["version"] = "v13"
         raw.pop("image", None)  # belongs to another model; export_tokenizer writes ours
     return _dump(raw)
+
+
+def _no_tekken(config: TokenizerConfig, error: Exception) -> UserError:
+    """A key that is missing is a `tokenizer.json`'s, of another format; what mistral-common says may be very long."""
+    why = f"has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error!s:.200}"
+    return UserError(f"data.tokenizer.file = {config.file!r} is not a usable tekken.json ({why}); give the model's own")
 
 
 def _special_tokens(defined: list[Any] | None, count: int, bundled: bool) -> list[dict[str, Any]]:

@@ -267,6 +267,7 @@ def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None 
     return spec, jax.tree_util.tree_map_with_path(read, *trees)
 
 
+_BUFFER = re.compile(r"(rotary_emb|patch_positional_embedding)\.((original_)?inv_freq|(cos|sin)_cached)$")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -301,7 +302,7 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
             raise UserError(f"{index} names {file}, which is not there")
         for name, tensor in safetensors.read(directory / file).items():
             short = re.sub(r"^(language_model\.|model\.)+", "", name)
-            if short.endswith("rotary_emb.inv_freq"):  # older releases kept what the configuration says
+            if _BUFFER.search(short):  # older releases kept what the configuration says
                 continue
             if short in found:
                 raise UserError(f"{directory}: {name} stands twice, in {found[short].path.name} and {file}")

@@ -172,12 +172,23 @@ class _Keys:
 
     def sizes(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Of our names; where the file says null, key-value heads are the heads and the heads fill the width."""
+        for name in names:
+            value = self.values.get(_SIZES[name])
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{self.where}: {_SIZES[name]} is {value!r}, expected a whole number above 0")
         heads, width = self.required(_SIZES["heads"]), self.required(_SIZES["width"])
         known = {"kv_heads": heads, "head_width": width // heads}
         return {
             name: self.get(_SIZES[name], known[name]) if name in known else self.required(_SIZES[name])
             for name in names
         }
+
+    def same(self, *keys: str) -> None:
+        """Keys that mean the same say the same, where they are there."""
+        there = [key for key in keys if self.values.get(key) is not None]
+        if there and any(self.values[key] != self.values[there[0]] for key in there):
+            said = " and ".join(f"{key} is {json.dumps(self.values[key])}" for key in there)
+            raise UserError(f"{self.where}: {said}, which mean the same; delete the one that is wrong")
 
     def accept(self, key: str, default: Any, accepted: tuple) -> None:
         """`default` is what a missing key means to `transformers`."""
@@ -201,7 +212,8 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     if kind not in ("mistral3", "ministral3", "mistral"):
         raise UserError(f"{where}: model_type is {kind!r}; mistral3, ministral3 and mistral can be read")
     if top.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+        found = config["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(f"{where}: weights are quantised ({method}); take the BF16 variant of this model")
     text = top.section("text_config") if kind == "mistral3" else top
     text_kind = text.get("model_type", "mistral")
@@ -209,6 +221,9 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
         raise UserError(f"{text.where}: model_type is {text_kind!r}; ministral3 and mistral can be read")
     text = _Keys(_CLASS[text_kind] | text.values, text.where)
     text.accept("hidden_act", "silu", ("silu",))
+    text.accept("partial_rotary_factor", 1.0, (1.0, None))
+    if sliding := {*text.get("layer_types", [])} - {"full_attention"}:
+        raise UserError(f"{text.where}: layer_types has {min(sliding)!r}, this model family has full attention")
     window = text.values.get("sliding_window")
     if window is not None and window < text.required("max_position_embeddings"):
         raise UserError(f"{text.where}: sliding_window is {window}, this model family has full attention")
@@ -233,6 +248,11 @@ def _rope(text: _Keys, kind: str) -> RopeSpec:
     if section is None and kind == "ministral3":
         raise UserError(f"{text.where}: rope_parameters is missing")
     rope = text.section(section) if section else _Keys({}, text.where)
+    text.same("rope_parameters", "rope_scaling")
+    rope.accept("partial_rotary_factor", 1.0, (1.0, None))
+    _Keys({"rope_theta": text.get("rope_theta"), f"rope_theta of {section}": rope.get("rope_theta")}, text.where).same(
+        "rope_theta", f"rope_theta of {section}"
+    )
     form = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:
@@ -240,6 +260,7 @@ def _rope(text: _Keys, kind: str) -> RopeSpec:
     beta = rope.get("llama_4_scaling_beta", 0.0)
     if form not in ("default", "yarn"):
         raise UserError(f"{rope.where}: rope_type is {form!r}; default and yarn can be read")
+    rope.same("rope_type", "type")
     original = rope.get("original_max_position_embeddings")
     if form == "default":
         return RopeSpec(

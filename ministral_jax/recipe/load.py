@@ -42,6 +42,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), made: Made = la
     raw = _read_yaml(found)
     for override in overrides:
         _override(raw, override)
+        if not isinstance(raw["stages"], dict):
+            raise UserError(f"override {override!r}: stages must be a mapping of named stages")
     root = found.parent if found == Path(path) else Path()
     recipe = validate(Recipe, _apply_defaults(raw), str(path), root=root.absolute())
     recipe = add_companions(recipe, made(recipe.name))
@@ -102,7 +104,7 @@ def _typed(value: Any) -> Any:
         return {key: _typed(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_typed(part) for part in value]
-    return Typed(value) if isinstance(value, str) else value
+    return Typed(value) if isinstance(value, str) else yaml12.set_typed(value)
 
 
 def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +182,11 @@ def order(recipe: Recipe, wanted: Iterable[str] = ()) -> list[str]:
         for other in needed:
             if other not in graph:
                 raise UserError(f"stages.{name} needs stage {other!r}, which does not exist{suggest(other, graph)}")
-    for name in recipe.family.children.values() if recipe.family else ():
+    for where, name in recipe.family.named.items() if recipe.family else ():
         if name not in graph:
-            raise UserError(f"family.children names stage {name!r}, which does not exist{suggest(name, graph)}")
+            raise UserError(f"{where} names stage {name!r}, which does not exist{suggest(name, graph)}")
+        if where != "family.parent" and not recipe.stages[name].distils:
+            raise UserError(f"{where} = {name!r} must be a distil stage: the family is told by its KL to the parent")
     for name in wanted:
         if name not in graph:
             raise UserError(f"no stage {name!r} in recipe {recipe.name!r}{suggest(name, graph)}")

@@ -28,6 +28,11 @@ class Family(Frozen):
     parent: str
     children: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Its stages, by where they are named."""
+        return {"family.parent": self.parent} | {f"family.children.{key}": name for key, name in self.children.items()}
+
 
 class Recipe(Frozen):
     """A whole cascade."""
@@ -42,6 +47,8 @@ class Recipe(Frozen):
     @classmethod
     def _names_are_directories(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
         for name in stages:
+            if name in ("data", "xla"):
+                raise ValueError(f"stage name {name!r} is taken: a run keeps something of its own in that directory")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"stage name {name!r} must be letters, digits, '-' and '_'")
         return stages

@@ -45,7 +45,7 @@ def family_figure(members: Sequence[Member], portrait: bool = False) -> str:
     named = [(m, accent(i, len(members) - 1), m.spec) for i, m in enumerate(members) if m.spec]
     slabs = [_slabs(spec) for *_, spec in named]
     tallest, widest = max(map(len, slabs), default=1), max((sum(s.values()) for t in slabs for s in t), default=1)
-    pitch, scale = (min(14.0, 190 / tallest), 150 / widest) if portrait else (min(24.0, 250 / tallest), 142 / widest)
+    pitch, scale = (min(14.0, 190 / tallest), 140 / widest) if portrait else (min(24.0, 250 / tallest), 142 / widest)
     made: list[Tower] = []
     y = 8.0
     for i, ((member, colour, spec), tower) in enumerate(zip(named, slabs, strict=True)):

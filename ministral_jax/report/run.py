@@ -54,6 +54,7 @@ def _sections(run: Run) -> dict[str, Any]:
     return {
         "colours": colours,
         "findings": _findings(run, groups, colours),
+        "spared": [stage.name for stage in stages if stage.is_spared],
         "published": any(member.published for member in run.members),
         "heads": [word + overview.length(run.members, key) for key, word in _WORDS.items()],
         "alone": overview.alone(run),
@@ -91,13 +92,15 @@ def _findings(run: Run, groups: list[dict[str, Any]], colours: Colours) -> list[
             told.append((member.name, f"{size}. KL to the parent {decimal(kl)} after {tokens} tokens{other}."))
         elif member.stale:
             told.append((member.name, f"is stale: it was {member.stale}."))
-    for stage in (stage for group in groups for stage in group["stages"]):
-        figure = next((f for f in overview.learned(stage) if f.unit == "share" and stage.has(f)), None)
-        if figure is None or (sure := overview.beyond_error(stage, figure)) is None or stage.stale:
-            continue
-        change = f"{percent(stage.first(figure.name))} \u2192 {percent(stage.last(figure.name))}"
-        words = change if sure else "no difference beyond the error"
-        told.append((stage.name, f"{figure.label}: {words} (n\u202f=\u202f{stage.asked})."))
+    for stage in (stage for group in groups for stage in group["stages"] if not stage.stale):
+        words: list[str] = []
+        for figure in overview.learned(stage):
+            sure, ends = overview.beyond_error(stage, figure), (stage.first(figure.name), stage.last(figure.name))
+            if sure or (sure is False and not words):  # the chief one in any case
+                change = " \u2192 ".join(map(percent, ends)) if sure else "no difference beyond the error"
+                words.append(f"{figure.label}: {change}")
+        if words:
+            told.append((stage.name, f"{'; '.join(words)} (n\u202f=\u202f{stage.asked})."))
     return [(name, colours[name], words) for name, words in told]
 
 

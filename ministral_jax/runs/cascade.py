@@ -17,7 +17,6 @@ from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_then_all, from_first, is_first
 from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.distributed.processes import poll, poll_alone
-from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, write_json
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import Recipe
@@ -124,12 +123,11 @@ def _prepare(jobs: Jobs, run_dir: Path) -> None:
 
 
 def _run_stage(job: Job[Stage], contents: Mapping[str, str | None]) -> None:
-    if job.directory.is_symlink() and not job.directory.exists():
-        raise UserError(f"{job.directory} is a link to {os.readlink(job.directory)}, which is gone; delete the link")
     job.directory.mkdir(exist_ok=True)
     if is_first():
         (job.directory / "manifest.json").unlink(missing_ok=True)  # of one that is to get more steps
-        write_json(job.directory / "stage.json", identity(job.stage, job.spec, contents))
+        made_of = identity(job.stage, job.spec, contents) | {"inputs": _inputs(job)}
+        write_json(job.directory / "stage.json", made_of)
     job = with_norms_of_source(job)
     begun = time.monotonic()
     poll(f"beginning {job.name}", slow=True)
@@ -140,15 +138,20 @@ def _run_stage(job: Job[Stage], contents: Mapping[str, str | None]) -> None:
     barrier(f"{job.name} finished")
 
 
+def _inputs(job: Job[Stage]) -> dict[str, dict[str, str]]:
+    roles = job.stage.inputs().items()
+    return {role: {"stage": other, "digest": digest(job.run_dir / other)} for role, other in roles}
+
+
 def _manifest(job: Job[Stage], result: Result, seconds: float) -> dict[str, Any]:
-    stage, run_dir = job.stage, job.run_dir
+    stage = job.stage
     return {
         "stage": job.name,
         "do": stage.do,
         "status": "finished",
         "config": stage.model_dump(mode="json", by_alias=True),
         "spec": (result.spec or job.spec).model_dump(mode="json"),
-        "inputs": {role: {"stage": other, "digest": digest(run_dir / other)} for role, other in stage.inputs().items()},
+        "inputs": _inputs(job),
         "tokens": result.tokens,
         "steps": result.steps,
         "seconds": round(result.seconds or seconds, 3),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ministral_jax.errors import UserError
 from ministral_jax.runs.reading import Run, read_run
+from ministral_jax.runs.survey import is_taken
 from ministral_jax.runs.sweep_run import read_record
 
 
@@ -21,7 +22,7 @@ def leftovers(run_dir: Path) -> dict[str, list[Path]]:
     if (run_dir / "sweep.json").is_file():
         used = {where for point in read_record(run_dir).points for where in point.stages.values()}
         others = [path for path in run_dir.glob("shared/*-*") if f"shared/{path.name}" not in used]
-        found["stages of no point of the sweep"] = others
+        found["stages of no point of the sweep"] = [path for path in others if path.is_symlink() or not is_taken(path)]
         return {what: paths for what, paths in found.items() if paths}
     run = read_run(run_dir)
     stages = [run_dir / name for name, stage in run.stages.items() if stage.state == "finished"]

@@ -13,6 +13,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from ministral_jax import load
+from ministral_jax.console import say
+from ministral_jax.data.bad_rows import SHOWN
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Document, Message
@@ -50,12 +52,16 @@ def run_generate(args: Namespace) -> None:
         raise UserError(f"--seed {args.seed}; it must not be negative")
     spec, tokenizer = open_checkpoint(args.checkpoint)
     options = _options(args, tokenizer)
-    rows = _read(args.jsonl) if args.jsonl else [({"prompt": t}, _prompt(t, args.image)) for t in args.prompt]
-    prompts = []
-    for number, (row, document) in enumerate(rows):
+    given = _lines(args.jsonl) if args.jsonl else [*enumerate(args.prompt)]
+
+    def prepared(place: int) -> tuple[dict[str, Any], Prompt]:
+        row, document = _row(args.jsonl, *given[place]) if args.jsonl else _prompt(args.prompt[place], args.image)
         chat = args.chat or not isinstance(row.get("prompt"), str) or "messages" in row
         rendered = _render(document, chat, args.think, tokenizer, spec)
-        prompts.append(as_prompt(rendered, spec.vision, (args.seed + number) % 2**32))
+        return row, as_prompt(rendered, spec.vision, (args.seed + place) % 2**32)
+
+    rows = _usable(prepared, len(given), args.on_bad_row == "skip")
+    prompts = [prompt for _, prompt in rows]
     sample = _sampler(args.checkpoint, options)
     if args.jsonl:
         _write(args.output, [row for row, _ in rows], prompts, sample, tokenizer)
@@ -103,23 +109,43 @@ def _sampler(path: Path, options: SamplingOptions) -> Sample:
     return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
 
 
-def _read(path: Path) -> list[tuple[dict[str, Any], Document]]:
-    """Rows of a JSONL file, and what is to be answered of each."""
+def _lines(path: Path) -> list[tuple[int, bytes]]:
     if not path.is_file():
         raise UserError(f"--jsonl {path} is not a file")
-    found = []
-    for number, line in lines_of(path):
-        where = f"{path} row {number}"
-        (document,) = parse_row(line, path, where, where, prompts=True)
-        found.append((json_row(line, where), document))
-    if not found:
+    if not (found := [*lines_of(path)]):
         raise UserError(f"--jsonl {path} has no rows")
     return found
 
 
-def _prompt(text: str, images: list[Path]) -> Document:
+def _row(path: Path, number: int, line: bytes) -> tuple[dict[str, Any], Document]:
+    """A row of a JSONL file, and what is to be answered of it."""
+    where = f"{path} row {number}"
+    (document,) = parse_row(line, path, where, where, prompts=True)
+    return json_row(line, where), document
+
+
+def _prompt(text: str, images: list[Path]) -> tuple[dict[str, Any], Document]:
     where = f"--prompt {text[:40]!r}"
-    return Document(where, where, messages=(Message("user", (*images, text)),))
+    return {"prompt": text}, Document(where, where, messages=(Message("user", (*images, text)),))
+
+
+def _usable(
+    prepared: Callable[[int], tuple[dict[str, Any], Prompt]], count: int, skip: bool
+) -> list[tuple[dict[str, Any], Prompt]]:
+    """Rows and their prompts. Raises `UserError`: of the rows that cannot be used, unless they are left out and there
+    are others."""
+    found, reasons = [], list[str]()
+    for place in range(count):
+        try:
+            found.append(prepared(place))
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        said = "; ".join(reasons[:SHOWN]) + (f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else "")
+        if not skip or not found:
+            raise UserError(said if count == 1 else f"{len(reasons)} of {count} rows cannot be used: {said}")
+        say(f"{len(reasons)} of {count} rows are left out: {said}")
+    return found
 
 
 def _render(document: Document, chat: bool, think: bool, tokenizer: Tokenizer, spec: ModelSpec) -> Rendered:

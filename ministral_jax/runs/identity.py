@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import AnyStage
 from ministral_jax.settings import ANYWHERE
@@ -37,15 +38,21 @@ def identity(
 
 def begun(directory: Path) -> Identity | None:
     """What a stage's directory was begun with, None when it was not. Settings that an older version did not know have
-    their defaults."""
+    their defaults. Raises `UserError`: nobody can say, for the file is damaged."""
+    path = directory / "stage.json"
     try:
-        found = json.loads((directory / "stage.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("config", "spec")):
+        raise UserError(f"{path} does not say what the stage was begun with; delete {directory} to make it again")
     try:
         stage: Any = TypeAdapter(AnyStage).validate_python(found["config"])
-        return identity(stage, ModelSpec.model_validate(found["spec"]), found.get("contents"))
-    except (ValidationError, KeyError):
+        made_of = identity(stage, ModelSpec.model_validate(found["spec"]), found.get("contents"))
+        return {**made_of, "inputs": found.get("inputs", {})}
+    except ValidationError:
         return found
 
 

@@ -35,11 +35,14 @@ def owned(directory: Path) -> Iterator[None]:
         UserError: somebody else does, or it cannot be written.
     """
     place = directory / ".owner"
+    if directory.is_symlink() and not directory.exists():
+        raise UserError(f"{directory} is a link to {os.readlink(directory)}, which is not there")
     try:
         place.mkdir(parents=True, exist_ok=True)
         own = _take(place, directory)
     except OSError as error:
-        raise UserError(f"{directory} cannot be a run's directory: {error.strerror} ({error.filename})") from None
+        where = f" ({error.filename})" if error.filename else ""  # of a full disk none is named
+        raise UserError(f"{directory} cannot be a run's directory: {error.strerror}{where}") from None
     over = threading.Event()
     beat = threading.Thread(target=_beat, args=(own, over), daemon=True, name="owner of the run")
     beat.start()
@@ -48,14 +51,14 @@ def owned(directory: Path) -> Iterator[None]:
     finally:
         over.set()
         beat.join()
-        with suppress(OSError):  # a full disk: who comes next finds that this process is gone
+        with suppress(OSError):
             _write(own, {**_self(), "left": True})
 
 
 def owner(directory: Path) -> dict[str, Any] | None:
     """Who owns a run's directory, as far as can be said at once: "host", "pid", "since", "command"."""
     found = _newest(directory / ".owner")
-    if found is None or (said := _read(found)).get("left") or _is_dead(said):
+    if found is None or not (said := _read(found)) or said.get("left") or _is_dead(said):
         return None
     return said
 
@@ -102,18 +105,25 @@ def _newest(place: Path) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Empty while it is being written."""
+    """Empty while it is being written, or where it does not say who is there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    is_told = isinstance(said, dict) and type(said.get("pid")) is int and {"host", "since"} <= said.keys()
+    return said if is_told else {}
 
 
 def _write(path: Path, said: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(said))
-        file.flush()
-        os.fsync(file.fileno())
+    """Say it, or on a full disk leave nothing: a file that says nothing is waited for."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(said))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _self() -> dict[str, Any]:
@@ -153,7 +163,7 @@ def _is_dead(said: dict[str, Any]) -> bool:
         return True
     except PermissionError:  # another user's: it is there
         return False
-    return said["begun"] is not None and _begun(said["pid"]) != said["begun"]
+    return said.get("begun") is not None and _begun(said["pid"]) != said["begun"]
 
 
 def _falls_silent(path: Path, said: dict[str, Any]) -> bool:
@@ -161,8 +171,8 @@ def _falls_silent(path: Path, said: dict[str, Any]) -> bool:
     if said and said.get("machine") == _machine():
         return False
     seen, end = _sign(path), time.monotonic() + SILENT_SECONDS
-    if said:
-        print(f"waiting for a sign of life from {said['host']}, whose run this is", file=sys.stderr, flush=True)
+    who = f"{said['host']}, whose run this is" if said else f"who made {path}, which does not say who that is"
+    print(f"waiting for a sign of life from {who}", file=sys.stderr, flush=True)
     while time.monotonic() < end:
         time.sleep(min(0.5, SILENT_SECONDS / 10))
         if _sign(path) != seen:

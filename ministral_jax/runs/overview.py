@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ministral_jax.data.config import SourceConfig
 from ministral_jax.runs.comparable import differ, most_common
 from ministral_jax.runs.reading import Member, Run, Said, Stage
 from ministral_jax.stages.figures import HELD_OUT, KL, Figure
@@ -102,10 +103,17 @@ def sources_read(stages: Sequence[Stage]) -> list[dict[str, Any]]:
         each, what = (
             (batch.get("sequences"), "rows") if isinstance(batch, dict) else (stage.settings.get("prompts"), "prompts")
         )
-        told = {"sources": data.get("sources") or {}, "length": stage.length, "digest": stage.data, "by": {}}
+        sources = {name: _said(source) for name, source in (data.get("sources") or {}).items()}
+        told = {"sources": sources, "length": stage.length, "digest": stage.data, "by": {}}
         made = found.setdefault(json.dumps([told, data.get("held_out")], default=str), told)
         made["by"][stage.name] = f"{each * stage.manifest.steps:,} {what}" if each and stage.manifest.steps else ""
     return list(found.values())
+
+
+def _said(source: dict[str, Any]) -> dict[str, Any]:
+    """Of a source what is not as it is by itself."""
+    fields = SourceConfig.model_fields
+    return {key: value for key, value in source.items() if key not in fields or value != fields[key].default}
 
 
 def flat(settings: Any, at: str = "") -> list[tuple[str, Any]]:

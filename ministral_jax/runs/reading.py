@@ -120,6 +120,11 @@ class Stage:
     """Why it is not current, see `comparable.stale_stages`."""
 
     @property
+    def is_spared(self) -> bool:
+        """Optional, and nobody has asked for it."""
+        return self.optional and self.state == "waiting"
+
+    @property
     def figures(self) -> tuple[Figure, ...]:
         """Of its verb; none where that is not installed."""
         return verbs()[self.do].figures if self.do in verbs() else ()

@@ -58,4 +58,9 @@ def recipe_of(run_dir: Path) -> Recipe:
     path = run_dir / "recipe.json"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no recipe.json")
-    return Recipe.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Recipe.model_validate(json.loads(path.read_bytes()))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not a recipe: {' '.join(str(error).split())}") from None

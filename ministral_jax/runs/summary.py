@@ -77,10 +77,13 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
     stale = stale_stages(made, here)
     children, left_out = {}, {}
     for child, last in (family.children if family else {}).items():
-        gone = [f"made from {name}, which is not there" for name in lineage(recipe, last) if name not in made]
-        old = [stale[name] for name in lineage(recipe, last) if name in stale]
+        names = lineage(recipe, last)
+        gone = [f"made from {name}, which is not there" for name in names if name not in made]
+        old = [stale[name] for name in names if name in stale]
         if last in made and (gone or old):
             left_out[child] = (gone + old)[0]
+        elif last in made and not _evaluations(run_dir, next(n for n in names if recipe.stages[n].distils)):
+            left_out[child] = "made with evaluations that are not in its metrics.jsonl any more"
         elif last in made:
             children[child] = _child(recipe, run_dir, last)
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
@@ -119,7 +122,7 @@ def _child(recipe: Recipe, run_dir: Path, last: str) -> Child:
     }
     stages = {"pruned": names[0], "short": distilled[0], "base": distilled[-1]}
     scratch = [scratch_name(name) for name in distilled]
-    if scratch and all(read_manifest(run_dir / name) for name in scratch):
+    if all(read_manifest(run_dir / name) and _evaluations(run_dir, name) for name in scratch):
         stages |= {"scratch_short": scratch[0], "scratch_base": scratch[-1]}
         figures["kl_scratch"] = finished(run_dir / scratch[-1]).metrics["kl"]
         figures["token_speedup"] = token_speedup(_evaluations(run_dir, distilled[0]), _evaluations(run_dir, scratch[0]))
@@ -137,7 +140,7 @@ def _tokens_of_ancestors(recipe: Recipe, run_dir: Path, name: str | None) -> int
 
 
 def _evaluations(run_dir: Path, stage: str) -> Rows:
-    return [r for r in read_jsonl(run_dir / stage / "metrics.jsonl") if r["kind"] == "eval"]
+    return [r for r in read_jsonl(run_dir / stage / "metrics.jsonl") if r.get("kind") == "eval" and "kl" in r]
 
 
 def token_speedup(pruned: Rows, scratch: Rows) -> float | None:

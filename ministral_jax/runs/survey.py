@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import append_jsonl, read_jsonl
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.load import order, resolve_specs
 from ministral_jax.recipe.types import Recipe
@@ -66,12 +68,12 @@ def survey(
         contents = known[key] if key in known else known.setdefault(key, stage.contents(root))
         wants = Wanted(name, stage, specs[name], identity(stage, specs[name], contents))
         planned[name] = _plan(wants, run_dir, planned, shelves)
-    growing = {name for name, plan in planned.items() if plan.state == "grows" and name not in wanted}
+    growing = {name for name, plan in planned.items() if plan.state == "grows"}
     for name, plan in planned.items():
         if plan.state == "finished" and (found := growing & set(recipe.stages[name].inputs().values())):
             raise UserError(
                 f"stage {name!r} in {run_dir} was made from {found.pop()!r}, which is to get more steps; delete "
-                f"{plan.place} and what was made from it, or name the stage that is to grow"
+                f"{plan.place} and what was made from it, or name the stage that is to grow and none after it"
             )
     return list(planned.values())
 
@@ -99,13 +101,17 @@ def _plan(wanted: Wanted, run_dir: Path, before: Mapping[str, Planned], shelves:
             f"(with --from {run_dir} for what stays the same), or delete {directory} (and the stages made from it)"
         )
     state, place = "begins" if step is None else "resumes", directory
+    inputs = {role: before[other] for role, other in wanted.stage.inputs().items()}
     if found is not None:
         _check_inputs(wanted.name, found, run_dir, before)
         state, step = ("grows", step) if changes else ("finished", None)
     elif is_empty:
-        inputs = {role: before[other] for role, other in wanted.stage.inputs().items()}
         if (other := _same(wanted, inputs, shelves)) is not None:
             state, place = "taken", other
+    elif old is not None:
+        _check_begun_from(wanted.name, old.get("inputs") or {}, inputs, directory)
+    if state not in ("finished", "taken"):
+        _refuse_link(directory)
     return Planned(wanted.name, wanted.spec, wanted.identity, state, place, step)
 
 
@@ -124,9 +130,11 @@ def _may_grow(wanted: Wanted, old: Identity | None, changes: list[str], director
     steps, before = getattr(wanted.stage, "steps", None), (old or {}).get("config", {}).get("steps")
     if len(changes) > 1 or steps is None or before is None or steps <= before:
         return False
-    schedule = wanted.identity["config"]["optimizer"]["schedule"]
-    if schedule == "cosine":
+    optimizer = wanted.identity["config"]["optimizer"]
+    if optimizer["schedule"] == "cosine":
         why = "its learning rate has decayed over them (optimizer.schedule: cosine; constant and wsd can go on)"
+    elif saved_step(directory) is None and before < optimizer["warmup"]:
+        why = f"its learning rate rose faster than over optimizer.warmup = {optimizer['warmup']} steps"
     elif saved_step(directory) is None:
         why = f"no state of its optimiser is in {directory / 'state'}"
     else:
@@ -149,6 +157,18 @@ def _check_inputs(name: str, found: Manifest, run_dir: Path, before: Mapping[str
             raise UserError(
                 f"stage {name!r} in {run_dir} was made from another {role} {other.stage!r} than the one there now; "
                 f"delete {run_dir / name} to make it again"
+            )
+
+
+def _check_begun_from(name: str, begun_from: Identity, inputs: Mapping[str, Planned], directory: Path) -> None:
+    """What is saved of an interrupted stage came of these very inputs."""
+    for role, plan in inputs.items():
+        then = begun_from.get(role, {}).get("digest")  # which an older version did not write
+        if then is not None and (plan.is_made or digest(plan.place) != then):
+            other = "the one that is to be made" if plan.is_made else "the one there now"
+            raise UserError(
+                f"stage {name!r} in {directory.parent} was begun from another {role} {plan.name!r} than {other}; "
+                f"delete {directory} to begin it again"
             )
 
 
@@ -193,15 +213,48 @@ def _called(name: str, shelf: Path) -> Iterator[Path]:
     yield from (place for place in [shelf / name, *sorted(shelf.glob(f"{name}-*"))] if place.is_dir())
 
 
+def _owned_place(directory: Path) -> Path:
+    """A stage's directory; of a point of a sweep the one to which that is a link, where points share the stage."""
+    if not directory.is_symlink():
+        return directory
+    step, shared = directory.parent / os.readlink(directory), directory.parent.parent / "shared"
+    return step if os.path.realpath(step.parent) == os.path.realpath(shared) else directory
+
+
+def _refuse_link(directory: Path) -> None:
+    """Raise `UserError` where what is to be written would be written into another run."""
+    place = _owned_place(directory)
+    refuse_gone(place)
+    real = Path(os.path.realpath(place))
+    is_run = (real.parent / "recipe.json").exists() or (real.parent.parent / "sweep.json").exists()
+    if place.is_symlink() and is_run:
+        raise UserError(
+            f"{place} is a link to {os.readlink(place)}, a stage of another run, which alone may go on with it; delete "
+            "the link to make the stage here"
+        )
+
+
+def refuse_gone(place: Path) -> None:
+    """Raise `UserError` for a link to what is not there any more."""
+    if place.is_symlink() and not place.exists():
+        raise UserError(f"{place} is a link to {os.readlink(place)}, which is gone; delete the link")
+
+
 def take(plan: Planned, run_dir: Path) -> None:
-    """Make a link to another run's stage in the place of what is not made here."""
-    place = run_dir / plan.name
-    if place.is_symlink() and place.exists():  # in a sweep, itself a link to where points share the stage
-        place = Path(os.path.realpath(place))
-    target = os.path.relpath(os.path.realpath(plan.place), os.path.realpath(place.parent))
+    """Make a link to another run's stage in the place of what is not made here, and leave a note of it there."""
+    place, real = _owned_place(run_dir / plan.name), os.path.realpath(plan.place)
+    target = os.path.relpath(real, os.path.realpath(place.parent))
     temporary = place.with_name(f".{place.name}.link")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)  # nothing was made in it
     os.replace(temporary, place)
+    with suppress(OSError):  # it may be another user's
+        append_jsonl(Path(real) / "taken.jsonl", {"by": os.path.relpath(place.absolute(), real)})
+
+
+def is_taken(directory: Path) -> bool:
+    """Whether a link of another run still leads to a stage."""
+    links = (directory / str(note.get("by")) for note in read_jsonl(directory / "taken.jsonl"))
+    return any(link.is_symlink() and os.path.realpath(link) == os.path.realpath(directory) for link in links)

@@ -23,6 +23,7 @@ from ministral_jax.files import write_json
 from ministral_jax.runs.cascade import run_cascade
 from ministral_jax.runs.run import cache_compilations, opened
 from ministral_jax.runs.summary import write_summary
+from ministral_jax.runs.survey import refuse_gone, shelves
 from ministral_jax.runs.sweep import Measured, Point, Sweep, SweepRecord, describe, expand
 from ministral_jax.stages import verbs
 from ministral_jax.stages.manifest import Manifest, read_manifest
@@ -44,6 +45,7 @@ def run_sweep(sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = ()) ->
         UserError: the sweep or a point's recipe is wrong, before anything is written.
     """
     points, record = prepare(sweep, sweep_dir)
+    shelves(taken_from)
     broken: dict[str, str] = {}
     with opened(sweep_dir):
         refresh(record, sweep_dir)
@@ -80,6 +82,7 @@ def prepare(sweep: Sweep, sweep_dir: Path) -> tuple[list[Point], SweepRecord]:
 def link(point: Point, sweep_dir: Path) -> None:
     """Make the point's run directory: its stages, and its packed data, are links to where they are shared."""
     for name, target in {**point.stages, "data": "shared/data"}.items():
+        refuse_gone(sweep_dir / target)
         (sweep_dir / target).mkdir(parents=True, exist_ok=True)
         place, wanted = sweep_dir / point.name / name, os.path.join("..", target)
         place.parent.mkdir(exist_ok=True)

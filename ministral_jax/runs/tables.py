@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ministral_jax.errors import UserError
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.comparable import OF_LENGTH, most_common
 from ministral_jax.runs.lock import named, owner
@@ -20,7 +21,7 @@ _FAMILY = (
     ("KL pruned", "kl_after_surgery", ".4f"),
     ("KL final", "kl_final", ".4f"),
     ("KL scratch", "kl_scratch", ".4f"),
-    ("speed-up", "token_speedup", ".1f"),
+    ("fewer tokens", "token_speedup", ".1f"),
     ("bits/byte", "bits_per_byte", ".3f"),
     ("images", "digit_accuracy", ".1%"),
 )
@@ -60,6 +61,10 @@ def stage_table(run: Run, names: Iterable[str] = ()) -> Table:
     common = most_common(
         stage.length for stage in map(run.stages.get, chosen) if stage and stage.length and _told(stage)
     )
+    if any(run.stages[name].length not in (None, common) and _told(run.stages[name]) for name in chosen):
+        table.caption = (
+            f"KL, cross-entropy and bits per byte compare on rows of one length only: here of {common} tokens"
+        )
     for stage in (run.stages[name] for name in chosen):
         tokens, steps = stage.seen("tokens"), stage.seen("step")
         seconds = stage.manifest.seconds if stage.manifest else sum(stage.time.values())
@@ -85,7 +90,9 @@ def family_table(run: Run) -> Table:
     for member in run.members:
         if member.published is None:
             continue
-        figures = (_number(member.figure(key), form, "-" * (key in member.hidden)) for _, key, form in _FAMILY)
+        figures = [_number(member.figure(key), form, "-" * (key in member.hidden)) for _, key, form in _FAMILY]
+        if member.at_once and member.figure("token_speedup") is not None:
+            figures[3] = f"\u2265 {figures[3]}"
         hidden |= {f"{member.name}, {title}": member.hidden[key] for title, key, _ in _FAMILY if key in member.hidden}
         table.add_row(member.name, _count(member.published.parameters), _count(member.published.tokens), *figures)
     table.caption = "; ".join(f"{what}: {why}" for what, why in hidden.items()) or None
@@ -96,8 +103,12 @@ def status_table(run_dirs: Iterable[Path]) -> Table:
     """Runs, a line each."""
     table = _table("runs", "run", "finished", "going on", "written by")
     for run_dir in run_dirs:
-        run = read_run(run_dir)
-        states = [stage.state for stage in run.stages.values()]
+        try:
+            run = read_run(run_dir)
+        except UserError as error:  # of one run, which must not hide the others
+            table.add_row(str(run_dir), str(error))
+            continue
+        states = [stage.state for stage in run.stages.values() if not stage.is_spared]
         table.add_row(
             str(run_dir),
             f"{states.count('finished')} of {len(states)} stages",
@@ -109,8 +120,12 @@ def status_table(run_dirs: Iterable[Path]) -> Table:
 
 def status_lines(run_dir: Path, run: Run) -> list[str]:
     """What stands below the table of one run's stages."""
-    waiting = [name for name, stage in run.stages.items() if stage.state == "waiting"]
-    lines = [f"not begun: {', '.join(waiting)}"] if waiting else []
+    waiting, spared = ([n for n, s in run.stages.items() if s.state == "waiting" and s.is_spared == x] for x in (0, 1))
+    lines = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("not begun", waiting), ("optional and not run", spared))
+        if names
+    ]
     return [*lines, *run.notes, f"written by: {_owner(run_dir) or 'nobody now'}"]
 
 
@@ -130,8 +145,18 @@ def comparison_tables(run_dirs: Sequence[Path]) -> list[Table]:
                 settings.add_row(name, key, str(a), str(b))
         for figure in pair[0].figures:
             if (a := pair[0].last(figure.name)) is not None and (b := pair[1].last(figure.name)) is not None:
-                figures.add_row(name, figure.label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}")
+                difference = _incomparable(figure, *pair) or f"{b - a:+.4f}"
+                figures.add_row(name, figure.label, f"{a:.4f}", f"{b:.4f}", difference)
     return [settings, figures]
+
+
+def _incomparable(figure: Figure, a: Stage, b: Stage) -> str | None:
+    """Why a figure of two stages may not be compared."""
+    if a.stale or b.stale:
+        return "stale"
+    if figure.name in OF_LENGTH and a.length != b.length:
+        return f"rows of {a.length}, {b.length}"
+    return "other data" if a.data != b.data else None
 
 
 def _progress(run_dir: Path, stage: Stage) -> str:
@@ -151,7 +176,7 @@ def _told(stage: Stage) -> list[Figure]:
 def _said(figure: Figure, stage: Stage, common: int | None) -> str:
     """The figure, unless it would stand beside those of rows of another length."""
     if figure.name in OF_LENGTH and stage.length not in (None, common):
-        return f"{figure.label}: rows of {stage.length}"
+        return f"{figure.label} \u2013 (rows of {stage.length})"
     value = stage.last(figure.name)
     return f"{figure.label} " + (f"{value:.1%}" if figure.unit == "share" else f"{value:.4g}")
 

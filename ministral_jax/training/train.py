@@ -62,6 +62,7 @@ class Schedule:
         """The step up to which nothing depends on `config.steps`: from there a finished stage can go on to more. None
         where there is none."""
         begins = decay_begins(config.optimizer, self.updates)
+        begins = None if self.updates < config.optimizer.warmup else begins  # which more steps would stretch
         return None if begins is None else begins * config.steps // self.updates
 
     def seen(self, step: int) -> dict[str, int]:

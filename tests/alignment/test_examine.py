@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,14 @@ def examiner(directory: Any, monkeypatch: Any, prompts: list[Any]) -> Any:
     scores = Scores(np.array([0.5, np.nan]), {"accuracy": np.array([1.0, np.nan])}, [])
     monkeypatch.setattr(examine, "score_together", lambda *_: scores)
     return made
+
+
+def test_prompts_of_every_source_are_kept():
+    """However the sources take turns: of each the first prompts, however many are asked, and one answer to each."""
+    shown = lambda prompts, each=1: examine._shown(list(itertools.islice(itertools.cycle("ab"), prompts)), each)
+    assert shown(128) == shown(64) == list(range(12))
+    assert shown(64, 4) == list(range(0, 48, 4)) and shown(3) == [0, 1, 2]
+    assert examine._shown([*"aaaaaaaaab", *"abc"], 1) == [0, 1, 2, 3, 9, 11, 12]
 
 
 def told(directory: Any) -> Any:

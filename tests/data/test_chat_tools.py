@@ -186,7 +186,7 @@ ORDERS = [
     ([user("a"), said("", call("f", 7))], "tool call f has arguments that are not a JSON object: '7'"),
     ([user("a"), said("", call("f g", "{}"))], "a tool call must be .* got .*f g"),
     ([user("a"), {"role": "assistant", "tool_calls": "f"}], "'tool_calls' is a string that holds no JSON, 'f'; give"),
-    ([user("a"), {"role": "assistant", "tool_calls": ["f"]}], "a tool call must be .* got 'f'"),
+    ([user("a"), {"role": "assistant", "tool_calls": ["f"]}], "'tool_calls' is a string that holds no JSON, 'f'"),
     ([user("a"), said("", call("f", "{}", None))], "tool call f needs an 'id' of its own, got None"),
     ([user("a"), said("", call("f", "{}"), call("g", "{}"))], "tool call g needs an 'id' of its own, got 'c1'"),
     ([user("a"), said(" \n")], "message from assistant is an empty completion"),
@@ -226,7 +226,8 @@ def test_bad_prompts_are_one_sentence(raw, sentence):
         ('{"name": "f"}', "'tools' must be a list of functions, got {'name': 'f'}"),
         ([{"type": "function", "function": {"description": "x"}}], "a tool must be .* got .*'x'"),
         ([{"type": "retrieval", "function": {"name": "x"}}], "a tool must be .* got .*retrieval"),
-        ([{"type": "function", "function": {"name": "x", "parameters": "none"}}], "tool x must have"),
+        ([{"type": "function", "function": {"name": "x", "parameters": "none"}}], "'parameters' is a string that hol"),
+        ([{"type": "function", "function": {"name": "x", "parameters": ["a"]}}], "tool x must have"),
     ],
 )
 def test_bad_tools_are_one_sentence(raw, sentence):

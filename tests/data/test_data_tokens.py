@@ -81,8 +81,8 @@ def test_text_survives_and_control_tokens_in_it_stay_text(tokenizer):
         (dict(file="nowhere/tekken.json"), "'nowhere/tekken.json' is not a file; give the path of a tekken.json"),
         (dict(vocab=200_000), "vocab = 200000 with 1000 special tokens leaves 199000 .* can give 256 to 150000"),
         (dict(vocab=300, special=64), "leaves 236 text tokens"),
-        (dict(file="{tmp}/list.json"), "is not a usable Tekken file"),
-        (dict(file="{tmp}/list.json", vocab=2048), "is not a Tekken file"),
+        (dict(file="{tmp}/list.json"), "is not a usable tekken.json"),
+        (dict(file="{tmp}/list.json", vocab=2048), "is not a usable tekken.json"),
     ],
 )
 def test_bad_tokenizers(config, sentence, tmp_path):

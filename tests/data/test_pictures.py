@@ -161,3 +161,10 @@ def test_large_pictures_have_mistral_commons_grid(size, patch):
     assert token_grid(*size, vision) == (rows, columns)
     if (size, patch) == ((4620, 1598), 14):
         assert (rows, columns) == (20, 55)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, np.nan])
+def test_floats_that_are_no_picture(tmp_path, value):
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(path := tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"^row 7: image .*a.tif cannot be read \(its floats are not from 0 to 1\)"):
+        open_image(path, "row 7")

@@ -66,7 +66,22 @@ TALK = {"messages": [user("<image>What is this?"), A]}
             ["see ", "dog.png"],
         ),
         ({"question": "<image>?", "answer": "a", "image": "cat.png"}, ["cat.png", "?"]),
-        ({"messages": [user("<image>"), A]}, ["<image>"]),  # letters, where no image is named
+        (
+            {"messages": [user([{"type": "image"}, {"type": "text", "text": "?"}]), A], "images": ["cat.png"]},
+            ["cat.png", "?"],
+        ),
+        (
+            {
+                "messages": [user([{"type": "text", "text": "?", "image": None}, {"type": "image", "text": None}]), A],
+                "image": "dog.png",
+            },
+            ["?", "dog.png"],
+        ),
+        (
+            {"messages": [user([{"type": "image", "url": "cat.png"}, {"type": "text", "text": "?"}]), A]},
+            ["cat.png", "?"],
+        ),
+        ({"messages": [U, A], "images": [{"bytes": None, "path": "cat.png"}]}, ["cat.png", "2+2?"]),
     ],
 )
 def test_images_named_beside_the_messages_are_shown(read, row, parts):
@@ -87,8 +102,46 @@ def test_images_of_a_later_turn_stand_there(read):
     ("row", "sentence"),
     [
         (TALK | {"images": ["nope.png"]}, "image .*nope.png does not exist"),
-        (TALK | {"images": ["cat.png", "dog.png"]}, "says <image> 1 times but 2 images are named beside it"),
-        (TALK | {"images": []}, "says <image> 1 times but 0 images are named beside it"),
+        (TALK | {"images": ["cat.png", "dog.png"]}, "says <image>, .* 1 times but 2 images are named beside"),
+        (TALK | {"images": []}, "says <image>, .* 1 times but 0 images are named beside"),
+        (TALK, "says <image>, .* 1 times but 0 images"),
+        (TALK | {"image_path": "cat.png"}, "'image_path' is not read; name images as 'image' or 'images'"),
+        ({"question": "<image>?", "answer": "a"}, "says <image>, .* 1 times but 0 images"),
+        ({"messages": [user([{"type": "image"}, {"type": "text", "text": "?"}]), A]}, "an image that has no path, 1 t"),
+        (
+            {"messages": [user([{"type": "image", "image": "cat.png", "text": None}]), A], "images": ["dog.png"]},
+            "has images in its messages and beside them",
+        ),
+        (
+            {"messages": [user([{"type": "text", "text": "?", "image": "cat.png"}]), A]},
+            "text of a message from user has 'image', which is not read",
+        ),
+        (
+            {"messages": [U, {**A, "content": [{"type": "thinking", "thinking": "so", "closed": False}]}]},
+            "thinking of a message from assistant has 'closed', which is not read",
+        ),
+        ({"messages": [U, A], "weight": 0}, "'weight' is not read; give turns a 'weight' of 0 or 1"),
+        ({"messages": [U, A], "loss_mask": [0, 1]}, "'loss_mask' is not read"),
+        ({"messages": [U, A], "rejected": "5"}, "has 'rejected' but no 'chosen'; a pair needs both"),
+        ({"messages": [U, A], "rejected_response": "5"}, "'rejected_response' is not read; a pair is 'chosen' and"),
+        ({"messages": [U, {**A, "train": False}]}, "message from assistant has 'train', which is not read"),
+        (b'{"text": "a", "text": "b"}\n', "the key 'text' stands twice"),
+        (
+            {
+                "messages": [
+                    U,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "parameters": {"c": 1}}}],
+                    },
+                ]
+            },
+            "tool call f has 'parameters', which is not read; accepted are .'arguments', 'name'.",
+        ),
+        (
+            {"messages": [U, A], "tools": [{"type": "function", "function": {"name": "f", "input_schema": {"a": 1}}}]},
+            "tool f has 'input_schema', which is not read",
+        ),
         (TALK | {"images": ["cat.png"], "image": "dog.png"}, "has 'image' and 'images'; name all of them in 'images'"),
         (
             {"messages": [{"role": "system", "content": "<image>"}, U, A], "images": ["cat.png"]},
@@ -155,6 +208,19 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "", "parame
         ({"text": None, "messages": [U, A], "tools": None}, {"messages": [U, A]}),
         ({"question": "q", "answer": "a", "image": None, "images": None}, {"question": "q", "answer": "a"}),
         ({"messages": [{**U, "tool_calls": None}, {**A, "weight": None, "refusal": None}]}, {"messages": [U, A]}),
+        ({"messages": [U, {**A, "prefix": False, "tool_calls": None}]}, {"messages": [U, A]}),
+        ({"messages": [U, A], "system": "", "history": [], "videos": [], "audios": []}, {"messages": [U, A]}),
+        ({"text": "hello", "images": [], "messages": float("nan"), "tools": float("nan")}, {"text": "hello"}),
+        (b'\xef\xbb\xbf{"text": "hello"}\n', {"text": "hello"}),
+        (b' {"text": "hello"}\r\n', {"text": "hello"}),
+        (
+            {"messages": [U, A], "tools": [{"type": None, "function": {**TOOL["function"], "parameters": "{}"}}]},
+            {"messages": [U, A], "tools": [TOOL]},
+        ),
+        (
+            {"messages": [U, {"role": "assistant", "tool_calls": [json.dumps(CALLS[0])]}, RESULT, A]},
+            {"messages": [U, {"role": "assistant", "tool_calls": CALLS}, RESULT, A]},
+        ),
         ({"messages": [U, A], "tools": json.dumps([TOOL])}, {"messages": [U, A], "tools": [TOOL]}),
         ({"messages": [U, A], "tools": ""}, {"messages": [U, A]}),
         ({"messages": json.dumps([U, A])}, {"messages": [U, A]}),
@@ -189,6 +255,24 @@ def test_a_prompt_that_holds_messages_as_json(read):
         assert shown(read({"prompt": letters}, prompts=True)[0]) == [letters]
 
 
+def test_a_byte_order_mark_where_two_files_were_joined(read):
+    assert [d.text for d in read({"text": "a"}, b'\xef\xbb\xbf{"text": "b"}\n')] == ["a", "b"]
+
+
+def test_keys_that_are_not_learnt_are_said(tmp_path, tokenizer, capfd):
+    rows = [{"text": "a", "question": "q", "id": 1}, {"question": "q", "answer": "a", "context": "c", "prompt": "p"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source("talk", SourceConfig(kind="jsonl", path=str(tmp_path / "rows.jsonl")))
+    tokenise(source, tokenizer, None, tmp_path / "documents")
+    said = "data.sources.talk: keys that are not learnt, but for rewards: context, id, prompt, question"
+    assert said in capfd.readouterr().err
+
+
+def test_what_is_not_learnt_is_a_column_of_a_prompt(read):
+    (document,) = read({"prompt": "q", "weight": 0.5, "rejected": "5"}, prompts=True)
+    assert document.columns == {"weight": 0.5, "rejected": "5"}
+
+
 def test_null_is_absent_in_prompts_too(read):
     (document,) = read({"prompt": None, "messages": [U], "tools": None, "answer": None}, prompts=True)
     assert shown(document) == ["2+2?"] and document.columns == {}
@@ -206,6 +290,8 @@ WRONG = {"role": "assistant", "content": "5"}
         {"prompt": [U], "chosen": [A], "rejected": [WRONG]},
         {"prompt": [U], "chosen": "4", "rejected": "5", "messages": None},
         {"prompt": json.dumps([U]), "chosen": json.dumps([U, A]), "rejected": json.dumps([U, WRONG])},
+        {"prompt": " 2+2?\n", "chosen": [U, A], "rejected": [U, WRONG]},
+        {"prompt": U, "chosen": A, "rejected": WRONG},
     ],
 )
 def test_a_preference_given_as_two_conversations(read, row):
@@ -291,13 +377,21 @@ def test_a_directory_says_what_it_leaves_out(tmp_path, capfd):
         (["a[1]/b.jsonl"], "a[1]", 1, None),
         (["c.jsonl.zst", "d.json"], "", 0, "matches no file .* what is there is not read: 1 .json, 1 .zst"),
         ([".hidden.jsonl"], "", 0, "what is there is not read: 1 hidden"),
+        (["a.jsonl", "empty.jsonl"], "", 1, "is not read: 1 empty"),
+        (["empty.jsonl"], "empty.jsonl", 0, "what is there is not read: 1 empty"),
+        (["a.jsonl", "../linked/b.jsonl"], "", 1, "is not read: 1 linked directory"),
+        (["a.jsonl"], "/dev/null", 0, "/dev/null is no file that can be read again"),
+        (["a.jsonl"], "s3://bucket/a.jsonl", 0, "s3: is neither read nor written"),
     ],
 )
 def test_what_of_a_directory_is_read_and_what_is_said(tmp_path, capfd, files, path, read, said):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b'{"text": "a"}\n')
-    config = SourceConfig(kind="text" if files[0].endswith("txt") else "jsonl", path=str(tmp_path / path))
+        (tmp_path / name).write_bytes(b"" if "empty" in name else b'{"text": "a"}\n')
+        if name.startswith("../"):
+            (tmp_path / "link").symlink_to((tmp_path / name).parent)
+    place = path if "://" in path else str(tmp_path / path)
+    config = SourceConfig(kind="text" if files[0].endswith("txt") else "jsonl", path=place)
     if not read:
         with pytest.raises(UserError, match=said):
             open_source("s", config)

@@ -68,3 +68,30 @@ def test_a_pointer_is_no_tokenizer(tmp_path):
     (tmp_path / "tekken.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match=r"data.tokenizer.file = .*tekken.json' is a Git LFS pointer"):
         load_tokenizer(TokenizerConfig(file=str(tmp_path / "tekken.json")), tmp_path)
+
+
+@pytest.mark.parametrize("vocab", [None, 1024])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            b'{"version": "1.0", "model": {"vocab": {}}, "added_tokens": []}',
+            r"\(has no 'config'\); give the model's own",
+        ),
+        (b"<html>", r"\(.*Expecting value"),
+        (b'{"a": "\xe9"}', r"\(UnicodeDecodeError"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_one_sentence(tmp_path, content, said, vocab):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"tokenizer.json' is not a usable tekken.json {said}"):
+        load_tokenizer(TokenizerConfig(file=str(tmp_path / "tokenizer.json"), vocab=vocab), tmp_path)
+
+
+def test_what_is_wrong_with_a_tokenizer_is_said_at_some_length(tokenizer, tmp_path):
+    raw = json.loads(tokenizer.path.read_text())
+    raw["config"]["default_vocab_size"] = -1
+    (tmp_path / "tekken.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(TokenizerConfig(file=str(tmp_path / "tekken.json")), tmp_path)
+    assert len(str(error.value)) < 1000

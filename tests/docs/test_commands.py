@@ -128,6 +128,6 @@ def test_tests_that_are_named_are_there():
 def test_what_make_runs_is_checked_or_run_elsewhere():
     """Of the targets that docs name, CI runs those that are no convenience; the one of the cascade runs the recipe."""
     made = {word for command in ALL if command.startswith("make ") for word in words(command.split("&&")[0])[1:]}
-    ci = (ROOT / ".ci/run").read_text()
-    assert {target for target in made if f"make {target}\n" not in ci} <= {"chaos", "format"}
+    ci = {word for line in re.findall(r"^make (.*)", (ROOT / ".ci/run").read_text(), re.M) for word in line.split()}
+    assert made - ci <= {"chaos", "format"}
     assert "ministral-jax run configs/tiny.yaml" in (ROOT / "Makefile").read_text()

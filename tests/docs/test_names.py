@@ -49,3 +49,17 @@ def test_messages_that_are_explained_are_those_of_the_program():
     assert len(ours) > 10
     parts = [part.strip(" '?%") for message in ours for part in message.split("…")]
     assert not [part for part in parts if part not in said]
+
+
+def test_the_table_and_the_picture_of_the_family_are_of_one_run():
+    """What both show is written alike: KL after distillation, bits per byte, digits read."""
+    told = re.findall(r"<text[^>]*>([^<]+)<", (ROOT / "docs/family.svg").read_text(encoding="utf-8"))
+    drawn = [word.replace("\u202f", " ") for word in told]
+    for name in ("parent", "14b", "8b", "3b"):
+        (row,) = re.findall(rf"^\| {name} \|(.*)\|$", TEXTS["README.md"], re.M)
+        _, _, _, kl, _, _, bits, read = (cell.strip(" *") for cell in row.split("|"))
+        at = drawn.index(name)
+        until = next(
+            (i for i, word in enumerate(drawn) if i > at and word in ("parent", "14b", "8b", "3b")), len(drawn)
+        )
+        assert {kl or bits, bits, read} <= set(drawn[at:until]), name

@@ -28,9 +28,18 @@ def test_two_sets_of_weights(exported):
     assert import_hf(exported)[0] == SPEC
 
 
-@pytest.mark.parametrize("name", ["layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
+        "language_model.model.rotary_emb.inv_freq",
+        "language_model.model.rotary_emb.original_inv_freq",
+        "language_model.model.layers.0.self_attn.rotary_emb.cos_cached",
+        "vision_tower.patch_positional_embedding.inv_freq",
+    ],
+)
 def test_buffers_of_older_releases(exported, name):
-    rename(exported, str, **{f"language_model.model.{name}": np.ones(4, np.float32)})
+    rename(exported, str, **{name: np.ones(4, np.float32)})
     assert import_hf(exported)[0] == SPEC
 
 
@@ -103,6 +112,45 @@ def test_a_size_of_null_is_what_the_class_makes_of_it():
     assert (spec.head_width, spec.kv_heads) == (5120 // 32, 32)
     del config["text_config"]["head_dim"]
     assert from_config(config, "config.json", True).head_width == 160
+
+
+YARN = {"rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": "5120"}, "hidden_size is '5120', expected a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected"),
+        ({"num_attention_heads": [32]}, "num_attention_heads is .32., expected"),
+        ({"head_dim": 128.5}, "head_dim is 128.5, expected"),
+        ({"rope_theta": 5.0}, r"rope_theta is 5.0 and rope_theta of rope_parameters is 1000000000.0, which mean the s"),
+        ({"rope_scaling": YARN}, "rope_parameters is .* and rope_scaling is .*, which mean the same; delete the one"),
+        ({"rope_parameters": YARN | {"rope_type": "default"}}, 'rope_type is "default" and type is "yarn", which mean'),
+        ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, this model family"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, this model family"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types has 'sliding_attention', this model"),
+    ],
+)
+def test_sizes_that_are_none_and_settings_that_disagree(changes, sentence):
+    config = to_config(PRESETS[SMALL], "bfloat16")
+    config["text_config"] |= changes
+    with pytest.raises(UserError, match=f"^config.json: text_config.*{sentence}"):
+        from_config(config, "config.json", True)
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 1e9}, {"layer_types": ["full_attention"] * 40}, {"head_dim": 128}])
+def test_what_is_said_twice_and_agrees(changes):
+    config = to_config(PRESETS[SMALL], "bfloat16")
+    config["text_config"] |= changes
+    assert from_config(config, "config.json", True) == PRESETS[SMALL]
+
+
+def test_a_quantisation_that_is_only_named():
+    config = to_config(PRESETS[SMALL], "bfloat16") | {"quantization_config": "awq"}
+    with pytest.raises(UserError, match=r"weights are quantised \(awq\); take the BF16 variant"):
+        from_config(config, "config.json", True)
 
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False}

@@ -223,7 +223,7 @@ def test_a_head_in_the_file_wins_then_the_text_config_then_the_top_level(tmp_pat
         (lambda c: c["text_config"].update(hidden_act="gelu"), 'hidden_act is "gelu", this model family has "silu"'),
         (lambda c: c["text_config"].update(sliding_window=8), "sliding_window is 8"),
         (lambda c: c["text_config"].update(num_key_value_heads=3), "must be a multiple of kv_heads = 3"),
-        (lambda c: c["text_config"].update(num_hidden_layers=0), "layers: Input should be greater"),
+        (lambda c: c["text_config"].update(num_hidden_layers=0), "num_hidden_layers is 0, expected"),
         (lambda c: c["text_config"].pop("rope_parameters"), "rope_parameters is missing"),
         (lambda c: c["text_config"]["rope_parameters"].pop("rope_theta"), "rope_theta is missing"),
         (lambda c: c["text_config"]["rope_parameters"].update(rope_type="llama3"), "rope_type is 'llama3'"),

@@ -106,6 +106,9 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
         ("stages.8b-short.steps=0", "stages.8b-short.steps: input should be greater than or equal to 1, got 0"),
         ("dfaults.x=1", "unknown key dfaults (did you mean defaults?)"),
         ("defaults.distil.steps=3", "defaults.distil: no such kind of stage (did you mean distill?)"),
+        ("stages=3", "override 'stages=3': stages must be a mapping of named stages"),
+        ("family.parent=parnt", "family.parent names stage 'parnt', which does not exist (did you mean parent?)"),
+        ("family.children.8b=8b-pruned", "family.children.8b = '8b-pruned' must be a distil stage"),
         ("stages.8b-short.do=distil", "stages.8b-short.do: 'distil' is not one of"),
         ("stages.8b-short.model.contxt=1", "unknown key stages.8b-short.model.contxt (did you mean context?)"),
         ("stages.parent.model=tiny-24", "no preset 'tiny-24' (did you mean tiny-24b?)"),
@@ -113,7 +116,7 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
         ("stages.8b-short.teacher=parnt", "needs stage 'parnt', which does not exist (did you mean parent?)"),
         (
             "family.children.8b=8b-bas",
-            "family.children names stage '8b-bas', which does not exist (did you mean 8b-base?)",
+            "family.children.8b names stage '8b-bas', which does not exist (did you mean 8b-base?)",
         ),
         (
             "stages.8b-short.batch.microbatches=3",
@@ -199,3 +202,5 @@ def test_files_that_are_no_recipe(tmp_path):
         load_recipe(tmp_path / "b.yaml")
     with pytest.raises(UserError, match="stage name 'a b' must be letters"):
         load_recipe(write(tmp_path / "c.yaml", small(stages={"a b": {"do": "train", "model": "tiny-24b"}})))
+    with pytest.raises(UserError, match="stage name 'data' is taken"):  # a run keeps its packed rows there
+        load_recipe(write(tmp_path / "d.yaml", small(stages={"data": {"do": "train", "model": "tiny-24b"}})))

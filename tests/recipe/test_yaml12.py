@@ -9,6 +9,7 @@ import yaml
 from paths import TESTS
 
 from ministral_jax import yaml12
+from ministral_jax.errors import UserError
 from ministral_jax.recipe.load import load_recipe
 from ministral_jax.runs.naming import as_yaml
 
@@ -64,6 +65,24 @@ def test_settings_get_what_was_typed(override, found):
     for key in override.partition("=")[0].split("."):
         recipe = recipe[key]
     assert recipe == found and type(recipe) is type(found)
+
+
+def test_a_directory_whose_name_is_a_number(tmp_path, monkeypatch):
+    data, batch = "{sources: {a: {kind: jsonl, path: 2026}}}", "{sequences: 1, length: 64}"
+    stage = f"{{do: train, model: tiny-24b, data: {data}, steps: 1, batch: {batch}}}"
+    (tmp_path / "r.yaml").write_text(f"stages: {{p: {stage}}}")
+    monkeypatch.chdir("/")
+    in_file = load_recipe(tmp_path / "r.yaml").dump()["stages"]["p"]
+    typed = load_recipe(tmp_path / "r.yaml", ["stages.p.data.sources.a.path=007"]).dump()["stages"]["p"]
+    assert tuple(stage["data"]["sources"]["a"]["path"] for stage in (in_file, typed)) == (
+        str(tmp_path / "2026"),
+        "/007",
+    )
+
+
+def test_stages_are_not_taken_away():
+    with pytest.raises(UserError, match=r"override 'stages=.*': stages must be a mapping of named stages"):
+        load_recipe(MICRO, ["stages=null"])
 
 
 def test_a_recipe_that_was_written_is_the_same_recipe(tmp_path):

@@ -46,6 +46,7 @@ def check(page: str) -> str:
     pictures = [node for node in root.iter() if node.tag.endswith("svg") or node.tag == "img"]
     assert all(node.get("aria-label") or node.get("alt") for node in pictures)
     assert not re.search(r'[dxy]="[^"]*(nan|inf)', page)
+    assert 'loading="lazy"' not in page  # what is not loaded when a page is printed is missing on paper
     return page
 
 

@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_summary(copy):
     page = page_of(copy)
     for name, entry in {"parent": summary["parent"], **summary["children"]}.items():
         kls = [decimal(entry.get(key)) for key in ("kl_after_surgery", "kl_final", "kl_scratch")]
-        least = "> " if name == "8b" else ""  # the pruned start was ahead before any training
+        least = "≥ " if name == "8b" else ""  # the pruned start was ahead before any training
         told = [*kls, least + factor(entry.get("token_speedup")), decimal(entry["bits_per_byte"], 3)]
         sizes, _, *found = cells(page, "numbers", name)
         assert sizes == plain(f"{count(entry['parameters'])} {count(entry['decoder_parameters'])} decoder")

@@ -12,12 +12,15 @@ import pytest
 from markupsafe import Markup
 from matplotlib.colors import to_rgb
 from pages import page_of, parse, plain, rows, section, text_of
-from report_run import picture, relink, told_by, write_json, write_rows, write_run
+from report_run import CHILDREN, picture, relink, told_by, write_json, write_rows, write_run
+from rich.console import Console
+from rich.table import Table
 
 from ministral_jax.report import build_report, charts
 from ministral_jax.report.plots import PALETTE, Axis, Line, accent
 from ministral_jax.report.units import decimal
 from ministral_jax.runs.reading import Run, read_run
+from ministral_jax.runs.tables import family_table, stage_table, status_lines, status_table
 
 
 def unplotted(shown: list[Line], _x: Axis, _y: Axis, alt: str, *_: object, **__: object) -> Markup | None:
@@ -37,6 +40,13 @@ def stale(run: Run) -> dict[str, str]:
     return {stage.name: stage.stale for stage in run.stages.values() if stage.stale}
 
 
+def terminal(table: Table) -> str:
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(table)
+    return said.get()
+
+
 def findings(page: str) -> dict[str, str]:
     """What stands above the picture, by the model or stage it speaks of."""
     told = next((node for node in parse(page).iter("ul") if node.get("class") == "findings"), [])
@@ -53,7 +63,10 @@ def test_optional_stages_that_nobody_asked_for_are_not_missing(copy):
     write_json(copy / "recipe.json", raw)
     page = page_of(copy)
     assert "25 stages finished, in" in page and "; 2 optional ones not run." in page
-    assert "not run, optional" in text_of(section(page, "stages"))
+    assert "Optional and not run: 8b-sft, 8b-cot." in text_of(section(page, "stages"))
+    assert "8b-sft" not in rows(page, "stages") and len(list(section(page, "settings").iter("details"))) == 25
+    assert "25 of 25 stages" in terminal(status_table([copy]))
+    assert status_lines(copy, read_run(copy))[0] == "optional and not run: 8b-sft, 8b-cot"
     (copy / "8b-sft").mkdir()
     (copy / "14b-hf" / "manifest.json").unlink()
     page = page_of(copy)
@@ -76,6 +89,19 @@ def test_a_change_is_headlined_when_it_exceeds_the_error(copy, before, after, su
     answers = json.loads((copy / "14b-sft" / "answers.json").read_text())
     write_json(copy / "14b-sft" / "answers.json", {"answers": answers["answers"]})
     assert "14b-sft" not in findings(page_of(copy))  # nobody knows of how many
+
+
+def test_every_change_beyond_the_error_is_headlined(copy):
+    """Not that of the chief figure alone; and the others not where chance explains them."""
+    records = [json.loads(line) for line in (copy / "14b-sft" / "metrics.jsonl").open()]
+    first, *_, last = [record for record in records if record["kind"] == "eval"]
+    for key, before, after in (("reward_accuracy", 0.5, 0.52), ("loop_rate", 0.5, 0.0)):
+        first[key], last[key] = before, after
+    write_rows(copy / "14b-sft" / "metrics.jsonl", records)
+    change(copy, "14b-sft", metrics={"reward_accuracy": 0.52, "loop_rate": 0.0})
+    relink(copy)
+    told = "right answers: no difference beyond the error; answers that loop: 50.0 % → 0.0 % (n = 64)."
+    assert findings(page_of(copy))["14b-sft"] == told
 
 
 def test_the_first_lines_say_what_came_out(page, run):
@@ -185,12 +211,46 @@ def test_settings_data_machines_and_what_steered(page, run):
     assert "14b-short, distill" in settings and "optimizer.lr 0.001" in settings and "optimizer.clip –" in settings
     assert len(list(section(page, "settings").iter("details"))) == 25  # folded, one a stage
     data = text_of(section(page, "data"))
-    assert "code jsonl, path mine/rows.jsonl, weight 0.6" in data and f"512 {512:064x}"[:14] in data
+    assert (
+        "code jsonl, path mine/rows.jsonl, weight 0.6 " in data
+        and "on_bad_row" not in data
+        and f"512 {512:064x}"[:14] in data
+    )
     assert "14b-short 4,800 rows" in data
     time = plain(text_of(section(page, "time")))
     assert "Ran on 4 × made-up chip on 2 hosts (25 stages)." in time and "jax 0.10.2 · commit 3f1c9ad0b7" in time
     drawn = [str(node.get("aria-label")) for node in section(page, "curves").iter() if node.get("class") == "spark"]
     assert drawn[:2] == ["learning rate of parent", "gradient norm of parent"] and len(drawn) == 2 * 13
+
+
+def test_what_is_not_there_is_not_spoken_of(copy):
+    """Without a random start nothing is said of it; an imported parent has been trained on nobody knows how much."""
+    assert "random start" in text_of(section(page_of(copy), "recovery"))
+    for name in CHILDREN:
+        for stage in (f"{name}-short-scratch", f"{name}-base-scratch"):
+            shutil.rmtree(copy / stage, ignore_errors=True)
+    summary = json.loads((copy / "summary.json").read_text())
+    write_json(copy / "summary.json", {**summary, "parent": {**summary["parent"], "tokens": 0}})
+    page = page_of(copy)
+    assert (
+        "random start" not in text_of(section(page, "recovery")) and text_of(rows(page, "numbers")["parent"][1]) == "–"
+    )
+
+
+def test_the_table_of_stages_says_why_a_figure_is_missing(run):
+    told = " ".join(terminal(stage_table(read_run(run))).split())
+    assert "cross-entropy – (rows of 512)" in told and "rows of one length only: here of 128 tokens" in told
+    assert "rows of" not in terminal(stage_table(read_run(run), ["14b-base", "8b-base", "14b-hf"]))
+
+
+def test_a_speed_that_is_only_bounded_says_so(copy):
+    """The pruned start of the 8b was ahead before any training; in the terminal as on the page."""
+    change(copy, "8b-short-scratch", metrics={"kl": 2.2})
+    relink(copy)
+    page, told = page_of(copy), terminal(family_table(read_run(copy)))
+    lines = {name: line for line in told.splitlines() if (name := line.strip("│ ").split(" ")[0]) in ("14b", "8b")}
+    assert ("≥" in lines["8b"], "≥" in lines["14b"]) == (True, False) and "fewer tokens" in told
+    assert "≥" in text_of(rows(page, "numbers")["8b"][5])
 
 
 def test_what_is_read_under_teacher_forcing_says_so(page):

@@ -135,3 +135,19 @@ def test_the_directory_of_an_export_stage_says_where_its_model_is(checkpoint, ca
     assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=re.escape(message)):
         load_stage(checkpoint)
+
+
+def test_all_rows_that_cannot_be_used_are_named_or_left_out(checkpoint, say):
+    source, output = checkpoint / "mixed.jsonl", checkpoint / "mixed-out.jsonl"
+    rows = ['{"prompt": "import os"}', "{", '{"prompt": 3}', json.dumps({"prompt": "a " * 200}), '{"prompt": "while"}']
+    source.write_text("\n".join(rows))
+    code, _, said = say("--jsonl", str(source), "--output", str(output))
+    assert code == 2 and not output.exists()
+    reasons = r"row 2: not JSON .*; .*row 3: 'prompt' must be text .*; .*row 4: has \d+ tokens; the model's context"
+    assert re.search(f"3 of 5 rows cannot be used: .*{reasons}", said)
+    code, _, said = say("--jsonl", str(source), "--output", str(output), "--on-bad-row", "skip")
+    assert code == 0 and re.search(f"3 of 5 rows are left out: .*{reasons}", said)
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["import os", "while"]
+    source.write_text("{\n[]\n")
+    code, _, said = say("--jsonl", str(source), "--output", str(checkpoint / "none.jsonl"), "--on-bad-row", "skip")
+    assert code == 2 and "2 of 2 rows cannot be used" in said

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import yaml
+from reuse_cases import BASELINE, CACHE, RECIPE, ROWS, lines, run, write
 
 import ministral_jax
 from ministral_jax.cli import main
@@ -18,78 +18,7 @@ from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.manifest import finished
 
-CACHE = Path(jax.config.jax_compilation_cache_dir)
-MODEL = {"layers": 2, "width": 16, "mlp_width": 32, "heads": 2, "kv_heads": 1, "head_width": 8, "vocab": 512}
-MODEL |= {"context": 64, "vision": None}
-ROWS = {"sequences": 2, "length": 32}
-TRAIN = {"do": "train", "model": MODEL, "batch": ROWS, "evaluate": {"every": 99, "early": False, "rows": 2}}
-BASELINE = {"baseline": True, "evaluate": {"rows": 2}}
-CONSTANT = {"schedule": "constant", "warmup": 0}
-RECIPE = {
-    "name": "tried",
-    "data": {
-        "tokenizer": {"file": "tekken.json", "vocab": 512, "special": 64},
-        "sources": {"web": {"kind": "jsonl", "path": "rows.jsonl"}},
-        "held_out": 0.3,
-    },
-    "defaults": {"train": {key: value for key, value in TRAIN.items() if key != "do"}},
-    "stages": {
-        "parent": {"do": "train", "steps": 3},
-        "pruned": {"do": "prune", "from": "parent", "model": {"mlp_width": 16}, "batch": ROWS, "calibration": 1},
-        "hf": {"do": "export", "from": "pruned"},
-        "steady": {"do": "train", "steps": 3, "optimizer": CONSTANT, "optional": True},
-        "steady-hf": {"do": "export", "from": "steady", "optional": True},
-        "decayed": {"do": "train", "steps": 5, "optimizer": {"schedule": "wsd", "warmup": 0}, "optional": True},
-    },
-}
-ALL = ("parent", "pruned", "hf")
-
 pytestmark = pytest.mark.usefixtures("one_device")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A recipe beside what it reads, and a finished run of it."""
-    home = tmp_path_factory.mktemp("home")
-    text = " ".join(f"word{n} and some more of it" for n in range(40))
-    rows = [{"text": f"{n} {text}"} for n in range(24)]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bundled = load_recipe(write(home, {**RECIPE, "data": {**RECIPE["data"], "tokenizer": {"file": "bundled"}}}))
-    from ministral_jax.data import tokenizer
-
-    shutil.copy(tokenizer._BUNDLED, home / "tekken.json")
-    assert bundled.stages["parent"].data.sources["web"].path == str(home / "rows.jsonl")
-    write(home, RECIPE)
-    run(home, "first")
-    return home
-
-
-def write(home: Path, recipe: dict) -> Path:
-    path = home / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
-
-
-def run(home: Path, name: str, *words: str) -> int:
-    run_dir = home / name
-    if not run_dir.exists():
-        run_dir.mkdir()
-        (run_dir / "xla").symlink_to(CACHE)
-    return main(["run", str(home / "recipe.yaml"), *words, "--run-dir", str(run_dir)])
-
-
-@pytest.fixture
-def moved(home, tmp_path) -> Path:
-    """A copy of everything in another place, and nothing left in the first one."""
-    there = tmp_path / "there"
-    shutil.copytree(home, there, symlinks=True)
-    for path in there.glob("*/recipe.json"):  # in which the first place stands
-        assert str(home) in path.read_text()
-    return there
-
-
-def lines(capsys) -> str:
-    return capsys.readouterr().err
 
 
 # ---- another value costs one stage -----------------------------------------------------------------------------------
@@ -152,13 +81,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, capsys):
 def test_status_of_a_run_and_of_all_runs(home, capsys, monkeypatch):
     assert main(["status", str(home / "first")]) == 0
     said = capsys.readouterr().out
-    assert said.count("finished") == 3 and "not begun: steady, steady-hf, decayed" in said
+    assert said.count("finished") == 3 and "optional and not run: steady, steady-hf, decayed" in said
     assert "written by: nobody now" in said
     monkeypatch.chdir(home)
     Path("runs").mkdir()
     Path("runs/one").symlink_to("../first")
     assert main(["status"]) == 0
-    assert "3 of 6 stages" in capsys.readouterr().out
+    assert "3 of 3 stages" in capsys.readouterr().out
     assert main(["status", str(home)]) == 2
     assert "is not a run" in lines(capsys)
 
