@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ministral_jax.pruning.report import LayersStep, MlpStep, WidthStep
 from ministral_jax.report.plots import STEPS, TOKENS, Axis, Line, Note, accent, lines, spark
-from ministral_jax.report.units import count, decimal, factor, percent
+from ministral_jax.report.units import count, decimal, percent
 from ministral_jax.runs.overview import learned
 from ministral_jax.runs.reading import Member, Stage, points
 from ministral_jax.stages.figures import Figure
@@ -61,12 +61,6 @@ def recovery(member: Member, colour: str) -> Chart | None:
             change = " \u2192 ".join(decimal(value) for value in (pruned.first("kl"), kl) if value is not None)
             told.append(f"{rows}: {change}" + (f", random start {decimal(other)}" if other is not None else ""))
         begin += max((stage.seen("tokens") or 0.0 for stage in stages if stage), default=0.0)
-    scratch, speedup = member.stages.get("scratch_short"), member.figure("token_speedup")
-    if scratch and speedup and not member.at_once and (kl := scratch.last("kl")) is not None:
-        end = scratch.seen("tokens") or 0.0
-        shown.append(Line([end / speedup, end], [kl, kl], style=":", width=1.1))
-        shown.append(Line([end / speedup], [kl], mark="ring"))
-        notes.append(Note(end / speedup, kl, f"{factor(speedup)} fewer tokens"))
     y_axis = Axis("held-out KL to the parent, nats", log=True)
     picture = lines(shown, TOKENS, y_axis, f"Held-out KL of {member.name} against tokens.", notes)
     return Chart(member.name, picture, f"KL on {'; on '.join(told)}." if told else "", colour)

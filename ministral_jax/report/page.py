@@ -63,7 +63,7 @@ def marked(text: str) -> Markup:
 _TEMPLATES = Environment(
     loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_TEMPLATES.filters |= {name: getattr(units, name) for name in ("count", "decimal", "percent", "factor", "duration")}
+_TEMPLATES.filters |= {name: getattr(units, name) for name in ("count", "decimal", "percent", "duration")}
 _TEMPLATES.filters |= {"show": show, "prompt": prompt, "marked": marked}
 _TEMPLATES.globals["css"] = Markup(variables(":root") + (_HERE / "page.css").read_text(encoding="utf-8"))
 

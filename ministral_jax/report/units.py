@@ -71,12 +71,6 @@ def percent(fraction: float, least: int = 1) -> str:
 
 
 @_writer
-def factor(ratio: float) -> str:
-    """How many times: 8.4x below ten, 12x above."""
-    return f"{decimal(ratio, 1 if abs(ratio) < 9.95 else 0)}{TIMES}"
-
-
-@_writer
 def duration(seconds: float) -> str:
     """The two largest units: 2 d 3 h, 3 h 12 min, 12 min 5 s, 4.2 s."""
     if seconds < 59.5 or seconds >= 1e9:

@@ -1,7 +1,7 @@
 """A run directory as typed values. Bears what a killed or unfinished run leaves behind.
 
 Of `run = read_run(Path("runs/tiny"))`, for instance, `run.stages["14b-short"].evals[-1]["kl"]`, or
-`run.members[1].figure("token_speedup")`.
+`run.members[1].figure("kl_final")`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 """A record of metrics.jsonl."""
 OF_ROWS = ("kl_after_surgery", "kl_final", "kl_scratch", "bits_per_byte")
 """Figures of the summary that depend on the length of the rows."""
-_OF_BASELINE = ("kl_scratch", "token_speedup")
+_OF_BASELINE = ("kl_scratch",)
 
 
 class Settings(BaseModel):
@@ -198,6 +198,10 @@ class Member:
     def figure(self, key: str) -> float | None:
         return None if key in self.hidden else getattr(self.published, key, None)
 
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """In which a figure lies when held-out documents are drawn anew."""
+        return None if key in self.hidden or not self.published else self.published.intervals.get(key)
+
     @property
     def stale(self) -> str | None:
         return next((s.stale for role, s in self.stages.items() if s.stale and "scratch" not in role), None)
@@ -208,12 +212,6 @@ class Member:
         found = (self.stages.get(role) for role in roles.get(key, ("base", "short")))
         length = next((stage.length for stage in found if stage), None)
         return length or getattr(self.published, "row_length", None)  # of an imported parent its evaluation's
-
-    @property
-    def at_once(self) -> bool:
-        """Whether the pruned start was ahead of its trained random start before any training."""
-        scratch, after = self.stages.get("scratch_short"), getattr(self.published, "kl_after_surgery", None)
-        return scratch is not None and after is not None and after <= (scratch.last("kl") or 0)
 
 
 @dataclass(frozen=True)

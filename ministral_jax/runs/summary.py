@@ -9,14 +9,17 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ministral_jax.files import read_jsonl, write_json
+from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.recipe.load import lineage
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.comparable import row_length, stale_stages
 from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.evaluate import evaluation_name
 from ministral_jax.stages.manifest import Manifest, digest, finished, read_manifest
+from ministral_jax.stages.rows import RowStage
 
 Rows = list[dict[str, Any]]
+_TOLD = ("bits_per_byte", "digit_accuracy")
 
 
 class Member(BaseModel):
@@ -31,6 +34,10 @@ class Member(BaseModel):
     """Tokens of the held-out rows: bits per byte of rows of different lengths do not compare."""
     bits_per_byte: float | None
     digit_accuracy: float | None
+    documents: int | None = None
+    """Of the held-out rows."""
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Of these figures by name, in which 95 % lie when held-out documents are drawn anew: see `losses.held_out`."""
 
 
 class Parent(Member):
@@ -41,12 +48,11 @@ class Child(Member):
     """`tokens` are those of the distil stages of its own; KL is to the teacher, nats per token."""
 
     tokens_lineage: int
-    """Distillation tokens on the whole path from the family's parent."""
+    """Read on the whole path from the family's parent: distillation, and calibration of the prunings."""
     kl_after_surgery: float
     kl_final: float
     kl_scratch: float | None = None
     """Of the baseline: same shape, data, tokens and teacher, from random weights."""
-    token_speedup: float | None = None
     stages: dict[str, str]
     """By role: `pruned`, `short`, `base`, and with a baseline `scratch_short`, `scratch_base`."""
 
@@ -97,7 +103,7 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
 def _member(manifest: Manifest, evaluated: Manifest | None = None) -> dict[str, Any]:
     """Of a finished stage; its figures those of another one that `evaluated` it, where there is one."""
     spec, measured = manifest.spec, evaluated or manifest
-    metrics = measured.metrics
+    metrics, behind = measured.metrics, measured.held_out or HeldOut()
     return {
         "parameters": spec.parameters,
         "decoder_parameters": spec.decoder_parameters,
@@ -106,6 +112,8 @@ def _member(manifest: Manifest, evaluated: Manifest | None = None) -> dict[str, 
         "row_length": row_length(measured),
         "bits_per_byte": metrics.get("bits_per_byte"),
         "digit_accuracy": metrics.get("digit_accuracy"),
+        "documents": behind.documents or None,
+        "intervals": {key: behind.intervals[key] for key in _TOLD if key in behind.intervals},
     }
 
 
@@ -116,7 +124,7 @@ def _child(recipe: Recipe, run_dir: Path, last: str) -> Child:
     figures = {
         **_member(manifests[last]),
         "tokens": sum(manifests[name].tokens for name in distilled),
-        "tokens_lineage": _tokens_of_ancestors(recipe, run_dir, last),
+        "tokens_lineage": _tokens_of_lineage(recipe, run_dir, last),
         "kl_after_surgery": _evaluations(run_dir, distilled[0])[0]["kl"],
         "kl_final": manifests[last].metrics["kl"],
     }
@@ -125,40 +133,26 @@ def _child(recipe: Recipe, run_dir: Path, last: str) -> Child:
     if all(read_manifest(run_dir / name) and _evaluations(run_dir, name) for name in scratch):
         stages |= {"scratch_short": scratch[0], "scratch_base": scratch[-1]}
         figures["kl_scratch"] = finished(run_dir / scratch[-1]).metrics["kl"]
-        figures["token_speedup"] = token_speedup(_evaluations(run_dir, distilled[0]), _evaluations(run_dir, scratch[0]))
+    for key, stage in (("kl_final", last), ("kl_scratch", stages.get("scratch_base"))):
+        behind = finished(run_dir / stage).held_out if stage else None
+        if behind is not None and "kl" in behind.intervals:
+            figures["intervals"][key] = behind.intervals["kl"]
     return Child(**figures, stages=stages)
 
 
-def _tokens_of_ancestors(recipe: Recipe, run_dir: Path, name: str | None) -> int:
-    """Distillation tokens spent on the whole path from the family's parent to a stage."""
+def _tokens_of_lineage(recipe: Recipe, run_dir: Path, name: str | None) -> int:
+    """Tokens read on the whole path from the family's parent to a stage: what the surgery and its recovery cost."""
     total = 0
     while name is not None:
-        made = read_manifest(run_dir / name)
-        total += made.tokens if made is not None and recipe.stages[name].distils else 0
-        name = recipe.stages[name].source
+        stage, made = recipe.stages[name], read_manifest(run_dir / name)
+        if made is not None and isinstance(stage, RowStage) and (stage.distils or stage.prunes):
+            total += stage.rows_read * stage.batch.length
+        name = stage.source
     return total
 
 
 def _evaluations(run_dir: Path, stage: str) -> Rows:
     return [r for r in read_jsonl(run_dir / stage / "metrics.jsonl") if r.get("kind") == "eval" and "kl" in r]
-
-
-def token_speedup(pruned: Rows, scratch: Rows) -> float | None:
-    """Tokens of the scratch run over the tokens after which the pruned start had reached the scratch run's final KL.
-
-    Both are the short-context stage, evaluated on the same held-out rows. The crossing is interpolated linearly between
-    two evaluations; a pruned start that is below from the beginning counts as its first evaluation after an update, so
-    the figure is then a lower bound. None when the pruned start never gets there.
-    """
-    goal = scratch[-1]["kl"]
-    for before, after in zip([None, *pruned[:-1]], pruned, strict=True):
-        if after["kl"] > goal:
-            continue
-        if before is None:
-            return scratch[-1]["tokens"] / pruned[1]["tokens"]
-        share = (before["kl"] - goal) / (before["kl"] - after["kl"])
-        return scratch[-1]["tokens"] / (before["tokens"] + share * (after["tokens"] - before["tokens"]))
-    return None
 
 
 def _samples(recipe: Recipe, run_dir: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ _FAMILY = (
     ("KL pruned", "kl_after_surgery", ".4f"),
     ("KL final", "kl_final", ".4f"),
     ("KL scratch", "kl_scratch", ".4f"),
-    ("fewer tokens", "token_speedup", ".1f"),
     ("bits/byte", "bits_per_byte", ".3f"),
     ("images", "digit_accuracy", ".1%"),
 )
@@ -91,8 +90,6 @@ def family_table(run: Run) -> Table:
         if member.published is None:
             continue
         figures = [_number(member.figure(key), form, "-" * (key in member.hidden)) for _, key, form in _FAMILY]
-        if member.at_once and member.figure("token_speedup") is not None:
-            figures[3] = f"\u2265 {figures[3]}"
         hidden |= {f"{member.name}, {title}": member.hidden[key] for title, key, _ in _FAMILY if key in member.hidden}
         table.add_row(member.name, _count(member.published.parameters), _count(member.published.tokens), *figures)
     table.caption = "; ".join(f"{what}: {why}" for what, why in hidden.items()) or None

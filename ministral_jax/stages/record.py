@@ -89,8 +89,8 @@ class Record(RowStage):
         if student.seed != self.seed or theirs < ours or last > kept:
             raise UserError(
                 f"{where} reads rows {theirs} to {last} in the order of seed {student.seed}, {name!r} records {ours} "
-                f"to {kept} in the order of seed {self.seed}; set stages.{name}.first_row and rows, leave rows out (all), "
-                "or use one seed"
+                f"to {kept} in the order of seed {self.seed}; set stages.{name}.first_row and rows, leave rows out "
+                "(all), or use one seed"
             )
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:

@@ -19,7 +19,6 @@ from ministral_jax.losses.chunked import cross_entropy
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, abstract_params, head_matrix, init_params
-from ministral_jax.runs.summary import token_speedup
 from ministral_jax.stages.online import added
 from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore, load_params, save_params
 from ministral_jax.training.goodput import Clock, goodput
@@ -207,17 +206,6 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path, params):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_params(tmp_path / "empty", abstract_params(SPEC))
-
-
-def curve(*points):
-    return [{"tokens": tokens, "kl": kl} for tokens, kl in points]
-
-
-def test_token_speedup_interpolates_the_crossing():
-    scratch = curve((0, 5.0), (100, 1.0))
-    assert token_speedup(curve((0, 3.0), (10, 2.0), (20, 0.0)), scratch) == pytest.approx(100 / 15)
-    assert token_speedup(curve((0, 0.5), (10, 0.4)), scratch) == 10  # below from the start: a lower bound
-    assert token_speedup(curve((0, 3.0), (100, 2.0)), scratch) is None
 
 
 def test_torn_lines_are_left_out(tmp_path):
