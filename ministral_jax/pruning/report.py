@@ -38,6 +38,7 @@ class WidthStep(Frozen):
     basis: str
     retained_energy: float
     gain: float
+    """The mean where every norm has its own."""
     spectrum: Spectrum
     projector: Kept | None = Field(default=None, exclude_if=lambda kept: kept is None)
     """Hidden neurons of the projector, which is narrowed with the width."""

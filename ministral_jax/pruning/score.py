@@ -34,8 +34,12 @@ class PruneOptions(Frozen):
     width_basis: WidthBasis = "pca"
     """`pca`: one uncentred PCA of the residual stream at every norm input, the paper's; `magnitude`: the channels of
     largest mean square; `random`: a random rotation."""
-    norm_gain: Literal["exact", "energy"] = "exact"
-    """Gain of the sliced norms: sqrt(D/D'), or sqrt(rho D/D') with rho the energy retained by the basis."""
+    width_weight: Literal["energy", "token"] = "energy"
+    """What a token weighs in the basis: its squared norm, as in the paper, so that late layers and tokens with massive
+    activations decide; or `token`, the same at every norm."""
+    norm_gain: Literal["exact", "energy", "per_norm"] = "exact"
+    """Gain of the sliced norms: sqrt(D/D'), or sqrt(rho D/D') with rho the energy retained by the basis, of all norms
+    together or at each, for which the calibration batches are read once more."""
     norm_eps: Literal["spec", "exact"] = "spec"
     """Keep the target spec's epsilon, or scale the source's by the squared gain, which makes the sliced norm exact."""
     projector: Literal["rotated", "fresh"] = "rotated"

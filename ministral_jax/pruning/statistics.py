@@ -78,19 +78,22 @@ def collect(
     batches: Iterable[Mapping[str, Any]],
     *,
     width: bool = True,
+    token_weighted: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Statistics:
     """Statistics of `model` over `batches`: dicts of `tokens`, `positions`, `segments` [B, T] and `vlm.IMAGE_KEYS`.
 
-    `width` also collects what only a cut of the width needs, `second_moment` and `projector`. Besides the forward pass
-    that takes L D^2 floats on the device (twice that with images), sharded like the `embed` axis of a parameter.
+    `width` also collects what only a cut of the width needs, `second_moment` and `projector`; `token_weighted` of
+    x / rms(x), which is what a norm lets through, so that every token weighs the same at every norm. Besides the
+    forward pass that takes L D^2 floats on the device (twice that with images), sharded like the `embed` axis of a
+    parameter.
 
     Raises:
         UserError: no batch, no token that counts, or activations that are not finite.
     """
     total: Statistics | None = None
     for number, batch in enumerate(batches, 1):
-        sums = jax.device_get(batch_sums(model, width, params, calibrated(batch)))
+        sums = jax.device_get(batch_sums(model, width, token_weighted, params, calibrated(batch)))
         part = Statistics(**{name: np.asarray(value, np.float64) for name, value in sums.items()})
         total = part if total is None else total + part
         if progress is not None:
@@ -112,32 +115,90 @@ def calibrated(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: batch[key] for key in ("tokens", "positions", "segments", *IMAGE_KEYS) if key in batch}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def batch_sums(model: VLM, width: bool, params: Params, batch: dict[str, Array]) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def batch_sums(
+    model: VLM, width: bool, token_weighted: bool, params: Params, batch: dict[str, Array]
+) -> dict[str, Array]:
     """The fields of `Statistics` for one batch."""
-    counted = batch["segments"] > 0
     images = {key: batch[key] for key in IMAGE_KEYS} if "image_slot" in batch else None
-    masks = counted[None]
-    if images is not None:
-        image = images["image_slot"] >= 0
-        masks = jnp.stack([counted & ~image, counted & image])
-
-    tap = partial(_layer_sums, width)
-    where: dict[str, Any] = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
-    observed: Any = model.apply({"params": params}, batch["tokens"], tap, masks, **where, method="observe")
-    sums = {name: jnp.moveaxis(value, 0, 1) for name, value in observed[1].items()}  # [N, L, ...]
+    masks = _masks(batch)
+    sums = _observed(model, params, batch, partial(_layer_sums, width, token_weighted))
     sums["tokens"] = masks.sum((1, 2))
     if width:
         sums["second_moment"] = sums["second_moment"].mean(1)
         if model.spec.vision is not None:
             sums["projector"] = _projector_sums(model, params, images, masks)
+    return _whole(sums)
+
+
+def _masks(batch: dict[str, Array]) -> Bool[Array, "N B T"]:
+    """Which tokens count, by domain; of text alone when there are no images."""
+    counted = batch["segments"] > 0
+    if "image_slot" not in batch:
+        return counted[None]
+    image = batch["image_slot"] >= 0
+    return jnp.stack([counted & ~image, counted & image])
+
+
+def _observed(model: VLM, params: Params, batch: dict[str, Array], tap: Callable[..., Any]) -> dict[str, Array]:
+    """What `tap` makes of every layer's activations and the masks, `[N, L, ...]`."""
+    images = {key: batch[key] for key in IMAGE_KEYS} if "image_slot" in batch else None
+    where: dict[str, Any] = {"positions": batch["positions"], "segments": batch["segments"], "images": images}
+    found: Any = model.apply({"params": params}, batch["tokens"], tap, _masks(batch), **where, method="observe")
+    return {name: jnp.moveaxis(value, 0, 1) for name, value in found[1].items()}
+
+
+def _whole(sums: dict[str, Array]) -> dict[str, Array]:
+    """Both domains, on every device."""
     sums = {name: jnp.pad(v, [(0, 2 - len(v))] + [(0, 0)] * (v.ndim - 1)) for name, v in sums.items()}
     if jax.sharding.get_abstract_mesh().empty:
         return sums
     return jax.lax.with_sharding_constraint(sums, jax.sharding.PartitionSpec())
 
 
-def _layer_sums(width: bool, activations: dict[str, Array], masks: Bool[Array, "N B T"]) -> dict[str, Array]:
+@dataclass(frozen=True)
+class Retained:
+    """Mean share of a token's energy that is left at the input of each norm when the stream is cut."""
+
+    attention: Float[np.ndarray, " L"]
+    mlp: Float[np.ndarray, " L"]
+    final: float
+
+
+def retained(
+    model: VLM,
+    params: Params,
+    batches: Iterable[Mapping[str, Any]],
+    basis: Float[np.ndarray, "D D'"],
+    image_weight: float = 1.0,
+) -> Retained:
+    """What the directions `basis` hold of the residual stream at each norm: E|xQ|^2 / |x|^2 over tokens, one image
+    token counting `image_weight` text tokens."""
+    total: dict[str, np.ndarray] = {}
+    for batch in batches:
+        found = jax.device_get(_shares(model, params, calibrated(batch), jnp.asarray(basis, jnp.float32)))
+        total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in found.items()}
+    weight = np.array([1.0, image_weight])
+    mean = {name: np.tensordot(weight, sums, 1) / (weight @ total["tokens"]) for name, sums in total.items()}
+    return Retained(mean["attention_norm_in"], mean["mlp_norm_in"], float(mean["out"][-1]))
+
+
+@partial(jax.jit, static_argnums=0)
+def _shares(model: VLM, params: Params, batch: dict[str, Array], basis: Array) -> dict[str, Array]:
+    def tap(activations: dict[str, Array], masks: Bool[Array, "N B T"]) -> dict[str, Array]:
+        def share(x: Array) -> Array:
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            kept = jnp.square(_einsum("btd,de->bte", x, basis)).sum(-1) / jnp.square(x).sum(-1)
+            return jnp.where(masks, kept, 0).sum((1, 2))
+
+        return {name: share(activations[name]) for name in ("attention_norm_in", "mlp_norm_in", "out")}
+
+    return _whole(_observed(model, params, batch, tap) | {"tokens": _masks(batch).sum((1, 2))})
+
+
+def _layer_sums(
+    width: bool, token_weighted: bool, activations: dict[str, Array], masks: Bool[Array, "N B T"]
+) -> dict[str, Array]:
     """One layer's sums over the tokens of each mask, [N, ...]."""
     wide = {name: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for name, x in activations.items()}
     before, middle, after = wide["attention_norm_in"], wide["mlp_norm_in"], wide["out"]
@@ -155,9 +216,15 @@ def _layer_sums(width: bool, activations: dict[str, Array], masks: Bool[Array, "
         "mlp": _einsum("nbt,btf->nf", keep, jnp.abs(wide["mlp_hidden"])),
     }
     if width:
-        moments = [_einsum("nbti,btj->nij", keep[..., None] * x, x) for x in (before, middle)]
+        inputs = [_normed(x) if token_weighted else x for x in (before, middle)]
+        moments = [_einsum("nbti,btj->nij", keep[..., None] * x, x) for x in inputs]
         sums["second_moment"] = constrain((moments[0] + moments[1]) / 2, (None, "embed", None))
     return sums
+
+
+def _normed(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x / rms(x), and 0 where that is 0, as at padding."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).mean(-1, keepdims=True), jnp.finfo(x.dtype).tiny))
 
 
 def _projector_sums(

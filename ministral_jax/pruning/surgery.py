@@ -31,8 +31,9 @@ from ministral_jax.pruning.report import (
     WidthStep,
 )
 from ministral_jax.pruning.score import Basis, PruneOptions, layer_scores, mlp_scores, top, width_basis
-from ministral_jax.pruning.statistics import DOMAINS, Statistics, collect
+from ministral_jax.pruning.statistics import DOMAINS, Statistics, collect, retained
 from ministral_jax.pruning.transforms import (
+    Gains,
     drop_layers,
     fold_norm_gains,
     narrow_mlp,
@@ -129,7 +130,9 @@ class Surgery:
         narrows = self.target.width < model.spec.width
         width = narrows and (size == "width" or not self.options.recollect)
         tell = lambda line: self.progress(f"{size.removesuffix('_width')}: {line}")
-        statistics = collect(VLM(model.spec, self.compute), model.params, self.batches(), width=width, progress=tell)
+        token_weighted = self.options.width_weight == "token"
+        vlm, more = VLM(model.spec, self.compute), dict(width=width, token_weighted=token_weighted)
+        statistics = collect(vlm, model.params, self.batches(), **more, progress=tell)
         scores_projector = narrows and model.spec.vision is not None and self.options.projector == "rotated"
         if scores_projector and not statistics.tokens[1] > 0:
             raise UserError(
@@ -172,7 +175,8 @@ class Surgery:
         if target.width < spec.width:
             kept = None if spec.vision is None else first(target.width)
             basis = jax.ShapeDtypeStruct((spec.width, target.width), jnp.float32)
-            then("width", partial(_narrowed, gain=1.0, kept=kept), {"width": target.width, "tied": False}, basis)
+            gains = jax.eval_shape(partial(Gains.same, 1.0, spec.layers))
+            then("width", partial(_narrowed, kept=kept), {"width": target.width, "tied": False}, basis, gains)
         if target.mlp_width < spec.mlp_width:
             keep = np.tile(first(target.mlp_width), (spec.layers, 1))
             then("mlp", partial(narrow_mlp, keep=keep), {"mlp_width": target.mlp_width})
@@ -196,7 +200,8 @@ class Surgery:
         options, width = self.options, self.target.width
         basis = width_basis(statistics, options, rng)
         energy = float(agreed(basis.retained(width)))
-        gain = slice_gain(model.spec.width, width, energy if options.norm_gain == "energy" else 1.0)
+        vectors = jnp.asarray(agreed(basis.vectors[:, :width]))
+        gain, gains = self._gains(model, vectors, energy)
         step = WidthStep(basis=options.width_basis, retained_energy=energy, gain=gain, spectrum=_spectrum(basis))
         kept = None
         if model.spec.vision is not None:
@@ -206,8 +211,22 @@ class Surgery:
             step = step.model_copy(update={"projector": _kept(scores, kept)})
         eps = model.spec.norm_eps * (gain**2 if options.norm_eps == "exact" else 1)
         spec = model.spec.model_copy(update={"width": width, "norm_eps": eps, "tied": False})
-        cut = partial(_narrowed, gain=gain, kept=kept)
-        return self._apply(cut, spec, model.params, jnp.asarray(agreed(basis.vectors[:, :width]))), step
+        return self._apply(partial(_narrowed, kept=kept), spec, model.params, vectors, gains), step
+
+    def _gains(self, model: Model, basis: Array, energy: float) -> tuple[float, Gains]:
+        """Of the norms once the stream is cut to `basis`, which retains `energy`; and their mean."""
+        spec, options = model.spec, self.options
+        gain = partial(slice_gain, spec.width, basis.shape[1])
+        if options.norm_gain != "per_norm":
+            same = gain(energy if options.norm_gain == "energy" else 1.0)
+            return same, Gains.same(same, spec.layers)
+        vlm = VLM(spec, self.compute)
+        left = retained(vlm, model.params, self.batches(), np.asarray(basis), options.image_weight)
+        found = [
+            np.sqrt(agreed(x) * spec.width / basis.shape[1]) for x in (left.attention, left.mlp, np.float64(left.final))
+        ]
+        mean = (found[0].sum() + found[1].sum() + found[2]) / (2 * spec.layers + 1)
+        return float(mean), Gains(*map(jnp.asarray, found))
 
     def _mlp(self, model: Model, statistics: Statistics, rng: np.random.Generator) -> tuple[Model, MlpStep]:
         """Keep the feed-forward neurons of highest score, in each layer its own."""
@@ -243,29 +262,31 @@ class Surgery:
         return moved, None if same else RopeStep(to=self.target.rope.model_dump(mode="json"))
 
 
-def _narrowed(params: Params, basis: jax.Array, gain: float, kept: np.ndarray | None) -> Params:
+def _narrowed(params: Params, basis: jax.Array, gains: Gains, kept: np.ndarray | None) -> Params:
     """`_project`, and of the projector's hidden neurons those that are `kept`."""
-    narrow = _project(params, basis, gain)
+    narrow = _project(params, basis, gains)
     return narrow if kept is None else narrow_projector(narrow, kept)
 
 
 @jax.jit
-def _project(params: Params, basis: Float[Array, "D D'"], gain: float) -> Params:
+def _project(params: Params, basis: Float[Array, "D D'"], gains: Gains) -> Params:
     """Untie, fold, rotate and slice in one program that works on one layer at a time, so that no second copy of the
     model is alive in between."""
     params = untie(params)
 
-    def cut(layers: Params) -> Params:
+    def cut(layers: Params, gains: Gains) -> Params:
         whole = {**params, "decoder": {**params["decoder"], "layers": layers}}
-        return slice_width(rotate(fold_norm_gains(whole), basis), basis.shape[1], gain)
+        return slice_width(rotate(fold_norm_gains(whole), basis), basis.shape[1], gains)
 
-    def cut_one(layer: Params) -> Params:
-        alone = jax.tree.map(lambda leaf: leaf[None], layer)
-        return jax.tree.map(lambda leaf: leaf[0], cut(alone)["decoder"]["layers"])
+    def cut_one(layer: tuple[Params, Array, Array]) -> Params:
+        alone, attention, mlp = jax.tree.map(lambda leaf: leaf[None], layer)
+        one = cut(alone, Gains(attention, mlp, gains.final))
+        return jax.tree.map(lambda leaf: leaf[0], one["decoder"]["layers"])
 
     layers = params["decoder"]["layers"]
-    rest = cut(layers)  # its layers are unused, hence never computed
-    return {**rest, "decoder": {**rest["decoder"], "layers": jax.lax.map(cut_one, layers)}}
+    rest = cut(layers, gains)  # its layers are unused, hence never computed
+    cut_layers = jax.lax.map(cut_one, (layers, gains.attention, gains.mlp))
+    return {**rest, "decoder": {**rest["decoder"], "layers": cut_layers}}
 
 
 def _fresh_projector(spec: ModelSpec, params: Params, key: Array) -> Params:

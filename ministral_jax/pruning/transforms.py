@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +131,22 @@ def rotate(params: Params, basis: Float[Array, "D D'"] | Float[np.ndarray, "D D'
     return edit(params, edits | {path: lambda g: g[..., : basis.shape[1]] for path in NORM_GAINS})
 
 
-def slice_width(params: Params, width: int, gain: float | Array) -> Params:
-    """Keep the first `width` components of the residual stream and multiply every decoder norm gain by `gain`.
+class Gains(NamedTuple):
+    """What decoder norm gains are multiplied by: of attention and feed-forward norms `[L]`, of the final one `[]`."""
+
+    attention: Array
+    mlp: Array
+    final: Array
+
+    @staticmethod
+    def same(gain: float, layers: int) -> Gains:
+        """One gain for every norm."""
+        every = jnp.full(layers, gain)
+        return Gains(every, every, jnp.asarray(gain))
+
+
+def slice_width(params: Params, width: int, gains: Gains) -> Params:
+    """Keep the first `width` components of the residual stream and multiply decoder norm gains by `gains`.
 
     The projector's hidden neurons, which a checkpoint's config ties to the width, are left to `narrow_projector`.
     """
@@ -140,7 +154,9 @@ def slice_width(params: Params, width: int, gain: float | Array) -> Params:
         path: partial(jax.lax.slice_in_dim, start_index=0, limit_index=width, axis=axis)
         for path, axis in RESIDUAL_AXIS.items()
     }
-    return edit(params, edits | {path: lambda g: _scale(g[..., :width], gain) for path in NORM_GAINS})
+    scales = (gains.attention[:, None], gains.mlp[:, None], gains.final)
+    scaled = {p: lambda g, by=by: _scale(g[..., :width], by) for p, by in zip(NORM_GAINS, scales, strict=True)}
+    return edit(params, edits | scaled)
 
 
 def slice_gain(width: int, kept: int, energy: float = 1.0) -> float:

@@ -46,10 +46,10 @@ class Prune(rows.RowStage):
         source = job.graph.specs[self.source]
         params = placed_params(source, job.placement)
         teacher = online(source, params, self.compute, job.placement, self.batch.length)
-        batch = rows.abstract_batch(job)
+        batch, weighted = rows.abstract_batch(job), self.options.width_weight == "token"
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
         return {
-            "calibrate": Program(batch_sums, (VLM(source, self.compute), True, params, calibrated(batch))),
+            "calibrate": Program(batch_sums, (VLM(source, self.compute), True, weighted, params, calibrated(batch))),
             **{name: Program(*program) for name, program in surgery.programs(source).items()},
             **rows.evaluation_programs(job, job.spec, teacher),
         }

@@ -15,7 +15,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.vision import VisionTower
 from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute
 from ministral_jax.pruning.score import PruneOptions, layer_scores, mlp_scores, top, width_basis
-from ministral_jax.pruning.statistics import Statistics, collect
+from ministral_jax.pruning.statistics import Statistics, collect, retained
 
 MODEL = VLM(SPEC)
 
@@ -29,6 +29,39 @@ def params():
 def gather(params, *batches, **options) -> Statistics:
     with jax.enable_x64(True):
         return collect(MODEL, params, batches, **options)
+
+
+def kinds(batch):
+    """Where text and image tokens stand."""
+    counted = batch["segments"] > 0
+    image = counted & (batch["image_slot"] >= 0)
+    return counted & ~image, image
+
+
+def test_tokens_may_weigh_the_same_at_every_norm(params, batch, activations):
+    found = gather(params, batch, token_weighted=True)
+    for domain, mask in enumerate(kinds(batch)):
+        x = np.stack([activations["attention_norm_in"], activations["mlp_norm_in"]])[:, :, mask]
+        x = (x / np.sqrt((x**2).mean(-1, keepdims=True))).reshape(-1, SPEC.width)
+        np.testing.assert_allclose(found.second_moment[domain], x.T @ x / (2 * SPEC.layers), rtol=1e-9, atol=1e-12)
+        assert np.trace(found.second_moment[domain]) == pytest.approx(SPEC.width * mask.sum())
+
+
+def test_what_is_retained_at_each_norm(params, batch, activations):
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((SPEC.width, 7)))[0]
+    with jax.enable_x64(True):
+        found = retained(MODEL, params, [batch, batch], basis, image_weight=3.0)
+    text, image = kinds(batch)
+    weight = text + 3.0 * image
+
+    def share(x):  # [L, B, T, D]
+        kept = ((x @ basis) ** 2).sum(-1) / (x**2).sum(-1)
+        return (np.where(weight > 0, kept, 0) * weight).sum((1, 2)) / weight.sum()
+
+    np.testing.assert_allclose(found.attention, share(activations["attention_norm_in"]), rtol=1e-6)
+    np.testing.assert_allclose(found.mlp, share(activations["mlp_norm_in"]), rtol=1e-6)
+    assert found.final == pytest.approx(share(activations["out"])[-1], rel=1e-6)
+    assert np.ptp(found.attention) > 1e-3
 
 
 def close(a: Statistics, b: Statistics, rtol: float = 1e-12) -> bool:

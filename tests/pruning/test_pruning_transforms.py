@@ -13,6 +13,7 @@ from ministral_jax.models.vlm import check_params
 from ministral_jax.pruning.transforms import (
     NORM_GAINS,
     RESIDUAL_AXIS,
+    Gains,
     drop_layers,
     edit,
     fold_norm_gains,
@@ -120,15 +121,16 @@ def test_slicing_directions_without_energy_is_exact(images, eps):
     source = logits(params, spec, batch)
 
     gain = slice_gain(spec.width, kept)
+    gains = Gains.same(gain, spec.layers)
     rotated = rotate(params, basis)
-    small = narrow_projector(slice_width(rotated, kept, gain), np.arange(kept))
+    small = narrow_projector(slice_width(rotated, kept, gains), np.arange(kept))
     sliced = spec.model_copy(update={"width": kept, "norm_eps": eps * gain**2})
     check_params(small, sliced, "sliced")
     assert relative(logits(small, sliced, batch), source) < EXACT
     without = edit(small, dict.fromkeys(NORM_GAINS, jnp.ones_like))
     assert relative(logits(without, sliced, batch), source) > 1e-2
-    at_once = slice_width(rotate(params, basis[:, :kept]), kept, gain)
-    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(slice_width(rotated, kept, gain)), strict=True):
+    at_once = slice_width(rotate(params, basis[:, :kept]), kept, gains)
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(slice_width(rotated, kept, gains)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-13)
 
 
@@ -161,7 +163,7 @@ def test_transforms_keep_dtypes_and_leave_their_argument_alone():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params64(SPEC))
     before = jax.tree.map(np.array, params)
     keep = np.tile(np.arange(9), (SPEC.layers, 1))
-    result = slice_width(rotate(fold_norm_gains(params), orthogonal(SPEC.width)), 12, 1.25)
+    result = slice_width(rotate(fold_norm_gains(params), orthogonal(SPEC.width)), 12, Gains.same(1.25, SPEC.layers))
     result = narrow_projector(narrow_mlp(drop_layers(result, np.array([0, 1, 2])), keep), np.arange(12))
     result = tie_embeddings(result, "mean")
     assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.bfloat16.dtype}

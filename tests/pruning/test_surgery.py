@@ -97,6 +97,28 @@ def test_cutting_only_what_is_unused_keeps_the_logits():
         assert relative(logits(small, small_spec, batch), logits(params, spec, batch)) < 1e-11
 
 
+def test_each_norm_may_have_its_own_gain():
+    target = TEXT.model_copy(update={"width": 12})
+    batch, options = make_batch(0, images=False), PruneOptions(norm_gain="per_norm", width_weight="token")
+    small, _, report = Surgery(target, lambda: [batch], options).run(params32(TEXT), TEXT)
+    layers, (step, *_) = small["decoder"]["layers"], report.steps
+    gains = [
+        *np.asarray(layers["attention_norm"]),
+        *np.asarray(layers["mlp_norm"]),
+        np.asarray(small["decoder"]["norm"]),
+    ]
+    assert all(np.ptp(gain) == 0 for gain in gains)
+    firsts = np.array([gain[0] for gain in gains])
+    limit = (TEXT.width / target.width) ** 0.5
+    assert np.ptp(firsts) > 1e-3 and (firsts < limit).all() and step.gain == pytest.approx(firsts.mean())
+    # of a basis that holds everything, the gain of all
+    whole = TEXT.model_copy(update={"width": TEXT.width - 1})
+    params = edit(params32(TEXT), {path: lambda w: w.at[..., -1].set(0) for path in WRITERS})
+    cut = [Surgery(whole, lambda: [batch], PruneOptions(norm_gain=g)).run(params, TEXT) for g in ("per_norm", "exact")]
+    norms = [np.asarray(each.params["decoder"]["layers"]["mlp_norm"]) for each in cut]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -1,0 +1,88 @@
+"""The table of a study: every arm of a finished sweep over its seeds, and how it differs from the first one.
+
+python benchmarks/study.py runs/pruning_defaults --metrics kl bits_per_byte
+
+Keys that end in `seed` are seeds; points that agree in all others are an arm. A figure is its mean over seeds with the
+interval in which that of all seeds lies, 19 times of 20 (Student's t). Differences are taken seed by seed, since arms
+of one seed share rows, teacher and first weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy.special import stdtrit
+
+from ministral_jax.runs.sweep import SweepRecord
+
+LIKELY = 0.95
+
+
+@dataclass
+class Arm:
+    """What varies beside seeds, and its figures `name -> value of every seed`."""
+
+    name: str
+    figures: dict[str, list[float]] = field(default_factory=dict)
+
+
+def read(sweep_dir: Path, stage: str | None = None) -> list[Arm]:
+    """The arms of a sweep, by the figures of one of its measured stages (the last when none is named)."""
+    record = SweepRecord.model_validate(json.loads((sweep_dir / "sweep.json").read_text()))
+    stage = stage or record.measure[-1].stage
+    arms: dict[str, Arm] = {}
+    for point in sorted(record.points, key=lambda point: [str(v) for k, v in point.settings.items() if _is_seed(k)]):
+        if point.state != "finished":
+            raise SystemExit(f"point {point.name} is {point.state}; run the sweep's command again")
+        varied = {record.keys[key]: value for key, value in point.settings.items() if not _is_seed(key)}
+        name = ", ".join(f"{key} {value}" for key, value in varied.items()) or "all"
+        arm = arms.setdefault(name, Arm(name))
+        for figure, value in point.figures[stage].items():
+            arm.figures.setdefault(figure, []).append(value)
+    order = [
+        ", ".join(f"{record.keys[k]} {v}" for k, v in p.settings.items() if not _is_seed(k)) for p in record.points
+    ]
+    return [arms[name or "all"] for name in dict.fromkeys(order)]
+
+
+def _is_seed(key: str) -> bool:
+    return key.rpartition(".")[2] == "seed"
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its interval; NaN of one value."""
+    count = len(values)
+    half = stdtrit(count - 1, 0.5 + LIKELY / 2) * np.std(values, ddof=1) / count**0.5 if count > 1 else np.nan
+    return float(np.mean(values)), float(half)
+
+
+def table(arms: Sequence[Arm], metrics: Sequence[str]) -> str:
+    """Markdown: of every arm each metric, and its difference from the first arm. Bold where the interval of the
+    difference leaves out zero."""
+    seeds = len(next(iter(arms[0].figures.values())))
+    head = [f"arm ({seeds} seeds)", *(cell for metric in metrics for cell in (metric, "against the first"))]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in arms:
+        cells = [arm.name]
+        for metric in metrics:
+            mean, half = mean_and_half(arm.figures[metric])
+            pairs = zip(arm.figures[metric], arms[0].figures[metric], strict=True)
+            change, around = mean_and_half([ours - first for ours, first in pairs])
+            mark = "**" if abs(change) > around else ""
+            cells += [f"{mean:.4f} ± {half:.4f}", "" if arm is arms[0] else f"{mark}{change:+.4f} ± {around:.4f}{mark}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="directory of a finished sweep")
+    parser.add_argument("--stage", help="whose figures; the last measured one unless said")
+    parser.add_argument("--metrics", nargs="+", default=["kl"])
+    given = parser.parse_args()
+    print(table(read(given.sweep, given.stage), given.metrics))
