@@ -61,8 +61,9 @@ class Message:
 class Document:
     """Plain `text`, or a conversation of `messages` with the `tools` it may use.
 
-    name: unique and stable. key: what is hashed to hold a document out, its name where empty; those with equal keys
-    stay together. columns: the other keys of its row. where: for error messages.
+    name: unique and stable. key: what is hashed to order documents, their names where empty. group: what is hashed to
+    hold a document out, its key where empty; those of one group stay together. columns: the other keys of its row.
+    where: for error messages.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Document:
     tools: tuple[dict[str, Any], ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     key: str = ""
+    group: str = ""
 
 
 def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tuple[Message, ...]:

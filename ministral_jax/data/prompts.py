@@ -15,11 +15,11 @@ from ministral_jax.data.bad_rows import BadRows, Unusable, settle
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.conversation import Document, Message, spell
-from ministral_jax.data.documents import Progress, documents_digest, drawn
+from ministral_jax.data.documents import Progress, documents_digest, drawn, group_key
 from ministral_jax.data.sources import Source, open_source, read_rows
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, stable_key, write_json
+from ministral_jax.files import digest_of, write_json
 from ministral_jax.models.spec import VisionSpec
 
 _PROGRESS_EVERY = 1000
@@ -156,7 +156,7 @@ def open_prompts(
 
 
 def _drawn(documents: Sequence[Document], share: float) -> np.ndarray:
-    return drawn(np.array([stable_key(d.key or d.name) for d in documents], np.uint64), share)
+    return drawn(np.array([group_key(document) for document in documents], np.uint64), share)
 
 
 def _read(
