@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -66,8 +67,8 @@ class Examiner:
         self._scorer.__exit__()
 
     def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """`figures_of` the answers, and their rewards `[N]`. A few are left in the directory, as `answers.json`, beside
-        what was said to the same prompts at the first evaluation.
+        """`figures_of` the answers with `prompts_by_source`, and their rewards `[N]`. A few are left in the directory,
+        as `answers.json`, beside what was said to the same prompts at the first evaluation.
         """
         config, rows = self._config, self._rows
         numbers = seeds(0, 0, len(rows), _SALT)
@@ -79,7 +80,8 @@ class Examiner:
                 for i in _shown([row.source for row in rows], config.completions)
             ]
             _leave(self._directory / "answers.json", told, len(rows))
-        return figures_of(samples, scores, [row.source for row in answers.rows]), scores.total
+        asked = prompts_by_source([row.source for row in rows])
+        return figures_of(samples, scores, [row.source for row in answers.rows]) | asked, scores.total
 
 
 def figures_of(samples: Sequence[Sample], scores: Scores, sources: Sequence[str]) -> dict[str, float]:
@@ -93,6 +95,13 @@ def figures_of(samples: Sequence[Sample], scores: Scores, sources: Sequence[str]
             for source in dict.fromkeys(sources):
                 found[f"reward_{part}_{source}"] = float(np.nanmean(values[names == source]))
     return found
+
+
+def prompts_by_source(sources: Sequence[str]) -> dict[str, float]:
+    """How many prompts, given the source of each: `prompts`, and of several sources `prompts_<source>`."""
+    counts = Counter(sources)
+    by_source = {f"prompts_{source}": float(count) for source, count in counts.items()} if len(counts) > 1 else {}
+    return {"prompts": float(len(sources)), **by_source}
 
 
 def conduct(samples: Sequence[Sample]) -> dict[str, float]:

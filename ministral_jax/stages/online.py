@@ -25,6 +25,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage
+from ministral_jax.stages.figures import told
 from ministral_jax.stages.looped import FROZEN
 from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts
 from ministral_jax.stages.rows import Packing, data_contents
@@ -202,6 +203,9 @@ class OnlineLearner:
 
     def evaluate(self, state: State) -> dict[str, float]:
         return self.examiner.examine(self.params(state))[0]
+
+    def told(self, figures: dict[str, float]) -> list[str]:
+        return told(self.stage.figures, figures)
 
     def params(self, state: State) -> Params:
         """All parameters of the policy."""

@@ -29,7 +29,7 @@ from ministral_jax.report.plots import PALETTE, Axis, Line, lines
 from ministral_jax.report.units import count, decimal, duration, factor, percent, tick
 from ministral_jax.runs import reading
 from ministral_jax.runs.reading import read_run
-from ministral_jax.stages.figures import Curve, Figure
+from ministral_jax.stages.figures import Curve, Figure, wilson
 from ministral_jax.teachers.statistics import EDGES
 from ministral_jax.teachers.summary import SplitSummary
 
@@ -79,8 +79,14 @@ def test_what_post_training_changed(page, run):
     first, *_, last = [record for record in records if record["kind"] == "eval"]
     change = lambda key: plain(f"{percent(first[key])} → {percent(last[key])}")
     right, reward, *_, time = cells(page, "post", "14b-sft")
-    sources = " ".join(f"{source} {change(f'reward_accuracy_{source}')}" for source in ("sums", "pictures"))
-    assert right == f"{change('reward_accuracy')} {sources}" and time == "4 min 4 s 20 steps, 64 prompts"
+
+    def shown(source="", count=64):
+        key = f"reward_accuracy{source and '_' + source}"
+        low, high = (percent(end, 0) for end in wilson(last[key], count))
+        return plain(f"{source} {change(key)} ({low} to {high}, n = {count})".lstrip())
+
+    assert right == " ".join([shown(), shown("sums", 38), shown("pictures", 26)])
+    assert time == "4 min 4 s 20 steps, 64 prompts"
     assert reward == f"{decimal(first['reward'])} → {decimal(last['reward'])} format 1.00 → 1.00"
     assert "pairs judged right" in " ".join(cells(page, "post", "14b-reward"))
     post = section(page, "post")
