@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.bad_rows import BadRows, LeftOut, Unusable, say_once, settle
-from ministral_jax.data.chat import Rendered, render, render_text
+from ministral_jax.data.chat import Rendered, render, render_interleaved, render_text
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.images import MOST_PIXELS, to_patches
 from ministral_jax.data.sources import Source, read_rows
@@ -171,6 +171,8 @@ def _write(
 def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
     if document.text is not None:
         return render_text(document.text, tokenizer, document.where)
+    if document.parts:
+        return render_interleaved(document.parts, tokenizer, vision, document.where)
     return render(document.messages, tokenizer, vision, document.where, document.tools)
 
 
