@@ -43,6 +43,12 @@ def test_fine_tuning_answers_held_out_questions():
     assert worked["reward_accuracy_sums"] > evaluations("14b-cot")[0]["reward_accuracy_sums"]
 
 
+def test_a_larger_model_teaches_the_8b_to_answer():
+    first, *_, last = evaluations("8b-sft")
+    assert last["kl"] < first["kl"] / 2
+    assert last["reward_accuracy_pictures"] > first["reward_accuracy_pictures"] + 0.2
+
+
 def test_a_judge_tells_right_from_wrong():
     """One pair in ten is mislabelled: nobody can be right about more than nine in ten."""
     assert 0.65 < finished(RUN / "14b-reward").metrics["judge_accuracy"] <= 0.95

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from report_run import told_by, write_run
+from report_run import POST, told_by, write_run
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -48,7 +48,7 @@ def test_what_is_said_as_it_comes():
 
 
 def test_summary_and_table_have_them(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", more=POST)
     answers = json.loads((run / "summary.json").read_text())["answers"]
     assert set(answers) == {"14b-sft", "14b-instruct", "14b-cot", "14b-rl"}  # a judge answers no prompts
     metrics, found = told_by(run, "14b-sft")["metrics"], answers["14b-sft"]["reward_accuracy"]
