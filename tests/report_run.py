@@ -231,6 +231,8 @@ def _held_out(do: str, done: float, noise: float) -> dict[str, float]:
         return {"ce": 2 - done, **judge, "judge_ece_before": 0.21 - 0.1 * done, "judge_ece": 0.034}
     sums, pictures = 0.4 * done + 0.02 * noise, 0.7 * done
     found = {"reward": 0.4 * (sums + pictures) + 0.1, "reward_accuracy": (sums + pictures) / 2, "reward_format": 1.0}
+    found |= {"accuracy": (sums + pictures) / 2, "accuracy_sums": sums, "accuracy_pictures": pictures}
+    found |= {"pass@8": 0.9, "pass@8_sums": 0.8, "pass@8_pictures": 1.0}
     found |= {"reward_format_sums": 1.0, "reward_accuracy_sums": sums, "reward_accuracy_pictures": pictures}
     found |= {"prompts": 64.0, "prompts_sums": 38.0, "prompts_pictures": 26.0}
     found |= {"loop_rate": 0.1 * (1 - done), "truncated": 0.0, "completion_length": 20.0 + 10 * done}

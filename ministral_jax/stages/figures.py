@@ -42,11 +42,14 @@ DIGIT_ACCURACY = Figure("digit_accuracy", "answers about images, teacher-forced"
 KL = Figure("kl", "KL to the teacher", "nats per token", "lower")
 HELD_OUT = (CE, BITS_PER_BYTE, DIGIT_ACCURACY, ECE)
 """Of every loop over packed rows."""
-REWARD_ACCURACY = Figure("reward_accuracy", "right answers", "share", "higher")
+ACCURACY = Figure("accuracy", "right answers", "share", "higher")
+PASS_1 = Figure("pass@1", "right answers, sampled", "share", "higher")
+PASS_8 = Figure("pass@8", "one of eight sampled is right", "share", "higher")
 REWARD = Figure("reward", "reward", "", "higher")
 LOOP_RATE = Figure("loop_rate", "answers that loop", "share", "lower")
-ANSWERS = (REWARD_ACCURACY, REWARD, LOOP_RATE)
-"""Of held-out prompts that a stage answers."""
+SAMPLED_LOOP_RATE = Figure("sampled_loop_rate", "answers that loop, sampled", "share", "lower")
+ANSWERS = (ACCURACY, PASS_1, PASS_8, REWARD, LOOP_RATE, SAMPLED_LOOP_RATE)
+"""Of held-out prompts that a stage answers: greedily, but for what is sampled."""
 
 
 @dataclass(frozen=True)

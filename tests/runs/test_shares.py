@@ -12,11 +12,11 @@ from scipy.stats import binomtest
 from ministral_jax.alignment.examine import prompts_by_source
 from ministral_jax.runs.reading import read_run
 from ministral_jax.runs.tables import stage_table
-from ministral_jax.stages.figures import ANSWERS, ECE, LOOP_RATE, REWARD, REWARD_ACCURACY, share_of, told, wilson
+from ministral_jax.stages.figures import ACCURACY, ANSWERS, ECE, LOOP_RATE, REWARD, share_of, told, wilson
 
 METRICS = {
-    "ece": 0.1, "reward": 0.5, "loop_rate": 0.25, "reward_accuracy": 0.375, "reward_accuracy_sums": 0.5,
-    "reward_accuracy_pictures": 0.25, **prompts_by_source(["sums", "pictures", "sums", "pictures"] * 2),
+    "ece": 0.1, "reward": 0.5, "loop_rate": 0.25, "accuracy": 0.375, "accuracy_sums": 0.5,
+    "accuracy_pictures": 0.25, **prompts_by_source(["sums", "pictures", "sums", "pictures"] * 2),
 }  # fmt: skip
 
 
@@ -35,9 +35,9 @@ def test_prompts_are_counted_by_source_where_there_are_several():
 
 def test_what_is_no_share_of_answers_has_no_interval():
     assert share_of(METRICS, REWARD) is None is share_of(METRICS, ECE)  # of tokens
-    assert share_of(METRICS | {"reward_accuracy": 1.5}, REWARD_ACCURACY) is None
-    assert share_of({"reward_accuracy": 0.5}, REWARD_ACCURACY) is None  # nobody says of how many
-    assert share_of(METRICS, REWARD_ACCURACY, "sums").count == 4 and share_of(METRICS, LOOP_RATE).count == 8
+    assert share_of(METRICS | {"accuracy": 1.5}, ACCURACY) is None
+    assert share_of({"accuracy": 0.5}, ACCURACY) is None  # nobody says of how many
+    assert share_of(METRICS, ACCURACY, "sums").count == 4 and share_of(METRICS, LOOP_RATE).count == 8
 
 
 def test_what_is_said_as_it_comes():
@@ -51,16 +51,16 @@ def test_summary_and_table_have_them(tmp_path):
     run = write_run(tmp_path / "run", more=POST)
     answers = json.loads((run / "summary.json").read_text())["answers"]
     assert set(answers) == {"14b-sft", "14b-instruct", "14b-cot", "14b-rl"}  # a judge answers no prompts
-    metrics, found = told_by(run, "14b-sft")["metrics"], answers["14b-sft"]["reward_accuracy"]
-    assert set(answers["14b-sft"]) == {"reward_accuracy", "loop_rate"}
+    metrics, found = told_by(run, "14b-sft")["metrics"], answers["14b-sft"]["accuracy"]
+    assert set(answers["14b-sft"]) == {"accuracy", "pass@8", "loop_rate"}
     for source, count in (("sums", 38), ("pictures", 26)):
-        value = metrics[f"reward_accuracy_{source}"]
+        value = metrics[f"accuracy_{source}"]
         low, high = wilson(value, count)
         assert found["sources"][source] == {"value": value, "count": count, "low": low, "high": high}
-    assert found["every"]["count"] == 64 and found["every"]["value"] == metrics["reward_accuracy"]
+    assert found["every"]["count"] == 64 and found["every"]["value"] == metrics["accuracy"]
 
     console = Console(width=200)
     with console.capture() as capture:
         console.print(stage_table(read_run(run), ["14b-sft"]))
-    low, high = (f"{100 * end:.1f}" for end in wilson(metrics["reward_accuracy_pictures"], 26))
-    assert f"  pictures {metrics['reward_accuracy_pictures']:.1%} ({low} to {high}, n = 26)" in capture.get()
+    low, high = (f"{100 * end:.1f}" for end in wilson(metrics["accuracy_pictures"], 26))
+    assert f"  pictures {metrics['accuracy_pictures']:.1%} ({low} to {high}, n = 26)" in capture.get()
