@@ -18,9 +18,9 @@ PANELS = (
     (
         "SFT: held-out questions",
         (
-            ("14b-sft", "reward_accuracy_pictures", "two digits in a picture", BLUE),
-            ("14b-cot", "reward_accuracy_pictures", "the same, working shown", GREEN),
-            ("14b-cot", "reward_accuracy_sums", "arithmetic, working shown", RED),
+            ("14b-sft", "accuracy_pictures", "two digits in a picture", BLUE),
+            ("14b-cot", "accuracy_pictures", "the same, working shown", GREEN),
+            ("14b-cot", "accuracy_sums", "arithmetic, working shown", RED),
         ),
     ),
     ("GRPO: held-out", (("14b-rl", "reward", "reward", BLUE), ("14b-rl", "reward_format", "shows its working", GREEN))),
@@ -35,10 +35,10 @@ PANELS = (
     ),
 )
 TABLE = (
-    ("14b-sft", ("reward_accuracy_pictures", "reward_accuracy_sums")),
-    ("14b-cot", ("reward_accuracy_pictures", "reward_accuracy_sums")),
-    ("14b-rl", ("reward", "reward_accuracy", "reward_format")),
-    ("14b-reward", ("judge_accuracy", "judge_ece_before", "judge_ece")),
+    ("14b-sft", ("accuracy_pictures", "accuracy_sums")),
+    ("14b-cot", ("accuracy_pictures", "accuracy_sums")),
+    ("14b-rl", ("reward", "accuracy", "pass@1", "pass@8", "reward_format")),
+    ("14b-reward", ("judge_accuracy", "judge_ece_before", "judge_ece", "judge_ece_floor")),
     ("14b-instruct", ("win_rate", "loop_rate")),
 )
 

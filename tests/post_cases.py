@@ -9,6 +9,11 @@ def spread(sample) -> float:
     return (sum(sample.tokens) % 97) / 97
 
 
+def of_some(sample) -> float:
+    """As `spread`, of the answers to half of the prompts; the others earn the same."""
+    return spread(sample) if sum(map(ord, str(sample.prompt[-1]["content"]))) % 2 else 0.0
+
+
 def asleep(sample) -> float:
     time.sleep(60)
     return 0.0

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.runs.summary import write_summary
+from ministral_jax.stages import verbs
 from ministral_jax.stages.manifest import digest
 from ministral_jax.teachers.statistics import EDGES
 
@@ -86,7 +87,10 @@ def write_run(run: Path, until: str | None = None, more: dict[str, Any] | None =
             return run
         write_stage(run / name, name, settings)
         do = settings["do"]
-        told[name] = SimpleNamespace(source=settings.get("from"), distils=do == "distill", prunes=do == "prune")
+        verb = verbs()[do]
+        told[name] = SimpleNamespace(
+            source=settings.get("from"), distils=verb.distils, prunes=verb.prunes, figures=verb.figures
+        )
     made: Any = SimpleNamespace(name="tiny", stages=told, family=SimpleNamespace(**raw["family"]))
     write_summary(made, run)
     write_json(run / "samples.json", samples())
@@ -227,7 +231,10 @@ def _held_out(do: str, done: float, noise: float) -> dict[str, float]:
         return {"ce": 2 - done, **judge, "judge_ece_before": 0.21 - 0.1 * done, "judge_ece": 0.034}
     sums, pictures = 0.4 * done + 0.02 * noise, 0.7 * done
     found = {"reward": 0.4 * (sums + pictures) + 0.1, "reward_accuracy": (sums + pictures) / 2, "reward_format": 1.0}
+    found |= {"accuracy": (sums + pictures) / 2, "accuracy_sums": sums, "accuracy_pictures": pictures}
+    found |= {"pass@8": 0.9, "pass@8_sums": 0.8, "pass@8_pictures": 1.0}
     found |= {"reward_format_sums": 1.0, "reward_accuracy_sums": sums, "reward_accuracy_pictures": pictures}
+    found |= {"prompts": 64.0, "prompts_sums": 38.0, "prompts_pictures": 26.0}
     found |= {"loop_rate": 0.1 * (1 - done), "truncated": 0.0, "completion_length": 20.0 + 10 * done}
     return found | ({"win_rate": 0.5 + 0.2 * done} if do == "odpo" else {"ce": 2 - done} if do == "sft" else {})
 

@@ -11,9 +11,10 @@ class Sample(NamedTuple):
 
     prompt: the conversation so far, as OpenAI-style messages; an image is `{"type": "image"}`.
     text: all that was generated, control tokens spelled out, without the `</s>` that ends it.
-    thinking: what stands between the control tokens `[THINK]` and `[/THINK]` at its beginning; None where it does not
-        begin so.
-    answer: what follows the thinking; all of the text where there is none.
+    thinking: what stands between the control tokens `[THINK]` and `[/THINK]` at its beginning, or after a `[THINK]`
+        that is never closed; None where it does not begin so.
+    answer: what follows the thinking; all of the text where there is none. Empty where a `[THINK]` is never closed:
+        whatever stands before it, the model had not come to an answer.
     tokens: ids, the one that ended it included.
     stopped: by what it ended: its end of sequence or the limit.
     looping: whether it ends in a repetition (`loops.is_looping`).
@@ -37,9 +38,14 @@ class Sample(NamedTuple):
 def split_thinking(
     tokens: Sequence[int], brackets: tuple[int, int] | None
 ) -> tuple[Sequence[int] | None, Sequence[int]]:
-    """The tokens of the reasoning that a completion begins with, None where there is no complete one, and those that
-    follow it. `brackets` are the ids that open and close it: letters that spell them are letters."""
-    if brackets is None or not tokens or tokens[0] != brackets[0] or brackets[1] not in tokens:
+    """The tokens of the reasoning that a completion begins with, None where it begins with none, and those of its
+    answer, which there is not where reasoning is never closed. `brackets` are the ids that open and close it: letters
+    that spell them are letters."""
+    opens, closes = brackets or (None, None)
+    if opens not in tokens:
         return None, tokens
-    end = tokens.index(brackets[1])
-    return tokens[1:end], tokens[end + 1 :]
+    begun, rest = tokens[0] == opens, tokens
+    end = tokens.index(closes) if closes in tokens else len(tokens)
+    thinking, rest = (tokens[1:end], tokens[end + 1 :]) if begun else (None, tokens)
+    is_open = opens in rest and closes not in rest[len(rest) - 1 - rest[::-1].index(opens) :]
+    return thinking, () if is_open else rest

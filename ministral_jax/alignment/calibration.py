@@ -1,7 +1,7 @@
 """Calibration of a judge's probabilities on pairs whose better response is known.
 
 Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599): temperature scaling (§4.2) and the
-expected calibration error (eq. 3). N counts pairs.
+expected calibration error (eq. 3). N counts pairs, O the orders in which a pair is asked about.
 """
 
 from __future__ import annotations
@@ -12,13 +12,27 @@ from ministral_jax.errors import UserError
 
 TEMPERATURES = (0.05, 20.0)
 """Where a temperature is looked for; a judge that is always right, or no better than chance, ends up at a bound."""
+_GRID = 64
+"""Temperatures tried first: of a mean over orders the cross-entropy may have several minima."""
+
+
+def mean_probability(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """`[N]`: that A is better, the mean over orders of sigmoid(logit / temperature).
+
+    Args:
+        logits: `[O, N]`, log-odds that A is better, in every order.
+    """
+    from scipy.special import expit
+
+    return expit(np.asarray(logits, np.float64) / temperature).mean(axis=0)
 
 
 def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
-    """The temperature T that minimises the binary cross-entropy of sigmoid(logit / T), within `TEMPERATURES`.
+    """The temperature, within `TEMPERATURES`, that minimises the binary cross-entropy of `mean_probability`, which is
+    what a judge is used with.
 
     Args:
-        logits: `[N]`, log-odds that A is better.
+        logits: `[O, N]` or `[N]`, log-odds that A is better.
         outcomes: `[N]`, 1 where A is better, 0 where B is.
 
     Raises:
@@ -26,14 +40,18 @@ def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
     """
     from scipy.optimize import minimize_scalar  # a fifth of the time that the command line takes to start
 
-    logits, outcomes = _checked("logits", logits, outcomes)
+    orders = [_checked("logits", of_order, outcomes) for of_order in np.atleast_2d(logits)]
+    towards = np.stack([values for values, _ in orders]) * (2 * orders[0][1] - 1)  # the right answer
 
     def cross_entropy(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        return float(np.mean(np.logaddexp(0, scaled) - outcomes * scaled))
+        scaled = towards / np.exp(log_temperature)
+        return float(np.mean(np.log(len(orders)) - np.logaddexp.reduce(-np.logaddexp(0, -scaled), axis=0)))
 
-    # Convex in 1 / T, hence with one minimum in log T too.
-    found = minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    low, high = np.log(TEMPERATURES)
+    grid = np.linspace(low, high, _GRID)
+    best = int(np.argmin([cross_entropy(place) for place in grid]))
+    bounds = grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)]
+    found = minimize_scalar(cross_entropy, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 
@@ -52,11 +70,27 @@ def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, 
     probabilities, outcomes = _checked("probabilities", probabilities, outcomes)
     if (wrong := probabilities[(probabilities < 0) | (probabilities > 1)]).size:
         raise UserError(f"calibration: probability {wrong[0]} must lie in [0, 1]")
+    return float(_errors(probabilities, outcomes[None], bins)[0])
+
+
+def calibration_floor(probabilities: np.ndarray, bins: int = 15, draws: int = 1000) -> float:
+    """The expected calibration error that a judge of these probabilities would show if they were true: its mean over
+    outcomes drawn with them. Of few pairs it is far from 0, so an error says something only above it.
+
+    Args:
+        probabilities: `[N]` in [0, 1], that A is better.
+    """
+    outcomes = np.random.default_rng(0).random((draws, len(probabilities))) < probabilities
+    return float(_errors(np.asarray(probabilities, np.float64), outcomes.astype(np.float64), bins).mean())
+
+
+def _errors(probabilities: np.ndarray, outcomes: np.ndarray, bins: int) -> np.ndarray:
+    """`[D]`: of outcomes `[D, N]`."""
     confidence = np.maximum(probabilities, 1 - probabilities)
     correct = (1 + np.sign(probabilities - 0.5) * (2 * outcomes - 1)) / 2
     index = np.ceil(confidence * bins).astype(int) - 1  # bin m holds ((m - 1) / M, m / M]
-    gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(probabilities))
+    gaps = (correct - confidence) @ (index[:, None] == np.arange(bins))
+    return np.abs(gaps).sum(axis=1) / len(probabilities)
 
 
 def _checked(name: str, values: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

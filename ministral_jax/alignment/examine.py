@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,8 +15,9 @@ import numpy as np
 from pydantic import Field
 
 from ministral_jax.alignment.answer import Sample
+from ministral_jax.alignment.passing import PASS_AT, pass_at_k
 from ministral_jax.alignment.rewards import RewardsConfig
-from ministral_jax.alignment.rollout import Params, Sampler, seeds
+from ministral_jax.alignment.rollout import Answers, Params, Sampler, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores, check_enough
 from ministral_jax.data.images import thumbnail
 from ministral_jax.data.prompts import PromptData
@@ -36,10 +38,11 @@ class GenerateConfig(Frozen):
 
     prompts: int = Field(default=64, ge=1)
     """Held-out ones, in a fixed order, the sources by their weights."""
-    completions: int = Field(default=1, ge=1)
-    """Of each prompt."""
+    completions: int = Field(default=8, ge=0)
+    """Drawn of each prompt at `temperature` beside the greedy answer: of 8 or more there is pass@8. 0: none."""
     max_completion_length: int = Field(default=256, ge=1)
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Of the completions that are drawn."""
     rewards: RewardsConfig
 
 
@@ -55,8 +58,8 @@ class Examiner:
         workers: int = 2,
         seconds: float = 10,
     ):
-        self._sampler = replace(sampler, temperature=config.temperature)
-        self._rows, self._config, self._directory = prompts.evaluation(config.prompts), config, directory
+        self._sampler, self._rows = sampler, prompts.evaluation(config.prompts)
+        self._config, self._directory = config, directory
         self._scorer = Scorer(config.rewards, workers, seconds, "stop")
 
     def __enter__(self) -> Examiner:
@@ -66,33 +69,65 @@ class Examiner:
         self._scorer.__exit__()
 
     def examine(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """`figures_of` the answers, and their rewards `[N]`. A few are left in the directory, as `answers.json`, beside
-        what was said to the same prompts at the first evaluation.
+        """Figures, and the rewards of the answers that were drawn, of the greedy ones where none are. A few of the
+        greedy answers are left in the directory, as `answers.json`, beside what was said to the same prompts at the
+        first evaluation.
+
+        The figures are `figures_of` the greedy answers; of those that were drawn `sampled_loop_rate`; and where a
+        reward says right or wrong, in all and as `<figure>_<source>` of each source, `accuracy` of the greedy answers
+        and `pass@<k>` by those that were drawn; and `prompts_by_source`.
         """
-        config, rows = self._config, self._rows
-        numbers = seeds(0, 0, len(rows), _SALT)
-        answers = self._sampler.answers(params, rows, numbers, config.completions, config.max_completion_length)
-        samples, scores = answers.samples, score_together(self._scorer, answers.samples)
+        sources = [row.source for row in self._rows]
+        answers, scores = self._answers(params, 0.0, 1)
+        samples, passed, rewards = answers.samples, self._scorer.passed(scores), scores.total
+        solved = {} if passed is None else {"accuracy": passed}
+        sampled = {}
+        if count := self._config.completions:
+            drawn, of_drawn = self._answers(params, self._config.temperature, count)
+            passed, rewards = self._scorer.passed(of_drawn), of_drawn.total
+            if passed is not None:
+                solved |= {f"pass@{k}": pass_at_k(passed.reshape(-1, count), k) for k in PASS_AT if k <= count}
+            sampled = {"sampled_loop_rate": conduct(drawn.samples)["loop_rate"]}
         if is_first():
             told = [
                 {"prompt": _asked(samples[i], answers.rows[i].rendered.pictures), **_said(samples[i], scores, i)}
-                for i in _shown([row.source for row in rows], config.completions)
+                for i in _shown(sources)
             ]
-            _leave(self._directory / "answers.json", told, len(rows))
-        return figures_of(samples, scores, [row.source for row in answers.rows]), scores.total
+            _leave(self._directory / "answers.json", told, len(sources))
+        shares = {name: float(values.mean()) for name, values in solved.items()}
+        for name, values in solved.items():
+            shares |= {f"{name}_{source}": mean for source, mean in _by_source(values, sources).items()}
+        return {**shares, **figures_of(samples, scores, sources), **sampled, **prompts_by_source(sources)}, rewards
+
+    def _answers(self, params: Params, temperature: float, each: int) -> tuple[Answers, Scores]:
+        """To all prompts, always with the same random numbers, and what they are worth."""
+        sampler, numbers = replace(self._sampler, temperature=temperature), seeds(0, 0, len(self._rows), _SALT)
+        answers = sampler.answers(params, self._rows, numbers, each, self._config.max_completion_length)
+        return answers, score_together(self._scorer, answers.samples)
 
 
 def figures_of(samples: Sequence[Sample], scores: Scores, sources: Sequence[str]) -> dict[str, float]:
     """`reward` (mean), each of its parts as `reward_<part>`, in all and of each source as `reward_<part>_<source>`;
     `loop_rate`, `truncated` and the mean `completion_length` in tokens."""
     found = {"reward": float(np.nanmean(scores.total)), **conduct(samples)}
-    names = np.array(sources)
     for part, values in scores.parts.items():
         found[f"reward_{part}"] = float(np.nanmean(values))
-        if len(set(sources)) > 1:
-            for source in dict.fromkeys(sources):
-                found[f"reward_{part}_{source}"] = float(np.nanmean(values[names == source]))
+        found |= {f"reward_{part}_{source}": mean for source, mean in _by_source(values, sources).items()}
     return found
+
+
+def _by_source(values: np.ndarray, sources: Sequence[str]) -> dict[str, float]:
+    """Means over the prompts of each source, where there are several."""
+    names = np.array(sources)
+    several = dict.fromkeys(sources) if len(set(sources)) > 1 else ()
+    return {source: float(np.nanmean(values[names == source])) for source in several}
+
+
+def prompts_by_source(sources: Sequence[str]) -> dict[str, float]:
+    """How many prompts, given the source of each: `prompts`, and of several sources `prompts_<source>`."""
+    counts = Counter(sources)
+    by_source = {f"prompts_{source}": float(count) for source, count in counts.items()} if len(counts) > 1 else {}
+    return {"prompts": float(len(sources)), **by_source}
 
 
 def conduct(samples: Sequence[Sample]) -> dict[str, float]:
@@ -104,13 +139,13 @@ def conduct(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
+def score_together(scorer: Scorer, samples: Sequence[Sample], few: bool = False) -> Scores:
     """Scores of all samples on every process, each having judged its share. Raises `UserError`: a reward failed, on any
-    of them, or too many did where they may."""
+    of them, or too many did where they may, unless there are `few`, all of which may fail by chance."""
     announce("scoring")
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
-        return scorer.score(samples)
+        return scorer.score_share(samples) if few else scorer.score(samples)
     problem, own = None, Scores(np.zeros(0), {}, [])
     try:
         own = scorer.score_share(samples[index::count])
@@ -123,17 +158,17 @@ def score_together(scorer: Scorer, samples: Sequence[Sample]) -> Scores:
     share[: len(own.total)] = np.stack([own.total, *(own.parts[name] for name in names)], axis=1)
     whole = gathered(share).swapaxes(0, 1).reshape(-1, 1 + len(names))[: len(samples)]
     scores = Scores(whole[:, 0], {name: whole[:, 1 + n] for n, name in enumerate(names)}, own.problems)
-    if np.isnan(scores.total).any():
+    if np.isnan(scores.total).any() and not few:
         check_enough(scores, first_problem(next(iter(own.problems), None)))
     return scores
 
 
-def _shown(sources: Sequence[str], completions: int) -> list[int]:
-    """Which answers are kept: one to each of the first prompts of every source, so that stages that ask the same
-    sources keep the same prompts."""
+def _shown(sources: Sequence[str]) -> list[int]:
+    """Which answers are kept: those to the first prompts of every source, so that stages that ask the same sources
+    keep the same prompts."""
     each = -(-SHOWN // max(len(set(sources)), 1))
     chosen = {name: [i for i, source in enumerate(sources) if source == name][:each] for name in dict.fromkeys(sources)}
-    return [completions * i for i in sorted(i for first in chosen.values() for i in first)]
+    return sorted(i for first in chosen.values() for i in first)
 
 
 def _said(sample: Sample, scores: Scores, index: int) -> dict[str, Any]:

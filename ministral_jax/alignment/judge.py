@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import expit
 
+from ministral_jax.alignment.calibration import mean_probability
 from ministral_jax.data.batch import Batch, one_per_row
 from ministral_jax.data.chat import render
 from ministral_jax.data.conversation import Message
@@ -94,7 +94,7 @@ def judge_reader(spec: ModelSpec, compute: Compute, placement: Placement, choice
 
 def both_orders(forth: np.ndarray, back: np.ndarray, temperature: float) -> np.ndarray:
     """`[N]`: that the first answer is better, from the logits of A over B with it in place A and in place B."""
-    return (expit(forth / temperature) + expit(-back / temperature)) / 2
+    return mean_probability(np.stack([forth, -back]), temperature)
 
 
 def _batch(questions: Sequence[np.ndarray], shortest: int, count: int) -> Batch:

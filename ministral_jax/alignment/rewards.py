@@ -23,7 +23,7 @@ DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
 class Reward(Frozen):
-    """What all rewards have: the total of a sample is the sum of weight * reward."""
+    """What all rewards have: the total of a sample is the sum of weight * reward, unless a `gate` makes it 0."""
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
 
@@ -41,6 +41,9 @@ class FormatReward(Reward):
 
     kind: Literal["format"] = "format"
     thinking: bool = True
+    gate: bool = True
+    """A completion without the format earns 0 and is not graded further, as in Magistral (arXiv 2506.10910, §2.2).
+    false: it earns what the other rewards give."""
 
 
 class ConstraintsReward(Reward):
@@ -113,5 +116,8 @@ def _kind_by_name(rewards: Any) -> Any:
         for name, given in rewards.items()
     }
 
+
+CHECKABLE = ("accuracy", "constraints", "code")
+"""Kinds by which an answer is right, where they give 1, or wrong."""
 
 RewardsConfig = Annotated[dict[str, AnyReward], BeforeValidator(_kind_by_name), Field(min_length=1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +41,12 @@ class Answers(NamedTuple):
     rows: list[PromptRow]
     episodes: list[Episode]
     samples: list[Sample]
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """One after the other."""
+    rows, episodes, samples = (chain.from_iterable(found) for found in zip(*parts, strict=True))
+    return Answers(list(rows), list(episodes), list(samples))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import numpy as np
 
 from ministral_jax.alignment import code_reward, mathematics, reward_functions
 from ministral_jax.alignment.answer import Sample
-from ministral_jax.alignment.rewards import AccuracyReward, AnyReward, RubricReward
+from ministral_jax.alignment.reward_functions import format_reward
+from ministral_jax.alignment.rewards import CHECKABLE, AccuracyReward, AnyReward, RubricReward
 from ministral_jax.distributed.lifetime import die_with
 from ministral_jax.errors import UserError
 
@@ -37,14 +38,22 @@ _STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
 class Scores(NamedTuple):
     """Of N samples.
 
-    total [N] float64: sum of weight * reward; NaN for a sample that could not be scored and is to be left out.
-    parts: each reward [N] float64, unweighted; NaN where it failed.
+    total [N] float64: sum of weight * reward, 0 behind a gate; NaN for a sample that could not be scored and is to be
+        left out.
+    parts: each reward [N] float64, unweighted; NaN where it failed, 0 where a gate kept it from being given.
     problems: a sentence for each failure.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
     problems: list[str]
+
+
+def together(parts: Sequence[Scores]) -> Scores:
+    """Those of one sample after the other, by the same rewards."""
+    named = {name: np.concatenate([part.parts[name] for part in parts]) for name in parts[0].parts}
+    problems = [problem for part in parts for problem in part.problems]
+    return Scores(np.concatenate([part.total for part in parts]), named, problems)
 
 
 class Scorer:
@@ -101,7 +110,12 @@ class Scorer:
     def score_share(self, samples: Sequence[Sample]) -> Scores:
         """`score` of some of the samples: whether enough of all of them could be scored is for `check_enough` to
         say. Raises `UserError`: a reward failed, unless `on_error="drop"`."""
-        jobs = {name: [self._start(reward, sample) for sample in samples] for name, reward in self._rewards.items()}
+        gates = [reward for reward in self._rewards.values() if reward.kind == "format" and reward.gate]
+        graded = [all(format_reward(sample, gate) for gate in gates) for sample in samples]
+        start = lambda reward: [
+            self._start(reward, sample) if grade else (0.0, None) for sample, grade in zip(samples, graded, strict=True)
+        ]
+        jobs = {name: start(reward) for name, reward in self._rewards.items()}
         parts, problems = {}, []
         try:
             for name, reward in self._rewards.items():
@@ -119,6 +133,12 @@ class Scorer:
                 job.cancel()
         total = sum((self._rewards[name].weight * part for name, part in parts.items()), np.zeros(len(samples)))
         return Scores(total, parts, problems)
+
+    def passed(self, scores: Scores) -> np.ndarray | None:
+        """bool `[N]`: which samples are right by every reward that says right or wrong (`rewards.CHECKABLE`); None
+        where there is no such reward."""
+        parts = [scores.parts[name] == 1 for name, reward in self._rewards.items() if reward.kind in CHECKABLE]
+        return np.all(parts, axis=0) if parts else None
 
     def _allowed(self, reward: AnyReward) -> float:
         """Seconds for one sample; of code those of all its tests, and what it takes to start processes."""

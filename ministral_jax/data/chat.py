@@ -8,6 +8,7 @@ answer, and each answers as `[TOOL_RESULTS]..[/TOOL_RESULTS]`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,35 @@ def render_text(text: str, tokenizer: Tokenizer, where: str) -> Rendered:
     `where`."""
     tokens = np.array([tokenizer.bos, *_encode(text, tokenizer, where), tokenizer.eos], np.uint32)
     return Rendered(tokens, np.full(tokens.shape, TRAINABLE | TEXT, np.uint8))
+
+
+def render_interleaved(
+    parts: Sequence[str | Path], tokenizer: Tokenizer, vision: VisionSpec | None, where: str
+) -> Rendered:
+    """`<s>text image text ..</s>`, every token of the text and the `</s>` a target. Raises `UserError`: the text cannot
+    be tokenised, an image cannot be used, or the model has no vision; begins with `where`."""
+    tokens, flags, pictures = [tokenizer.bos], [0], list[np.ndarray]()
+    for part in parts:
+        if isinstance(part, str):
+            ids, flag = _encode(part, tokenizer, where), TRAINABLE | TEXT
+        else:
+            (ids, picture), flag = _shown(part, tokenizer, vision, where), 0
+            pictures.append(picture)
+        tokens.extend(ids)
+        flags.extend([flag] * len(ids))
+    tokens.append(tokenizer.eos)
+    flags.append(TRAINABLE | TEXT)
+    return Rendered(np.array(tokens, np.uint32), np.array(flags, np.uint8), tuple(pictures))
+
+
+def _shown(
+    image: Path | Image.Image, tokenizer: Tokenizer, vision: VisionSpec | None, where: str
+) -> tuple[list[int], np.ndarray]:
+    """The tokens that stand for an image, and its resized picture."""
+    if vision is None:
+        raise UserError(f"{where}: has an image but the model has no vision; use a model that has, or drop it")
+    image = open_image(image, where) if isinstance(image, Path) else image
+    return image_tokens(*token_grid(*image.size, vision), tokenizer.image_ids), resize(image, vision)
 
 
 def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
@@ -98,13 +128,9 @@ def render(
             elif isinstance(part, Thought):
                 add(enclosed("[THINK]", encode(part.text), "[/THINK]"), trainable)
             else:
-                if vision is None:
-                    raise UserError(
-                        f"{where}: has an image but the model has no vision; use a model that has, or drop it"
-                    )
-                image = open_image(part, where) if isinstance(part, Path) else part
-                pictures.append(resize(image, vision))
-                add(image_tokens(*token_grid(*image.size, vision), tokenizer.image_ids), 0)
+                ids, picture = _shown(part, tokenizer, vision, where)
+                pictures.append(picture)
+                add(ids, 0)
         for call in message.calls:
             name, arguments = encode(call.name), encode(dump(call.arguments))
             add([tokenizer.special("[TOOL_CALLS]"), *name, tokenizer.special("[ARGS]"), *arguments], trainable)

@@ -73,6 +73,7 @@ class DataConfig(Frozen):
     tokenizer: TokenizerConfig = TokenizerConfig()
     sources: dict[str, SourceConfig] = Field(min_length=1)
     held_out: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the documents kept for evaluation, chosen by a hash of the document's name."""
+    """Share of the documents kept for evaluation, chosen by a hash of their content; those made here that share a
+    question or a picture go together."""
     patches: int = Field(default=0, ge=0)
     """Image patches a row may hold (P); 0 is text only. Rows with images are filled with them up to this budget."""

@@ -59,10 +59,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain `text`, or a conversation of `messages` with the `tools` it may use.
+    """Plain `text`, `parts` of text and images that stand in it, or a conversation of `messages` with the `tools` it
+    may use.
 
-    name: unique and stable. key: what is hashed to hold a document out, its name where empty; those with equal keys
-    stay together. columns: the other keys of its row. where: for error messages.
+    name: unique and stable. key: what is hashed to order documents, their names where empty. group: what is hashed to
+    hold a document out, its key where empty; those of one group stay together. columns: the other keys of its row.
+    where: for error messages.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Document:
     tools: tuple[dict[str, Any], ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     key: str = ""
+    group: str = ""
+    parts: tuple[str | Path, ...] = ()
 
 
 def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tuple[Message, ...]:
@@ -218,14 +222,19 @@ def dump(value: Any) -> str:
 
 
 def image_path(value: Any, base: Path, where: str) -> Path:
-    """Path of an image named in a row, relative to `base`. Raises `UserError`: not a non-empty string, or a URL that is
-    not a local file."""
+    """Path of an image named in a row, relative to `base`: a string, or an object that has it as `path` or `url`.
+    Raises `UserError`: neither, or a URL that is not a local file."""
+    value = _named(value)
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: an image must be the path of a file, got {value!r}")
     scheme, separator, rest = value.partition("://")
     if value.startswith("data:") or (separator and scheme != "file"):
         raise UserError(f"{where}: image {value[:60]!r} is not a local file; save it and give its path")
     return base / (rest if separator else value)
+
+
+def _named(image: Any) -> Any:
+    return image.get("url") or image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
 
 
 def _disorder(raw: list[Any], why: str, where: str) -> UserError:
@@ -289,8 +298,7 @@ def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
     kind = chunk.get("type") if isinstance(chunk, dict) else None
     names = {"image": ("image", "path", "url")}.get(kind, (kind,)) if isinstance(kind, str) else ()
     value = next((chunk[name] for name in names if chunk.get(name) is not None), None)
-    if kind in ("image", "image_url") and isinstance(value, dict) and not value.get("bytes"):
-        value = value.get("url") or value.get("path")
+    value = _named(value) if kind in ("image", "image_url") else value
     if isinstance(value, str):
         for key in chunk.keys() - {"type", *names, *_HINTS}:
             if chunk[key] not in _NOTHING and (key, chunk[key]) != ("closed", True):

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.bad_rows import BadRows, LeftOut, Unusable, say_once, settle
-from ministral_jax.data.chat import Rendered, render, render_text
+from ministral_jax.data.chat import Rendered, render, render_interleaved, render_text
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.images import MOST_PIXELS, to_patches
 from ministral_jax.data.sources import Source, read_rows
@@ -32,7 +32,7 @@ from ministral_jax.models.spec import VisionSpec
 Progress = Callable[[str, int], None]
 """Called as (what, how many so far)."""
 
-_FORMAT = 3
+_FORMAT = 4
 _DRAW = 2**32  # a salt that no pass of packing reaches
 _KNOWN = {"answer", "chosen", "rejected", "image", "images"}  # columns that are learnt all the same
 _BATCH = 64
@@ -44,7 +44,8 @@ class Documents:
     """The D documents of a source; document d is `tokens[starts[d]:starts[d + 1]]`, with its flags beside it.
 
     Its pictures are rows `picture_starts[d]:picture_starts[d + 1]` of `grids` (rows and columns of decoder tokens), and
-    their patches rows `patch_starts[d]:patch_starts[d + 1]` of `patches`. `keys` are 64 bits of a hash of its key.
+    their patches rows `patch_starts[d]:patch_starts[d + 1]` of `patches`. `keys` and `groups`, uint64, are of a hash of
+    its key and group.
     """
 
     directory: Path
@@ -57,13 +58,14 @@ class Documents:
     patch_starts: np.ndarray
     grids: np.ndarray
     keys: np.ndarray
+    groups: np.ndarray
     plain: np.ndarray
     """bool `[D]`: plain text, which may be cut anywhere."""
     left_out: LeftOut
 
     def drawn(self, share: float) -> np.ndarray:
-        """bool `[D]`: a part of the documents, the same for the same names, independent of the order by `keys`."""
-        return drawn(self.keys, share)
+        """bool `[D]`: a part of the documents, the same for the same groups, independent of the order by `keys`."""
+        return drawn(self.groups, share)
 
     def where(self, document: int) -> str:
         """The file and row of a document."""
@@ -71,9 +73,14 @@ class Documents:
             return next(islice(file, document, None)).rstrip("\n")
 
 
-def drawn(keys: np.ndarray, share: float) -> np.ndarray:
-    """bool `[D]`: about this share of documents with these keys (uint64), always the same ones."""
-    return mix(keys, _DRAW) / 2.0**64 < share
+def group_key(document: Document) -> int:
+    """64 bits by which a document is held out: those of its group."""
+    return stable_key(document.group or document.key or document.name)
+
+
+def drawn(groups: np.ndarray, share: float) -> np.ndarray:
+    """bool `[D]`: about this share of documents of these groups (uint64), always the same ones."""
+    return mix(groups, _DRAW) / 2.0**64 < share
 
 
 def tokenise(
@@ -115,7 +122,7 @@ def _write(
             return Unusable(row.where, error)
 
     bad, rows = BadRows(source.name, source.config), read_rows(source)
-    sizes, grids, keys, plain, columns = [], [], [], [], set[str]()
+    sizes, grids, keys, groups, plain, columns = [], [], [], [], [], set[str]()
     with ExitStack() as stack:
         tokens, flags, patches = (
             stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ("tokens", "flags", "patches")
@@ -139,6 +146,7 @@ def _write(
                     count = len(images.patches)
                 sizes.append((len(rendered.tokens), len(rendered.pictures), count))
                 keys.append(stable_key(document.key or document.name))
+                groups.append(group_key(document))
                 plain.append(document.text is not None)
                 columns |= document.columns.keys() - _KNOWN
                 where.write(document.where.replace("\n", " ") + "\n")
@@ -154,6 +162,7 @@ def _write(
     arrays = starts | dict(
         grids=np.concatenate([np.zeros((0, 2), np.int32), *grids]),
         keys=np.array(keys, np.uint64),
+        groups=np.array(groups, np.uint64),
         plain=np.array(plain, bool),
     )
     save_file(arrays, directory / "documents.safetensors")
@@ -162,6 +171,8 @@ def _write(
 def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
     if document.text is not None:
         return render_text(document.text, tokenizer, document.where)
+    if document.parts:
+        return render_interleaved(document.parts, tokenizer, vision, document.where)
     return render(document.messages, tokenizer, vision, document.where, document.tools)
 
 

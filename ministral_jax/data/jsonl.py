@@ -5,10 +5,10 @@ see `conversation.parse_messages`) and a preference, `{"prompt" or "messages": .
 gives a judge's two documents; `chosen` and `rejected` may also be whole conversations that share their beginning. Read
 as prompts, a row ends before its answer, may have none, and may be `{"prompt": text or messages}`.
 
-Images stand in the messages, or beside them as `"image": path` or `"images": [path, ..]`: then they are shown where
-the user's text says `<image>` or has a chunk `{"type": "image"}` without a path, or before the first of it where it
-never does. Paths are relative to the JSONL file. A key that is null is absent. Other keys are the document's columns,
-which rewards read.
+Images stand in the messages, or beside them or a text as `"image": path` or `"images": [path, ..]`: then they are shown
+where the text, in messages the user's, says `<image>` (or has a chunk `{"type": "image"}` without a path), or before
+the first of it where it never does. Paths are relative to the JSONL file. A key that is null is absent. Other keys are
+the document's columns, which rewards read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.data.conversation import Document, Message, from_json, parse_messages, parse_tools, spell
+from ministral_jax.data.conversation import Document, Message, from_json, image_path, parse_messages, parse_tools, spell
 from ministral_jax.data.pairwise import judge_documents
 from ministral_jax.errors import UserError
 from ministral_jax.files import open_plain
@@ -95,9 +96,8 @@ def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> 
     pair = {"chosen", "rejected"} <= row.keys()
     shared, *answers = _answers(row, where) if pair else (None,)
     if "text" in row and "messages" not in row and not prompts and not pair:
-        if row.get("image") or row.get("images"):
-            raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
-        return (Document(name, where, _string(row, "text", where), columns=_rest(row, "text", "images"), key=key),)
+        text, parts = _text(row, path.parent, where)
+        return (Document(name, where, text, columns=_rest(row, "text", "image", "images"), key=key, parts=parts),)
     judged = pair and not prompts
     messages, tools = _conversation(row, shared, path.parent, where, prompts or judged)
     if "messages" in row or ("prompt" in row and (prompts or pair)):
@@ -122,6 +122,27 @@ def _check_row(row: dict[str, Any], where: str, prompts: bool) -> None:
 def _rest(row: dict[str, Any], *used: str) -> dict[str, Any]:
     """The columns of a row: what is no part of its text or conversation."""
     return {key: value for key, value in row.items() if key not in used and key not in _NEVER_READ}
+
+
+def _text(row: dict[str, Any], base: Path, where: str) -> tuple[str | None, tuple[str | Path, ...]]:
+    """The text of a row, in which `<image>` is letters; of one with images its parts instead."""
+    text, keys = _string(row, "text", where), row.keys() & {"image", "images"}
+    pieces = text.split(_PLACE)
+    if not any(row[key] for key in keys) and (len(pieces) == 1 or not keys):
+        return text, ()
+    images = _images(row, where)
+    if not any(piece.strip() for piece in pieces):
+        raise UserError(f"{where}: 'text' is nothing but images; there is nothing to be learnt")
+    if len(pieces) == 1:
+        pieces = [*[""] * len(images), text]
+    if (places := len(pieces) - 1) != len(images):
+        left = f"; {images[places]!r} is not shown" if places < len(images) else ""
+        raise UserError(
+            f"{where}: its text says {_PLACE} {places} times but {len(images)} images are named beside it{left}"
+        )
+    pictures = (image_path(image, base, where) for image in images)
+    shown = (part for piece, picture in zip_longest(pieces, pictures) for part in (piece, picture))
+    return None, tuple(part for part in shown if part)
 
 
 def _conversation(
@@ -176,7 +197,7 @@ def _check_prompt(prompt: Any, messages: Any, where: str) -> None:
 
 
 def _images(row: dict[str, Any], where: str) -> list[Any]:
-    """Images named beside the messages."""
+    """Images named beside the messages or the text."""
     if {"image", "images"} <= row.keys():
         raise UserError(f"{where}: has 'image' and 'images'; name all of them in 'images'")
     images = row.get("images", [row["image"]] if "image" in row else [])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +15,16 @@ from ministral_jax.data.bad_rows import BadRows, Unusable, settle
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.conversation import Document, Message, spell
-from ministral_jax.data.documents import Progress, documents_digest, drawn
+from ministral_jax.data.documents import Progress, documents_digest, drawn, group_key
 from ministral_jax.data.sources import Source, open_source, read_rows
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, stable_key, write_json
+from ministral_jax.files import digest_of, write_json
 from ministral_jax.models.spec import VisionSpec
 
 _PROGRESS_EVERY = 1000
+Place = tuple[str, int]
+"""A prompt's source, and its number among those of it."""
 
 
 class PromptRow(NamedTuple):
@@ -51,11 +53,30 @@ class PromptData:
     held_out: dict[str, list[Document]]
 
     def batch(self, seed: int, step: int, count: int) -> list[PromptRow]:
-        """The training prompts of a step (from 0): each source's in an order of its own, anew in each pass, the sources
-        by their weights."""
-        order = self._order(self.train, seed)
-        places: list[Any] = [order[step * count + i] for i in range(count)]
+        """The training prompts of a step (from 0)."""
+        return self.drawn(seed, step * count, count)
+
+    def drawn(self, seed: int, first: int, count: int) -> list[PromptRow]:
+        """Training prompts `first` to `first + count - 1` of an order: each source's in an order of its own, anew in
+        each pass, the sources by their weights."""
+        order: Any = self._order(self.train, seed)
+        return self.rows([order[first + i] for i in range(count)])
+
+    @property
+    def places(self) -> list[Place]:
+        """Of all training prompts."""
+        return [(name, number) for name, documents in self.train.items() for number in range(len(documents))]
+
+    def rows(self, places: Iterable[Place]) -> list[PromptRow]:
+        """Training prompts."""
         return [self._row(self.train[name][number], name) for name, number in places]
+
+    def only(self, places: Iterable[Place]) -> PromptData:
+        """With these training prompts alone."""
+        train: dict[str, list[Document]] = {name: [] for name in self.train}
+        for name, number in places:
+            train[name].append(self.train[name][number])
+        return replace(self, train=train)
 
     def evaluation(self, count: int) -> list[PromptRow]:
         """The first `count` held-out prompts, or all of them: always the same, the sources by their weights. Raises
@@ -156,7 +177,7 @@ def open_prompts(
 
 
 def _drawn(documents: Sequence[Document], share: float) -> np.ndarray:
-    return drawn(np.array([stable_key(d.key or d.name) for d in documents], np.uint64), share)
+    return drawn(np.array([group_key(document) for document in documents], np.uint64), share)
 
 
 def _read(

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import TextIOWrapper
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def _read_text(path: Path) -> str:
 
 def _digest_jsonl(path: Path, digests: Digests) -> str:
     """Of the rows of a file and of the pictures that they name; files without any are not read again."""
-    found = digests.of(f"rows {path}", [path], lambda: _digest_rows(path))
+    found = digests.of(f"rows and whether they name pictures {path}", [path], lambda: _digest_rows(path))
     if not found["pictures"]:
         return found["rows"]
     pictures = lambda: (picture for _, shown in _lines(path) for picture in shown)
@@ -225,15 +225,17 @@ def _lines(path: Path) -> Iterator[tuple[bytes, list[Path]]]:
     for _, line in lines_of(path):
         pictures: list[Path] = []
         if b'"image' in line:  # parsing every row of a large text file would double the time to start
-            with suppress(UserError):
-                # with or without an answer: its images are the user's
-                pictures.extend(_pictures(parse_row(line, path, "", "", prompts=True)))
+            for prompts in (True, False):  # an answer may be missing, and shows no images; a text is no prompt
+                with suppress(UserError):
+                    pictures.extend(_pictures(parse_row(line, path, "", "", prompts)))
+                    break
         yield line, pictures
 
 
 def _pictures(documents: tuple[Document, ...]) -> Iterator[Path]:
-    parts = (part for document in documents for message in document.messages for part in message.parts)
-    yield from (part for part in parts if isinstance(part, Path))
+    for document in documents:
+        parts = chain(document.parts, *(message.parts for message in document.messages))
+        yield from (part for part in parts if isinstance(part, Path))
 
 
 def _check_pictures(documents: tuple[Document, ...], where: str) -> None:

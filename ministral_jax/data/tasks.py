@@ -7,7 +7,9 @@ repeat: a word to be said 8 to 30 times, at which a small model does not count w
 preferences: a right and a wrong answer to a question of arithmetic or instructions, for a judge; some are mislabelled.
 
 A question that comes twice is held out twice or not at all, in preferences too, since documents with the same question
-have the same key. Questions are short, because every token of the tiny recipe is paid for on a CPU.
+have the same key. So is a picture: the digits are split into groups by a hash of their pixels, both digits of a sum are
+of one group, and the groups are what is held out; no digit is in training alone and held out in a sum, or the other way
+round. Questions are short, because every token of the tiny recipe is paid for on a CPU.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ from ministral_jax.data.pairwise import judge_documents
 from ministral_jax.files import stable_key
 
 DEFAULT_LIMIT = 4000
+GROUPS = 128
+"""Of digits, some 14 each: small ones, so that what is held out is close to the share that is asked for, and large
+enough for 27,000 sums."""
 NOISE = 10
 """One pair in so many is mislabelled, so that a calibrated judge is not certain of anything."""
 
@@ -76,11 +81,10 @@ def task_digest(config: SourceConfig, digests: Digests) -> str:
 
 @cache  # every stage asks again
 def _digest(kind: Any, limit: int | None, thinking: bool) -> str:
-    if kind == "digits":
-        return hashlib.sha256(_digits()[0].tobytes()).hexdigest()
     digest = hashlib.sha256()
     for document in read_task(SourceConfig(kind=kind, limit=limit, thinking=thinking)):
-        digest.update(dump([document.name, document.key, as_openai(document.messages), document.columns]).encode())
+        names = (document.name, document.key, document.group)
+        digest.update(dump([*names, as_openai(document.messages), document.columns]).encode())
         for part in document.messages[0].parts:
             digest.update(part.tobytes() if isinstance(part, Image.Image) else b"")
     return digest.hexdigest()
@@ -154,13 +158,15 @@ def _multiply(a: int, b: int) -> str:
 
 
 def _digit_sum(n: int, thinking: bool) -> Document:
-    images, labels = _digits()
+    images, labels, groups = _digits()
     dice = _dice(f"digit-sum {n}")
-    left, right = dice(len(labels)), dice(len(labels))
+    left = dice(len(labels))
+    mates = np.flatnonzero(groups == groups[left])
+    right = mates[dice(len(mates))]
     picture = _picture(np.concatenate([images[left], images[right]], axis=1))
     answer, working = str(labels[left] + labels[right]), f"{labels[left]}+{labels[right]}"
     messages = exchange((picture, "Sum?"), answer, working if thinking else None)
-    return _document("digit-sum", n, messages, {"answer": answer})
+    return replace(_document("digit-sum", n, messages, {"answer": answer}), group=_group(groups[left]))
 
 
 def _instructions(n: int, _: bool) -> Document:
@@ -245,12 +251,17 @@ def _document(kind: str, n: int, messages: tuple[Message, ...], columns: dict[st
 
 
 @cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images `[N, 8, 8]` scaled from 0..16 to 0..255, and labels `[N]`."""
+def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 images `[N, 8, 8]` scaled from 0..16 to 0..255, and labels and groups `[N]`."""
     from sklearn.datasets import load_digits  # a second to import, and only these tasks need it
 
     pixels, labels = load_digits(return_X_y=True)
-    return (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8), labels
+    images = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    return images, labels, np.array([stable_key(image.tobytes().hex()) % GROUPS for image in images])
+
+
+def _group(number: int) -> str:
+    return f"digits of group {number}"
 
 
 def _picture(grey: np.ndarray) -> Image.Image:
@@ -258,11 +269,12 @@ def _picture(grey: np.ndarray) -> Image.Image:
 
 
 def _read_digits(limit: int) -> Iterator[Document]:
-    images, labels = _digits()
+    images, labels, groups = _digits()
     names = [f"digit-{n:04d}" for n in range(len(labels))]
     for n in sorted(range(len(names)), key=lambda n: stable_key(names[n]))[:limit]:
         messages = exchange((_picture(images[n]), "Digit?"), str(labels[n]))
-        yield Document(names[n], names[n], messages=messages, columns={"answer": str(labels[n])})
+        columns = {"answer": str(labels[n])}
+        yield Document(names[n], names[n], messages=messages, columns=columns, group=_group(groups[n]))
 
 
 TASKS: dict[str, Callable[[int, bool], Document]] = {

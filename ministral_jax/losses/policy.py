@@ -47,13 +47,19 @@ class PolicyOptions(Frozen):
 # ---- on the host: over the whole batch of an update -----------------------------------------------------------------
 
 
+def with_signal(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
+    """Which groups have two rewards or more (NaN is none) that differ: the others say nothing about what is better."""
+    present = ~np.isnan(rewards)
+    return np.where(present, rewards, -np.inf).max(axis=1) > np.where(present, rewards, np.inf).min(axis=1)
+
+
 def advantages(
     rewards: Float[np.ndarray, "P G"], scale_rewards: ScaleRewards
 ) -> tuple[Float[np.ndarray, "P G"], Bool[np.ndarray, " P"]]:
     """Advantages (float64, 0 where left out) and which groups are kept.
 
-    The advantage is the reward less the mean of its group. A group is kept when it has two rewards or more and they
-    differ: one without any variance says nothing, so its advantages are 0 and `token_weights` gives it no weight.
+    The advantage is the reward less the mean of its group. A group is kept when it is one `with_signal`; the advantages
+    of another are 0 and `token_weights` gives it no weight.
     `scale_rewards` then divides by a (population) standard deviation, plus 1e-6: "batch", as in Magistral, by that of
     the advantages of all kept groups, less their mean; "group", as in GRPO, by that of the group's own rewards.
 
@@ -67,10 +73,9 @@ def advantages(
     if rewards.ndim != 2 or np.isinf(rewards).any():
         raise UserError(f"rewards of shape {rewards.shape} must be [P, G] and finite, or NaN where left out")
     present = ~np.isnan(rewards)
-    filled = lambda value: np.where(present, rewards, value)
-    kept = filled(-np.inf).max(axis=1) > filled(np.inf).min(axis=1)
+    kept = with_signal(rewards)
     used = present & kept[:, None]
-    centred = _centred(filled(0), used, axis=1)
+    centred = _centred(np.where(present, rewards, 0), used, axis=1)
     if scale_rewards == "batch":
         centred = _centred(centred, used, axis=None)
     if scale_rewards != "none":

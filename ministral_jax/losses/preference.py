@@ -28,8 +28,9 @@ class PreferenceOptions(Frozen):
     beta: scale of the log-ratios of policy to reference; a larger one holds the policy closer to the reference.
     loss_type: "odpo" weighs both sides by the judge's probability, "dpo" takes its verdict for certain.
     rescale_beta: divide the loss by `beta`, so that its gradient where policy and reference agree does not depend on
-        `beta`. The paper names a rescaling that makes the loss "more beta-invariant" and gives no formula: this one is
-        an interpretation.
+        `beta`. Adam takes no notice of a constant factor: what this changes is which steps `optimizer.clip` cuts, as if
+        it were `beta` times as large without. The paper names a rescaling that makes the loss "more beta-invariant" and
+        gives no formula: this one is an interpretation.
     """
 
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)

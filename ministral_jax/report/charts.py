@@ -112,7 +112,7 @@ def parts(stage: Stage, figure: Figure) -> dict[str, str]:
     for key in dict.fromkeys(key for row in stage.evals for key in row if key not in found):
         if owner := max((name for name in found if key.startswith(f"{name}_")), key=len, default=None):
             found[owner][key.removeprefix(f"{owner}_")] = key
-    sources = tuple(f"_{source}" for source in found.get("reward_accuracy", ()))
+    sources = tuple(f"_{source}" for source in found.get("accuracy", ()))
     return {part: key for part, key in found[figure.name].items() if not part.endswith(sources)}
 
 

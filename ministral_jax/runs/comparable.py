@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
-from ministral_jax.stages.figures import BITS_PER_BYTE, CE, ECE, KL
+from ministral_jax.stages.figures import BITS_PER_BYTE, CE, ECE, KL, QUANTILE
 from ministral_jax.stages.manifest import Manifest
 
 OF_LENGTH = tuple(figure.name for figure in (CE, ECE, BITS_PER_BYTE, KL))
 """Figures that depend on the length of the rows they are read on."""
 T = TypeVar("T", bound=Hashable)
-_QUANTILE = 1.959964
-"""Of the normal distribution: 95 % lie within so many standard errors."""
 
 
 def stale_stages(made: Mapping[str, Manifest], digests: Mapping[str, str | None]) -> dict[str, str]:
@@ -66,4 +64,4 @@ def differ(before: float, after: float, count: int) -> bool:
     """
     low, high = ((share * count + 1) / (count + 2) for share in (before, after))
     error = math.sqrt((low * (1 - low) + high * (1 - high)) / (count + 2))
-    return abs(high - low) > _QUANTILE * error
+    return abs(high - low) > QUANTILE * error

@@ -22,7 +22,7 @@ from ministral_jax.runs import summary
 from ministral_jax.runs.comparable import most_common, row_length, stale_stages
 from ministral_jax.stages import verbs
 from ministral_jax.stages.distill import scratch_name
-from ministral_jax.stages.figures import Curve, Figure
+from ministral_jax.stages.figures import Curve, Figure, Share, share_of, shares_of
 from ministral_jax.stages.manifest import Manifest, digest, read_manifest
 from ministral_jax.training.goodput import goodput
 
@@ -173,6 +173,12 @@ class Stage:
         """The published value of a metric; of an unfinished stage the newest."""
         values = [row[key] for row in self.evals if key in row]
         return self.manifest.metrics.get(key) if self.manifest else values[-1] if values else None
+
+    def shares(self, figure: Figure) -> dict[str, Share]:
+        """With their intervals: the figure, as "", and what it is of each source of held-out prompts."""
+        metrics = self.manifest.metrics if self.manifest else self.evals[-1] if self.evals else {}
+        whole = share_of(metrics, figure)
+        return ({"": whole} if whole else {}) | shares_of(metrics, figure)
 
     def figure(self, name: str) -> Figure:
         return next((figure for figure in self.figures if figure.name == name), Figure(name, name))

@@ -15,6 +15,7 @@ from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.comparable import row_length, stale_stages
 from ministral_jax.stages.distill import scratch_name
 from ministral_jax.stages.evaluate import evaluation_name
+from ministral_jax.stages.figures import Figure, Share, share_of, shares_of
 from ministral_jax.stages.manifest import Manifest, digest, finished, read_manifest
 from ministral_jax.stages.rows import RowStage
 
@@ -57,6 +58,15 @@ class Child(Member):
     """By role: `pruned`, `short`, `base`, and with a baseline `scratch_short`, `scratch_base`."""
 
 
+class Answered(BaseModel):
+    """A share of the answers of a stage's last evaluation."""
+
+    every: Share
+    """Of all prompts."""
+    sources: dict[str, Share] = Field(default_factory=dict)
+    """Of those of each source, where there are several."""
+
+
 class Summary(BaseModel):
     """`summary.json`."""
 
@@ -66,6 +76,8 @@ class Summary(BaseModel):
     """Those of whose stages every one was made from what is there now."""
     stale: dict[str, str] = Field(default_factory=dict)
     """The other finished ones, and why."""
+    answers: dict[str, dict[str, Answered]] = Field(default_factory=dict)
+    """By stage and figure, of the finished stages that answer held-out prompts and are not stale."""
     wall_seconds: float
     """Of all finished stages, and of packing data."""
 
@@ -92,9 +104,17 @@ def write_summary(recipe: Recipe, run_dir: Path) -> Summary:
             left_out[child] = "made with evaluations that are not in its metrics.jsonl any more"
         elif last in made:
             children[child] = _child(recipe, run_dir, last)
+    answers = {name: _answers(recipe.stages[name].figures, made[name]) for name in made if name not in stale}
     besides = sum(record["seconds"] for record in read_jsonl(run_dir / "ledger.jsonl"))
     wall = round(sum(m.seconds for m in made.values()) + besides, 1)
-    summary = Summary(name=recipe.name, parent=parent, children=children, stale=left_out, wall_seconds=wall)
+    summary = Summary(
+        name=recipe.name,
+        parent=parent,
+        children=children,
+        stale=left_out,
+        answers={name: found for name, found in answers.items() if found},
+        wall_seconds=wall,
+    )
     write_json(run_dir / "summary.json", summary.model_dump(mode="json"))
     write_json(run_dir / "samples.json", _samples(recipe, run_dir))
     return summary
@@ -114,6 +134,15 @@ def _member(manifest: Manifest, evaluated: Manifest | None = None) -> dict[str, 
         "digit_accuracy": metrics.get("digit_accuracy"),
         "documents": behind.documents or None,
         "intervals": {key: behind.intervals[key] for key in _TOLD if key in behind.intervals},
+    }
+
+
+def _answers(figures: tuple[Figure, ...], manifest: Manifest) -> dict[str, Answered]:
+    found = {figure: share_of(manifest.metrics, figure) for figure in figures}
+    return {
+        figure.name: Answered(every=whole, sources=shares_of(manifest.metrics, figure))
+        for figure, whole in found.items()
+        if whole
     }
 
 

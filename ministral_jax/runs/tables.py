@@ -174,7 +174,9 @@ def _said(figure: Figure, stage: Stage, common: int | None) -> str:
     """The figure, unless it would stand beside those of rows of another length."""
     if figure.name in OF_LENGTH and stage.length not in (None, common):
         return f"{figure.label} \u2013 (rows of {stage.length})"
-    value = stage.last(figure.name)
+    value, shares = stage.last(figure.name), stage.shares(figure)
+    if shares:
+        return "\n".join(f"{f'  {source}' if source else figure.label} {share}" for source, share in shares.items())
     return f"{figure.label} " + (f"{value:.1%}" if figure.unit == "share" else f"{value:.4g}")
 
 

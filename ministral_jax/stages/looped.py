@@ -12,6 +12,7 @@ from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.stages import rows
 from ministral_jax.stages.base import Job, Params, Program, Result
+from ministral_jax.stages.figures import told
 from ministral_jax.stages.image_answers import write_samples
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
@@ -117,6 +118,9 @@ class RowLearner:
         batches = rows.held_out_batches(self.job, self.data, join)
         self.found, self.predictions = self.evaluator(params, self.constants, batches)
         return self.found.figures | (self.examine(params) if self.examine else {})
+
+    def told(self, figures: dict[str, float]) -> list[str]:
+        return told(self.job.stage.figures, figures)
 
 
 def run_loop(

@@ -130,7 +130,7 @@ class _Learner(online.OnlineLearner):
             self.judge = Judge(spec, compute, job.placement, tokenizer, temperature, on_step=poll_slow), params
         self.initial_rewards: np.ndarray | None = None
 
-    def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
+    def learn(self, state: State, step: int, answers: Answers) -> tuple[State, StepMetrics]:
         probability, host = self._judged(answers)
         self.clock.switch("step")
         batch, kept = pairs(answers, probability, self.job.spec, self.stage.compute.shortest_row)

@@ -25,6 +25,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage
+from ministral_jax.stages.figures import told
 from ministral_jax.stages.looped import FROZEN
 from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts
 from ministral_jax.stages.rows import Packing, data_contents
@@ -147,6 +148,8 @@ class OnlineStage(Stage, Steps):
         job = job.with_tokens(prompts.tokenizer)
         trainable, fixed = split_frozen(load_stage(job.source, placement=job.placement)[1], FROZEN)
         with self.learner(job, prompts, fixed, clock) as learner:
+            learner.begin({**trainable, **fixed})
+            clock.switch("start")
             outcome = train(learner, trainable, self, job.directory, clock)
             files = job.save(learner.params(outcome.state))
         outcome.store.delete()
@@ -182,6 +185,9 @@ class OnlineLearner:
         self.examiner.__exit__()
         self.scorer.__exit__()
 
+    def begin(self, params: Params) -> None:
+        """Before any step, of the model that the stage starts from."""
+
     def batches(self, first: int) -> Iterator[Prompts]:
         for step in count(first):
             yield step, self.prompts.batch(self.stage.seed, step, self.stage.prompts)
@@ -189,27 +195,34 @@ class OnlineLearner:
     def step(self, state: State, batch: Prompts) -> tuple[State, StepMetrics]:
         step, prompts = batch
         params = jax.block_until_ready(self.params(state))  # the last update, whose time is not that of sampling
+        return self.learn(state, step, self.answers(params, step, prompts))
+
+    def answers(self, params: Params, step: int, prompts: list[PromptRow], salt: int = 0) -> Answers:
+        """To prompts of a step, with random numbers that `salt` makes other ones."""
         self.clock.switch("generate")
-        lengths, numbers = self.stage.completion_lengths, seeds(self.stage.seed, step, len(prompts))
+        lengths, numbers = self.stage.completion_lengths, seeds(self.stage.seed, step, len(prompts), salt)
         limit = lengths[max(first for first in lengths if first <= step)]
         answers = self.sampler.answers(params, prompts, numbers, self.stage.answers_per_prompt, limit)
         self.clock.switch("score")
-        return self.learn(state, answers)
+        return answers
 
-    def learn(self, state: State, answers: Answers) -> tuple[State, StepMetrics]:
+    def learn(self, state: State, step: int, answers: Answers) -> tuple[State, StepMetrics]:
         """Judge the answers of a step, and update."""
         raise NotImplementedError
 
     def evaluate(self, state: State) -> dict[str, float]:
         return self.examiner.examine(self.params(state))[0]
 
+    def told(self, figures: dict[str, float]) -> list[str]:
+        return told(self.stage.figures, figures)
+
     def params(self, state: State) -> Params:
         """All parameters of the policy."""
         return {**state["params"], **self.fixed}
 
-    def scores(self, samples: list[Sample]) -> Scores:
-        """Rewards of answers; what went wrong with some is told."""
-        scores = score_together(self.scorer, samples)
+    def scores(self, samples: list[Sample], few: bool = False) -> Scores:
+        """Rewards of answers; what went wrong with some is told. `few`: see `score_together`."""
+        scores = score_together(self.scorer, samples, few)
         for problem in scores.problems[:_SHOWN_PROBLEMS]:
             say(self.job, f"left out: {problem}")
         return scores

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
+from ministral_jax.alignment.calibration import calibration_floor, expected_calibration_error, fit_temperature
 from ministral_jax.alignment.judge import ROWS, Judge, both_orders, judge_reader
 from ministral_jax.alignment.rollout import Params
 from ministral_jax.data.batch import shapes
@@ -36,6 +36,7 @@ class Reward(Looped):
         Figure("judge_accuracy", "pairs judged right", "share", "higher"),
         Figure("judge_ece_before", "calibration error of the judge, raw", "share", "lower"),
         Figure("judge_ece", "calibration error of the judge", "share", "lower"),
+        Figure("judge_ece_floor", "calibration error of a perfect judge of as many pairs", "share"),
         *HELD_OUT,
     )
     curve: ClassVar = Curve("judge_accuracy", None, "step")
@@ -95,17 +96,18 @@ def held_out_pairs(rows: list[PromptRow], count: int, where: str) -> list[tuple[
 
 
 def examine(judge: Judge, params: Params, pairs: list[tuple[PromptRow, PromptRow]]) -> dict[str, float]:
-    """Every other pair fits `judge_temperature`; the rest are asked for `judge_accuracy` (of both orders together) and
-    the calibration error of their probability before and after, `judge_ece_before` and `judge_ece`."""
+    """Every other pair fits `judge_temperature`; the rest measure `judge_accuracy` and the calibration error before and
+    after, `judge_ece_before` and `judge_ece`, beside what a perfect judge of as many pairs would show,
+    `judge_ece_floor`. All of the mean over both orders, by which answers are judged."""
     logits = [judge.logits(params, [judge.tokens(pair[n].messages) for pair in pairs]) for n in (0, 1)]
     first_better = np.array([pair[0].reference == "A" for pair in pairs], np.float64)
     fit, rest = slice(0, None, 2), slice(1, None, 2)
-    both = np.concatenate([logits[0][fit], -logits[1][fit]])
-    temperature = fit_temperature(both, np.tile(first_better[fit], 2))
+    temperature = fit_temperature(np.stack([logits[0][fit], -logits[1][fit]]), first_better[fit])
     before, after = (both_orders(logits[0][rest], logits[1][rest], t) for t in (1.0, temperature))
     return {
         "judge_temperature": temperature,
         "judge_accuracy": float(np.mean((after > 0.5) == (first_better[rest] > 0.5))),
         "judge_ece_before": expected_calibration_error(before, first_better[rest]),
         "judge_ece": expected_calibration_error(after, first_better[rest]),
+        "judge_ece_floor": calibration_floor(after),
     }

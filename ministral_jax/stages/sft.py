@@ -51,8 +51,11 @@ class SFT(Taught):
     def programs(self, job: Job[SFT]) -> dict[str, Program]:
         found = loop_programs(job, self.objective(job, None if self.teacher is None else described_teacher(job)))
         if (given := self.generate) is not None:
-            rows, length = given.prompts, job.spec.context - 1
-            found |= sampler_programs(job, given.temperature, rows, given.completions, length)
+            length = job.spec.context - 1
+            found |= sampler_programs(job, 0.0, given.prompts, 1, length)
+            if given.completions:
+                drawn = sampler_programs(job, given.temperature, given.prompts, given.completions, length)
+                found |= {f"drawn/{name}": program for name, program in drawn.items()}
         return found
 
     def run(self, job: Job[SFT]) -> Result:

@@ -88,6 +88,10 @@ class Learner(Protocol):
         """Held-out figures of a state."""
         ...
 
+    def told(self, figures: dict[str, float]) -> list[str]:
+        """Lines to be said of held-out figures, beside the first few."""
+        ...
+
 
 @dataclass(frozen=True)
 class Position:
@@ -309,7 +313,8 @@ class _Attempt:
         self.clock.switch("evaluate")
         figures = self.learner.evaluate(state)
         shown = [f"{name} {value:.4g}" for name, value in list(figures.items())[:_SHOWN]]
-        self.line.say(f"held out, step {self.at_step}: {'  '.join(shown)}")
+        for text in (f"held out, step {self.at_step}: {'  '.join(shown)}", *self.learner.told(figures)):
+            self.line.say(text)
         self.log.write("eval", self.at_step, {**self.learner.schedule.seen(self.at_step), **figures})
         self._back_to_steps()
         return figures

@@ -6,7 +6,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from ministral_jax.alignment.calibration import TEMPERATURES, expected_calibration_error, fit_temperature
+from ministral_jax.alignment.calibration import (
+    TEMPERATURES,
+    calibration_floor,
+    expected_calibration_error,
+    fit_temperature,
+    mean_probability,
+)
 from ministral_jax.errors import UserError
 
 N = 20_000
@@ -47,6 +53,41 @@ def test_the_fit_is_the_minimum_of_the_cross_entropy_and_scales_with_the_logits(
     assert abs(slope / curvature) / inverse < 1e-5  # a Newton step from there, relative to 1 / T
     assert fit_temperature(3 * logits, outcomes) == pytest.approx(3 * found, rel=1e-5)
     assert fit_temperature(-logits, 1 - outcomes) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize(("noise", "bias"), [(0.0, 0.0), (1.0, 0.0), (2.0, 1.0), (0.0, 2.0)])
+def test_the_mean_of_both_orders_is_calibrated_by_the_temperature_fitted_for_it(noise, bias):
+    """A judge with independent errors in either order, that prefers place A: what one temperature can do for the mean
+    is done, which that of either order leaves undone."""
+    rng = np.random.default_rng(2)
+    truth = 1.5 * rng.normal(size=N)
+    outcomes = (rng.random(N) < sigmoid(truth)).astype(float)
+    orders = np.stack([side * (truth + noise * rng.normal(size=N)) + bias for side in (1, -1)]) * [[1], [-1]]
+    fitted = fit_temperature(orders, outcomes)
+    entropy = lambda t: -np.mean(np.log(np.where(outcomes == 1, p := mean_probability(orders, t), 1 - p)))
+    grid = np.geomspace(0.5, 8, 60)
+    assert entropy(fitted) <= min(map(entropy, grid)) + 1e-9
+    alone = fit_temperature(orders.ravel(), np.tile(outcomes, 2))
+    errors = [expected_calibration_error(mean_probability(orders, t), outcomes) for t in (fitted, alone)]
+    print(
+        f"noise {noise:g}, bias {bias:g}: error {errors[1]:.4f} with the temperature of an order, now {errors[0]:.4f}"
+    )
+    if noise or bias:
+        assert errors[0] < 0.6 * errors[1]
+    else:
+        assert fitted == pytest.approx(alone, rel=1e-4)
+    np.testing.assert_array_equal(mean_probability(orders, 2.0), sigmoid(orders / 2).mean(axis=0))
+
+
+def test_of_few_pairs_a_perfect_judge_shows_the_floor():
+    rng = np.random.default_rng(3)
+    p = sigmoid(1.2 * rng.normal(size=200))
+    shown = [expected_calibration_error(p, (rng.random(200) < p).astype(float)) for _ in range(400)]
+    floor = calibration_floor(p)
+    assert abs(floor - np.mean(shown)) < 5 * np.std(shown) * np.sqrt(1 / 400 + 1 / 1000) and 0.04 < floor < 0.09
+    assert calibration_floor(p) == floor  # the same draws
+    assert calibration_floor(np.repeat(p, 100)) < floor / 5
+    assert calibration_floor(np.array([0.0, 1.0])) == 0
 
 
 def test_a_judge_without_errors_or_without_skill_ends_at_a_bound():

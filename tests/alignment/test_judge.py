@@ -10,7 +10,7 @@ import pytest
 from model_cases import random_params, vlm
 from sampling_cases import placed
 
-from ministral_jax.alignment.calibration import expected_calibration_error, fit_temperature
+from ministral_jax.alignment.calibration import calibration_floor, expected_calibration_error, fit_temperature
 from ministral_jax.alignment.judge import Judge
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Message, Thought, ToolCall
@@ -143,19 +143,20 @@ def test_the_temperature_is_of_every_other_pair_and_the_figures_of_the_rest():
     pairs = rows(forth, back, references)
     found = examine(Stub(), 1.0, pairs)  # type: ignore[arg-type]
 
-    # by hand: a question in place B is one about its own A, which is better where the first answer is not
-    logits = np.stack([forth[0::2], back[0::2]]).reshape(-1)
-    outcomes = np.stack([better[0::2], 1 - better[0::2]]).reshape(-1)
+    # by hand: the first answer, which the judge sees in place A and in place B, is better by the mean of both
+    fit, rest, temperature = slice(0, None, 2), slice(1, None, 2), found["judge_temperature"]
+    mean = lambda of, t: (sigmoid(forth[of] / t) + 1 - sigmoid(back[of] / t)) / 2
     grid = np.geomspace(0.05, 20, 1001)
-    entropy = [np.mean(np.logaddexp(0, logits / t) - outcomes * logits / t) for t in grid]
-    assert found["judge_temperature"] == pytest.approx(grid[np.argmin(entropy)], rel=0.01)
-    assert found["judge_temperature"] == pytest.approx(fit_temperature(logits, outcomes), rel=1e-5)
+    entropy = [-np.mean(np.log(np.where(better[fit] == 1, mean(fit, t), 1 - mean(fit, t)))) for t in grid]
+    assert temperature == pytest.approx(grid[np.argmin(entropy)], rel=0.01)
+    each = np.concatenate([forth[fit], back[fit]]), np.concatenate([better[fit], 1 - better[fit]])
+    assert abs(np.log(temperature / fit_temperature(*each))) > 0.1  # which order by order would be another one
 
-    rest, temperature = slice(1, None, 2), found["judge_temperature"]
-    at = lambda t: (sigmoid(forth[rest] / t) + 1 - sigmoid(back[rest] / t)) / 2
+    at = lambda t: mean(rest, t)
     assert found["judge_accuracy"] == np.mean((at(temperature) > 0.5) == (better[rest] == 1))
     assert found["judge_ece_before"] == pytest.approx(expected_calibration_error(at(1.0), better[rest]), abs=1e-12)
     assert found["judge_ece"] == pytest.approx(expected_calibration_error(at(temperature), better[rest]), abs=1e-12)
+    assert found["judge_ece_floor"] == calibration_floor(at(temperature))
     assert 0.5 < found["judge_accuracy"] < 1 and found["judge_ece"] != found["judge_ece_before"]
 
     # logits that are three times as large are three times as warm, and as well calibrated afterwards

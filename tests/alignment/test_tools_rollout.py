@@ -280,7 +280,9 @@ def test_calls_are_read_from_a_completion(tokenizer):
     [
         ("[THINK]2+2[/THINK]4</s>", "2+2", "4"),
         ("4</s>", None, "4"),
-        ("[THINK]2+2", None, "[THINK]2+2"),
+        ("[THINK]2+2", "2+2", ""),
+        ("[THINK]2+2[/THINK]4[THINK]or 5</s>", "2+2", ""),
+        ("4[THINK]2+2", None, ""),
         ("so [THINK]2+2[/THINK]4</s>", None, "so [THINK]2+2[/THINK]4"),
         ("[THINK]a[THINK]b[/THINK]c[/THINK]d</s>", "a[THINK]b", "c[/THINK]d"),
     ],
@@ -297,4 +299,4 @@ def test_only_control_tokens_open_and_close_a_thinking_chunk(tokenizer, text, th
     letters = seen([*tokenizer.encode(text.removesuffix("</s>")), tokenizer.eos])
     assert (letters.thinking, letters.answer) == (None, text.removesuffix("</s>"))
     assert format_reward(letters, FormatReward(kind="format")) == 0
-    assert format_reward(sample, FormatReward(kind="format")) == float(text.startswith("[THINK]2+2[/"))
+    assert format_reward(sample, FormatReward(kind="format")) == float(text == "[THINK]2+2[/THINK]4</s>")

@@ -37,10 +37,16 @@ def evaluations(stage: str) -> list[dict]:
 
 
 def test_fine_tuning_answers_held_out_questions():
-    assert evaluations("14b-sft")[-1]["reward_accuracy_pictures"] > 0.7
+    assert evaluations("14b-sft")[-1]["accuracy_pictures"] > 0.7
     worked = evaluations("14b-cot")[-1]
-    assert worked["reward_accuracy_pictures"] > 0.6
-    assert worked["reward_accuracy_sums"] > evaluations("14b-cot")[0]["reward_accuracy_sums"]
+    assert worked["accuracy_pictures"] > 0.6
+    assert worked["accuracy_sums"] > evaluations("14b-cot")[0]["accuracy_sums"]
+
+
+def test_a_larger_model_teaches_the_8b_to_answer():
+    first, *_, last = evaluations("8b-sft")
+    assert last["kl"] < first["kl"] / 2
+    assert last["accuracy_pictures"] > first["accuracy_pictures"] + 0.2
 
 
 def test_a_judge_tells_right_from_wrong():
@@ -50,7 +56,7 @@ def test_a_judge_tells_right_from_wrong():
 
 def test_preferences_end_the_loops():
     first, *_, last = evaluations("14b-instruct")
-    assert first["loop_rate"] > 0.02 > last["loop_rate"]
+    assert first["sampled_loop_rate"] > 0.02 > last["sampled_loop_rate"]
     assert last["win_rate"] > 0.5
 
 

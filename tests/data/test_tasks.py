@@ -1,6 +1,5 @@
 """Tasks made here: their answers are right, their working is, and a judge's pairs are what they say."""
 
-import hashlib
 import re
 from typing import Any
 
@@ -13,8 +12,8 @@ from ministral_jax.data import tasks
 from ministral_jax.data.chat import ANSWER, TRAINABLE, render
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.documents import tokenise
+from ministral_jax.data.prompts import _drawn
 from ministral_jax.data.sources import open_source, read_documents
-from ministral_jax.files import digest_of
 from ministral_jax.models.spec import PRESETS
 
 VISION = PRESETS["tiny-24b"].vision
@@ -151,17 +150,54 @@ def test_a_question_is_held_out_everywhere_or_nowhere(tokenizer, tmp_path):
     assert 0.15 < np.mean(list(sides.values())) < 0.25
 
 
-def test_digits_are_what_they_were():
-    source = open_source("digits", SourceConfig(kind="digits"))
-    pixels = (load_digits(return_X_y=True)[0] * 255 / 16).round().astype(np.uint8)
-    content = hashlib.sha256(pixels.tobytes()).hexdigest()
-    assert source.digest == digest_of(["digits", None, content])
-    documents = list(read_documents(source))
+def test_digits_are_those_of_scikit_learn():
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    documents = read("digits")
     assert len(documents) == 1797 and {parts(document)[0] for document in documents} == set("0123456789")
-    picture = np.asarray(parts(documents[0], 0)[0])
-    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8 and picture.max() == 255
-    document = documents[0]
-    assert parts(document) == (document.columns["answer"],) and parts(document, 0)[1] == "Digit?" and not document.key
+    for document in documents:
+        number = int(document.name.removeprefix("digit-"))
+        picture = np.asarray(parts(document, 0)[0])
+        assert picture.dtype == np.uint8 and (picture == pixels[number][..., None]).all()
+        assert parts(document) == (document.columns["answer"],) == (str(labels[number]),)
+        assert parts(document, 0)[1] == "Digit?"
+
+
+def digits_in(document) -> list[bytes]:
+    """The pixels of each digit that its pictures show side by side."""
+    pictures = [np.asarray(part) for part in parts(document, 0) if not isinstance(part, str)]
+    return [digit.tobytes() for picture in pictures for digit in np.split(picture, picture.shape[1] // 8, axis=1)]
+
+
+def pictured(**options) -> dict[str, list]:
+    """Documents of every kind that shows digits."""
+    found = {kind: read(kind, **options) for kind in tasks.KINDS if kind != "preferences"}
+    return {kind: documents for kind, documents in found.items() if any(map(digits_in, documents[:20]))}
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2, 0.5])
+def test_no_picture_that_is_held_out_is_trained_on(share, tokenizer, tmp_path):
+    """Whatever asks about it: packed rows and prompts of all kinds together."""
+    split: dict[bool, set[bytes]] = {True: set(), False: set()}
+    kinds = pictured()
+    assert set(kinds) == {"digits", "digit-sum"}
+    for kind, documents in kinds.items():
+        source = open_source(kind, SourceConfig(kind=kind))
+        stored, as_prompts = tokenise(source, tokenizer, VISION, tmp_path).drawn(share), _drawn(documents, share)
+        assert (stored == as_prompts).all() and abs(stored.mean() - share) < 3 * (
+            share * (1 - share) / tasks.GROUPS
+        ) ** 0.5
+        for document, side in zip(documents, stored, strict=True):
+            split[bool(side)].update(digits_in(document))
+    assert not split[True] & split[False] and len(split[True] | split[False]) == 1797
+
+
+def test_sums_are_of_all_digits():
+    """Though both are of one group: no sum is left out, none has a few pictures only."""
+    documents = read("digit-sum")
+    assert {d.columns["answer"] for d in documents} == {str(n) for n in range(19)}
+    assert len({digit for d in documents for digit in digits_in(d)}) > 1700
+    assert len({tuple(digits_in(d)) for d in documents}) > 3500
 
 
 def test_only_what_thinks_can_do_without():

@@ -78,7 +78,7 @@ def test_the_real_recipe_ends_in_the_published_sizes(tmp_path):
 def test_the_graph_of_tiny():
     recipe = load_recipe(TINY)
     names = order(recipe)
-    assert names[0] == "parent" and len(names) == 27
+    assert names[0] == "parent" and len(names) == 28
     assert recipe.stages["8b-pruned"].source == "14b-short"  # the next size is cut from the short-context checkpoint
     assert {recipe.stages[n].teacher for n in names if recipe.stages[n].do == "distill"} == {"parent"}
     assert order(recipe, ["14b-base"]) == ["parent", "14b-pruned", "14b-short", "14b-base"]

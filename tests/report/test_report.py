@@ -29,7 +29,7 @@ from ministral_jax.report.plots import PALETTE, Axis, Line, lines
 from ministral_jax.report.units import count, decimal, duration, percent, tick
 from ministral_jax.runs import reading
 from ministral_jax.runs.reading import read_run
-from ministral_jax.stages.figures import Curve, Figure
+from ministral_jax.stages.figures import Curve, Figure, wilson
 from ministral_jax.teachers.statistics import EDGES
 from ministral_jax.teachers.summary import SplitSummary
 
@@ -79,10 +79,19 @@ def test_what_post_training_changed(page, run):
     records = [json.loads(line) for line in (run / "14b-sft" / "metrics.jsonl").open()]
     first, *_, last = [record for record in records if record["kind"] == "eval"]
     change = lambda key: plain(f"{percent(first[key])} → {percent(last[key])}")
-    right, reward, *_, time = cells(page, "post", "14b-sft")
-    sources = " ".join(f"{source} {change(f'reward_accuracy_{source}')}" for source in ("sums", "pictures"))
-    assert right == f"{change('reward_accuracy')} {sources}" and time == "4 min 4 s 20 steps, 64 prompts"
-    assert reward == f"{decimal(first['reward'])} → {decimal(last['reward'])} format 1.00 → 1.00"
+    right, of_eight, reward, *_, time = cells(page, "post", "14b-sft")
+
+    def shown(source="", count=64):
+        key = f"accuracy{source and '_' + source}"
+        low, high = (percent(end, 0) for end in wilson(last[key], count))
+        return plain(f"{source} {change(key)} ({low} to {high}, n = {count})".lstrip())
+
+    assert right == " ".join([shown(), shown("sums", 38), shown("pictures", 26)])
+    assert of_eight.startswith(plain("90.0 % → 90.0 %")) and "pictures 100.0" in of_eight
+    assert time == "4 min 4 s 20 steps, 64 prompts"
+    parts = (f"{name} {decimal(first[key])} → {decimal(last[key])}" for name, key in (
+        ("", "reward"), ("accuracy", "reward_accuracy"), ("format", "reward_format")))  # fmt: skip
+    assert reward == " ".join(parts).strip()
     assert "pairs judged right" in " ".join(cells(page, "post", "14b-reward"))
     post = section(page, "post")
     assert next(post.iter("h3")).text == "From 14b-base: 14b-sft, 14b-reward, 14b-instruct"

@@ -78,9 +78,9 @@ def test_a_change_is_headlined_when_it_exceeds_the_error(copy, before, after, su
     """Of 64 prompts; the third would be one of 640."""
     records = [json.loads(line) for line in (copy / "14b-sft" / "metrics.jsonl").open()]
     first, *_, last = [record for record in records if record["kind"] == "eval"]
-    first["reward_accuracy"], last["reward_accuracy"] = before, after
+    first["accuracy"], last["accuracy"] = before, after
     write_rows(copy / "14b-sft" / "metrics.jsonl", records)
-    change(copy, "14b-sft", metrics={"reward_accuracy": after})
+    change(copy, "14b-sft", metrics={"accuracy": after})
     relink(copy)
     page = page_of(copy)
     words = f"{before:.1%} → {after:.1%}".replace("%", " %") if sure else "no difference beyond the error"
@@ -95,10 +95,10 @@ def test_every_change_beyond_the_error_is_headlined(copy):
     """Not that of the chief figure alone; and the others not where chance explains them."""
     records = [json.loads(line) for line in (copy / "14b-sft" / "metrics.jsonl").open()]
     first, *_, last = [record for record in records if record["kind"] == "eval"]
-    for key, before, after in (("reward_accuracy", 0.5, 0.52), ("loop_rate", 0.5, 0.0)):
+    for key, before, after in (("accuracy", 0.5, 0.52), ("loop_rate", 0.5, 0.0)):
         first[key], last[key] = before, after
     write_rows(copy / "14b-sft" / "metrics.jsonl", records)
-    change(copy, "14b-sft", metrics={"reward_accuracy": 0.52, "loop_rate": 0.0})
+    change(copy, "14b-sft", metrics={"accuracy": 0.52, "loop_rate": 0.0})
     relink(copy)
     told = "right answers: no difference beyond the error; answers that loop: 50.0 % → 0.0 % (n = 64)."
     assert findings(page_of(copy))["14b-sft"] == told

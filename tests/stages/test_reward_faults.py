@@ -73,6 +73,23 @@ def test_drop_stops_when_most_fail(begun, tmp_path, capsys):
     assert "16 of 16 samples could not be scored" in capsys.readouterr().err
 
 
+def test_what_is_too_hard_is_left_out_and_groups_without_a_signal_are_replaced(begun, tmp_path, capsys):
+    """A model of six steps hardly solves any sum: a band from 0 keeps the prompts, one above it leaves none."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(begun, run_dir)
+    words = ["stages.rl.steps=1", "stages.rl.data.sources={sums: {limit: 12}, digits: null}"]
+    words += ["defaults.grpo.rewards={accuracy: {}, noise: {kind: user, function: 'post_cases:of_some'}}"]
+    band = "stages.rl.difficulty={completions: 4, min_pass_rate: %s}"
+    assert main(["run", RECIPE, "rl", *words, band % 0.9, "--run-dir", str(run_dir)]) == 2
+    assert "0 of 9 prompts have a pass rate from 0.9 to 0.95; widen the band" in capsys.readouterr().err
+    assert main(["run", RECIPE, "rl", *words, band % 0, "--run-dir", str(run_dir)]) == 0
+    assert "9 of 9 prompts have a pass rate from 0 to 0.95" in capsys.readouterr().err
+    assert len(json.loads((run_dir / "rl" / "difficulty.json").read_text())["rates"]) == 9
+    lines = (run_dir / "rl" / "metrics.jsonl").read_text().splitlines()
+    (record,) = (record for record in map(json.loads, lines) if record["kind"] == "train")
+    assert record["prompts_drawn"] > 4 and 0 < record["groups_with_signal"] < 1
+
+
 def test_optional_stages_are_run_when_named_or_with_all(tmp_path, capsys, monkeypatch):
     from ministral_jax.runs import cascade
 
