@@ -1,0 +1,207 @@
+"""Offline preference optimisation: packed pairs are their answers one at a time, on every mesh; what the policy began
+with is the reference to the bit; and killed anywhere, pairs, reference and policy come out as they would have."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import records
+from model_cases import random_params
+from paths import TESTS
+from PIL import Image
+from sampling_cases import placed
+from test_resume import finish, kill_when, same
+from test_sft_packing import LENGTH, SPEC, STAGE, cut, one
+from test_sft_packing import packed as alone
+
+from ministral_jax.data.conversation import spell
+from ministral_jax.data.jsonl import parse_row
+from ministral_jax.data.pipeline import batches
+from ministral_jax.data.prepare import prepare
+from ministral_jax.data.rows import pairs_per_row
+from ministral_jax.errors import UserError
+from ministral_jax.losses.evaluation import model_inputs
+from ministral_jax.losses.head import LossHead
+from ministral_jax.models.vlm import VLM, Compute, param_shardings
+from ministral_jax.stages.base import load_stage
+from ministral_jax.stages.dpo import OfflineOptions, objective, pair_logprobs
+from ministral_jax.stages.manifest import finished
+from ministral_jax.stages.pairs import FILE, pairs_of
+from ministral_jax.training.state import split_frozen
+
+ROWS, BETA = 4, 0.3
+MESHES = {
+    "one device": (dict(fsdp=1), 1),
+    "tensor 2": (dict(fsdp=1, tensor=2), 2),
+    "fsdp 2 x tensor 2": (dict(fsdp=2, tensor=2), 4),
+    "context 2": (dict(fsdp=1, context=2), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory) -> dict[str, np.ndarray]:
+    """Rows that all hold several answers, some of them to a picture, with a reference that is not the policy."""
+    root = tmp_path_factory.mktemp("pairs")
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(root / "a.png")
+    rows = [{"prompt": f"{n}+1=?", "chosen": str(n + 1), "rejected": "x y", "probability": 0.7} for n in range(12)]
+    rows += [
+        {"prompt": f"{n}?", "image": "a.png", "chosen": "red", "rejected": "no", "probability": 0.9} for n in range(8)
+    ]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source: dict[str, Any] = {"kind": "jsonl", "path": str(root / "rows.jsonl")}
+    config = type(STAGE.data).model_validate({**STAGE.data.model_dump(), "sources": {"rows": source}, "held_out": 0})
+    found = next(batches(prepare(config, LENGTH, SPEC.vision, root / "data", pairs=True), ROWS, seed=0))
+    assert (found["segments"].max(axis=1) >= 2).all() and (found["patch_image"].max(axis=1) > 0).any()
+    random = np.random.default_rng(0)
+    found["reference"] = random.normal(-20, 5, (ROWS, 2 * pairs_per_row(LENGTH))).astype(np.float32)
+    return found
+
+
+def job(options: OfflineOptions) -> Any:
+    return SimpleNamespace(spec=SPEC, stage=SimpleNamespace(compute=Compute(), reward_temperature=1.0, loss=options))
+
+
+def by_formula(trainable, fixed, batch, options: OfflineOptions):
+    """Loss of the batch from all logits of every answer in a row of its own, and their log-probabilities."""
+    total, found = 0.0, {}
+    for n in range(ROWS):
+        row = {name: array[n] for name, array in batch.items()}
+        for segment in range(1, row["segments"].max() + 1):
+            piece = one(alone([cut(row, segment)]))
+            params = {"params": {**trainable, **fixed}}
+            logprobs = jax.nn.log_softmax(VLM(SPEC, Compute()).apply(params, piece["tokens"], **model_inputs(piece)))
+            taken = jnp.take_along_axis(logprobs, piece["labels"][..., None], axis=-1)[..., 0]
+            found[n, segment - 1] = jnp.sum(taken * piece["loss_mask"])
+        for pair in range(row["segments"].max() // 2):
+            ratio = [found[n, 2 * pair + k] - row["reference"][2 * pair + k] for k in (0, 1)]
+            delta, p = ratio[0] - ratio[1], 1 / (1 + math.exp(-row["margin"][pair]))
+            if options.loss_type == "ipo":
+                total += (delta - 1 / (2 * BETA)) ** 2
+            elif options.loss_type == "odpo":
+                total -= p * jax.nn.log_sigmoid(BETA * delta) + (1 - p) * jax.nn.log_sigmoid(-BETA * delta)
+            else:
+                offset = row["margin"][pair] if options.loss_type == "offset" else 0
+                total -= jax.nn.log_sigmoid(BETA * delta - offset)
+    return total, found
+
+
+@pytest.fixture(scope="module")
+def plain(batch):
+    """By loss type, (loss, gradient) by the formula; and the log-probabilities."""
+    parts, found = split_frozen(random_params(SPEC), ("vision",)), {}
+    for loss_type in ("sigmoid", "ipo", "odpo", "offset"):
+        options = OfflineOptions(beta=BETA, loss_type=loss_type)
+        formula = jax.jit(jax.value_and_grad(lambda t, f, o=options: by_formula(t, f, batch, o), has_aux=True))
+        found[loss_type] = jax.device_get(formula(*parts))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_type"),
+    [(name, "sigmoid") for name in MESHES] + [("one device", loss) for loss in ("ipo", "odpo", "offset")],
+)
+def test_a_packed_batch_is_its_pairs_one_at_a_time_on_every_mesh(plain, batch, name, loss_type):
+    (want, logprobs), gradient = plain[loss_type]
+    place = placed(*MESHES[name])
+    heads, asked = LossHead(place), job(OfflineOptions(beta=BETA, loss_type=loss_type))
+    params = jax.device_put(random_params(SPEC), param_shardings(SPEC, place))
+    there = place.place({key: x[place.rows(ROWS)] for key, x in batch.items()}, ROWS)
+    with jax.set_mesh(place.mesh):
+        read = jax.jit(place.rules.scoped(pair_logprobs(SPEC, Compute(), heads)))(params, there)
+        run = jax.jit(place.rules.scoped(jax.value_and_grad(objective(asked, heads), has_aux=True)))
+        (total, metrics), ours = jax.device_get(run(*split_frozen(params, ("vision",)), there))
+    ours_read = np.asarray(read)
+    for (row, answer), value in logprobs.items():
+        np.testing.assert_allclose(ours_read[row, answer], value, rtol=1e-5)
+    assert np.count_nonzero(ours_read) == len(logprobs) == 2 * metrics["loss"][1]
+    np.testing.assert_allclose(total, want, rtol=2e-5)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(gradient))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 * scale)
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+OFFLINE = (str(TESTS / "micro_post.yaml"), "offline")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("offline") / "unbroken"
+    finish(run_dir, OFFLINE)
+    return run_dir
+
+
+def test_pairs_are_what_the_judge_says_and_can_be_read_again(unbroken):
+    lines = (unbroken / "pairs" / FILE).read_bytes().splitlines()
+    metrics = finished(unbroken / "pairs").metrics
+    assert 4 < len(lines) == metrics["pairs"] and metrics["pairs_kept"] == len(lines) / 16
+    for line in lines:
+        (pair,) = parse_row(line, unbroken / "pairs" / FILE, "row", "row", False, True)
+        assert spell(pair.messages[-1]) != spell(pair.rejected[-1])
+        assert 0.5 < json.loads(line)["probability"] <= 1
+        assert pair.messages[-1].prefix == json.loads(line)["chosen"][0].get("prefix", False)
+    shown = [part for line in lines for part in json.loads(line)["messages"][0]["content"] if isinstance(part, dict)]
+    pictures = {part["image"] for part in shown if part["type"] == "image"}
+    assert pictures == {f"images/{path.name}" for path in (unbroken / "pairs" / "images").iterdir()} != set()
+
+
+def test_before_an_update_the_policy_is_the_reference_to_the_bit(unbroken):
+    first = records(unbroken, "offline", "eval")[0]
+    assert first["step"] == 0 and first["loss"] == pytest.approx(math.log(2), rel=1e-7)
+    assert (first["rewards/margins"], first["rewards/chosen"], first["rewards/rejected"]) == (0, 0, 0)
+    assert first["rewards/accuracies"] == first["win_rate"] == 0.5
+    train = records(unbroken, "offline", "train")
+    assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # by another program
+    assert train[-1]["rewards/margins"] > 1e-3 and train[-1]["loss"] < math.log(2)
+    last = finished(unbroken / "offline").metrics
+    assert {"loss", "win_rate", "reward_accuracy", "rewards/accuracies", "rewards/margins"} <= last.keys()
+
+
+def test_pairs_that_are_not_as_they_were_written_are_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken / "pairs", tmp_path / "pairs")
+    assert pairs_of(tmp_path / "pairs").is_file()
+    (tmp_path / "pairs" / FILE).write_text("{}\n")
+    with pytest.raises(UserError, match="is gone or not as it was written"):
+        pairs_of(tmp_path / "pairs")
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def test_killed_it_ends_in_the_same_bits(unbroken, tmp_path):
+    """While it samples, while it computes the reference (whose last line is then also cut, and one damaged), and while
+    it trains."""
+    run_dir = tmp_path / "broken"
+    shutil.copytree(unbroken, run_dir, symlinks=True, ignore=shutil.ignore_patterns("pairs", "offline", "recipe.json"))
+    pairs, reference = run_dir / "pairs", run_dir / "offline" / "reference.jsonl"
+    kill_when(run_dir, lambda: (pairs / "parts" / "1.json").is_file(), OFFLINE)
+    assert not (pairs / FILE).exists()
+    kept = (pairs / "parts" / "0.json").stat().st_mtime_ns
+    kill_when(run_dir, lambda: lines(reference) >= 2, OFFLINE)
+    assert (pairs / "parts" / "0.json").stat().st_mtime_ns == kept, "a round was done again"
+    text = reference.read_text()
+    first, rest = text.split("\n", 1)
+    damaged = first.replace('logprobs": [[-', 'logprobs": [[-1', 1)
+    assert damaged != first
+    reference.write_text(damaged + "\n" + rest[: len(rest) * 2 // 3])
+    kill_when(run_dir, lambda: (run_dir / "offline" / "state" / "2").is_dir(), OFFLINE)
+    finish(run_dir, OFFLINE)
+    assert (pairs / FILE).read_bytes() == (unbroken / "pairs" / FILE).read_bytes()
+    assert finished(pairs).metrics == finished(unbroken / "pairs").metrics
+    files = (reference, unbroken / "offline" / "reference.jsonl")
+    ours, theirs = ({line.partition("digest")[0] for line in file.read_text().splitlines()} for file in files)
+    assert ours == theirs
+    assert same(load_stage(run_dir / "offline")[1], load_stage(unbroken / "offline")[1])
+    for kind in ("train", "eval"):
+        assert records(run_dir, "offline", kind) == records(unbroken, "offline", kind)
