@@ -215,7 +215,7 @@ def pair_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Callabl
 
 
 def pair_loss(stage: DPO, policy: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """`preference_loss` of packed pairs from `policy` and `reference` `[B, S]`: the chosen answers are the even ones."""
+    """`preference_loss` of packed pairs from `policy` and `reference` `[B, S]`, whose even answers are the chosen."""
     answers = lambda x: (x[:, 0::2].reshape(-1), x[:, 1::2].reshape(-1))
     pair = jnp.arange(batch["margin"].shape[1])
     weights = (batch["segments"].max(axis=1)[:, None] > 2 * pair).astype(jnp.float32).reshape(-1)

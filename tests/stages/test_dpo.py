@@ -70,47 +70,50 @@ def job(options: OfflineOptions) -> Any:
     return SimpleNamespace(spec=SPEC, stage=SimpleNamespace(compute=Compute(), reward_temperature=1.0, loss=options))
 
 
-def by_formula(trainable, fixed, batch, options: OfflineOptions):
-    """Loss of the batch from all logits of every answer in a row of its own, and their log-probabilities."""
-    total, found = 0.0, {}
+@pytest.fixture(scope="module")
+def answers(batch) -> dict[tuple[int, int], tuple[float, Any]]:
+    """Log-probability of every answer, from all logits of it in a row of its own, and its gradient."""
+
+    def logprob(trainable, fixed, piece):
+        params = {"params": {**trainable, **fixed}}
+        logprobs = jax.nn.log_softmax(VLM(SPEC, Compute()).apply(params, piece["tokens"], **model_inputs(piece)))
+        taken = jnp.take_along_axis(logprobs, piece["labels"][..., None], axis=-1)[..., 0]
+        return jnp.sum(taken * piece["loss_mask"])
+
+    run, found = jax.jit(jax.value_and_grad(logprob)), {}
     for n in range(ROWS):
         row = {name: array[n] for name, array in batch.items()}
         for segment in range(1, row["segments"].max() + 1):
             piece = one(alone([cut(row, segment)]))
-            params = {"params": {**trainable, **fixed}}
-            logprobs = jax.nn.log_softmax(VLM(SPEC, Compute()).apply(params, piece["tokens"], **model_inputs(piece)))
-            taken = jnp.take_along_axis(logprobs, piece["labels"][..., None], axis=-1)[..., 0]
-            found[n, segment - 1] = jnp.sum(taken * piece["loss_mask"])
-        for pair in range(row["segments"].max() // 2):
-            ratio = [found[n, 2 * pair + k] - row["reference"][2 * pair + k] for k in (0, 1)]
-            delta, p = ratio[0] - ratio[1], 1 / (1 + math.exp(-row["margin"][pair]))
-            if options.loss_type == "ipo":
-                total += (delta - 1 / (2 * BETA)) ** 2
-            elif options.loss_type == "odpo":
-                total -= p * jax.nn.log_sigmoid(BETA * delta) + (1 - p) * jax.nn.log_sigmoid(-BETA * delta)
-            else:
-                offset = row["margin"][pair] if options.loss_type == "offset" else 0
-                total -= jax.nn.log_sigmoid(BETA * delta - offset)
-    return total, found
-
-
-@pytest.fixture(scope="module")
-def plain(batch):
-    """By loss type, (loss, gradient) by the formula; and the log-probabilities."""
-    parts, found = split_frozen(random_params(SPEC), ("vision",)), {}
-    for loss_type in ("sigmoid", "ipo", "odpo", "offset"):
-        options = OfflineOptions(beta=BETA, loss_type=loss_type)
-        formula = jax.jit(jax.value_and_grad(lambda t, f, o=options: by_formula(t, f, batch, o), has_aux=True))
-        found[loss_type] = jax.device_get(formula(*parts))
+            value, gradient = jax.device_get(run(*split_frozen(random_params(SPEC), ("vision",)), piece))
+            found[n, segment - 1] = float(value), gradient
     return found
+
+
+def by_formula(batch, answers, loss_type: str) -> tuple[float, Any]:
+    """Loss of the batch, and its gradient by the chain rule."""
+    total, parts, sigmoid = 0.0, [], lambda x: 1 / (1 + math.exp(-x))
+    for n, answer in (place for place in answers if place[1] % 2 == 0):
+        ratios = [answers[n, answer + k][0] - float(batch["reference"][n, answer + k]) for k in (0, 1)]
+        delta, reward = ratios[0] - ratios[1], float(batch["margin"][n, answer // 2])
+        if loss_type == "ipo":
+            loss, slope = (delta - 1 / (2 * BETA)) ** 2, 2 * (delta - 1 / (2 * BETA))
+        else:
+            p = sigmoid(reward) if loss_type == "odpo" else 1
+            x = BETA * delta - (reward if loss_type == "offset" else 0)
+            loss, slope = -p * math.log(sigmoid(x)) - (1 - p) * math.log(sigmoid(-x)), BETA * (sigmoid(x) - p)
+        total += loss
+        parts += [(slope, answers[n, answer][1]), (-slope, answers[n, answer + 1][1])]
+    weighed = (jax.tree.map(lambda g, s=slope: s * np.float64(g), gradient) for slope, gradient in parts)
+    return total, jax.tree.map(lambda *leaves: sum(leaves), *weighed)
 
 
 @pytest.mark.parametrize(
     ("name", "loss_type"),
     [(name, "sigmoid") for name in MESHES] + [("one device", loss) for loss in ("ipo", "odpo", "offset")],
 )
-def test_a_packed_batch_is_its_pairs_one_at_a_time_on_every_mesh(plain, batch, name, loss_type):
-    (want, logprobs), gradient = plain[loss_type]
+def test_a_packed_batch_is_its_pairs_one_at_a_time_on_every_mesh(answers, batch, name, loss_type):
+    want, gradient = by_formula(batch, answers, loss_type)
     place = placed(*MESHES[name])
     heads, asked = LossHead(place), job(OfflineOptions(beta=BETA, loss_type=loss_type))
     params = jax.device_put(random_params(SPEC), param_shardings(SPEC, place))
@@ -120,9 +123,9 @@ def test_a_packed_batch_is_its_pairs_one_at_a_time_on_every_mesh(plain, batch, n
         run = jax.jit(place.rules.scoped(jax.value_and_grad(objective(asked, heads), has_aux=True)))
         (total, metrics), ours = jax.device_get(run(*split_frozen(params, ("vision",)), there))
     ours_read = np.asarray(read)
-    for (row, answer), value in logprobs.items():
+    for (row, answer), (value, _) in answers.items():
         np.testing.assert_allclose(ours_read[row, answer], value, rtol=1e-5)
-    assert np.count_nonzero(ours_read) == len(logprobs) == 2 * metrics["loss"][1]
+    assert np.count_nonzero(ours_read) == len(answers) == 2 * metrics["loss"][1]
     np.testing.assert_allclose(total, want, rtol=2e-5)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(gradient))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
