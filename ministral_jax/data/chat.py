@@ -109,15 +109,26 @@ def render(
         for call in message.calls:
             name, arguments = encode(call.name), encode(dump(call.arguments))
             add([tokenizer.special("[TOOL_CALLS]"), *name, tokenizer.special("[ARGS]"), *arguments], trainable)
-        add([] if message.prefix else [tokenizer.special(closing)], trainable)
+        add([tokenizer.special(closing)], trainable)
     return Rendered(np.array(tokens, np.uint32), np.array(flags, np.uint8), tuple(pictures))
 
 
 def render_pair(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
     """Both conversations of a pair one after the other, the second's first token flagged, each with its pictures.
-    Raises `UserError`: see `render`."""
-    both = (document.messages, document.rejected)
-    first, second = (render(each, tokenizer, vision, document.where, document.tools) for each in both)
+
+    Answers that a model gave are the tokens that it drew where the row says them, of the same tokenizer: a column
+    `tokens` with `tokenizer`, its digest, and `chosen` and `rejected`, ids. Raises `UserError`: see `render`.
+    """
+    drawn = document.columns.get("tokens")
+    is_known = isinstance(drawn, dict) and drawn.get("tokenizer") == tokenizer.digest
+
+    def side(name: str, messages: tuple[Message, ...]) -> Rendered:
+        found = render(messages[:-1] if is_known else messages, tokenizer, vision, document.where, document.tools)
+        ids = np.array(drawn[name] if is_known else [], np.uint32)
+        flags = np.full(len(ids), TRAINABLE, np.uint8)
+        return Rendered(np.append(found.tokens, ids), np.append(found.flags, flags), found.pictures)
+
+    first, second = side("chosen", document.messages), side("rejected", document.rejected)
     second.flags[0] = SECOND
     tokens, flags = (np.concatenate(two) for two in ((first.tokens, second.tokens), (first.flags, second.flags)))
     return Rendered(tokens, flags, first.pictures + second.pictures)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ministral_jax.errors import UserError
 
-_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "prefix"}
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight"}
 _NEXT = {
     "system": ("user",),
     "user": ("assistant", "user"),
@@ -56,8 +56,6 @@ class Message:
     """Of a tool's result: the call it answers."""
     target: bool = True
     """Whether what the assistant says here is learnt: `weight` 1, not 0, of its row."""
-    prefix: bool = False
-    """Whether the assistant was cut off here: no `</s>` follows."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +191,6 @@ def as_openai(messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
             shown["tool_calls"] = [{"id": name, "type": "function", "function": one} for name, one in functions]
         if message.role == "tool":
             shown["tool_call_id"] = message.call_id
-        if message.prefix:
-            shown["prefix"] = True
         found.append(shown)
     return tuple(found)
 
@@ -252,8 +248,7 @@ def _joined(before: Message, message: Message, where: str) -> Message:
     """Neighbours of one role as one message."""
     if before.target != message.target:
         raise UserError(f"{where} follows another of the assistant with another weight; they are one turn")
-    parts, calls = before.parts + message.parts, before.calls + message.calls
-    return replace(before, parts=parts, calls=calls, prefix=message.prefix)
+    return replace(before, parts=before.parts + message.parts, calls=before.calls + message.calls)
 
 
 def _check_keys(role: Any, raw: dict[str, Any], where: str) -> None:
@@ -264,11 +259,6 @@ def _check_keys(role: Any, raw: dict[str, Any], where: str) -> None:
     if unknown:
         raise UserError(
             f"{where}: message from {role} has {unknown[0]!r}, which is not read; accepted are {sorted(_KEYS)}"
-        )
-    prefix = raw.get("prefix")
-    if prefix is not None and (role != "assistant" or not isinstance(prefix, bool)):
-        raise UserError(
-            f"{where}: prefix {prefix!r} of a message from {role} must be true or false, and the assistant's"
         )
     weight = raw.get("weight")
     if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
@@ -296,7 +286,7 @@ def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Me
         raise UserError(f"{where}: message from {role} is empty")
     elif not isinstance(call_id, str):
         raise UserError(f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}")
-    return Message(role, parts, calls, call_id, raw.get("weight") != 0, bool(raw.get("prefix")))
+    return Message(role, parts, calls, call_id, raw.get("weight") != 0)
 
 
 def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:

@@ -181,7 +181,7 @@ def _open(job: Job[DPO]) -> PackedData:
     stage = job.stage
     if stage.pairs is not None:
         path = str(pairs_of(job.run_dir / stage.pairs).absolute())
-        source = SourceConfig(kind="jsonl", path=path, on_bad_row="skip")  # a text may have more tokens than were drawn
+        source = SourceConfig(kind="jsonl", path=path)
         data = stage.data.model_copy(update={"sources": {stage.pairs: source}})
         job = replace(job, stage=stage.model_copy(update={"data": data}))
     poll_alone("packing data")

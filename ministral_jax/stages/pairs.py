@@ -16,8 +16,9 @@ from pydantic import Field, field_validator
 from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rollout import Answers, seeds
 from ministral_jax.alignment.scoring import Scorer
-from ministral_jax.data.conversation import Message, as_openai
-from ministral_jax.data.tokenizer import check_vocab
+from ministral_jax.data.conversation import as_openai
+from ministral_jax.data.prompts import PromptRow
+from ministral_jax.data.tokenizer import Tokenizer, check_vocab
 from ministral_jax.distributed.collectives import first_then_all, from_first, is_first
 from ministral_jax.distributed.processes import saving
 from ministral_jax.errors import UserError
@@ -95,7 +96,7 @@ class Pairs(JudgedStage):
                 saving()
                 if is_first():
                     parts.mkdir(exist_ok=True)
-                    written = [_written(*row, job.directory) for row in rows]
+                    written = [_written(row, prompts.tokenizer, job.directory) for row in rows]
                     write_json(parts / f"{n}.json", {"made_of": made_of, "rows": written, "figures": figures})
                 line.update(n + 1, f"{len(rows)} pairs")
         first_then_all(lambda: _join(job, made_of))
@@ -150,8 +151,8 @@ def _figures(job: Job[Pairs], made_of: str) -> dict[str, float]:
     return {name: total if name in totals else total / max(count, 1) for name, (total, count) in sums.items()}
 
 
-Row = tuple[tuple[Message, ...], tuple[dict[str, Any], ...], Sample, Sample, float]
-"""A prompt and its tools, the chosen and the rejected answer, and the probability that it is better."""
+Row = tuple[PromptRow, Sample, Sample, float]
+"""A prompt, the chosen and the rejected answer, and the probability that it is better."""
 
 
 def _pairs(answers: Answers, probability: np.ndarray, host: online.HostMetrics) -> tuple[list[Row], online.HostMetrics]:
@@ -162,23 +163,24 @@ def _pairs(answers: Answers, probability: np.ndarray, host: online.HostMetrics) 
     for n, p in enumerate(decided):
         a, b = samples[2 * n : 2 * n + 2]
         if kept[n] and p != 0.5 and a.text.strip() and b.text.strip():
-            asked = answers.rows[2 * n]
-            rows.append((asked.messages, asked.tools, *((a, b) if p > 0.5 else (b, a)), float(max(p, 1 - p))))
+            rows.append((answers.rows[2 * n], *((a, b) if p > 0.5 else (b, a)), float(max(p, 1 - p))))
     counts = {"pairs": (float(len(rows)), 1.0), "pairs_kept": (float(len(rows)), float(len(decided)))}
     return rows, counts | host | online.conduct_metrics(samples)
 
 
-def _written(
-    messages: tuple[Message, ...], tools: Any, chosen: Sample, rejected: Sample, probability: float, directory: Path
-) -> dict[str, Any]:
-    """A row of JSONL; pictures that are no files are written beside it."""
-    images = iter([part for message in messages for part in message.parts if isinstance(part, (Path, Image.Image))])
-    shown = as_openai(messages)
+def _written(row: Row, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
+    """A row of JSONL, its answers as text and as they were drawn; pictures that are no files are written beside it."""
+    prompt, chosen, rejected, probability = row
+    answers = {"chosen": chosen, "rejected": rejected}
+    parts = [part for message in prompt.messages for part in message.parts]
+    images, shown = iter([part for part in parts if isinstance(part, (Path, Image.Image))]), as_openai(prompt.messages)
     for chunk in (chunk for message in shown if isinstance(message["content"], list) for chunk in message["content"]):
         if chunk["type"] == "image":
             chunk["image"] = _place(next(images), directory)
-    row = {"messages": [*shown], "chosen": [_said(chosen)], "rejected": [_said(rejected)], "probability": probability}
-    return row | ({"tools": [*tools]} if tools else {})
+    said: dict[str, Any] = {name: [_said(answer)] for name, answer in answers.items()}
+    drawn = {"tokenizer": tokenizer.digest} | {name: answer.tokens for name, answer in answers.items()}
+    tools = {"tools": prompt.tools} if prompt.tools else {}
+    return {"messages": shown, **tools, **said, "probability": probability, "tokens": drawn}
 
 
 def _place(image: Path | Image.Image, directory: Path) -> str:
@@ -191,10 +193,9 @@ def _place(image: Path | Image.Image, directory: Path) -> str:
 
 
 def _said(sample: Sample) -> dict[str, Any]:
-    """An answer as the assistant's message; one that reached the limit does not end."""
+    """An answer as the assistant's message."""
     content: Any = sample.answer
     if sample.thinking is not None:
         text = [{"type": "text", "text": sample.answer}] if sample.answer else []
         content = [{"type": "thinking", "thinking": sample.thinking}, *text]
-    cut = {"prefix": True} if sample.stopped == "length" else {}
-    return {"role": "assistant", "content": content, **cut}
+    return {"role": "assistant", "content": content}

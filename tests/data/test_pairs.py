@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ministral_jax.data.chat import SECOND, TRAINABLE, render, render_pair
+from ministral_jax.data.chat import SECOND, TRAINABLE, Rendered, render, render_pair
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
 from ministral_jax.data.conversation import Document, spell
 from ministral_jax.data.jsonl import parse_row
@@ -96,10 +96,6 @@ WRONG = {
         {"instruction": "2+2?", "completions": 2 * [{"response": "4", "overall_score": 1}]},
         "all completions are the same",
     ),
-    "prefix of the user": (
-        {**FORMS["texts"], "prompt": [{**ASKED, "prefix": True}]},
-        "prefix True of a message from user",
-    ),
 }
 
 
@@ -111,18 +107,36 @@ def test_a_row_that_is_no_pair_is_named(fault, tmp_path):
     assert words in str(error.value)
 
 
-def test_only_the_answers_are_learnt_and_one_that_was_cut_off_does_not_end(tmp_path):
-    tokenizer = load_tokenizer(TOKENIZER, tmp_path)
-    earlier = [SYSTEM, ASKED, {**YES, "content": "It is 4."}, {**ASKED, "content": "Sure?"}]
-    cut = {"role": "assistant", "content": "5", "prefix": True}
-    (pair,) = read({"prompt": earlier, "chosen": [YES], "rejected": [cut]}, tmp_path)
+def sides(pair: Document, tokenizer) -> list[Rendered]:
+    """Both conversations as they were rendered."""
     found = render_pair(pair, tokenizer, None)
     (second,) = np.flatnonzero(found.flags & SECOND)
-    learnt = lambda part: text_of(tokenizer, ())(found.tokens[part][found.flags[part] & TRAINABLE > 0], final=True)
-    assert (learnt(slice(0, second)), learnt(slice(second, None))) == ("4</s>", "5")
-    # each is the conversation that it would be alone
-    for part, messages in ((slice(0, second), pair.messages), (slice(second, None), pair.rejected)):
-        np.testing.assert_array_equal(found.tokens[part], render(messages, tokenizer, None, "").tokens)
+    return [Rendered(found.tokens[part], found.flags[part]) for part in (slice(0, second), slice(second, None))]
+
+
+def test_only_the_answers_are_learnt(tmp_path):
+    tokenizer = load_tokenizer(TOKENIZER, tmp_path)
+    earlier = [SYSTEM, ASKED, {**YES, "content": "It is 4."}, {**ASKED, "content": "Sure?"}]
+    (pair,) = read({"prompt": earlier, "chosen": [YES], "rejected": [NO]}, tmp_path)
+    for found, messages, said in zip(
+        sides(pair, tokenizer), (pair.messages, pair.rejected), ("4</s>", "5</s>"), strict=True
+    ):
+        assert text_of(tokenizer, ())(found.tokens[found.flags & TRAINABLE > 0], final=True) == said
+        # each is the conversation that it would be alone
+        np.testing.assert_array_equal(found.tokens, render(messages, tokenizer, None, "").tokens)
+
+
+def test_what_a_model_drew_is_not_tokenised_anew_but_by_another_tokenizer(tmp_path):
+    tokenizer, drawn = load_tokenizer(TOKENIZER, tmp_path), {"chosen": [88, 2], "rejected": [89, 90, 91]}
+    row = FORMS["texts"] | {"tokens": {"tokenizer": tokenizer.digest, **drawn}}
+    prompt = render(read(row, tmp_path)[0].messages[:1], tokenizer, None, "").tokens.tolist()
+    for found, ids in zip(sides(read(row, tmp_path)[0], tokenizer), drawn.values(), strict=True):
+        assert found.tokens.tolist() == prompt + ids
+        assert (found.flags & TRAINABLE > 0).tolist() == [False] * len(prompt) + [True] * len(ids)
+    other = FORMS["texts"] | {"tokens": {"tokenizer": "another", **drawn}}
+    plain = sides(read(FORMS["texts"], tmp_path)[0], tokenizer)
+    for found, as_text in zip(sides(read(other, tmp_path)[0], tokenizer), plain, strict=True):
+        np.testing.assert_array_equal(found.tokens, as_text.tokens)
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,10 @@ def test_pairs_are_what_the_judge_says_and_can_be_read_again(unbroken):
         (pair,) = parse_row(line, unbroken / "pairs" / FILE, "row", "row", False, True)
         assert spell(pair.messages[-1]) != spell(pair.rejected[-1])
         assert 0.5 < json.loads(line)["probability"] <= 1
-        assert pair.messages[-1].prefix == json.loads(line)["chosen"][0].get("prefix", False)
+        drawn = json.loads(line)["tokens"]
+        assert (
+            all(0 < len(drawn[name]) <= 24 for name in ("chosen", "rejected")) and drawn["chosen"] != drawn["rejected"]
+        )
     shown = [part for line in lines for part in json.loads(line)["messages"][0]["content"] if isinstance(part, dict)]
     pictures = {part["image"] for part in shown if part["type"] == "image"}
     assert pictures == {f"images/{path.name}" for path in (unbroken / "pairs" / "images").iterdir()} != set()
