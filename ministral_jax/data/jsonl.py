@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +31,6 @@ from ministral_jax.data.pairwise import judge_documents, pair_document
 from ministral_jax.errors import UserError
 from ministral_jax.files import open_plain, stable_key
 
-NO_PAIR = "is no pair; a row needs 'chosen' and 'rejected'"
 _PLACE = "<image>"
 _NAMED = "name images as 'image' or 'images'"
 _NEVER_READ = {
@@ -104,9 +103,9 @@ def parse_row(
         row = _best_and_another(row, key, where)
     pair = {"chosen", "rejected"} <= row.keys()
     if pairs and not pair:
-        raise UserError(f"{where}: {NO_PAIR}")
+        raise UserError(f"{where}: is no pair; a row needs 'chosen' and 'rejected'")
     shared, *answers = _answers(row, where) if pair else (None,)
-    if "text" in row and "messages" not in row and not prompts and not pairs and not pair:
+    if "text" in row and "messages" not in row and not prompts and not pair:
         if row.get("image") or row.get("images"):
             raise UserError(f"{where}: a 'text' has no images; put them into 'messages', with a question and an answer")
         return (Document(name, where, _string(row, "text", where), columns=_rest(row, "text", "images"), key=key),)

@@ -74,7 +74,7 @@ def test_margins_are_a_judges_or_of_scores(tmp_path):
 
 WRONG = {
     "no pair": ({"messages": [ASKED, YES]}, "is no pair"),
-    "half a pair": ({"prompt": "2+2?", "chosen": "4"}, "is no pair"),
+    "half a pair": ({"prompt": "2+2?", "chosen": "4"}, "a pair needs both"),
     "a text": ({"text": "4"}, "is no pair"),
     "the same twice": ({**FORMS["texts"], "rejected": "4"}, "are the same"),
     "an empty answer": ({**FORMS["texts"], "rejected": " "}, "'rejected' must be text that is not empty"),
