@@ -171,7 +171,8 @@ class _Learner(RowLearner):
     def evaluate(self, state: State) -> dict[str, float]:
         params, found = {**state["params"], **self.fixed}, list[Metrics]()
         for batch in rows.held_out_batches(self.job, self.data, self.reference):
-            found.append(jax.device_get(self.figures(self.read(params, batch), batch)))
+            alone = {name: array for name, array in batch.items() if name != "reference"}  # the program it was read by
+            found.append(jax.device_get(self.figures(self.read(params, alone), batch)))
         sums = {name: tuple(map(sum, zip(*(one[name] for one in found), strict=True))) for name in found[0]}
         return (self.examine(params) if self.examine else {}) | mean(sums)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def _batches(job: Job[Any], data: PackedData, todo: dict[Key, np.ndarray]) -> It
     for split in ("train", "held_out"):
         keys = [key for key in todo if key[0] == split]
         if keys:
-            found = chosen_rows(data, split, [todo[key][own] for key in keys])
-            yield from ((key, batch) for key, (batch, _) in zip(keys, found, strict=True))
+            found: Any = chosen_rows(data, split, [todo[key][own] for key in keys])
+            with closing(found):
+                yield from ((key, batch) for key, (batch, _) in zip(keys, found, strict=True))
 
 
 def _begin(path: Path, made_of: str) -> list[Key]:
