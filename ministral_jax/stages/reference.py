@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def reference_logprobs(job: Job[Any], data: PackedData, read: Read, params: Para
 def _made_of(job: Job[Any], data: PackedData) -> str:
     """Of all that decides on them: the policy, the rows, and among which others a row is computed."""
     stage = job.stage
-    how = [stage.compute.model_dump(mode="json"), stage.batch.sequences, stage.seed]
+    how = [asdict(stage.compute), stage.batch.sequences, stage.seed]
     return digest_of([digest(job.source), data.digest, how])
 
 

@@ -23,10 +23,13 @@ from test_resume import finish, kill_when, same
 from test_sft_packing import LENGTH, SPEC, STAGE, cut, one
 from test_sft_packing import packed as alone
 
-from ministral_jax.data.conversation import spell
+from ministral_jax.alignment.answer import Sample
+from ministral_jax.alignment.rollout import Answers
+from ministral_jax.data.conversation import Message, spell
 from ministral_jax.data.jsonl import parse_row
 from ministral_jax.data.pipeline import batches
 from ministral_jax.data.prepare import prepare
+from ministral_jax.data.prompts import PromptRow
 from ministral_jax.data.rows import pairs_per_row
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import model_inputs
@@ -35,7 +38,8 @@ from ministral_jax.models.vlm import VLM, Compute, param_shardings
 from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.dpo import OfflineOptions, objective, pair_logprobs
 from ministral_jax.stages.manifest import finished
-from ministral_jax.stages.pairs import FILE, pairs_of
+from ministral_jax.stages.pairs import FILE, _pairs, _said, _written, pairs_of
+from ministral_jax.stages.reference import reference_logprobs
 from ministral_jax.training.state import split_frozen
 
 ROWS, BETA = 4, 0.3
@@ -130,6 +134,90 @@ def test_a_packed_batch_is_its_pairs_one_at_a_time_on_every_mesh(answers, batch,
     scale = max(np.abs(g).max() for g in jax.tree.leaves(gradient))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 * scale)
+
+
+@pytest.fixture
+def asked(tmp_path) -> tuple[Any, Any]:
+    """A stage that is about to read pairs, and its data; its model is a file that stands for one."""
+    rows = [{"prompt": f"{n}+1=?", "chosen": str(n + 1), "rejected": "x y"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source: dict[str, Any] = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    config = type(STAGE.data).model_validate({**STAGE.data.model_dump(), "sources": {"rows": source}, "patches": 0})
+    for name in ("model", "offline"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(name)
+    batch, guard = SimpleNamespace(sequences=ROWS), SimpleNamespace(action="stop")
+    stage = SimpleNamespace(
+        compute=Compute(), seed=0, steps=3, batch=batch, guard=guard, evaluate=SimpleNamespace(rows=5)
+    )
+    place = {"source": tmp_path / "model", "directory": tmp_path / "offline", "name": "offline"}
+    return SimpleNamespace(stage=stage, placement=placed(dict(fsdp=1)), **place), prepare(
+        config, LENGTH, None, tmp_path / "data", pairs=True
+    )
+
+
+def test_the_reference_is_computed_once_and_again_where_it_was_harmed(asked):
+    job, data = asked
+    read, size = [], 2 * pairs_per_row(LENGTH)
+
+    def sums(params, batch):
+        """Minus the sum of every answer's tokens, less a third."""
+        read.append(batch)
+        tokens, segments = (np.asarray(batch[name]) for name in ("tokens", "segments"))
+        each = [np.bincount(s, t, size + 1)[1:] for t, s in zip(tokens, segments, strict=True)]
+        return -np.array(each, np.float32) / 3
+
+    def rows(steps: int) -> list[np.ndarray]:
+        reference, job.stage.steps = reference_logprobs(job, data, sums, {}), steps
+        return [batch["reference"] for batch in batches(data, ROWS, 0, range(steps), join=reference)]
+
+    job.stage.steps = 3
+    first, held_out = rows(3), -(-min(5, data.counts["held_out"]["rows"]) // ROWS)
+    assert len(read) == 3 + held_out
+    for batch, expected in zip(batches(data, ROWS, 0, range(3)), first, strict=True):
+        np.testing.assert_array_equal(sums({}, batch), expected)
+    path, count = job.directory / "reference.jsonl", len(read)
+    whole = path.read_text()
+    np.testing.assert_array_equal(rows(3), first)
+    assert len(read) == count, "what is there was computed again"
+    lines = whole.splitlines(keepends=True)
+    lines[0] = lines[0].replace("-", "-1", 1)  # a number is another one
+    path.write_text("".join(lines)[:-20])  # and the last line is cut
+    np.testing.assert_array_equal(rows(3), first)
+    assert len(read) == count + 2 and sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+    job.stage.steps = 4  # more steps need more rows, and no others anew
+    assert len(rows(4)) == 4 and len(read) == count + 3
+    (job.source / "manifest.json").write_text("another model")
+    rows(4)
+    assert len(read) == count + 3 + 4 + held_out
+
+
+def answer(text: str, *, thinking: str | None = None, looping: bool = False, stopped: Any = "stop") -> Sample:
+    return Sample((), text, thinking, text, (*text.encode(), 2), stopped, looping, {}, "here", 64)
+
+
+def test_a_pair_is_written_as_it_was_judged(tmp_path):
+    """The loop loses whatever the judge says; what is equal, empty, unknown or loops twice is left out."""
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    asked = PromptRow((Message("user", (picture, "Sum?")),), None, {}, "", "s", "here", ({"type": "function"},))  # type: ignore[arg-type]
+    said = [("7", "8"), ("a a", "8"), ("7", "7"), ("", "8"), ("7", "8"), ("a a", "b b"), ("7", "8")]
+    loops = {(1, 0), (5, 0), (5, 1)}
+    samples = [answer(text, looping=(n, k) in loops) for n, two in enumerate(said) for k, text in enumerate(two)]
+    judged = np.array([0.8, 0.9, 0.5, 0.9, np.nan, 0.9, 0.25])
+    rows, figures = _pairs(Answers([asked] * 14, [], samples), judged, {"judge_confidence": (1.0, 2.0)})
+    found = [(chosen.text, rejected.text, p) for _, chosen, rejected, p in rows]
+    assert found == [("7", "8", 0.8), ("8", "a a", 1.0), ("8", "7", 0.75)]
+    assert (figures["pairs_kept"], figures["tokens_drawn"][0]) == ((3.0, 7.0), sum(len(s.tokens) for s in samples))
+    tokenizer = SimpleNamespace(digest="t")
+    row = json.loads(json.dumps(_written(rows[0], tokenizer, tmp_path)))  # type: ignore[arg-type]
+    (pair,) = parse_row(json.dumps(row | {"tools": None}).encode(), tmp_path / FILE, "row", "row", False, True)
+    assert [spell(message) for message in (*pair.messages, pair.rejected[-1])] == ["[image]Sum?", "7", "8"]
+    assert pair.margin == pytest.approx(math.log(4)) and row["tools"] == [{"type": "function"}]
+    assert row["tokens"] == {"tokenizer": "t", "chosen": [ord("7"), 2], "rejected": [ord("8"), 2]}
+    with Image.open(pair.messages[0].parts[0]) as shown:
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(picture))
+    thought = _said(answer("7", thinking="3+4"))["content"]
+    assert [chunk["type"] for chunk in thought] == ["thinking", "text"]
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------
