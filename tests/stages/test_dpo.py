@@ -222,7 +222,11 @@ def test_a_pair_is_written_as_it_was_judged(tmp_path):
 
 # ---- in a run --------------------------------------------------------------------------------------------------------
 
-OFFLINE = (str(TESTS / "micro_post.yaml"), "offline")
+# judged by a reward that differs between almost any two answers; tests/chaos kills those that a judge reads
+OFFLINE = (
+    *(str(TESTS / "micro_post.yaml"), "offline", "stages.offline.from=parent", "stages.pairs.from=parent"),
+    *("stages.pairs.judge=null", "stages.pairs.rewards={wordy: {kind: user, function: 'post_cases:spread'}}"),
+)
 
 
 @pytest.fixture(scope="module")
