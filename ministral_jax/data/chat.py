@@ -119,7 +119,7 @@ def render_pair(document: Document, tokenizer: Tokenizer, vision: VisionSpec | N
     Answers that a model gave are the tokens that it drew where the row says them, of the same tokenizer: a column
     `tokens` with `tokenizer`, its digest, and `chosen` and `rejected`, ids. Raises `UserError`: see `render`.
     """
-    drawn = document.columns.get("tokens")
+    drawn: Any = document.columns.get("tokens")
     is_known = isinstance(drawn, dict) and drawn.get("tokenizer") == tokenizer.digest
 
     def side(name: str, messages: tuple[Message, ...]) -> Rendered:

@@ -118,10 +118,10 @@ def parse_row(
     document = Document(name, where, None, messages, tools, columns, key)
     if not judged:
         return (document,)
-    turns = [_answer(key, value, where) for key, value in zip(("chosen", "rejected"), answers, strict=True)]
-    if pairs and turns[0] != turns[1]:
-        return (pair_document(document, *turns, _margin(row, where)),)
-    return judge_documents(document, *_compared(turns, where))
+    chosen, rejected = (_answer(key, value, where) for key, value in zip(("chosen", "rejected"), answers, strict=True))
+    if pairs and chosen != rejected:
+        return (pair_document(document, chosen, rejected, _margin(row, where)),)
+    return judge_documents(document, *_compared([chosen, rejected], where))
 
 
 def _check_row(row: dict[str, Any], where: str, prompts: bool) -> None:

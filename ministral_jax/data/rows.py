@@ -39,10 +39,9 @@ def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) 
     record = dict(tokens=np.concatenate(tokens), flags=np.concatenate(flags), sizes=sizes)
     if patches:
         record |= dict(grids=np.concatenate(grids), patches=np.concatenate(patches))
-    margins = [sources[piece.source].margins for piece in pieces]
-    if margins[0] is not None:
-        record["margins"] = np.array([m[piece.document] for m, piece in zip(margins, pieces, strict=True)], np.float32)
-    return save(record)
+    known = [(sources[piece.source].margins, piece.document) for piece in pieces]
+    margins = [margins[document] for margins, document in known if margins is not None]
+    return save(record | ({"margins": np.array(margins, np.float32)} if margins else {}))
 
 
 def pairs_per_row(length: int) -> int:

@@ -58,8 +58,8 @@ def read_task(config: SourceConfig, prompts: bool = False, pairs: bool = False) 
         elif prompts:
             yield document
         elif pairs:
-            answers = ((Message("assistant", (document.columns[key],)),) for key in ("chosen", "rejected"))
-            yield pair_document(document, *answers, math.nan)
+            chosen, rejected = ((Message("assistant", (document.columns[key],)),) for key in ("chosen", "rejected"))
+            yield pair_document(document, chosen, rejected, math.nan)
         else:
             yield from judge_documents(document, document.columns["chosen"], document.columns["rejected"])
 

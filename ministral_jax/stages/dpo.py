@@ -32,6 +32,7 @@ from ministral_jax.stages.base import Graph, Job, Params, Program, Result, load_
 from ministral_jax.stages.figures import ANSWERS, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, Examine, Looped, Objective, RowLearner, update_program
 from ministral_jax.stages.odpo import WIN_RATE, compared, token_logprobs
+from ministral_jax.stages.online import added
 from ministral_jax.stages.pairs import Pairs, pairs_of
 from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts, sampler_programs
 from ministral_jax.stages.reference import reference_logprobs
@@ -173,8 +174,7 @@ class _Learner(RowLearner):
         for batch in rows.held_out_batches(self.job, self.data, self.reference):
             alone = {name: array for name, array in batch.items() if name != "reference"}  # the program it was read by
             found.append(jax.device_get(self.figures(self.read(params, alone), batch)))
-        sums = {name: tuple(map(sum, zip(*(one[name] for one in found), strict=True))) for name in found[0]}
-        return (self.examine(params) if self.examine else {}) | mean(sums)
+        return (self.examine(params) if self.examine else {}) | mean(added(found))
 
 
 def _open(job: Job[DPO]) -> PackedData:
