@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ministral_jax.data.conversation import Message, Part, Thought, dump
+from ministral_jax.data.conversation import Document, Message, Part, Thought, dump
 from ministral_jax.data.images import image_tokens, open_image, resize, token_grid
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import VisionSpec
 
-TRAINABLE, ANSWER, TEXT = 1, 2, 4
-"""Flags of a token as a target: it counts in the loss; it answers after an image, reasoning aside; it is plain text."""
+TRAINABLE, ANSWER, TEXT, SECOND = 1, 2, 4, 8
+"""Flags of a token: as a target it counts in the loss; it answers after an image, reasoning aside; it is plain text. Or
+the second conversation of a pair begins with it."""
 
 _BRACKETS = {
     "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
@@ -136,6 +137,27 @@ def render(
             add([tokenizer.special("[TOOL_CALLS]"), *name, tokenizer.special("[ARGS]"), *arguments], trainable)
         add([tokenizer.special(closing)], trainable)
     return Rendered(np.array(tokens, np.uint32), np.array(flags, np.uint8), tuple(pictures))
+
+
+def render_pair(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:
+    """Both conversations of a pair one after the other, the second's first token flagged, each with its pictures.
+
+    Answers that a model gave are the tokens that it drew where the row says them, of the same tokenizer: a column
+    `tokens` with `tokenizer`, its digest, and `chosen` and `rejected`, ids. Raises `UserError`: see `render`.
+    """
+    drawn: Any = document.columns.get("tokens")
+    is_known = isinstance(drawn, dict) and drawn.get("tokenizer") == tokenizer.digest
+
+    def side(name: str, messages: tuple[Message, ...]) -> Rendered:
+        found = render(messages[:-1] if is_known else messages, tokenizer, vision, document.where, document.tools)
+        ids = np.array(drawn[name] if is_known else [], np.uint32)
+        flags = np.full(len(ids), TRAINABLE, np.uint8)
+        return Rendered(np.append(found.tokens, ids), np.append(found.flags, flags), found.pictures)
+
+    first, second = side("chosen", document.messages), side("rejected", document.rejected)
+    second.flags[0] = SECOND
+    tokens, flags = (np.concatenate(two) for two in ((first.tokens, second.tokens), (first.flags, second.flags)))
+    return Rendered(tokens, flags, first.pictures + second.pictures)
 
 
 def _check_version(

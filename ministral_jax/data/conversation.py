@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,7 +65,8 @@ class Document:
 
     name: unique and stable. key: what is hashed to order documents, their names where empty. group: what is hashed to
     hold a document out, its key where empty; those of one group stay together. columns: the other keys of its row.
-    where: for error messages.
+    where: for error messages. Of a pair `messages` end with the answer that was chosen, `rejected` with the other, and
+    `margin` says by how much: see `pairwise.pair_document`.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Document:
     key: str = ""
     group: str = ""
     parts: tuple[str | Path, ...] = ()
+    rejected: tuple[Message, ...] = ()
+    margin: float = math.nan
 
 
 def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tuple[Message, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ministral_jax.data.bad_rows import BadRows, LeftOut, Unusable, say_once, settle
-from ministral_jax.data.chat import Rendered, render, render_interleaved, render_text
+from ministral_jax.data.chat import Rendered, render, render_interleaved, render_pair, render_text
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.images import MOST_PIXELS, to_patches
 from ministral_jax.data.sources import Source, read_rows
@@ -34,7 +34,8 @@ Progress = Callable[[str, int], None]
 
 _FORMAT = 4
 _DRAW = 2**32  # a salt that no pass of packing reaches
-_KNOWN = {"answer", "chosen", "rejected", "image", "images"}  # columns that are learnt all the same
+_KNOWN = {"answer", "chosen", "rejected", "probability", "score_chosen", "score_rejected", "tokens", "image", "images"}
+"""Columns that are learnt all the same."""
 _BATCH = 64
 _THREADS = 8
 
@@ -62,6 +63,8 @@ class Documents:
     plain: np.ndarray
     """bool `[D]`: plain text, which may be cut anywhere."""
     left_out: LeftOut
+    margins: np.ndarray | None = None
+    """float32 `[D]` of pairs, see `pairwise.pair_document`, which are never cut; None where documents are none."""
 
     def drawn(self, share: float) -> np.ndarray:
         """bool `[D]`: a part of the documents, the same for the same groups, independent of the order by `keys`."""
@@ -84,15 +87,21 @@ def drawn(groups: np.ndarray, share: float) -> np.ndarray:
 
 
 def tokenise(
-    source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, root: Path, progress: Progress | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    vision: VisionSpec | None,
+    root: Path,
+    progress: Progress | None = None,
+    pairs: bool = False,
 ) -> Documents:
-    """Tokenise a source into `root/<digest>`, or open what an earlier call left there. Raises `UserError`: documents or
-    images cannot be used, all of which are read first, or there is none."""
+    """Tokenise a source, as `pairs` or not, into `root/<digest>`, or open what an earlier call left there. Raises
+    `UserError`: documents or images cannot be used, all of which are read first, or there is none."""
     digest = documents_digest(source.digest, tokenizer.digest, vision)
+    digest = digest_of([digest, "pairs"]) if pairs else digest
     directory = root / digest[:16]
     if not directory.is_dir():
         with new_directory(directory) as draft:
-            _write(draft, source, tokenizer, vision, progress)
+            _write(draft, source, tokenizer, vision, progress, pairs)
     tokens, flags, patches = (
         _map(directory / f"{name}.bin", dtype)
         for name, dtype in (("tokens", np.uint32), ("flags", np.uint8), ("patches", np.uint8))
@@ -111,7 +120,12 @@ def documents_digest(source: str, tokenizer: str, vision: VisionSpec | None) -> 
 
 
 def _write(
-    directory: Path, source: Source, tokenizer: Tokenizer, vision: VisionSpec | None, progress: Progress | None
+    directory: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    vision: VisionSpec | None,
+    progress: Progress | None,
+    pairs: bool,
 ) -> None:
     def rendering(row: Document | Unusable) -> tuple[Document, Rendered] | Unusable:
         if isinstance(row, Unusable):
@@ -121,8 +135,8 @@ def _write(
         except UserError as error:
             return Unusable(row.where, error)
 
-    bad, rows = BadRows(source.name, source.config), read_rows(source)
-    sizes, grids, keys, groups, plain, columns = [], [], [], [], [], set[str]()
+    bad, rows = BadRows(source.name, source.config), read_rows(source, pairs=pairs)
+    sizes, grids, keys, groups, plain, margins, columns = [], [], [], [], [], [], set[str]()
     with ExitStack() as stack:
         tokens, flags, patches = (
             stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ("tokens", "flags", "patches")
@@ -148,6 +162,7 @@ def _write(
                 keys.append(stable_key(document.key or document.name))
                 groups.append(group_key(document))
                 plain.append(document.text is not None)
+                margins.append(document.margin)
                 columns |= document.columns.keys() - _KNOWN
                 where.write(document.where.replace("\n", " ") + "\n")
             if progress is not None:
@@ -164,6 +179,7 @@ def _write(
         keys=np.array(keys, np.uint64),
         groups=np.array(groups, np.uint64),
         plain=np.array(plain, bool),
+        **({"margins": np.array(margins, np.float32)} if pairs else {}),
     )
     save_file(arrays, directory / "documents.safetensors")
 
@@ -173,6 +189,8 @@ def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None)
         return render_text(document.text, tokenizer, document.where)
     if document.parts:
         return render_interleaved(document.parts, tokenizer, vision, document.where)
+    if document.rejected:
+        return render_pair(document, tokenizer, vision)
     return render(document.messages, tokenizer, vision, document.where, document.tools)
 
 

@@ -2,8 +2,10 @@
 
 A row is one of `{"text": ..}`, `{"question": .., "answer": ..}`, `{"messages": [..], "tools": [..]}` (tools optional;
 see `conversation.parse_messages`) and a preference, `{"prompt" or "messages": .., "chosen": .., "rejected": ..}`, which
-gives a judge's two documents; `chosen` and `rejected` may also be whole conversations that share their beginning. Read
-as prompts, a row ends before its answer, may have none, and may be `{"prompt": text or messages}`.
+gives a judge's two documents, or where pairs are read one of both answers; `chosen` and `rejected` may also be whole
+conversations that share their beginning, and a row of UltraFeedback with all `completions` of an `instruction` is one,
+too. How much better the chosen one is may stand beside them: `probability`, or `score_chosen` and `score_rejected`.
+Read as prompts, a row ends before its answer, may have none, and may be `{"prompt": text or messages}`.
 
 Images stand in the messages, or beside them or a text as `"image": path` or `"images": [path, ..]`: then they are shown
 where the text, in messages the user's, says `<image>` (or has a chunk `{"type": "image"}` without a path), or before
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,10 +25,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from scipy.special import logit
+
 from ministral_jax.data.conversation import Document, Message, from_json, image_path, parse_messages, parse_tools, spell
-from ministral_jax.data.pairwise import judge_documents
+from ministral_jax.data.pairwise import judge_documents, pair_document
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain
+from ministral_jax.files import open_plain, stable_key
 
 _PLACE = "<image>"
 _NAMED = "name images as 'image' or 'images'"
@@ -84,16 +89,22 @@ def _whole(value: Any) -> Any:
     return {_whole(key): _whole(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> tuple[Document, ...]:
+def parse_row(
+    line: bytes, path: Path, name: str, where: str, prompts: bool, pairs: bool = False
+) -> tuple[Document, ...]:
     """The documents of a row of the JSONL file at `path`: two of a preference, else one; equal rows are held out
-    together. Raises `UserError`: the row is malformed, or has a key of another format that would be lost; begins with
-    `where`."""
+    together. As `pairs` every row must be a preference, and is one document. Raises `UserError`: the row is malformed,
+    or has a key of another format that would be lost; begins with `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
     row, key = {k: value for k, value in row.items() if value is not None}, hashlib.sha256(line.strip()).hexdigest()
     _check_row(row, where, prompts)
+    if "completions" in row and "instruction" in row:
+        row = _best_and_another(row, key, where)
     pair = {"chosen", "rejected"} <= row.keys()
+    if pairs and not pair:
+        raise UserError(f"{where}: is no pair; a row needs 'chosen' and 'rejected'")
     shared, *answers = _answers(row, where) if pair else (None,)
     if "text" in row and "messages" not in row and not prompts and not pair:
         text, parts = _text(row, path.parent, where)
@@ -105,7 +116,12 @@ def parse_row(line: bytes, path: Path, name: str, where: str, prompts: bool) -> 
     else:
         columns = _rest(row, "question", "tools")  # its images stay, as they are named
     document = Document(name, where, None, messages, tools, columns, key)
-    return judge_documents(document, *_compared(answers, where)) if judged else (document,)
+    if not judged:
+        return (document,)
+    chosen, rejected = (_answer(key, value, where) for key, value in zip(("chosen", "rejected"), answers, strict=True))
+    if pairs and chosen != rejected:
+        return (pair_document(document, chosen, rejected, _margin(row, where)),)
+    return judge_documents(document, *_compared([chosen, rejected], where))
 
 
 def _check_row(row: dict[str, Any], where: str, prompts: bool) -> None:
@@ -284,16 +300,66 @@ def _check_same_prompt(row: dict[str, Any], shared: list[Any], where: str) -> No
         raise UserError(f"{where}: 'messages' are neither what chosen and rejected begin with nor one of them")
 
 
-def _compared(answers: list[Any], where: str) -> tuple[str, str]:
-    """The texts of the chosen and the rejected answer, which may be given as the assistant's message alone."""
-    texts, opening = {}, {"role": "user", "content": "?"}
-    for key, value in zip(("chosen", "rejected"), answers, strict=True):
-        if isinstance(value, list) and value:
-            value = spell(parse_messages([opening, *value], Path(), f"{where}: {key}")[-1], thinking=False)
-        texts[key] = _string({key: value}, key, where)
-    if texts["chosen"] == texts["rejected"]:
-        raise UserError(f"{where}: chosen and rejected are the same, {texts['chosen'][:40]!r}; leave the row out")
-    return texts["chosen"], texts["rejected"]
+def _answer(key: str, value: Any, where: str) -> tuple[Message, ...]:
+    """An answer given as text, or as the assistant's messages alone."""
+    if isinstance(value, list) and value:
+        opening = {"role": "user", "content": "?"}
+        return parse_messages([opening, *value], Path(), f"{where}: {key}")[1:]
+    return (Message("assistant", (_string({key: value}, key, where),)),)
+
+
+def _compared(turns: list[tuple[Message, ...]], where: str) -> tuple[str, str]:
+    """The texts of the chosen and the rejected answer."""
+    texts = {key: spell(turn[-1], thinking=False) for key, turn in zip(("chosen", "rejected"), turns, strict=True)}
+    chosen, rejected = (_string(texts, key, where) for key in texts)
+    if chosen == rejected:
+        raise UserError(f"{where}: chosen and rejected are the same, {chosen[:40]!r}; leave the row out")
+    return chosen, rejected
+
+
+def _margin(row: dict[str, Any], where: str) -> float:
+    """See `pair_document`."""
+    if "probability" in row:
+        probability = _number(row, "probability", where)
+        if not 0.5 <= probability <= 1:
+            raise UserError(f"{where}: 'probability' {probability} that chosen is better must be from 1/2 to 1")
+        return float(logit(probability))
+    if not row.keys() & {"score_chosen", "score_rejected"}:
+        return math.nan
+    margin = _number(row, "score_chosen", where) - _number(row, "score_rejected", where)
+    if margin < 0:
+        raise UserError(f"{where}: 'score_chosen' is {-margin:g} below 'score_rejected'; exchange the answers")
+    return margin
+
+
+def _number(row: dict[str, Any], key: str, where: str) -> float:
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: {key!r} must be a number, got {value!r:.40}")
+    return float(value)
+
+
+def _best_and_another(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A row of UltraFeedback as a preference: the completion with the highest score, and another by the row's hash, as
+    Zephyr's (arXiv 2310.16944) are drawn."""
+    found = row["completions"]
+    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(each, dict) for each in found):
+        raise UserError(f"{where}: 'completions' must be a list of two or more objects, got {found!r:.60}")
+    scores = [_number(each, "overall_score", where) for each in found]
+    best = scores.index(max(scores))
+    others = [n for n in range(len(found)) if n != best and found[n].get("response") != found[best].get("response")]
+    if not others:
+        raise UserError(f"{where}: all completions are the same; leave the row out")
+    other = others[stable_key(key) % len(others)]
+    rest = {name: value for name, value in row.items() if name not in ("instruction", "completions")}
+    names = {"chosen": best, "rejected": other}
+    answers = {name: found[n].get("response") for name, n in names.items()}
+    return {
+        **rest,
+        "prompt": row["instruction"],
+        **answers,
+        **{f"score_{name}": scores[n] for name, n in names.items()},
+    }
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:

@@ -3,7 +3,8 @@
 Each row begins with the source that is furthest behind its share of the tokens and takes documents from it until none
 fits, then goes on with the next. So every prefix of the rows has the mix to within two rows, and a row with images is
 full of them (up to P) while the others hold none. Plain text is cut where a row ends; a conversation only when it is
-longer than a row, and a window of it in which the assistant says nothing is left out; a document with images never.
+longer than a row, and a window of it in which the assistant says nothing is left out; a pair or a document with images
+never.
 Every window that continues a document begins with `<s>`, as the models always see it.
 
 Held-out rows are `spread`: a row begins with a window of whichever document comes next, and each document gives one
@@ -203,9 +204,10 @@ def _rows(queues: list[_Queue], shares: list[float], length: int, patches: int, 
 
 def fitting(documents: Documents, name: str, length: int, patches: int) -> tuple[np.ndarray, LeftOut]:
     """bool `[D]`: documents that rows of `length` tokens and `patches` image patches can hold; and of those that they
-    cannot, because a document with images is never cut, how many and why."""
+    cannot, because a pair or a document with images is never cut, how many and why."""
     sizes, needed = np.diff(documents.starts), np.diff(documents.patch_starts)
-    bad = (needed > patches) | ((needed > 0) & (sizes > length))
+    is_pair = documents.margins is not None
+    bad = (needed > patches) | (((needed > 0) | is_pair) & (sizes > length))
     reasons = []
     for d in np.flatnonzero(bad)[:SHOWN]:
         place = f"{documents.where(int(d))} (data.sources.{name})"
@@ -216,7 +218,7 @@ def fitting(documents: Documents, name: str, length: int, patches: int) -> tuple
             )
         else:
             reasons.append(
-                f"{place} makes {sizes[d]} tokens with images but a row holds batch.length = {length}; raise "
-                "batch.length or make the document shorter"
+                f"{place} makes {sizes[d]} tokens {'in two answers' if is_pair else 'with images'} but a row holds "
+                f"batch.length = {length}; raise batch.length or make the document shorter"
             )
     return ~bad, LeftOut(rows=int(bad.sum()), of=len(bad), reasons=reasons)

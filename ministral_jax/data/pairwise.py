@@ -1,4 +1,5 @@
-"""What a pairwise judge reads: a conversation, two answers, and which is better. Free of JAX."""
+"""What is made of a preference, a conversation with two answers, one of which is better: a question to a judge, or a
+pair for a policy. Free of JAX."""
 
 from __future__ import annotations
 
@@ -31,3 +32,17 @@ def judge_documents(document: Document, chosen: str, rejected: str) -> tuple[Doc
         return replace(document, name=f"{document.name}#{order}", messages=messages, tools=(), key=key)
 
     return ask("ab", chosen, rejected, CHOICES[0]), ask("ba", rejected, chosen, CHOICES[1])
+
+
+def pair_document(
+    document: Document, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float
+) -> Document:
+    """What a policy learns from a preference: `document`, a prompt, once with the messages of each answer, which alone
+    are learnt.
+
+    Args:
+        margin: log p / (1 - p), where p is the probability that the chosen answer is better, or the difference of their
+            scores, which is the same if these are the rewards of Bradley and Terry; NaN where neither is known.
+    """
+    prompt = tuple(replace(message, target=False) for message in document.messages)
+    return replace(document, messages=(*prompt, *chosen), rejected=(*prompt, *rejected), margin=margin)

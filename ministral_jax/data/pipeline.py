@@ -104,6 +104,12 @@ def chosen_rows(data: PackedData, split: str, steps: Sequence[Indices]) -> Itera
     return _prefetched(grain.MapDataset.range(len(steps)).map(batch))
 
 
+def row_hashes(data: PackedData, split: str, numbers: Indices) -> list[bytes]:
+    """Content hashes of the rows of these numbers; -1 is none."""
+    records = _open(data, split)
+    return [content_hash(cast(bytes, records[int(i)])) for i in numbers if i >= 0]
+
+
 def _open(data: PackedData, split: str) -> grain.sources.ArrayRecordDataSource:
     path = data.directory / f"{split}.array_record"
     if not path.is_file():
@@ -119,7 +125,8 @@ def _order(data: PackedData, seed: int) -> grain.MapDataset:
 
 def _batch(records: list[bytes | None], data: PackedData, join: Join | None, documents: bool = False) -> Batch:
     """The rows' arrays; empty rows are the last ones, and zero in what is joined."""
-    batch = stack([decode_row(record, data.length, data.patches, data.tokenizer, data.vision) for record in records])
+    shape = (data.length, data.patches, data.tokenizer, data.vision, data.pairs)
+    batch = stack([decode_row(record, *shape) for record in records])
     if not documents:
         del batch["document"]
     joined = join([content_hash(record) for record in records if record is not None]) if join else {}

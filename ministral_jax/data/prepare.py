@@ -41,10 +41,17 @@ class PackedData:
     length: int
     patches: int
     counts: dict[str, Any]
+    pairs: bool = False
+    """Whether every document is a pair; `counts["unjudged"]` then says where the first without a margin stands."""
 
 
 def prepare(
-    config: DataConfig, length: int, vision: VisionSpec | None, root: Path, progress: Progress | None = None
+    config: DataConfig,
+    length: int,
+    vision: VisionSpec | None,
+    root: Path,
+    progress: Progress | None = None,
+    pairs: bool = False,
 ) -> PackedData:
     """Tokenise and pack the sources into `root/<digest>`, or open what an earlier call left there.
 
@@ -55,6 +62,7 @@ def prepare(
         length: tokens per row, T.
         vision: image layout of the model; None for a text model, which then must have `config.patches == 0`.
         progress: called as (what, how many so far).
+        pairs: whether sources are read as pairs of answers.
 
     Raises:
         UserError: a file, row, image or document cannot be used, or the sources cannot be mixed as asked.
@@ -70,7 +78,8 @@ def prepare(
     tokenizer = load_tokenizer(config.tokenizer, root)
     opened = {name: open_source(name, source, root) for name, source in config.sources.items()}
     sources = {
-        name: tokenise(source, tokenizer, vision, root / "documents", progress) for name, source in opened.items()
+        name: tokenise(source, tokenizer, vision, root / "documents", progress, pairs)
+        for name, source in opened.items()
     }
     # the order of the sources decides between equals, and so belongs to it
     inputs = [[name, sources[name].digest, source.weight] for name, source in config.sources.items()]
@@ -82,7 +91,7 @@ def prepare(
     counts = json.loads((directory / "index.json").read_text())
     for name, source in config.sources.items():
         settle(counts["left_out"][name], name, source)
-    return PackedData(directory, digest, tokenizer, vision, length, config.patches, counts)
+    return PackedData(directory, digest, tokenizer, vision, length, config.patches, counts, pairs)
 
 
 def _write(
@@ -105,7 +114,7 @@ def _write(
                 f"data.sources.{name} has no document left to train on with data.held_out = {config.held_out}; "
                 "give it more documents or hold out fewer"
             )
-    counts: dict[str, Any] = {"left_out": left_out}
+    counts: dict[str, Any] = {"left_out": left_out, **_unjudged(sources)}
     for split in SPLITS:
         members = {name: np.flatnonzero(fits[name] & (outside[name] == (split == "held_out"))) for name in sources}
         rows, tallies = pack(sources, members, weights, length, config.patches, spread=split == "held_out")
@@ -128,6 +137,13 @@ def _write(
         padding = 1 - tokens / max(written * length, 1)
         counts[split] = dict(rows=written, tokens=tokens, padding=padding, sources=used)
     (directory / "index.json").write_text(json.dumps(counts, indent=1) + "\n")
+
+
+def _unjudged(sources: dict[str, Documents]) -> dict[str, str]:
+    for documents in sources.values():
+        if documents.margins is not None and (without := np.flatnonzero(np.isnan(documents.margins))).size:
+            return {"unjudged": documents.where(int(without[0]))}
+    return {}
 
 
 def _check_shares(tallies: dict[str, Tally], weights: dict[str, float], length: int, patches: int) -> None:

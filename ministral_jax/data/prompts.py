@@ -40,6 +40,7 @@ class PromptRow(NamedTuple):
     reference: str
     source: str
     where: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,7 @@ def _row(document: Document, source: str, tokenizer: Tokenizer, vision: VisionSp
     if messages[-1].role == "assistant":
         messages, reference = messages[:-1], spell(messages[-1])
     rendered = render(messages, tokenizer, vision, document.where, document.tools)
-    return PromptRow(messages, rendered, document.columns, reference, source, document.where)
+    return PromptRow(messages, rendered, document.columns, reference, source, document.where, document.tools)
 
 
 class RowCheck(NamedTuple):

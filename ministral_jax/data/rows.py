@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from ministral_jax.data.batch import Batch, following, image_row, image_slots, padded, text_row
-from ministral_jax.data.chat import ANSWER, TEXT, TRAINABLE
+from ministral_jax.data.chat import ANSWER, SECOND, TEXT, TRAINABLE
 from ministral_jax.data.documents import Documents
 from ministral_jax.data.images import ImagePatches
 from ministral_jax.data.packing import Piece
@@ -23,7 +23,7 @@ _EMPTY = dict(tokens=np.zeros(0, np.uint32), flags=np.zeros(0, np.uint8), sizes=
 def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) -> bytes:
     """A row as safetensors: `tokens` uint32 and `flags` uint8 without padding, `sizes` int32 of its pieces and
     `documents` int32 of which they are (of hashes), and of its pictures in order `grids` int32 `[I, 2]` and `patches`
-    uint8 `[P, 3pp]`."""
+    uint8 `[P, 3pp]`; where the pieces are pairs, `margins` float32 of them."""
     tokens, flags, grids, patches = [], [], [], []
     for piece in pieces:
         source, d = sources[piece.source], piece.document
@@ -42,7 +42,21 @@ def encode_row(pieces: Sequence[Piece], sources: Sequence[Documents], bos: int) 
     record = dict(tokens=np.concatenate(tokens), flags=np.concatenate(flags), sizes=sizes, documents=documents)
     if patches:
         record |= dict(grids=np.concatenate(grids), patches=np.concatenate(patches))
-    return save(record)
+    known = [(sources[piece.source].margins, piece.document) for piece in pieces]
+    margins = [margins[document] for margins, document in known if margins is not None]
+    return save(record | ({"margins": np.array(margins, np.float32)} if margins else {}))
+
+
+def pairs_per_row(length: int) -> int:
+    """The most that a row can hold: a question and the beginning of an answer have five tokens."""
+    return length // 10
+
+
+def _parts(stored: Batch) -> np.ndarray:
+    """Sizes of the conversations of a row of pairs."""
+    begins = np.cumsum(stored["sizes"]) - stored["sizes"]
+    begins = np.union1d(begins, np.flatnonzero(stored["flags"] & SECOND))
+    return np.diff(begins, append=len(stored["tokens"])).astype(np.int32)
 
 
 def content_hash(record: bytes) -> bytes:
@@ -58,11 +72,18 @@ def content_hash(record: bytes) -> bytes:
 
 
 def decode_row(
-    record: bytes | None, length: int, patches: int, tokenizer: Tokenizer, vision: VisionSpec | None
+    record: bytes | None,
+    length: int,
+    patches: int,
+    tokenizer: Tokenizer,
+    vision: VisionSpec | None,
+    pairs: bool = False,
 ) -> Batch:
-    """Arrays of one row of `pipeline.batches` and `document`, without the leading B; None is an empty row."""
+    """Arrays of one row of `pipeline.batches` and `document`, without the leading B; None is an empty row. Of `pairs`
+    each conversation is a segment, the chosen ones are the odd segments, and `margin` float32 `[pairs_per_row]` is the
+    pairs'."""
     stored = _EMPTY if record is None else load(record)
-    row = text_row(stored["tokens"], stored["sizes"], length)
+    row = text_row(stored["tokens"], _parts(stored) if pairs else stored["sizes"], length)
     # Position t predicts t + 1, which counts when it belongs to the same document; the first token of one never does.
     targets = np.where(following(row["positions"]) > 0, following(padded(stored["flags"], length)), 0)
     row |= dict(
@@ -71,6 +92,8 @@ def decode_row(
         text_bytes=np.where(targets & TEXT, tokenizer.byte_lengths[row["labels"]], 0).astype(np.float32),
         document=padded(np.repeat(stored["documents"], stored["sizes"]), length),
     )
+    if pairs:
+        row["margin"] = padded(stored.get("margins", np.zeros(0, np.float32)), pairs_per_row(length))
     if patches:
         assert vision is not None
         images = ImagePatches(stored["grids"], stored["patches"]) if "grids" in stored else None

@@ -78,25 +78,28 @@ def source_digest(config: SourceConfig, root: Path | None = None) -> str | None:
     return None
 
 
-def read_rows(source: Source, prompts: bool = False) -> Iterator[Document | Unusable]:
+def read_rows(source: Source, prompts: bool = False, pairs: bool = False) -> Iterator[Document | Unusable]:
     """The documents of a source and the rows that are none, one at a time; images of files are still paths.
 
-    As `prompts`, conversations end with what is to be answered; the last answer, where there is one, is left out.
+    As `prompts`, conversations end with what is to be answered; the last answer, where there is one, is left out. As
+    `pairs`, every document has two answers: see `pairwise.pair_document`.
 
     Raises:
-        UserError: a file as a whole cannot be read, or it is plain text where prompts are wanted.
+        UserError: a file as a whole cannot be read, or the source is of a kind that has no prompts, or no pairs.
     """
     kind, limit = source.config.kind, source.config.limit
     if prompts and kind in ("text", "python-library"):
         raise UserError(f"data.sources.{source.name} is plain text, of kind {kind!r}: it has no prompts to be answered")
+    if pairs and kind not in ("jsonl", "preferences"):
+        raise UserError(f"data.sources.{source.name} of kind {kind!r} has no pairs; give jsonl or preferences")
     if kind in KINDS:
-        yield from read_task(source.config, prompts)
+        yield from read_task(source.config, prompts, pairs)
     elif kind == "jsonl":
         rows = ((relative, path, n, line) for relative, path in source.files for n, line in lines_of(path))
         for relative, path, n, line in islice(rows, limit):
             where = f"{path} row {n}"
             try:
-                documents = parse_row(line, path, f"{relative}:{n}", where, prompts)
+                documents = parse_row(line, path, f"{relative}:{n}", where, prompts, pairs)
                 _check_pictures(documents, where)
             except UserError as error:
                 yield Unusable(where, error)

@@ -15,6 +15,7 @@ round. Questions are short, because every token of the tiny recipe is paid for o
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,7 +33,7 @@ from ministral_jax.data import conversation, pairwise
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document, Message, Part, Thought, as_openai, dump
 from ministral_jax.data.digests import Digests
-from ministral_jax.data.pairwise import judge_documents
+from ministral_jax.data.pairwise import judge_documents, pair_document
 from ministral_jax.files import stable_key
 
 DEFAULT_LIMIT = 4000
@@ -51,8 +52,8 @@ _WORDS = (
 # fmt: on
 
 
-def read_task(config: SourceConfig, prompts: bool = False) -> Iterator[Document]:
-    """The first `limit` documents of a task; of preferences as many pairs, each in both orders.
+def read_task(config: SourceConfig, prompts: bool = False, pairs: bool = False) -> Iterator[Document]:
+    """The first `limit` documents of a task; of preferences as many pairs, each in both orders, or as `pairs` once.
 
     As `prompts` they end with the question; one of preferences has its answers as columns `chosen` and `rejected`.
     """
@@ -61,6 +62,9 @@ def read_task(config: SourceConfig, prompts: bool = False) -> Iterator[Document]
             yield replace(document, messages=document.messages[:-1]) if prompts else document
         elif prompts:
             yield document
+        elif pairs:
+            chosen, rejected = ((Message("assistant", (document.columns[key],)),) for key in ("chosen", "rejected"))
+            yield pair_document(document, chosen, rejected, math.nan)
         else:
             yield from judge_documents(document, document.columns["chosen"], document.columns["rejected"])
 

@@ -170,7 +170,7 @@ class Placement:
 
     def batch_sharding(self, name: str, ndim: int) -> NamedSharding:
         """Rows over `rules.batch`; the tokens of a row over `rules.length`."""
-        length = self.rules.length if name not in _PER_PATCH else ()
+        length = self.rules.length if name not in _NOT_PER_TOKEN else ()
         entries = [self.rules.batch, length or None, *[None] * (ndim - 2)]
         return NamedSharding(self.mesh, PartitionSpec(*entries[:ndim]))
 
@@ -234,7 +234,7 @@ class Placement:
         order = self.order(batch["tokens"].shape[1])
 
         def put(name: str, local: np.ndarray) -> jax.Array:
-            if self._context > 1 and name not in _PER_PATCH and local.ndim > 1:
+            if self._context > 1 and name not in _NOT_PER_TOKEN and local.ndim > 1:
                 local = local[:, order]
             shape = (count, *local.shape[1:])
             sharding = self.batch_sharding(name, local.ndim)
@@ -259,7 +259,7 @@ class Placement:
         return self.place({name: array[self.rows(count)] for name, array in batch.items()}, count)
 
 
-_PER_PATCH = ("patches", "patch_image", "patch_row", "patch_col")
+_NOT_PER_TOKEN = ("patches", "patch_image", "patch_row", "patch_col", "margin", "reference")
 
 
 def zigzag(length: int, shards: int) -> Int[np.ndarray, " T"]:

@@ -23,6 +23,8 @@ _OWN = {
     "distill": "distill:Distill",
     "sft": "sft:SFT",
     "reward": "reward:Reward",
+    "pairs": "pairs:Pairs",
+    "dpo": "dpo:DPO",
     "odpo": "odpo:ODPO",
     "grpo": "grpo:GRPO",
     "evaluate": "evaluate:Evaluate",

@@ -3,35 +3,31 @@ a judge prefers becomes more likely, by how sure the judge is."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, model_validator
-from scipy.special import expit
+from pydantic import Field
 
-from ministral_jax.alignment.judge import Judge
+from ministral_jax.alignment.examine import Examiner
 from ministral_jax.alignment.rollout import Answers, Params, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
-from ministral_jax.distributed.processes import announce, poll_slow
-from ministral_jax.errors import UserError
+from ministral_jax.distributed.processes import announce
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.preference import PreferenceOptions, decide, preference_loss
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
 from ministral_jax.stages import online
-from ministral_jax.stages.base import Graph, Job, Program, load_stage
+from ministral_jax.stages.base import Job, Program, load_stage
 from ministral_jax.stages.figures import ANSWERS, Curve, Figure
+from ministral_jax.stages.judged import JudgedStage, open_judge, win_probability
 from ministral_jax.stages.looped import FROZEN, update_program
-from ministral_jax.stages.manifest import finished
 from ministral_jax.stages.prompts import sampler_programs
-from ministral_jax.stages.reward import Reward, judge_program
 from ministral_jax.stages.rows import Packing
-from ministral_jax.stages.teaching import check_vocabulary
 from ministral_jax.training.state import LossFn, State, split_frozen
 from ministral_jax.training.train import StepMetrics
 
@@ -39,42 +35,18 @@ Batch = dict[str, Any]
 WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher")
 
 
-class ODPO(online.OnlineStage):
+class ODPO(JudgedStage, online.OnlineStage):
     """Online DPO: of two answers to a prompt, make the one that the judge prefers more likely."""
 
     figures: ClassVar = (WIN_RATE, *ANSWERS)
     curve: ClassVar = Curve("win_rate", None, "step")
 
     do: Literal["odpo"]
-    temperature: float = Field(default=0.7, gt=0, allow_inf_nan=False)
-    judge: str | None = None
-    """A reward stage; or none, and `rewards` decide."""
-    reward_temperature: float = Field(default=1.0, gt=0)
-    """The first answer wins with probability sigmoid of the rewards' difference over this."""
     tools: str | None = None
     """`package.module:function`, called with a tool's name and its arguments: what it returns is the tool's result."""
     tool_rounds: int = Field(default=2, ge=1)
     """How often an answer may call tools."""
     loss: PreferenceOptions = PreferenceOptions()
-
-    @model_validator(mode="after")
-    def _one_judge(self) -> Self:
-        if (self.judge is None) == (self.rewards is None):
-            raise ValueError("needs either a `judge`, the name of a reward stage, or `rewards`")
-        return self
-
-    def inputs(self) -> dict[str, str]:
-        needed = super().inputs()
-        if self.judge is not None and self.judge != self.source:
-            needed["judge"] = self.judge
-        return needed
-
-    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
-        super().check_sizes(spec, graph, where)
-        if self.judge is not None:
-            if not isinstance(graph.stages[self.judge], Reward):
-                raise UserError(f"{where}.judge = {self.judge!r} must be a reward stage")
-            check_vocabulary(spec, self.judge, "judge", graph, where)
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         if self.tools is not None:
@@ -93,14 +65,12 @@ class ODPO(online.OnlineStage):
         batch |= {"probability": per_row, "weights": per_row}
         reference = jax.jit(placement.rules.scoped(answer_logprobs(job.spec, self.compute, heads)))
         theirs = placed_params(job.spec, placement, jnp.dtype(self.compute.dtype))
-        found = {
+        return {
             **sampler_programs(job, self.temperature, self.prompts, 2, self.max_prompt_length),
             "reference": Program(reference, (theirs, batch)),
             "step": Program(step.function, (*step.arguments, fixed, batch | {"reference": per_row})),
+            **self.judge_programs(job),
         }
-        if self.judge is not None:
-            found["judge"] = judge_program(job, job.graph.specs[self.judge])
-        return found
 
     def toolbox(self, job: Job[Any]) -> ToolBox | None:
         if self.tools is None:
@@ -120,18 +90,12 @@ class _Learner(online.OnlineLearner):
         super().__init__(*args)
         job, compute = self.job, self.stage.compute
         # In the dtype it computes in: the parameters would be cast to that at every use.
-        load = partial(load_stage, dtype=jnp.dtype(compute.dtype), placement=job.placement)
-        self.reference, self.judge = load(job.source)[1], None
-        if self.stage.judge is not None:
-            directory = job.run_dir / self.stage.judge
-            spec, params = load(directory)
-            temperature = finished(directory).metrics["judge_temperature"]
-            tokenizer = self.prompts.tokenizer
-            self.judge = Judge(spec, compute, job.placement, tokenizer, temperature, on_step=poll_slow), params
-        self.initial_rewards: np.ndarray | None = None
+        self.reference = load_stage(job.source, jnp.dtype(compute.dtype), job.placement)[1]
+        self.judge = open_judge(job, self.prompts.tokenizer)
+        self.held_out = compared(self.examiner, lambda: self.reference)
 
     def learn(self, state: State, step: int, answers: Answers) -> tuple[State, StepMetrics]:
-        probability, host = self._judged(answers)
+        probability, host = win_probability(self.stage, self.judge, answers, self.scores)
         self.clock.switch("step")
         batch, kept = pairs(answers, probability, self.job.spec, self.stage.compute.shortest_row)
         placed = self.job.placement.place_whole(batch)
@@ -141,37 +105,25 @@ class _Learner(online.OnlineLearner):
         return state, {**host, **online.conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
 
     def evaluate(self, state: State) -> dict[str, float]:
-        if self.initial_rewards is None:  # before the answers of the policy: those are what is left to be looked at
-            self.initial_rewards = self.examiner.examine(self.reference)[1]
-        figures, rewards = self.examiner.examine(self.params(state))
-        return figures | {WIN_RATE.name: win_rate(rewards, self.initial_rewards)}
-
-    def _judged(self, answers: Answers) -> tuple[np.ndarray, online.HostMetrics]:
-        """`[P]`: that answer a is better than b, and figures. Reasoning is not judged."""
-        samples = answers.samples
-        if self.judge is None:
-            scores = self.scores(samples)
-            found = expit((scores.total[0::2] - scores.total[1::2]) / self.stage.reward_temperature)
-            host = online.reward_metrics(scores)
-        else:
-            model, params = self.judge
-            a, b = ([sample.answer for sample in samples[place::2]] for place in (0, 1))
-            found = model.win_probability(params, [row.messages for row in answers.rows[0::2]], a, b)
-            host = {}
-        sure = np.abs(found - 0.5) + 0.5
-        return found, {**host, "judge_confidence": (float(np.nansum(sure)), float((~np.isnan(sure)).sum()))}
+        return self.held_out(self.params(state))
 
 
-def answer_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Any:
-    """`(params, batch) -> [N]`: log-probability of the tokens of each row's answer that the model drew."""
+def token_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Any:
+    """`(params, batch) -> [N, T]`: log-probability of each token that counts, 0 elsewhere."""
     model = VLM(spec, compute)
 
     def read(params: Params, batch: Batch) -> jax.Array:
         states = hidden(model, params, batch)
         logprobs = heads.label_logprobs(states, head_matrix(params), batch["labels"], 1.0)["logprob"]
-        return jnp.sum(jnp.where(batch["loss_mask"] > 0, logprobs, 0), axis=1)
+        return jnp.where(batch["loss_mask"] > 0, logprobs, 0)
 
     return read
+
+
+def answer_logprobs(spec: ModelSpec, compute: Compute, heads: LossHead) -> Any:
+    """`(params, batch) -> [N]`: log-probability of the tokens of each row's answer that the model drew."""
+    read = token_logprobs(spec, compute, heads)
+    return lambda params, batch: jnp.sum(read(params, batch), axis=1)
 
 
 def objective(spec: ModelSpec, compute: Compute, options: PreferenceOptions, heads: LossHead) -> LossFn:
@@ -201,6 +153,20 @@ def pairs(
     batch["probability"] = np.tile(np.nan_to_num(decided), 2).astype(np.float32)
     batch["weights"] = np.tile(kept & ~np.isnan(decided), 2).astype(np.float32)
     return batch, (float(batch["weights"].sum() / 2), float(len(kept)))
+
+
+def compared(examiner: Examiner, initial: Callable[[], Params]) -> Callable[[Params], dict[str, float]]:
+    """Figures of a policy's answers to held-out prompts, and its `win_rate` over the initial policy, which is asked
+    once."""
+    first: list[np.ndarray] = []
+
+    def figures(params: Params) -> dict[str, float]:
+        if not first:  # before the answers of the policy: those are what is left to be looked at
+            first.append(examiner.examine(initial())[1])
+        found, rewards = examiner.examine(params)
+        return found | {WIN_RATE.name: win_rate(rewards, first[0])}
+
+    return figures
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:

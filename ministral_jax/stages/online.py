@@ -47,10 +47,10 @@ class OnlineEvaluateConfig(GenerateConfig):
     early: bool = True
 
 
-class OnlineStage(Stage, Steps):
-    """A stage that learns from what its own model answers. A step samples, judges and then updates.
+class AnsweringStage(Stage):
+    """A stage whose model answers prompts.
 
-    A prompt is a conversation of the sources up to the assistant's last turn. The vision tower is frozen.
+    A prompt is a conversation of the sources up to the assistant's last turn.
     """
 
     source: str = Field(alias="from")
@@ -61,8 +61,6 @@ class OnlineStage(Stage, Steps):
     """New ones in every step."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     rewards: RewardsConfig | None = None
-    microbatches: int = Field(default=1, ge=1)
-    """Over which the gradient of an update is accumulated."""
     max_prompt_length: int = Field(default=512, ge=1)
     """Tokens; a longer prompt is an error that names its row."""
     max_completion_length: int | dict[int, int] = 256
@@ -73,7 +71,6 @@ class OnlineStage(Stage, Steps):
     """Processes that score completions, on each host."""
     reward_seconds: float = Field(default=10, gt=0)
     """For one completion."""
-    evaluate: OnlineEvaluateConfig
 
     @field_validator("max_completion_length")
     @classmethod
@@ -94,16 +91,6 @@ class OnlineStage(Stage, Steps):
         return 2
 
     @property
-    def updates_per_step(self) -> int:
-        """Into which the prompts of a step are split."""
-        return 1
-
-    @property
-    def updates(self) -> int:
-        """Of all steps."""
-        return self.steps
-
-    @property
     def longest_row(self) -> int:
         """Tokens of the longest prompt with the longest answer."""
         return self.max_prompt_length + max(self.completion_lengths.values())
@@ -118,6 +105,36 @@ class OnlineStage(Stage, Steps):
                 f"{where}.max_prompt_length = {self.max_prompt_length} leaves no room in the model's context of "
                 f"{spec.context}"
             )
+
+    def limit(self, step: int) -> int:
+        """Tokens that completions may have in a step, from 0 on."""
+        lengths = self.completion_lengths
+        return lengths[max(first for first in lengths if first <= step)]
+
+    def toolbox(self, job: Job[Any]) -> ToolBox | None:
+        """What answers may call."""
+        return None
+
+
+class OnlineStage(AnsweringStage, Steps):
+    """A stage that learns from what its own model answers. A step samples, judges and then updates.
+
+    A prompt is a conversation of the sources up to the assistant's last turn. The vision tower is frozen.
+    """
+
+    microbatches: int = Field(default=1, ge=1)
+    """Over which the gradient of an update is accumulated."""
+    evaluate: OnlineEvaluateConfig
+
+    @property
+    def updates_per_step(self) -> int:
+        """Into which the prompts of a step are split."""
+        return 1
+
+    @property
+    def updates(self) -> int:
+        """Of all steps."""
+        return self.steps
 
     def check_mesh(self, job: Job[Any]) -> None:
         """A step's answers must split evenly over the mesh and the microbatches."""
@@ -134,10 +151,6 @@ class OnlineStage(Stage, Steps):
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         check_tracker(self.track, job.where)
         check_prompts(job, packing.progress)
-
-    def toolbox(self, job: Job[Any]) -> ToolBox | None:
-        """What answers may call."""
-        return None
 
     def learner(self, *args: Any) -> OnlineLearner:
         """What the loop drives, of the arguments of `OnlineLearner`."""
@@ -200,9 +213,8 @@ class OnlineLearner:
     def answers(self, params: Params, step: int, prompts: list[PromptRow], salt: int = 0) -> Answers:
         """To prompts of a step, with random numbers that `salt` makes other ones."""
         self.clock.switch("generate")
-        lengths, numbers = self.stage.completion_lengths, seeds(self.stage.seed, step, len(prompts), salt)
-        limit = lengths[max(first for first in lengths if first <= step)]
-        answers = self.sampler.answers(params, prompts, numbers, self.stage.answers_per_prompt, limit)
+        numbers, each = seeds(self.stage.seed, step, len(prompts), salt), self.stage.answers_per_prompt
+        answers = self.sampler.answers(params, prompts, numbers, each, self.stage.limit(step))
         self.clock.switch("score")
         return answers
 
@@ -221,11 +233,16 @@ class OnlineLearner:
         return {**state["params"], **self.fixed}
 
     def scores(self, samples: list[Sample], few: bool = False) -> Scores:
-        """Rewards of answers; what went wrong with some is told. `few`: see `score_together`."""
-        scores = score_together(self.scorer, samples, few)
-        for problem in scores.problems[:_SHOWN_PROBLEMS]:
-            say(self.job, f"left out: {problem}")
-        return scores
+        """See `scored`."""
+        return scored(self.job, self.scorer, samples, few)
+
+
+def scored(job: Job[Any], scorer: Scorer, samples: list[Sample], few: bool = False) -> Scores:
+    """Rewards of answers; what went wrong with some is told. `few`: see `score_together`."""
+    scores = score_together(scorer, samples, few)
+    for problem in scores.problems[:_SHOWN_PROBLEMS]:
+        say(job, f"left out: {problem}")
+    return scores
 
 
 def say(job: Job[Any], text: str) -> None:

@@ -40,11 +40,8 @@ def _row_check(job: Job[Any], answered: bool) -> RowCheck:
     stage, longest = job.stage, getattr(job.stage, "max_prompt_length", None)
     bound = f"{job.where}.max_prompt_length" if longest is not None else "the model's context less one"
     longest = job.spec.context - 1 if longest is None else longest
-    judged = (
-        ()
-        if answered
-        else (getattr(stage, "rewards", None), (getattr(stage, "generate", None) or stage.evaluate).rewards)
-    )
+    asked = getattr(stage, "generate", None) or getattr(stage, "evaluate", None)
+    judged = () if answered else (getattr(stage, "rewards", None), getattr(asked, "rewards", None))
     train, held_out = ([Scorer(rewards or {}, 1) for rewards in judged] + 2 * [Scorer({}, 1)])[:2]
 
     def row(prompt: PromptRow, is_held_out: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from pydantic import Field, field_validator
@@ -76,7 +76,7 @@ class Packing:
     def rows(self, job: Job[RowStage]) -> PackedData:
         """Tokenised and packed, unless that was done already."""
         stage = job.stage
-        wanted = (stage.data.model_dump_json(), stage.batch.length, job.spec.vision)
+        wanted = (stage.data.model_dump_json(), stage.batch.length, job.spec.vision, stage.reads_pairs)
         if wanted not in self._packed:
             self._packed[wanted] = open_data(job, self.progress)
         data = self._packed[wanted]
@@ -94,6 +94,9 @@ class Packing:
 
 class RowStage(Stage):
     """A stage that reads packed rows."""
+
+    reads_pairs: ClassVar[bool] = False
+    """Whether its rows hold pairs of answers."""
 
     seed: int = 0
     data: DataConfig
@@ -159,7 +162,7 @@ def _ancestors(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Stage]:
 def open_data(job: Job[RowStage], progress: Progress | None = None) -> PackedData:
     """The packed rows of the stage's length; the cascade had them made before its first stage."""
     stage = job.stage
-    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root, progress)
+    return prepare(stage.data, stage.batch.length, job.spec.vision, job.data_root, progress, stage.reads_pairs)
 
 
 def data_contents(config: DataConfig, root: Path) -> dict[str, str | None]:

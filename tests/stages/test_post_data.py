@@ -50,6 +50,22 @@ ROWS = {
     "a pair without chosen": ("reward", {"prompt": "2+2=?", "rejected": "5", "answer": "4"}, "chosen"),
     "a pair of equals": ("reward", {"prompt": "2+2=?", "chosen": "4", "rejected": "4"}, "are the same"),
     "a conversation for a judge": ("reward", {"question": "2+2=?", "answer": "4"}, "is no pair"),
+    "a conversation for offline DPO": ("offline", {"question": "2+2=?", "answer": "4"}, "is no pair"),
+    "a pair the wrong way round": (
+        "offline",
+        {"prompt": "2+2=?", "chosen": "4", "rejected": "5", "probability": 0.3},
+        "must be from 1/2 to 1",
+    ),
+    "a pair longer than a row": (
+        "offline",
+        {"prompt": "2+2=?", "chosen": "4", "rejected": "word " * 200, "probability": 0.9},
+        "in two answers",
+    ),
+    "a pair of which nobody knows how sure": (
+        "offline",
+        {"prompt": "2+2=?", "chosen": "4", "rejected": "5"},
+        "has neither 'probability' nor 'score_chosen'",
+    ),
 }
 
 
@@ -57,12 +73,15 @@ ROWS = {
 def test_a_row_at_fault_is_named_before_anything_is_computed(fault, refused, tmp_path):
     stage, row, words = ROWS[fault]
     good: list[dict] = [{"question": f"{n}+1=?", "answer": str(n + 1)} for n in range(30)]
-    if stage == "reward":
-        good = [{"prompt": f"{n}+1=?", "chosen": str(n + 1), "rejected": "x", "answer": ""} for n in range(30)]
+    if stage in ("reward", "offline"):
+        pair: dict = {"rejected": "x", "answer": "", "probability": 0.8}
+        good = [{"prompt": f"{n}+1=?", "chosen": str(n + 1), **pair} for n in range(30)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in [*good[:3], row, *good[4:]]))
     found = f"{{sums: null, digits: null, pairs: null, rows: {{kind: jsonl, path: {path}}}}}"
     rewards = ["stages.rl.rewards.accuracy={}", "stages.rl.evaluate.prompts=64"] if stage == "rl" else []
+    if stage == "offline":
+        rewards = [f"stages.offline.{key}" for key in ("pairs=null", "generate=null", "loss.loss_type=odpo")]
     message = refused(RECIPE, tmp_path / "run", f"stages.{stage}.data.sources={found}", *rewards, stage)
     assert "rows.jsonl row 4" in message and words in message, message
     assert nothing_begun(tmp_path / "run")
@@ -84,6 +103,19 @@ SETTINGS = {
         ["stages.rl.rewards.wordy.function=post_cases:spred"], "post_cases:spred cannot be imported"),
     "tools that are not there": (["stages.instruct.tools=post_cases:tols"], "post_cases:tols cannot be imported"),
     "no prompt held out": (["data.held_out=0", "rl"], "no prompt is held out"),
+    "pairs of no pairs stage": (["stages.offline.pairs=sft", "offline"], "pairs = 'sft' must be a pairs stage"),
+    "pairs of a stage that is not there": (["stages.offline.pairs=pars", "offline"], "did you mean pairs?"),
+    "rows too short for two answers": (["stages.offline.batch.length=64", "offline"], "two of the longest answers"),
+    "an odd number of answers": (["stages.pairs.num_generations=3", "offline"], "num_generations"),
+    "pairs without a judge": (["stages.pairs.judge=null", "offline"], "either a `judge`"),
+    "a loss that is none": (["stages.offline.loss.loss_type=hinge", "offline"], "loss_type"),
+    "a model from pairs": (["stages.offline.from=pairs", "offline"], "pairs"),
+    "sources without pairs": (["stages.offline.pairs=null", "offline"], "has no pairs"),
+    "no pair held out": (
+        ["stages.offline.pairs=null", "stages.offline.generate=null", "stages.offline.data.held_out=0",
+         "stages.offline.data.sources={sums: null, digits: null, made: {kind: preferences, limit: 40}}", "offline"],
+        "holds no pair out",
+    ),
 }  # fmt: skip
 
 

@@ -103,4 +103,4 @@ def test_optional_stages_are_run_when_named_or_with_all(tmp_path, capsys, monkey
     assert ran == ["parent", "sft", "rl", "hf"]
     ran.clear()
     main([*base, "--all"])
-    assert ran == ["parent", "sft", "reward", "instruct", "rl", "hf"]
+    assert ran == ["parent", "sft", "reward", "instruct", "pairs", "offline", "rl", "hf"]
