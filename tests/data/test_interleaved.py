@@ -14,7 +14,7 @@ from PIL import Image
 from ministral_jax.data.chat import TEXT, TRAINABLE, render_interleaved, render_text
 from ministral_jax.data.config import DataConfig, SourceConfig
 from ministral_jax.data.images import MEAN, STD, image_tokens
-from ministral_jax.data.pipeline import batches, held_out
+from ministral_jax.data.pipeline import Order, batches, held_out
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.sources import open_source, read_documents, source_digest
 from ministral_jax.errors import UserError
@@ -91,7 +91,7 @@ def documents_of(data, split):
     """Of every packed document the row, its positions there, the first patch of each of its pictures' tokens, and its
     text."""
     count = data.counts["train"]["rows"]
-    for batch in held_out(data, 4) if split == "held_out" else batches(data, 1, 0, range(count)):
+    for batch in held_out(data, 4) if split == "held_out" else batches(data, 1, Order(0), range(count)):
         for n in range(len(batch["tokens"])):
             row = {key: array[n] for key, array in batch.items()}
             for segment in range(1, row["segments"].max() + 1):

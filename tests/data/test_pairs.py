@@ -11,7 +11,7 @@ from ministral_jax.data.chat import SECOND, TRAINABLE, Rendered, render, render_
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
 from ministral_jax.data.conversation import Document, spell
 from ministral_jax.data.jsonl import parse_row
-from ministral_jax.data.pipeline import batches, held_out
+from ministral_jax.data.pipeline import Order, batches, held_out
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.rows import pairs_per_row
 from ministral_jax.data.tokenizer import load_tokenizer, text_of
@@ -156,7 +156,7 @@ def packed(tmp_path_factory):
 
 def test_rows_hold_whole_pairs_with_their_margins_and_pictures(packed):
     rows = packed.counts["train"]["rows"]
-    batch = next(batches(packed, rows, 0))
+    batch = next(batches(packed, rows, Order(0)))
     assert batch["margin"].shape == (rows, pairs_per_row(64)) and batch["margin"].dtype == np.float32
     seen, pictures = 0, 0
     text = lambda tokens: text_of(packed.tokenizer, ())(tokens, final=True)

@@ -67,7 +67,7 @@ def test_figures_are_those_of_the_summary(copy):
         told = [decimal(entry.get(key)) for key in ("kl_after_surgery", "kl_final", "kl_scratch")]
         told += [decimal(entry["bits_per_byte"], 3), percent(entry["digit_accuracy"])]
         if name == "14b":
-            told[1], told[3], told[4] = "0.500 0.400 – 0.600", f"{told[3]} 2.900 – 3.100", f"{told[4]} 90.0 % – 100 %"
+            told[1], told[3], told[4] = "0.500 0.400 – 0.600", f"{told[3]} 2.900 – 3.100", f"{told[4]} 90.0 % – 100.0 %"
         sizes, _, *found = cells(page, "numbers", name)
         assert sizes == plain(f"{count(entry['parameters'])} {count(entry['decoder_parameters'])} decoder")
         assert found == list(map(plain, told))
