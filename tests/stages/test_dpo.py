@@ -27,7 +27,7 @@ from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rollout import Answers
 from ministral_jax.data.conversation import Message, spell
 from ministral_jax.data.jsonl import parse_row
-from ministral_jax.data.pipeline import batches
+from ministral_jax.data.pipeline import Order, batches
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.prompts import PromptRow
 from ministral_jax.data.rows import pairs_per_row
@@ -169,12 +169,12 @@ def test_the_reference_is_computed_once_and_again_where_it_was_harmed(asked):
 
     def rows(steps: int) -> list[np.ndarray]:
         reference, job.stage.steps = reference_logprobs(job, data, sums, {}), steps
-        return [batch["reference"] for batch in batches(data, ROWS, 0, range(steps), join=reference)]
+        return [batch["reference"] for batch in batches(data, ROWS, Order(), range(steps), join=reference)]
 
     job.stage.steps = 3
     first, held_out = rows(3), -(-min(5, data.counts["held_out"]["rows"]) // ROWS)
     assert len(read) == 3 + held_out
-    for batch, expected in zip(batches(data, ROWS, 0, range(3)), first, strict=True):
+    for batch, expected in zip(batches(data, ROWS, Order(), range(3)), first, strict=True):
         np.testing.assert_array_equal(sums({}, batch), expected)
     path, count = job.directory / "reference.jsonl", len(read)
     whole = path.read_text()
