@@ -286,9 +286,7 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = read_sweep(args.recipe, args.rest, args.zip, args.name)
     run_dir = args.run_dir or Path("runs") / sweep.name
     if args.jobs == "local":
-        code = run_sweep(sweep, run_dir, args.taken_from)
-        _finish_sweep(run_dir)
-        return code
+        return run_sweep(sweep, run_dir, args.taken_from, lambda: _finish_sweep(run_dir))
     if args.taken_from:
         raise UserError("--from needs --jobs local: jobs of a scheduler make what they need")
     from ministral_jax.launching.sweep_jobs import prepare_jobs

@@ -32,7 +32,7 @@ def _located(value: Any, info: ValidationInfo) -> Any:
     typed = isinstance(value, Typed) or yaml12.is_typed(value)
     value = str(value)
     root = Path.cwd() if typed else (info.context or {}).get(ROOT)
-    return str(value) if root is None else str(Path(root, Path(value).expanduser()))
+    return value if root is None else str(Path(root, Path(value).expanduser()))
 
 
 def _place(value: Any, write: Any, info: SerializationInfo) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple, TypedDict
@@ -73,7 +74,7 @@ def settle(found: LeftOut, source: str, config: SourceConfig) -> None:
     bad, rows = found["rows"], found["of"]
     if not bad:
         return
-    reasons = "; ".join(found["reasons"]) + (f"; and {bad - SHOWN} more" if bad > SHOWN else "")
+    reasons = first_of(found["reasons"], bad)
     place, noun = f"data.sources.{source}", "file" if config.kind == "text" else "row"
     if config.on_bad_row == "skip":
         if 2 * bad > rows:
@@ -84,6 +85,11 @@ def settle(found: LeftOut, source: str, config: SourceConfig) -> None:
     if bad == 1:
         raise UserError(f"{reasons} (mend it, {way_out})")
     raise UserError(f"{place}: {bad} of {rows} {noun}s cannot be used: {reasons} (mend them, {way_out})")
+
+
+def first_of(reasons: Sequence[str], count: int) -> str:
+    """The first reasons, and how many of `count` there are beside them."""
+    return "; ".join(reasons[:SHOWN]) + (f"; and {count - SHOWN} more" if count > SHOWN else "")
 
 
 def added(first: LeftOut, later: LeftOut) -> LeftOut:

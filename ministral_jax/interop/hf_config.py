@@ -183,13 +183,6 @@ class _Keys:
             for name in names
         }
 
-    def same(self, *keys: str) -> None:
-        """Keys that mean the same say the same, where they are there."""
-        there = [key for key in keys if self.values.get(key) is not None]
-        if there and any(self.values[key] != self.values[there[0]] for key in there):
-            said = " and ".join(f"{key} is {json.dumps(self.values[key])}" for key in there)
-            raise UserError(f"{self.where}: {said}, which mean the same; delete the one that is wrong")
-
     def accept(self, key: str, default: Any, accepted: tuple) -> None:
         """`default` is what a missing key means to `transformers`."""
         value = self.values.get(key, default)
@@ -243,16 +236,23 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def _check_same(said: dict[str, Any], where: str) -> None:
+    """Keys that mean the same say the same, where they are there."""
+    there = {key: value for key, value in said.items() if value is not None}
+    if any(value != next(iter(there.values())) for value in there.values()):
+        both = " and ".join(f"{key} is {json.dumps(value)}" for key, value in there.items())
+        raise UserError(f"{where}: {both}, which mean the same; delete the one that is wrong")
+
+
 def _rope(text: _Keys, kind: str) -> RopeSpec:
     section = next((key for key in ("rope_parameters", "rope_scaling") if text.get(key)), None)
     if section is None and kind == "ministral3":
         raise UserError(f"{text.where}: rope_parameters is missing")
     rope = text.section(section) if section else _Keys({}, text.where)
-    text.same("rope_parameters", "rope_scaling")
+    _check_same({key: text.get(key) for key in ("rope_parameters", "rope_scaling")}, text.where)
     rope.accept("partial_rotary_factor", 1.0, (1.0, None))
-    _Keys({"rope_theta": text.get("rope_theta"), f"rope_theta of {section}": rope.get("rope_theta")}, text.where).same(
-        "rope_theta", f"rope_theta of {section}"
-    )
+    thetas = {"rope_theta": text.get("rope_theta"), f"rope_theta of {section}": rope.get("rope_theta")}
+    _check_same(thetas, text.where)
     form = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:
@@ -260,7 +260,7 @@ def _rope(text: _Keys, kind: str) -> RopeSpec:
     beta = rope.get("llama_4_scaling_beta", 0.0)
     if form not in ("default", "yarn"):
         raise UserError(f"{rope.where}: rope_type is {form!r}; default and yarn can be read")
-    rope.same("rope_type", "type")
+    _check_same({key: rope.get(key) for key in ("rope_type", "type")}, rope.where)
     original = rope.get("original_max_position_embeddings")
     if form == "default":
         return RopeSpec(

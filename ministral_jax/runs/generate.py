@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ministral_jax import load
 from ministral_jax.console import say
-from ministral_jax.data.bad_rows import SHOWN
+from ministral_jax.data.bad_rows import first_of
 from ministral_jax.data.chat import Rendered, render
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Document, Message
@@ -141,7 +141,7 @@ def _usable(
         except UserError as error:
             reasons.append(str(error))
     if reasons:
-        said = "; ".join(reasons[:SHOWN]) + (f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else "")
+        said = first_of(reasons, len(reasons))
         if not skip or not found:
             raise UserError(said if count == 1 else f"{len(reasons)} of {count} rows cannot be used: {said}")
         say(f"{len(reasons)} of {count} rows are left out: {said}")

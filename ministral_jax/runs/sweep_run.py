@@ -12,7 +12,7 @@ sweep that was killed, or is given another value, goes on with what is there.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -29,7 +29,9 @@ from ministral_jax.stages import verbs
 from ministral_jax.stages.manifest import Manifest, read_manifest
 
 
-def run_sweep(sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = ()) -> int:
+def run_sweep(
+    sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = (), finish: Callable[[], None] = lambda: None
+) -> int:
     """Run every point, one after another, and keep `sweep.json`.
 
     A point that fails for a fault of its settings is recorded and the others go on; anything else, a preemption or
@@ -37,6 +39,7 @@ def run_sweep(sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = ()) ->
 
     Args:
         taken_from: directories of runs and of other sweeps, whose stages are used where they are the same.
+        finish: called at the end, while nobody else may write in the directory.
 
     Returns:
         exit code: 0, or 1 when a point failed.
@@ -57,8 +60,9 @@ def run_sweep(sweep: Sweep, sweep_dir: Path, taken_from: Sequence[Path] = ()) ->
             if point.error is not None:
                 say(f"point {point.name} failed: {point.error}")
             refresh(record, sweep_dir)
-    if failed := [point.name for point in points if point.error is not None]:
-        say(f"ministral-jax: {len(failed)} of {len(points)} points failed: {', '.join(failed)}")
+        if failed := [point.name for point in points if point.error is not None]:
+            say(f"ministral-jax: {len(failed)} of {len(points)} points failed: {', '.join(failed)}")
+        finish()
     return 1 if failed else 0
 
 

@@ -117,12 +117,10 @@ def status_table(run_dirs: Iterable[Path]) -> Table:
 
 def status_lines(run_dir: Path, run: Run) -> list[str]:
     """What stands below the table of one run's stages."""
-    waiting, spared = ([n for n, s in run.stages.items() if s.state == "waiting" and s.is_spared == x] for x in (0, 1))
-    lines = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("not begun", waiting), ("optional and not run", spared))
-        if names
-    ]
+    spared = [name for name, stage in run.stages.items() if stage.is_spared]
+    waiting = [name for name, stage in run.stages.items() if stage.state == "waiting" and name not in spared]
+    found = {"not begun": waiting, "optional and not run": spared}
+    lines = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
     return [*lines, *run.notes, f"written by: {_owner(run_dir) or 'nobody now'}"]
 
 

@@ -18,13 +18,14 @@ import pytest
 import yaml
 from paths import TESTS
 
-from ministral_jax import yaml12
+from ministral_jax import cli, yaml12
 from ministral_jax.cli import main
 from ministral_jax.distributed.processes import Preempted
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.recipe.load import resolve_specs
 from ministral_jax.runs import sweep_run
+from ministral_jax.runs.lock import owner
 from ministral_jax.runs.naming import as_yaml, label, short_keys
 from ministral_jax.runs.sweep import expand, measured, read_sweep, stage_directories
 from ministral_jax.stages.base import load_stage
@@ -251,6 +252,13 @@ def test_what_is_no_fault_of_a_point_ends_the_sweep(pretend, tmp_path, stop):
         sweep_run.run_sweep(sweep, tmp_path / "s")
     assert made == ["parent", "14b-pruned"]
     assert not (tmp_path / "s" / "report.html").exists()
+
+
+def test_its_table_and_page_are_written_while_nobody_else_may(pretend, tmp_path, monkeypatch):
+    owners = []
+    monkeypatch.setattr(cli, "_finish_sweep", lambda sweep_dir: owners.append(owner(sweep_dir)))
+    assert main(["sweep", *PURE, "--run-dir", str(tmp_path / "s")]) == 0
+    assert [said["pid"] for said in owners] == [os.getpid()] and owner(tmp_path / "s") is None
 
 
 def test_a_sweep_file_with_a_product_and_keys_that_vary_together(pretend, tmp_path, monkeypatch, capsys):
