@@ -162,7 +162,7 @@ def _pairs(answers: Answers, probability: np.ndarray, host: online.HostMetrics) 
     decided, kept = decide(probability, loops[0::2], loops[1::2])
     for n, p in enumerate(decided):
         a, b = samples[2 * n : 2 * n + 2]
-        if kept[n] and p != 0.5 and a.text.strip() and b.text.strip():
+        if kept[n] and p != 0.5 and _says(a) and _says(b):
             rows.append((answers.rows[2 * n], *((a, b) if p > 0.5 else (b, a)), float(max(p, 1 - p))))
     counts = {"pairs": (float(len(rows)), 1.0), "pairs_kept": (float(len(rows)), float(len(decided)))}
     return rows, counts | host | online.conduct_metrics(samples)
@@ -190,6 +190,11 @@ def _place(image: Path | Image.Image, directory: Path) -> str:
     (directory / "images").mkdir(exist_ok=True)
     image.save(directory / name)
     return name
+
+
+def _says(sample: Sample) -> bool:
+    """Whether there is anything in it, be it reasoning: brackets alone are nothing that a row could hold."""
+    return bool((sample.thinking or "").strip() or sample.answer.strip())
 
 
 def _said(sample: Sample) -> dict[str, Any]:

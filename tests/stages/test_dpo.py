@@ -63,7 +63,7 @@ def batch(tmp_path_factory) -> dict[str, np.ndarray]:
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source: dict[str, Any] = {"kind": "jsonl", "path": str(root / "rows.jsonl")}
     config = type(STAGE.data).model_validate({**STAGE.data.model_dump(), "sources": {"rows": source}, "held_out": 0})
-    found = next(batches(prepare(config, LENGTH, SPEC.vision, root / "data", pairs=True), ROWS, seed=0))
+    found = next(batches(prepare(config, LENGTH, SPEC.vision, root / "data", pairs=True), ROWS, Order(0)))
     assert (found["segments"].max(axis=1) >= 2).all() and (found["patch_image"].max(axis=1) > 0).any()
     random = np.random.default_rng(0)
     found["reference"] = random.normal(-20, 5, (ROWS, 2 * pairs_per_row(LENGTH))).astype(np.float32)
