@@ -149,8 +149,8 @@ PRESETS: dict[str, ModelSpec] = {
     "ministral-3-3b": ModelSpec(
         layers=26, width=3072, mlp_width=9216, context=262_144, rope=RopeSpec(theta=1e6, **_YARN), tied=True, **_REAL
     ),
-    "tiny-24b": ModelSpec(layers=8, width=80, mlp_width=512, context=512, rope=RopeSpec(theta=1e4), **_TINY),
-    "tiny-14b": ModelSpec(layers=8, width=80, mlp_width=256, context=128, rope=RopeSpec(theta=1e4), **_TINY),
+    "tiny-24b": ModelSpec(layers=8, width=80, mlp_width=512, context=128, rope=RopeSpec(theta=1e6), **_TINY),
+    "tiny-14b": ModelSpec(layers=8, width=80, mlp_width=256, context=128, rope=RopeSpec(theta=1e6), **_TINY),
     "tiny-8b": ModelSpec(layers=7, width=64, mlp_width=224, context=128, rope=RopeSpec(theta=1e4), **_TINY),
     "tiny-3b": ModelSpec(layers=5, width=48, mlp_width=144, context=128, rope=RopeSpec(theta=1e4), tied=True, **_TINY),
 }
