@@ -104,7 +104,7 @@ def write_stage(directory: Path, name: str, settings: dict[str, Any], seed: int 
     places = {role: directory.parent / stage for role, stage in made.items() if stage}
     last = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     inputs = {role: {"stage": p.name, "digest": digest(p)} for role, p in places.items() if p.is_dir()}
-    length = 512 if name == "parent" or "base" in name else 128
+    length = 512 if "base" in name else 128
     figures = {key: value for key, value in last.items() if key not in ("kind", "step", "tokens")}
     manifest = {"stage": name, "do": do, "status": "finished", "inputs": inputs, "metrics": figures}
     manifest |= {"tokens": last.get("tokens", 0), "steps": last.get("step", 0), "seconds": 243.7, "git": "3f1c9ad0b7e8"}

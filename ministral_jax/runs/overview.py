@@ -31,7 +31,7 @@ def beyond_error(stage: Stage, figure: Figure) -> bool | None:
 
 def length(members: Sequence[Member], key: str) -> str:
     """Of the rows that a figure of the family was read on, for the head of its column: ", rows of 512"."""
-    found = (member.length_of(key) for member in members if member.figure(key) is not None)
+    found = (member.row_length for member in members if member.figure(key) is not None)
     return next((f", rows of {length}" for length in found if length), "")
 
 

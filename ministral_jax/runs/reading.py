@@ -212,12 +212,10 @@ class Member:
     def stale(self) -> str | None:
         return next((s.stale for role, s in self.stages.items() if s.stale and "scratch" not in role), None)
 
-    def length_of(self, key: str) -> int | None:
-        """Tokens of the rows that a figure of the summary was read on."""
-        roles = {"kl_after_surgery": ("short",), "kl_scratch": ("scratch_base", "scratch_short")}
-        found = (self.stages.get(role) for role in roles.get(key, ("base", "short")))
-        length = next((stage.length for stage in found if stage), None)
-        return length or getattr(self.published, "row_length", None)  # of an imported parent its evaluation's
+    @property
+    def row_length(self) -> int | None:
+        """Tokens of the rows that its figures in the summary were read on."""
+        return getattr(self.published, "row_length", None)
 
 
 @dataclass(frozen=True)
@@ -357,7 +355,7 @@ def _comparable(members: list[Member]) -> list[Member]:
             why |= dict.fromkeys(summary.Child.model_fields, "stale")
     for key in OF_ROWS:
         lengths = [
-            m.length_of(key) if replace(m, hidden=h).figure(key) is not None else None
+            m.row_length if replace(m, hidden=h).figure(key) is not None else None
             for m, h in zip(members, hidden, strict=True)
         ]
         common = most_common(length for length in lengths if length)

@@ -46,7 +46,11 @@ class Parent(Member):
 
 
 class Child(Member):
-    """`tokens` are those of the distil stages of its own; KL is to the teacher, nats per token."""
+    """`tokens` are those of the distil stages of its own; KL is to the teacher, nats per token.
+
+    Held-out figures, KL from random weights among them, are on rows as long as those of the first distil stage: of the
+    last stage that reads such rows. What a longer context is worth stands in its own stage's manifest, by position.
+    """
 
     tokens_lineage: int
     """Read on the whole path from the family's parent: distillation, and calibration of the prunings."""
@@ -55,7 +59,7 @@ class Child(Member):
     kl_scratch: float | None = None
     """Of the baseline: same shape, data, tokens and teacher, from random weights."""
     stages: dict[str, str]
-    """By role: `pruned`, `short`, `base`, and with a baseline `scratch_short`, `scratch_base`."""
+    """By role: `pruned`, `short`, `base`, and with baselines `scratch_short`, `scratch_base`."""
 
 
 class Answered(BaseModel):
@@ -150,22 +154,25 @@ def _child(recipe: Recipe, run_dir: Path, last: str) -> Child:
     names = lineage(recipe, last)
     distilled = [name for name in names if recipe.stages[name].distils]
     manifests = {name: finished(run_dir / name) for name in names}
+    shown = [name for name in distilled if row_length(manifests[name]) == row_length(manifests[distilled[0]])][-1]
     figures = {
-        **_member(manifests[last]),
+        **_member(manifests[last], manifests[shown]),
         "tokens": sum(manifests[name].tokens for name in distilled),
         "tokens_lineage": _tokens_of_lineage(recipe, run_dir, last),
         "kl_after_surgery": _evaluations(run_dir, distilled[0])[0]["kl"],
-        "kl_final": manifests[last].metrics["kl"],
     }
     stages = {"pruned": names[0], "short": distilled[0], "base": distilled[-1]}
-    scratch = [scratch_name(name) for name in distilled]
-    if all(read_manifest(run_dir / name) and _evaluations(run_dir, name) for name in scratch):
-        stages |= {"scratch_short": scratch[0], "scratch_base": scratch[-1]}
-        figures["kl_scratch"] = finished(run_dir / scratch[-1]).metrics["kl"]
-    for key, stage in (("kl_final", last), ("kl_scratch", stages.get("scratch_base"))):
-        behind = finished(run_dir / stage).held_out if stage else None
-        if behind is not None and "kl" in behind.intervals:
-            figures["intervals"][key] = behind.intervals["kl"]
+    for role, name in (("scratch_short", distilled[0]), ("scratch_base", distilled[-1])):
+        if read_manifest(run_dir / scratch_name(name)) and _evaluations(run_dir, scratch_name(name)):
+            stages[role] = scratch_name(name)
+    compared = {"kl_final": shown}
+    if scratch_name(shown) in stages.values():
+        compared["kl_scratch"] = scratch_name(shown)
+    for key, stage in compared.items():
+        made = finished(run_dir / stage)
+        figures[key] = made.metrics["kl"]
+        if made.held_out is not None and "kl" in made.held_out.intervals:
+            figures["intervals"][key] = made.held_out.intervals["kl"]
     return Child(**figures, stages=stages)
 
 

@@ -135,21 +135,25 @@ def test_every_stage_that_answers_is_shown(copy):
 
 
 def test_figures_on_rows_of_other_lengths_do_not_stand_together(copy):
-    """A 14b that ends with rows of 128 tokens beside a family that ends with rows of 512."""
-    told = told_by(copy, "14b-base")
-    told["config"]["batch"]["length"] = 128
-    write_json(copy / "14b-base" / "manifest.json", told)
+    """A 14b that is distilled on rows of 256 tokens beside a family that is on rows of 128."""
+    for name in ("14b-short", "14b-short-scratch"):
+        told = told_by(copy, name)
+        told["config"]["batch"]["length"] = 256
+        write_json(copy / name / "manifest.json", told)
     relink(copy)
-    page, summary = page_of(copy), json.loads((copy / "summary.json").read_text())["children"]
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["children"]["14b"]["row_length"] = 256
+    write_json(copy / "summary.json", summary)
+    page, summary = page_of(copy), summary["children"]
     after_surgery, final, *_, bits, _ = (text_of(cell) for cell in rows(page, "numbers")["14b"][2:])
-    assert final == bits == "– rows of 128" and after_surgery == decimal(summary["14b"]["kl_after_surgery"])
+    assert after_surgery == final == bits == "– rows of 256"
     assert text_of(rows(page, "numbers")["8b"][3]) == decimal(summary["8b"]["kl_final"])
     heads = [text_of(node) for node in section(page, "numbers").iter("th") if node.get("scope") == "col"]
-    assert "KL after surgery, rows of 128" in heads and "bits per byte, rows of 512" in heads
+    assert "KL after surgery, rows of 128" in heads and "bits per byte, rows of 128" in heads
     assert "14b" not in findings(page)
     family = (copy / "family.svg").read_text()
     assert family.count("bits per byte</text>") == 3 and family.count("nats KL to parent</text>") == 2
-    assert "KL on rows of 128: " in text_of(section(page, "recovery"))
+    assert "KL on rows of 256: " in text_of(section(page, "recovery"))
 
 
 def test_stale_figures_are_marked_and_left_out(copy):
@@ -196,7 +200,7 @@ def test_a_run_without_a_family_has_a_table(copy):
     kls = {name: text_of(row[kl]) for name, row in table.items()}
     short = told_by(copy, "8b-short")["metrics"]
     assert kls["8b-base"] == "– rows of 512" and kls["8b-short"] == decimal(short["kl"])
-    assert text_of(table["8b-short"][bits]) == "– rows of 128"
+    assert text_of(table["8b-base"][bits]) == "– rows of 512"
     assert "14b-pruned" in table and "right answers" not in heads
 
 
