@@ -24,7 +24,9 @@ class DifficultyConfig(Frozen):
     completions: int = Field(default=16, ge=1)
     """Drawn of each prompt, with the temperature, length and rewards of the stage's first step."""
     min_pass_rate: float = Field(default=0.05, ge=0, le=1)
+    """Prompts below it are too hard."""
     max_pass_rate: float = Field(default=0.95, ge=0, le=1)
+    """Prompts above it are too easy."""
 
     @model_validator(mode="after")
     def _is_a_band(self) -> Self:

@@ -47,7 +47,8 @@ Batch = dict[str, Any]
 
 
 class OfflineOptions(PreferenceOptions):
-    """`PreferenceOptions` with the defaults of DPO as it was published."""
+    """`PreferenceOptions`, `loss_type` and `beta` among them, with the defaults of DPO as it was published; so
+    `rescale_beta` is off."""
 
     loss_type: Literal["sigmoid", "ipo", "odpo", "offset"] = "sigmoid"
     rescale_beta: bool = False

@@ -78,14 +78,14 @@ def test_the_real_recipe_ends_in_the_published_sizes(tmp_path):
 def test_the_graph_of_tiny():
     recipe = load_recipe(TINY)
     names = order(recipe)
-    assert names[0] == "parent" and len(names) == 28
+    assert names[0] == "parent" and len(names) == 25
     assert recipe.stages["8b-pruned"].source == "14b-short"  # the next size is cut from the short-context checkpoint
     assert {recipe.stages[n].teacher for n in names if recipe.stages[n].do == "distill"} == {"parent"}
     assert order(recipe, ["14b-base"]) == ["parent", "14b-pruned", "14b-short", "14b-base"]
 
 
 def test_a_baseline_differs_only_in_where_its_weights_come_from():
-    recipe = load_recipe(TINY)
+    recipe = load_recipe(TINY, ["stages.8b-base.baseline=true"])
     specs = resolve_specs(recipe)
     for name in ("8b-short", "8b-base"):
         ours, scratch = recipe.stages[name], recipe.stages[scratch_name(name)]
@@ -150,14 +150,14 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
         ("stages.14b-short.teacher={stor: logits}", "unknown key stages.14b-short.teacher.stor (did you mean store?)"),
         ("stages.14b-short.teacher=logits", "'logits' is a record stage; write it as {store: logits}"),
         ("stages.14b-short.teacher={store: parent}", "teacher.store = 'parent' must be a record stage"),
-        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records 64 to 768 in the order of seed 0"),
-        ("stages.14b-short.steps=300", "stages.14b-short reads rows 64 to 2464 in"),
+        ("stages.14b-short.seed=1", "in the order of seed 1, 'logits' records 1728 to 2432 in the order of seed 0"),
+        ("stages.14b-short.steps=300", "stages.14b-short reads rows 1728 to 4128 in"),
         ("stages.14b-short.loss.objective=jsd", "stages.14b-short.loss: objective 'jsd' does not go with"),
         (
             "stages.14b-short.batch.length=64",
             "batch.length = 64 differs from the 128 of the rows that 'logits' records",
         ),
-        ("stages.14b-short.evaluate.rows=100", "is more than stages.logits.held_out_rows = 64"),
+        ("stages.14b-short.evaluate.rows=100", "is more than stages.logits.held_out_rows = 96"),
         ("stages.14b-pruned.from=logits", "stages.14b-pruned.from = 'logits' must be a stage that makes a model"),
         ("stages.logits.batch.length=4096", "stages.logits.batch.length = 4096 exceeds the model's context of"),
     ],
