@@ -58,6 +58,9 @@ def _sections(run: Run) -> dict[str, Any]:
         "published": any(member.published for member in run.members),
         "heads": [word + overview.length(run.members, key) for key, word in _WORDS.items()],
         "alone": overview.alone(run),
+        "octaves": [
+            (s, {at.start: at for at in m.held_out.positions}) for s, m, _ in made if m.held_out and not s.stale
+        ],
         "images": [image for image in run.images if is_shown(image.png)],
         "recoveries": charts.charts(*(charts.recovery(member, colours[member.name]) for member in run.members[1:])),
         "groups": groups,
