@@ -1,4 +1,4 @@
-"""Tables and picture of the head start in docs/evidence.md, from a finished `ministral-jax sweep configs/studies/head_start.yaml`.
+"""The head start in docs/evidence.md, from a finished `ministral-jax sweep configs/studies/head_start.yaml`.
 
 python benchmarks/head_start.py runs/head_start --picture docs/head_start.svg
 
