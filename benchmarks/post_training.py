@@ -1,4 +1,4 @@
-"""Table and picture of docs/post_training.md from a finished `ministral-jax sweep configs/sweeps/post_training.yaml`.
+"""Table and picture of docs/post_training.md from a finished `ministral-jax sweep configs/studies/post_training.yaml`.
 
 python benchmarks/post_training.py runs/post_training --picture docs/post_training.svg
 """

@@ -1,4 +1,4 @@
-"""Table and picture of docs/teacher_codec.md from a finished `ministral-jax sweep configs/sweeps/teacher_codec.yaml`.
+"""Table and picture of docs/teacher_codec.md from a finished `ministral-jax sweep configs/studies/teacher_codec.yaml`.
 
 python benchmarks/teacher_codec.py runs/teacher_codec --picture docs/teacher_codec.svg
 """

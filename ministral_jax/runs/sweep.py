@@ -42,7 +42,7 @@ Values = list[Any]
 
 
 class Sweep(Frozen):
-    """A sweep as a YAML file: `configs/sweeps/*.yaml`. Keys are dotted, as in the overrides of `run`."""
+    """A sweep as a YAML file: `configs/sweeps/*.yaml`, or a study. Keys are dotted, as in the overrides of `run`."""
 
     recipe: str
     name: str = Field(default="", pattern=rf"^$|{_NAME}")
