@@ -1,6 +1,6 @@
 """The table of a study: every arm of a finished sweep over its seeds, and how it differs from the first one.
 
-python benchmarks/study.py runs/pruning_defaults --metrics kl bits_per_byte
+python benchmarks/study.py runs/pruning_defaults --metrics kl bits_per_byte --picture docs/pruning_defaults.svg
 
 Keys that end in `seed` are seeds; points that agree in all others are an arm. A figure is its mean over seeds with the
 interval in which that of all seeds lies, 19 times of 20 (Student's t). Differences are taken seed by seed, since arms
@@ -14,8 +14,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from ministral_jax.runs.sweep import SweepRecord
@@ -79,10 +81,33 @@ def table(arms: Sequence[Arm], metrics: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def picture(arms: Sequence[Arm], metrics: Sequence[str], path: Path) -> None:
+    """A panel for each metric: every seed of an arm as a ring, its mean and interval as a dot on a line."""
+    figure = Figure(figsize=(2.2 + 2.8 * len(metrics), 0.8 + 0.34 * len(arms)), layout="constrained")
+    panels: Any = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    rows = range(len(arms))
+    for axes, metric in zip(panels, metrics, strict=True):
+        for row, arm in zip(rows, arms, strict=True):
+            values = arm.figures[metric]
+            mean, half = mean_and_half(values)
+            axes.plot(values, [row] * len(values), "o", color="#2f5d8a", markersize=4, fillstyle="none", alpha=0.5)
+            axes.errorbar(mean, row, xerr=half, fmt="o", color="#b3552e", markersize=4, linewidth=1.4)
+        axes.axvline(np.mean(arms[0].figures[metric]), color="0.7", linewidth=0.8, zorder=0)
+        axes.set_xlabel(metric)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(rows, [arm.name for arm in arms], fontsize=8)
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.savefig(path, metadata={"Date": None})
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="directory of a finished sweep")
     parser.add_argument("--stage", help="whose figures; the last measured one unless said")
     parser.add_argument("--metrics", nargs="+", default=["kl"])
+    parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    print(table(read(given.sweep, given.stage), given.metrics))
+    found = read(given.sweep, given.stage)
+    print(table(found, given.metrics))
+    if given.picture is not None:
+        picture(found, given.metrics, given.picture)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from study import mean_and_half, read, table
+from study import mean_and_half, picture, read, table
 
 KL = {
     "exact": [0.50, 0.52, 0.47, 0.55, 0.51],
@@ -69,3 +69,9 @@ def test_an_unfinished_study_has_no_table(sweep):
     (sweep / "sweep.json").write_text(json.dumps(record))
     with pytest.raises(SystemExit, match="is failed; run the sweep's command again"):
         read(sweep)
+
+
+def test_the_picture_names_every_arm(sweep):
+    picture(read(sweep), ["kl", "ece"], sweep / "kl.svg")
+    told = (sweep / "kl.svg").read_text()
+    assert all(f"<!-- norm-gain {gain} -->" in told for gain in KL)
