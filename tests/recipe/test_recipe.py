@@ -157,7 +157,7 @@ def test_errors_say_what_where_and_what_would_be_right(override, message):
             "stages.14b-short.batch.length=64",
             "batch.length = 64 differs from the 128 of the rows that 'logits' records",
         ),
-        ("stages.14b-short.evaluate.rows=100", "is more than stages.logits.held_out_rows = 96"),
+        ("stages.14b-short.evaluate.rows=200", "is more than stages.logits.held_out_rows = 128"),
         ("stages.14b-pruned.from=logits", "stages.14b-pruned.from = 'logits' must be a stage that makes a model"),
         ("stages.logits.batch.length=4096", "stages.logits.batch.length = 4096 exceeds the model's context of"),
     ],
