@@ -57,7 +57,7 @@ def evaluations(run: Path, stage: str) -> list[list[dict]]:
 
 
 def table(run: Path) -> str:
-    """Before, after and change: means over seeds, with the interval of that of all seeds; bold where it leaves out 0."""
+    """Before, after and change: means over seeds with the interval of all seeds; bold where it leaves out 0."""
     lines = ["| stage | held-out | before | after | change | seeds that rose |", "|---|---|---|---|---|---|"]
     for stage, metrics in TABLE:
         for metric in metrics:
