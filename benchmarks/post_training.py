@@ -44,7 +44,7 @@ PANELS = (
 TABLE = (
     ("14b-sft", ("accuracy_pictures", "accuracy_sums")),
     ("14b-cot", ("accuracy_pictures", "accuracy_sums")),
-    ("14b-rl", ("accuracy", "pass@1", "pass@8", "reward", "reward_format")),
+    ("14b-rl", ("accuracy", "pass@1", "pass@8", "reward", "sampled_reward", "reward_format")),
     ("14b-reward", ("judge_accuracy", "judge_ece_before", "judge_ece", "judge_ece_floor")),
     ("14b-instruct", ("win_rate", "sampled_loop_rate", "loop_rate")),
 )

@@ -73,9 +73,9 @@ class Examiner:
         greedy answers are left in the directory, as `answers.json`, beside what was said to the same prompts at the
         first evaluation.
 
-        The figures are `figures_of` the greedy answers; of those that were drawn `sampled_loop_rate`; and where a
-        reward says right or wrong, in all and as `<figure>_<source>` of each source, `accuracy` of the greedy answers
-        and `pass@<k>` by those that were drawn; and `prompts_by_source`.
+        The figures are `figures_of` the greedy answers; of those that were drawn `sampled_reward` and
+        `sampled_loop_rate`; where a reward says right or wrong, in all and as `<figure>_<source>` of each source,
+        `accuracy` of the greedy answers and `pass@<k>` by those that were drawn; and `prompts_by_source`.
         """
         sources = [row.source for row in self._rows]
         answers, scores = self._answers(params, 0.0, 1)
@@ -87,7 +87,10 @@ class Examiner:
             passed, rewards = self._scorer.passed(of_drawn), of_drawn.total
             if passed is not None:
                 solved |= {f"pass@{k}": pass_at_k(passed.reshape(-1, count), k) for k in PASS_AT if k <= count}
-            sampled = {"sampled_loop_rate": conduct(drawn.samples)["loop_rate"]}
+            sampled = {
+                "sampled_reward": float(np.nanmean(rewards)),
+                "sampled_loop_rate": conduct(drawn.samples)["loop_rate"],
+            }
         if is_first():
             told = [
                 {"prompt": _asked(samples[i], answers.rows[i].rendered.pictures), **_said(samples[i], scores, i)}

@@ -46,9 +46,10 @@ ACCURACY = Figure("accuracy", "right answers", "share", "higher")
 PASS_1 = Figure("pass@1", "right answers, sampled", "share", "higher")
 PASS_8 = Figure("pass@8", "one of eight sampled is right", "share", "higher")
 REWARD = Figure("reward", "reward", "", "higher")
+SAMPLED_REWARD = Figure("sampled_reward", "reward, sampled", "", "higher")
 LOOP_RATE = Figure("loop_rate", "answers that loop", "share", "lower")
 SAMPLED_LOOP_RATE = Figure("sampled_loop_rate", "answers that loop, sampled", "share", "lower")
-ANSWERS = (ACCURACY, PASS_1, PASS_8, REWARD, LOOP_RATE, SAMPLED_LOOP_RATE)
+ANSWERS = (ACCURACY, PASS_1, PASS_8, REWARD, SAMPLED_REWARD, LOOP_RATE, SAMPLED_LOOP_RATE)
 """Of held-out prompts that a stage answers: greedily, but for what is sampled."""
 
 

@@ -132,4 +132,5 @@ def test_prompts_are_answered_greedily_and_by_draws(tmp_path, monkeypatch):
     assert figures["pass@8"] == pytest.approx(1 - 1 / 2 * 1 / 495)  # C(8, 8) / C(12, 8)
     assert figures["reward"] == 0.25 and figures["loop_rate"] == figures["sampled_loop_rate"] == 0.5
     assert rewards.shape == (24,) and rewards.sum() == 16 - 0.25 * 24
+    assert figures["sampled_reward"] == pytest.approx(rewards.mean())
     assert len(told(tmp_path)["answers"]) == 2

@@ -64,7 +64,7 @@ def test_preferences_end_the_loops():
 
 def test_rewards_rise():
     first, *_, last = evaluations("14b-rl")
-    assert last["reward"] > first["reward"] + 0.05
+    assert last["sampled_reward"] > first["sampled_reward"] + 0.05
     assert last["reward_format"] > first["reward_format"]
 
 

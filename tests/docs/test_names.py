@@ -57,7 +57,7 @@ def test_the_table_and_the_picture_of_the_family_are_of_one_run():
     drawn = [word.replace("\u202f", " ") for word in told]
     for name in ("parent", "14b", "8b", "3b"):
         (row,) = re.findall(rf"^\| {name} \|(.*)\|$", TEXTS["README.md"], re.M)
-        _, _, _, kl, _, _, bits, read = (cell.strip(" *") for cell in row.split("|"))
+        _, _, _, kl, _, bits, read = (cell.strip(" *") for cell in row.split("|"))
         at = drawn.index(name)
         until = next(
             (i for i, word in enumerate(drawn) if i > at and word in ("parent", "14b", "8b", "3b")), len(drawn)
