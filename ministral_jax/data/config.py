@@ -30,8 +30,8 @@ class SourceConfig(Frozen):
     python-library: the running interpreter's own standard library, one document per module, tests left out.
     digits: scikit-learn's 1797 handwritten 8x8 digits, each as a question about an image.
     text: UTF-8 files, one document each. jsonl: one document per row, see `jsonl.py`.
-    arithmetic, digit-sum, instructions: questions made here whose answers can be verified; preferences: pairs of
-    answers to such questions, for a judge. See `tasks.py`.
+    arithmetic, digit-sum, needle, instructions, repeat: questions made here whose answers can be verified; preferences:
+    pairs of answers to such questions, for a judge. See `tasks.py`.
     """
 
     kind: Literal[
@@ -41,6 +41,7 @@ class SourceConfig(Frozen):
         "jsonl",
         "arithmetic",
         "digit-sum",
+        "needle",
         "instructions",
         "repeat",
         "preferences",
@@ -57,6 +58,8 @@ class SourceConfig(Frozen):
     is begun, or they are left out, which is said and counted."""
     thinking: bool = True
     """For arithmetic and digit-sum: whether the answer's working stands before it as reasoning."""
+    words: int | None = Field(default=None, ge=1)
+    """For needle: how many words stand around the picture at most, 40 if unset."""
 
     @model_validator(mode="after")
     def _path_belongs_to_files(self) -> Self:
@@ -64,6 +67,8 @@ class SourceConfig(Frozen):
             raise ValueError(f"kind {self.kind!r} {'takes no' if self.path is not None else 'needs a'} path")
         if not self.thinking and self.kind not in ("arithmetic", "digit-sum"):
             raise ValueError(f"kind {self.kind!r} has no thinking that could be left out")
+        if self.words is not None and self.kind != "needle":
+            raise ValueError(f"kind {self.kind!r} takes no words; only 'needle' has some around its picture")
         return self
 
 

@@ -1,15 +1,16 @@
 """Questions made here whose answers can be verified. Every document depends on its number alone, on any machine.
 
 digits: which of scikit-learn's 1797 digits a picture shows. digit-sum: the sum of two of them side by side, the digits
-as reasoning. arithmetic: sums and differences of numbers of up to three digits, products with one digit, worked out
-from the units on as reasoning. instructions: short answers of a given form, which `constraints` describe to a reward.
+as reasoning. needle: which digit a picture showed that stands somewhere among words, for how far back a model can look.
+arithmetic: sums and differences of numbers of up to three digits, products with one digit, worked out from the units
+on as reasoning. instructions: short answers of a given form, which `constraints` describe to a reward.
 repeat: a word to be said 8 to 30 times, at which a small model does not count well and may not end.
 preferences: a right and a wrong answer to a question of arithmetic or instructions, for a judge; some are mislabelled.
 
 A question that comes twice is held out twice or not at all, in preferences too, since documents with the same question
 have the same key. So is a picture: the digits are split into groups by a hash of their pixels, both digits of a sum are
 of one group, and the groups are what is held out; no digit is in training alone and held out in a sum, or the other way
-round. Questions are short, because every token of the tiny recipe is paid for on a CPU.
+round. Questions other than needles are short, because every token of the tiny recipe is paid for on a CPU.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ DEFAULT_LIMIT = 4000
 GROUPS = 128
 """Of digits, some 14 each: small ones, so that what is held out is close to the share that is asked for, and large
 enough for 27,000 sums."""
+DEFAULT_WORDS = 40
+"""Around a needle at most: some 110 tokens with the tiny tokenizer."""
 NOISE = 10
 """One pair in so many is mislabelled, so that a calibrated judge is not certain of anything."""
 
@@ -57,7 +60,7 @@ def read_task(config: SourceConfig, prompts: bool = False, pairs: bool = False) 
 
     As `prompts` they end with the question; one of preferences has its answers as columns `chosen` and `rejected`.
     """
-    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking):
+    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking, config.words or DEFAULT_WORDS):
         if config.kind != "preferences":
             yield replace(document, messages=document.messages[:-1]) if prompts else document
         elif prompts:
@@ -70,23 +73,29 @@ def read_task(config: SourceConfig, prompts: bool = False, pairs: bool = False) 
 
 
 @cache  # they are read to be told apart, packed, asked and examined
-def _made(kind: str, limit: int, thinking: bool) -> tuple[Document, ...]:
-    if kind == "preferences":
-        return tuple(map(_preference, range(limit)))
-    return tuple(_read_digits(limit) if kind == "digits" else (TASKS[kind](n, thinking) for n in range(limit)))
+def _made(kind: str, limit: int, thinking: bool, words: int) -> tuple[Document, ...]:
+    match kind:
+        case "digits":
+            return tuple(_read_digits(limit))
+        case "needle":
+            return tuple(_needle(n, words) for n in range(limit))
+        case "preferences":
+            return tuple(map(_preference, range(limit)))
+        case _:
+            return tuple(TASKS[kind](n, thinking) for n in range(limit))
 
 
 def task_digest(config: SourceConfig, digests: Digests) -> str:
     """SHA-256 of what a task's documents are made of; made once as long as what makes them is the same."""
-    settings = (config.kind, config.limit, config.thinking)
+    settings = (config.kind, config.limit, config.thinking, config.words)
     makers = [Path(module.__file__ or "") for module in (sys.modules[__name__], conversation, pairwise, files)]
     return digests.of(f"task {settings} {version('scikit-learn')}", makers, lambda: _digest(*settings))
 
 
 @cache  # every stage asks again
-def _digest(kind: Any, limit: int | None, thinking: bool) -> str:
+def _digest(kind: Any, limit: int | None, thinking: bool, words: int | None) -> str:
     digest = hashlib.sha256()
-    for document in read_task(SourceConfig(kind=kind, limit=limit, thinking=thinking)):
+    for document in read_task(SourceConfig(kind=kind, limit=limit, thinking=thinking, words=words)):
         names = (document.name, document.key, document.group)
         digest.update(dump([*names, as_openai(document.messages), document.columns]).encode())
         for part in document.messages[0].parts:
@@ -171,6 +180,21 @@ def _digit_sum(n: int, thinking: bool) -> Document:
     answer, working = str(labels[left] + labels[right]), f"{labels[left]}+{labels[right]}"
     messages = exchange((picture, "Sum?"), answer, working if thinking else None)
     return replace(_document("digit-sum", n, messages, {"answer": answer}), group=_group(groups[left]))
+
+
+def _needle(n: int, words: int) -> Document:
+    """A digit at any depth of 1 to `words` words; that these are from 2^k to 2^(k+1) is as likely for every k."""
+    images, labels, groups = _digits()
+    dice = _dice(f"needle {n}")
+    shown = dice(len(labels))
+    low = 1 << dice(words.bit_length())
+    hay = [_WORDS[dice(len(_WORDS))] for _ in range(low + dice(min(low, words + 1 - low)))]
+    depth = dice(len(hay) + 1)
+    before, after = " ".join(hay[:depth]), " ".join([*hay[depth:], "Digit?"])
+    question = (before, _picture(images[shown]), after) if before else (_picture(images[shown]), after)
+    answer = str(labels[shown])
+    document = _document("needle", n, exchange(question, answer), {"answer": answer})
+    return replace(document, group=_group(groups[shown]))
 
 
 def _instructions(n: int, _: bool) -> Document:
@@ -287,4 +311,4 @@ TASKS: dict[str, Callable[[int, bool], Document]] = {
     "instructions": _instructions,
     "repeat": _repeat,
 }
-KINDS = ("digits", "preferences", *TASKS)
+KINDS = ("digits", "needle", "preferences", *TASKS)

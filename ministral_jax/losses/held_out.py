@@ -30,6 +30,10 @@ class Octave:
     counted: float
     ce: float
     kl: float | None = None
+    answers: float = 0.0
+    """Positions that predict a token of an answer about an image."""
+    accuracy: float | None = None
+    """How often that token is the most probable one; None without any."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ def document_sums(read: Readings, teacher_context: int | None = None) -> tuple[I
         "gap": binned(mask * (read["confidence"].astype(np.float64) - right), sure, CALIBRATION_BINS),
         "octave": binned(mask, octave, OCTAVES),
         "octave_ce": binned(mask * read["ce"], octave, OCTAVES),
+        "octave_answers": binned(answers, octave, OCTAVES),
+        "octave_right": binned(answers * right, octave, OCTAVES),
     }
     if "kl" in read:
         known = mask if teacher_context is None else mask * (read["positions"] < teacher_context)
@@ -144,15 +150,22 @@ def _intervals(sums: Sums, count: int) -> dict[str, tuple[float, float]]:
 
 def _octaves(sums: Sums) -> tuple[Octave, ...]:
     total = {key: values.sum(0) for key, values in sums.items() if key.startswith("octave")}
-    counted = total["octave"]
+    counted, none = total["octave"], np.zeros(OCTAVES)
 
-    def kl(n: int) -> float | None:
-        known = total["octave_known"][n] if "octave_known" in total else 0
-        return float(total["octave_kl"][n] / known) if known else None
+    def mean(of: str, over: str, n: int) -> float | None:
+        count = total.get(over, none)[n]
+        return float(total[of][n] / count) if count else None
 
     starts = [0, *(1 << (_FIRST_OCTAVE + n) for n in range(OCTAVES - 1))]
     return tuple(
-        Octave(start, float(counted[n]), float(total["octave_ce"][n] / counted[n]), kl(n))
+        Octave(
+            start,
+            float(counted[n]),
+            float(total["octave_ce"][n] / counted[n]),
+            mean("octave_kl", "octave_known", n),
+            float(total["octave_answers"][n]),
+            mean("octave_right", "octave_answers", n),
+        )
         for n, start in enumerate(starts)
         if counted[n]
     )

@@ -17,7 +17,7 @@ from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.models.spec import PRESETS
 
 VISION = PRESETS["tiny-24b"].vision
-LONGEST = {"arithmetic": 40, "digit-sum": 24, "instructions": 30, "preferences": 96}
+LONGEST = {"arithmetic": 40, "digit-sum": 24, "needle": 120, "instructions": 30, "preferences": 96}
 """Tokens of a document with the tiny tokenizer."""
 
 
@@ -82,6 +82,30 @@ def test_digit_sums_show_the_digits_that_are_added(tokenizer):
         assert tokenizer.decode(answers.tolist()) == answer and rendered.pictures[0].shape == (8, 16, 3)
     (answer,) = parts(read("digit-sum", thinking=False, limit=1)[0])
     assert answer == read("digit-sum", limit=1)[0].columns["answer"]
+
+
+def test_needles_are_digits_at_any_depth_of_few_and_many_words(tokenizer):
+    """So that a row of 512 tokens has answers at all positions up to there."""
+    known = {np.asarray(parts(d, 0)[0]).tobytes(): d.columns["answer"] for d in read("digits")}
+    documents, octaves, depths = read("needle", words=200), [], []
+    for document in documents:
+        (place, picture), *more = [(n, part) for n, part in enumerate(parts(document, 0)) if not isinstance(part, str)]
+        before, after = (
+            " ".join(side).split() for side in (parts(document, 0)[:place], parts(document, 0)[place + 1 :])
+        )
+        assert not more and after.pop() == "Digit?" and {*before, *after} <= set(tasks._WORDS)
+        assert parts(document) == (known[np.asarray(picture).tobytes()],) == (document.columns["answer"],)
+        octaves.append((len(before) + len(after)).bit_length() - 1)
+        depths.append(len(before) / (len(before) + len(after)))
+        assert 1 <= len(before) + len(after) <= 200
+    assert np.bincount(octaves) == pytest.approx(len(documents) / 8, rel=0.15)  # 1, 2 to 3, .., 64 to 127, 128 to 200
+    assert np.histogram(np.array(depths)[np.array(octaves) > 5], 4)[0] == pytest.approx(250, rel=0.2)
+    assert {d.columns["answer"] for d in documents} == set("0123456789")
+    sizes = [len(render(d.messages, tokenizer, VISION, "").tokens) for d in documents]
+    assert 440 < max(sizes) <= 500 and 0.25 < np.mean(np.array(sizes) > 128) < 0.35
+    few, many = (open_source("needle", SourceConfig(kind="needle", limit=9, words=n)) for n in (1, 2))
+    assert few.digest != many.digest
+    assert read("needle", limit=50) == read("needle", limit=50, words=40)
 
 
 CHECKS = {
@@ -180,7 +204,7 @@ def test_no_picture_that_is_held_out_is_trained_on(share, tokenizer, tmp_path):
     """Whatever asks about it: packed rows and prompts of all kinds together."""
     split: dict[bool, set[bytes]] = {True: set(), False: set()}
     kinds = pictured()
-    assert set(kinds) == {"digits", "digit-sum"}
+    assert set(kinds) == {"digits", "digit-sum", "needle"}
     for kind, documents in kinds.items():
         source = open_source(kind, SourceConfig(kind=kind))
         stored, as_prompts = tokenise(source, tokenizer, VISION, tmp_path).drawn(share), _drawn(documents, share)
@@ -200,8 +224,10 @@ def test_sums_are_of_all_digits():
     assert len({tuple(digits_in(d)) for d in documents}) > 3500
 
 
-def test_only_what_thinks_can_do_without():
+def test_a_setting_belongs_to_kinds_that_have_what_it_sets():
     with pytest.raises(ValidationError, match="kind 'instructions' has no thinking that could be left out"):
         SourceConfig(kind="instructions", thinking=False)
+    with pytest.raises(ValidationError, match="kind 'digits' takes no words; only 'needle' has some"):
+        SourceConfig(kind="digits", words=3)
     with pytest.raises(ValidationError, match="kind 'arithmetic' takes no path"):
         SourceConfig(kind="arithmetic", path="x")

@@ -75,3 +75,15 @@ def test_loss_by_position_is_in_octaves():
     octaves = held_out_figures([(documents, sums)]).positions
     assert [(each.start, each.counted / 3) for each in octaves] == [(0, 32), (32, 32), (64, 64), (128, 128), (256, 44)]
     assert sum(each.ce * each.counted for each in octaves) / (3 * length) == pytest.approx(ce)
+
+
+def test_answers_by_position_are_those_that_are_right():
+    """Of three answers two in the first 32 positions, one of them right, and one, right, from 128 on."""
+    where, answers = np.array([[5, 31, 130, 64]]), np.array([[1, 1, 1, 0]], np.float32)
+    read = dict(positions=where, answer_mask=answers, prediction=np.array([[2, 0, 4, 9]]), loss_mask=ONES)
+    first, words, last = held_out_figures([part(**read)]).positions
+    assert [(each.start, each.answers, each.accuracy) for each in (first, words, last)] == [
+        (0, 2, 0.5),
+        (64, 0, None),
+        (128, 1, 1),
+    ]
