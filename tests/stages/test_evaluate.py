@@ -3,25 +3,31 @@
 import json
 
 import pytest
-from reuse_cases import CACHE, MODEL, ROWS, write
+from reuse_cases import CACHE, MODEL, write
 
 from ministral_jax.cli import main
 from ministral_jax.errors import UserError
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.manifest import finished
 
-FURTHER = {"from": "parent", "batch": {"sequences": 2, "length": 64}}
+FURTHER = {"from": "parent", "batch": {"sequences": 8, "length": 64}}
 STRETCHED = {"context": 64, "rope": {"yarn_factor": 2, "original_context": 32, "temperature_beta": 0.1}}
 RARELY = {"every": 99, "early": False, "rows": 4}
 RECIPE = {
     "name": "stretched",
     "data": {
         "tokenizer": {"file": "bundled", "vocab": 512, "special": 64},
-        "sources": {"code": {"kind": "python-library", "limit": 6}},
+        "sources": {"code": {"kind": "python-library", "limit": 24}},
         "held_out": 0.3,
     },
     "stages": {
-        "parent": {"do": "train", "model": MODEL | {"context": 32}, "batch": ROWS, "steps": 3, "evaluate": RARELY},
+        "parent": {
+            "do": "train",
+            "model": MODEL | {"context": 32},
+            "batch": {"sequences": 8, "length": 32},
+            "steps": 3,
+            "evaluate": RARELY,
+        },
         "before": {"do": "evaluate", **FURTHER, "model": STRETCHED, "evaluate": {"rows": 4}},
         "long": {"do": "train", **FURTHER, "model": STRETCHED, "evaluate": RARELY, "steps": 1},
     },
