@@ -24,7 +24,8 @@ WidthBasis = Literal["pca", "magnitude", "random"]
 
 
 class PruneOptions(Frozen):
-    """How to choose what is cut. The defaults are Ministral 3's Algorithm 2 where it speaks."""
+    """How to choose what is cut. The defaults are Ministral 3's Algorithm 2 where it speaks, but for `width_weight`,
+    which a study decided (docs/evidence.md)."""
 
     layer_score: LayerScore = "norm_ratio"
     """`norm_ratio`: mean |out|/|in|, the paper's code; `norm_ratio_inverse`: its inverse, the paper's text;
@@ -34,9 +35,9 @@ class PruneOptions(Frozen):
     width_basis: WidthBasis = "pca"
     """`pca`: one uncentred PCA of the residual stream at every norm input, the paper's; `magnitude`: the channels of
     largest mean square; `random`: a random rotation."""
-    width_weight: Literal["energy", "token"] = "energy"
-    """What a token weighs in the basis: its squared norm, as in the paper, so that late layers and tokens with massive
-    activations decide; or `token`, the same at every norm."""
+    width_weight: Literal["energy", "token"] = "token"
+    """What a token weighs in the basis: the same at every norm; or `energy`, its squared norm, as in the paper, so that
+    late layers and tokens with massive activations decide."""
     norm_gain: Literal["exact", "energy", "per_norm"] = "exact"
     """Gain of the sliced norms: sqrt(D/D'), or sqrt(rho D/D') with rho the energy retained by the basis, of all norms
     together or at each, for which the calibration batches are read once more."""
