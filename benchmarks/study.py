@@ -33,27 +33,39 @@ class Arm:
     figures: dict[str, list[float]] = field(default_factory=dict)
 
 
-def read(sweep_dir: Path, stage: str | None = None) -> list[Arm]:
-    """The arms of a sweep, by the figures of one of its measured stages (the last when none is named)."""
+def read(sweep_dir: Path, stage: str | None = None, by: Sequence[str] = ()) -> list[Arm]:
+    """The arms of a sweep, in order, by the figures of one of its measured stages (the last when none is named).
+
+    Args:
+        by: what an arm is called by, the ends of keys; all that vary but seeds when empty. The others have to vary with
+            these.
+
+    Raises:
+        SystemExit: a point is not finished.
+    """
     record = SweepRecord.model_validate(json.loads((sweep_dir / "sweep.json").read_text()))
     stage = stage or record.measure[-1].stage
     arms: dict[str, Arm] = {}
-    for point in sorted(record.points, key=lambda point: [str(v) for k, v in point.settings.items() if _is_seed(k)]):
+
+    def varied(settings: dict[str, Any], seeds: bool) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if (key.rpartition(".")[2] == "seed") == seeds}
+
+    def named(settings: dict[str, Any]) -> str:
+        keys = [key for key in varied(settings, seeds=False) if not by or key.endswith(tuple(by))]
+        return ", ".join(_said(record.keys[key], settings[key]) for key in keys) or "all"
+
+    names = dict.fromkeys(named(point.settings) for point in record.points)
+    for point in sorted(record.points, key=lambda point: [str(v) for v in varied(point.settings, seeds=True).values()]):
         if point.state != "finished":
             raise SystemExit(f"point {point.name} is {point.state}; run the sweep's command again")
-        varied = {record.keys[key]: value for key, value in point.settings.items() if not _is_seed(key)}
-        name = ", ".join(f"{key} {value}" for key, value in varied.items()) or "all"
-        arm = arms.setdefault(name, Arm(name))
+        name = named(point.settings)
         for figure, value in point.figures[stage].items():
-            arm.figures.setdefault(figure, []).append(value)
-    order = [
-        ", ".join(f"{record.keys[k]} {v}" for k, v in p.settings.items() if not _is_seed(k)) for p in record.points
-    ]
-    return [arms[name or "all"] for name in dict.fromkeys(order)]
+            arms.setdefault(name, Arm(name)).figures.setdefault(figure, []).append(value)
+    return [arms[name] for name in names]
 
 
-def _is_seed(key: str) -> bool:
-    return key.rpartition(".")[2] == "seed"
+def _said(key: str, value: Any) -> str:
+    return ", ".join(map(_said, value, value.values())) if isinstance(value, dict) else f"{key} {value}"
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
@@ -104,10 +116,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="directory of a finished sweep")
     parser.add_argument("--stage", help="whose figures; the last measured one unless said")
+    parser.add_argument("--by", nargs="+", default=[], help="ends of the keys that arms are called by; all unless said")
     parser.add_argument("--metrics", nargs="+", default=["kl"])
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    found = read(given.sweep, given.stage)
+    found = read(given.sweep, given.stage, given.by)
     print(table(found, given.metrics))
     if given.picture is not None:
         picture(found, given.metrics, given.picture)

@@ -75,3 +75,14 @@ def test_the_picture_names_every_arm(sweep):
     picture(read(sweep), ["kl", "ece"], sweep / "kl.svg")
     told = (sweep / "kl.svg").read_text()
     assert all(f"<!-- norm-gain {gain} -->" in told for gain in KL)
+
+
+def test_arms_are_called_by_what_is_asked_for(sweep):
+    record = json.loads((sweep / "sweep.json").read_text())
+    record["keys"]["stages.cut.options"] = "options"
+    for point in record["points"]:
+        point["settings"]["stages.cut.options"] = {"basis": "pca", "gain": point["name"].rpartition("_")[0]}
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    names = [arm.name for arm in read(sweep, by=["cut.options"])]
+    assert names == [f"basis pca, gain {gain}" for gain in KL]
+    assert read(sweep)[0].name == "norm-gain exact, basis pca, gain exact"
