@@ -24,6 +24,7 @@ class Distill(teaching.Taught):
     figures: ClassVar = (KL, *HELD_OUT)
     curve: ClassVar = Curve("kl")
     distils: ClassVar = True
+    incidental: ClassVar = teaching.Taught.incidental | {"baseline", "baseline_lr"}
 
     do: Literal["distill"]
     model: ModelRef | None = None
@@ -33,13 +34,18 @@ class Distill(teaching.Taught):
     """Where the teacher lies; None is like the student."""
     baseline: bool = False
     """Also run `<stage>-scratch`: same shape, data, tokens and teacher, but decoder and projector drawn at random."""
+    baseline_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the baseline; None is the stage's, though random weights may want another one."""
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
-        """The baseline, equal but for its first weights: it reads the very rows."""
+        """The baseline, equal but for its first weights, and its learning rate where it has one: it reads the very
+        rows."""
         if not self.baseline:
             return {}
         before = stages.get(self.source or "")
-        changes: dict[str, Any] = {"baseline": False, "first_row": first_row(self, stages)}
+        changes: dict[str, Any] = {"baseline": False, "baseline_lr": None, "first_row": first_row(self, stages)}
+        if self.baseline_lr is not None:
+            changes["optimizer"] = self.optimizer.model_copy(update={"lr": self.baseline_lr})
         if isinstance(before, Distill) and before.baseline:
             changes |= {"source": scratch_name(self.source or "")}
         else:

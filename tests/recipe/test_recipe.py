@@ -85,12 +85,15 @@ def test_the_graph_of_tiny():
 
 
 def test_a_baseline_differs_only_in_where_its_weights_come_from():
-    recipe = load_recipe(TINY, ["stages.8b-base.baseline=true"])
+    recipe = load_recipe(TINY, ["stages.8b-base.baseline=true", "stages.8b-base.baseline_lr=null"])
     specs = resolve_specs(recipe)
     for name in ("8b-short", "8b-base"):
         ours, scratch = recipe.stages[name], recipe.stages[scratch_name(name)]
         assert first_row(ours, recipe.stages) == scratch.first_row
-        same = {"source": None, "model": None, "baseline": False, "first_row": None}
+        same = {"source": None, "model": None, "baseline": False, "baseline_lr": None, "first_row": None}
+        rates = [stage.optimizer.lr for stage in (ours, scratch)]
+        assert rates == ([2e-3, 8e-3] if name == "8b-short" else [5e-4, 5e-4])
+        same["optimizer"] = ours.optimizer
         assert ours.model_copy(update=same) == scratch.model_copy(update=same)
         assert specs[name] == specs[scratch_name(name)]
     assert recipe.stages["8b-short-scratch"].source is None
