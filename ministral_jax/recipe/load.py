@@ -227,6 +227,11 @@ def resolve_specs(
         stage, where = recipe.stages[name], f"stages.{name}"
         if stage.source is not None and not recipe.stages[stage.source].makes_model:
             raise UserError(f"{where}.from = {stage.source!r} must be a stage that makes a model")
+        if stage.source is not None and stage.begins_anew:
+            raise UserError(
+                f"{where}.from = {stage.source!r}: a stage that does {stage.do!r} goes on from no other; leave "
+                "`from` out, or train a model further with sft or distill"
+            )
         if made and name in made and stage.is_gone:
             specs[name] = made[name]
         else:

@@ -64,6 +64,8 @@ class Stage(Frozen):
     """Whether other stages can start from it."""
     prunes: ClassVar[bool] = False
     """Whether a child of the family begins here."""
+    begins_anew: ClassVar[bool] = False
+    """Whether it goes on from no other stage, so that it takes no `from`."""
     distils: ClassVar[bool] = False
     """Whether its tokens and its KL are those of the family's recovery from pruning."""
     incidental: ClassVar[frozenset[str]] = frozenset(

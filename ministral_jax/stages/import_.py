@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ministral_jax.interop.hf import checkpoint_digest, import_hf, read_spec
 from ministral_jax.models.spec import ModelSpec
@@ -17,6 +17,8 @@ from ministral_jax.stages.rows import EvaluateConfig, RowStage
 
 class Import(Stage):
     """Read a Hugging Face directory into the cascade."""
+
+    begins_anew: ClassVar = True
 
     do: Literal["import"]
     path: Place

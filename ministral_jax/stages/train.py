@@ -21,6 +21,7 @@ class Train(Looped):
 
     figures: ClassVar = HELD_OUT
     curve: ClassVar = Curve("ce")
+    begins_anew: ClassVar = True
 
     do: Literal["train"]
     model: ModelRef

@@ -181,6 +181,13 @@ def test_online_and_stored_differ_by_one_line():
     assert order(stored, ["14b-short"]) == ["parent", "logits", "14b-pruned", "14b-short"]
 
 
+def test_what_begins_anew_takes_no_source(tmp_path):
+    raw = small()
+    raw["stages"]["b"] = {**raw["stages"]["a"], "from": "a"}
+    with pytest.raises(UserError, match=r"stages\.b\.from = 'a': a stage that does 'train' goes on from no other"):
+        resolve_specs(load_recipe(write(tmp_path / "a.yaml", raw)))
+
+
 def test_a_target_larger_than_its_source(tmp_path):
     with pytest.raises(UserError, match=r"stages.8b-pruned: layers = 9 is larger than the source's 8"):
         resolve_specs(load_recipe(TINY, ["stages.8b-pruned.model={preset: tiny-8b, layers: 9}"]))

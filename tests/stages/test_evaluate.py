@@ -29,7 +29,15 @@ RECIPE = {
             "evaluate": RARELY,
         },
         "before": {"do": "evaluate", **FURTHER, "model": STRETCHED, "evaluate": {"rows": 4}},
-        "long": {"do": "train", **FURTHER, "model": STRETCHED, "evaluate": RARELY, "steps": 1},
+        "long": {
+            "do": "distill",
+            **FURTHER,
+            "teacher": "parent",
+            "beyond_teacher": "labels",
+            "model": STRETCHED,
+            "evaluate": RARELY,
+            "steps": 1,
+        },
     },
 }
 
