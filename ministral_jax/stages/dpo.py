@@ -103,6 +103,8 @@ class DPO(Looped):
             super().prepare(job, packing)
             _check(job, packing.rows(job))
         else:  # they are not there yet
+            if not self.data.held_out:
+                raise UserError(f"{job.where}.data.held_out = 0 holds no pair out; raise it")
             check_tracker(self.track, job.where)
             check_vocab(load_tokenizer(self.data.tokenizer, job.data_root), job.spec)
 
