@@ -51,7 +51,8 @@ class Judge:
         forth = [self.tokens(judge_messages(c, x, y)) for c, x, y in pairs]
         back = [self.tokens(judge_messages(c, y, x)) for c, x, y in pairs]
         logits = self.logits(params, forth + back)
-        return both_orders(logits[: len(pairs)], logits[len(pairs) :], self.temperature)
+        found = both_orders(logits[: len(pairs)], logits[len(pairs) :], self.temperature)
+        return np.where([x == y for x, y in zip(a, b, strict=True)], 0.5, found)  # not as it was rounded
 
     def tokens(self, messages: tuple[Message, ...]) -> np.ndarray:
         """A question as the judge reads it; cut in the middle where it is longer than the judge's context."""

@@ -87,10 +87,13 @@ def held_out(
         yield _batch([records[i] if i < count else None for i in indices], data, join, documents=True)
 
 
-def training_order(data: PackedData, seed: int) -> np.ndarray:
-    """In which `batches` with that seed goes through the training rows the first time."""
-    order = _order(data, seed)
-    return np.array([order[i] for i in range(data.counts["train"]["rows"])])
+def row_numbers(data: PackedData, order: Order, count: int | None) -> np.ndarray:
+    """Numbers of the training rows that are read in that order, each once, as they first come: among `count` from its
+    first on, or all there are."""
+    sequence, whole = _order(data, order.seed), data.counts["train"]["rows"]
+    # an epoch that is read whole lies within two epochs' rows
+    read = range(whole) if count is None else range(order.first, order.first + min(count, 2 * whole))
+    return np.array([*dict.fromkeys(cast(int, sequence[i]) for i in read)])
 
 
 def chosen_rows(data: PackedData, split: str, steps: Sequence[Indices]) -> Iterator[tuple[Batch, list[bytes | None]]]:

@@ -42,7 +42,8 @@ class PruneOptions(Frozen):
     """Gain of the sliced norms: sqrt(D/D'), or sqrt(rho D/D') with rho the energy retained by the basis, of all norms
     together or at each, for which the calibration batches are read once more."""
     norm_eps: Literal["spec", "exact"] = "spec"
-    """Keep the target spec's epsilon, or scale the source's by the squared gain, which makes the sliced norm exact."""
+    """Keep the target spec's epsilon, or scale the source's by the squared gain, which makes the sliced norm exact (but
+    with `per_norm`, whose mean gain it then is)."""
     projector: Literal["rotated", "fresh"] = "rotated"
     """Rotate and narrow the source's projector with the decoder, or draw a new one as the paper does."""
     tie_seed: TieSeed = "head"

@@ -29,12 +29,12 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute, placed_params
 from ministral_jax.stages import rows
 from ministral_jax.stages.base import Graph, Job, Params, Program, Result, load_stage
-from ministral_jax.stages.figures import ANSWERS, Curve, Figure
+from ministral_jax.stages.figures import ANSWERS, WIN_RATE, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, Examine, Looped, Objective, RowLearner, update_program
-from ministral_jax.stages.odpo import WIN_RATE, compared, token_logprobs
+from ministral_jax.stages.odpo import compared, token_logprobs
 from ministral_jax.stages.online import added
 from ministral_jax.stages.pairs import Pairs, pairs_of
-from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts, sampler_programs
+from ministral_jax.stages.prompts import check_prompts, generate_programs, open_sampler, open_stage_prompts
 from ministral_jax.stages.reference import reference_logprobs
 from ministral_jax.stages.rows import Packing
 from ministral_jax.stages.teaching import check_vocabulary
@@ -75,7 +75,8 @@ class DPO(Looped):
     """A stage that has made the pairs; the sources are then those of the prompts of `generate` alone. None: the rows of
     the sources are pairs."""
     reward_temperature: float = Field(default=1.0, gt=0)
-    """The chosen answer is better with probability sigmoid of the difference of their scores over this."""
+    """The chosen answer is better with probability sigmoid of the difference of their scores over this; where a row
+    says the probability, of its log-odds over this."""
     loss: OfflineOptions = OfflineOptions()
     generate: GenerateConfig | None = None
 
@@ -102,6 +103,8 @@ class DPO(Looped):
             super().prepare(job, packing)
             _check(job, packing.rows(job))
         else:  # they are not there yet
+            if not self.data.held_out:
+                raise UserError(f"{job.where}.data.held_out = 0 holds no pair out; raise it")
             check_tracker(self.track, job.where)
             check_vocab(load_tokenizer(self.data.tokenizer, job.data_root), job.spec)
 
@@ -118,15 +121,11 @@ class DPO(Looped):
         step = update_program(job, objective(job, heads), trainable, self.steps, self.batch.microbatches)
         policy = jax.ShapeDtypeStruct(both["reference"].shape, jnp.float32, sharding=placement.replicated)
         figures = jax.jit(lambda policy, batch: pair_loss(self, policy, batch)[1], out_shardings=placement.replicated)
-        found = {
+        return generate_programs(job, self.generate) | {
             "read": Program(read, (whole, batch)),
             "step": Program(step.function, (*step.arguments, {**fixed, "teacher": None}, batch | both)),
             "figures": Program(figures, (policy, batch | both)),
         }
-        if (given := self.generate) is not None:
-            length = job.spec.context - 1
-            found |= sampler_programs(job, given.temperature, given.prompts, given.completions, length)
-        return found
 
     def run(self, job: Job[DPO]) -> Result:
         clock, opened = Clock(), list[PackedData]()

@@ -49,6 +49,7 @@ REWARD = Figure("reward", "reward", "", "higher")
 SAMPLED_REWARD = Figure("sampled_reward", "reward, sampled", "", "higher")
 LOOP_RATE = Figure("loop_rate", "answers that loop", "share", "lower")
 SAMPLED_LOOP_RATE = Figure("sampled_loop_rate", "answers that loop, sampled", "share", "lower")
+WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher")
 ANSWERS = (ACCURACY, PASS_1, PASS_8, REWARD, SAMPLED_REWARD, LOOP_RATE, SAMPLED_LOOP_RATE)
 """Of held-out prompts that a stage answers: greedily, but for what is sampled."""
 
@@ -86,10 +87,11 @@ def sources_of(metrics: Mapping[str, float]) -> list[str]:
 
 def share_of(metrics: Mapping[str, float], figure: Figure, source: str = "") -> Share | None:
     """A figure of all held-out prompts or of those of a source, with its interval; None where it is no share of
-    answers, or nobody says of how many."""
+    answers to these, or nobody says of how many."""
     end = f"_{source}" if source else ""
     value, count = metrics.get(figure.name + end), metrics.get("prompts" + end)
-    if figure.unit != "share" or figure in HELD_OUT or value is None or not count or not 0 <= value <= 1:
+    is_share = figure.unit == "share" and figure in (WIN_RATE, *ANSWERS)
+    if not is_share or value is None or not count or not 0 <= value <= 1:
         return None
     return Share(value, int(count), *wilson(value, count))
 

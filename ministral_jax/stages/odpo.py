@@ -23,7 +23,7 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
 from ministral_jax.stages import online
 from ministral_jax.stages.base import Job, Program, load_stage
-from ministral_jax.stages.figures import ANSWERS, Curve, Figure
+from ministral_jax.stages.figures import ANSWERS, WIN_RATE, Curve
 from ministral_jax.stages.judged import JudgedStage, open_judge, win_probability
 from ministral_jax.stages.looped import FROZEN, update_program
 from ministral_jax.stages.prompts import sampler_programs
@@ -32,7 +32,6 @@ from ministral_jax.training.state import LossFn, State, split_frozen
 from ministral_jax.training.train import StepMetrics
 
 Batch = dict[str, Any]
-WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher")
 
 
 class ODPO(JudgedStage, online.OnlineStage):

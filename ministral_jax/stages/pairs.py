@@ -162,7 +162,7 @@ def _pairs(answers: Answers, probability: np.ndarray, host: online.HostMetrics) 
     decided, kept = decide(probability, loops[0::2], loops[1::2])
     for n, p in enumerate(decided):
         a, b = samples[2 * n : 2 * n + 2]
-        if kept[n] and p != 0.5 and _says(a) and _says(b):
+        if kept[n] and p != 0.5 and _says(a) and _says(b) and _said(a) != _said(b):
             rows.append((answers.rows[2 * n], *((a, b) if p > 0.5 else (b, a)), float(max(p, 1 - p))))
     counts = {"pairs": (float(len(rows)), 1.0), "pairs_kept": (float(len(rows)), float(len(decided)))}
     return rows, counts | host | online.conduct_metrics(samples)

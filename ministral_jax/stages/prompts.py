@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ministral_jax.alignment.examine import GenerateConfig
 from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.alignment.scoring import Scorer
 from ministral_jax.alignment.tools import ToolBox
@@ -90,3 +91,15 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
         "sample/fork": Program(run.fork, (hidden, cache, per_row, SLOTS)),
         "sample/chunk": Program(run.chunk, (params, *branched, rows, scalar, scalar, scalar)),
     }
+
+
+def generate_programs(job: Job[Any], given: GenerateConfig | None) -> dict[str, Program]:
+    """What sampling compiles to answer held-out prompts: greedily, and by draws where there are any."""
+    if given is None:
+        return {}
+    length = job.spec.context - 1
+    found = sampler_programs(job, 0.0, given.prompts, 1, length)
+    if given.completions:
+        drawn = sampler_programs(job, given.temperature, given.prompts, given.completions, length)
+        found |= {f"drawn/{name}": program for name, program in drawn.items()}
+    return found

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import Field
 
-from ministral_jax.data.pipeline import chosen_rows, training_order
+from ministral_jax.data.pipeline import chosen_rows, row_numbers
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.distributed.collectives import barrier, first_then_all, is_first
 from ministral_jax.distributed.placement import Placement
@@ -33,7 +33,7 @@ from ministral_jax.settings import Place
 from ministral_jax.stages.base import Job, Params, Program, Result, Stage, load_stage
 from ministral_jax.stages.figures import Figure
 from ministral_jax.stages.manifest import digest
-from ministral_jax.stages.rows import Packing, RowStage, abstract_batch, data_details, first_row, open_data
+from ministral_jax.stages.rows import Packing, RowStage, abstract_batch, data_details, first_row, open_data, order_of
 from ministral_jax.teachers import codecs, store_format
 from ministral_jax.teachers.encode import encoder
 from ministral_jax.teachers.statistics import statistics, summarise
@@ -147,9 +147,9 @@ class Rows:
 
 
 def _splits(job: Job[Record], spec: ModelSpec, data: PackedData) -> list[Rows]:
-    stage, order, first = job.stage, training_order(data, job.stage.seed), first_row(job.stage, job.graph.stages)
+    stage = job.stage
     orders = {
-        "train": order if stage.rows is None else order[first : first + stage.rows],
+        "train": row_numbers(data, order_of(job), stage.rows),
         "held_out": np.arange(data.counts["held_out"]["rows"])[: stage.held_out_rows],
     }
     splits = []

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from ministral_jax.data.batch import padded
-from ministral_jax.data.pipeline import Join, chosen_rows, row_hashes, training_order
+from ministral_jax.data.pipeline import Join, chosen_rows, row_hashes, row_numbers
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.data.rows import pairs_per_row
 from ministral_jax.distributed.collectives import barrier, from_first, is_first
@@ -26,12 +26,13 @@ from ministral_jax.distributed.processes import poll
 from ministral_jax.files import append_jsonl, digest_of, read_jsonl, write_text
 from ministral_jax.stages.base import Job, Params
 from ministral_jax.stages.manifest import digest
+from ministral_jax.stages.rows import order_of
 from ministral_jax.training.progress import ProgressLine
 
 Read = Callable[[Params, dict[str, jax.Array]], jax.Array]
 """`(params, batch) -> [B, S]`, whole on every device: the log-probability of each answer."""
-Key = tuple[str, int]
-"""The split and the number of a batch in it."""
+Key = tuple[str, tuple[int, ...]]
+"""The split and the numbers of a batch's rows in it, -1 for none."""
 
 
 def reference_logprobs(job: Job[Any], data: PackedData, read: Read, params: Params) -> Join:
@@ -40,15 +41,15 @@ def reference_logprobs(job: Job[Any], data: PackedData, read: Read, params: Para
     """
     path, made_of = job.directory / "reference.jsonl", _made_of(job, data)
     plan = _plan(job, data)
-    known = [tuple(key) for key in from_first(_begin(path, made_of) if is_first() else [])]
-    todo = {key: rows for key, rows in plan.items() if key not in known}
+    known = {(split, tuple(rows)) for split, rows in from_first(_begin(path, made_of) if is_first() else [])}
+    todo = [key for key in plan if key not in known]
     line, count = ProgressLine(f"{job.name} reference", len(plan), len(plan) - len(todo)), job.stage.batch.sequences
     try:
         for number, (key, batch) in enumerate(_batches(job, data, todo), 1):
             poll(f"reference batch {number}", slow=number == 1)
             found = np.asarray(read(params, job.placement.place(batch, count)))
             if is_first():
-                hashes = row_hashes(data, key[0], todo[key])
+                hashes = row_hashes(data, *key)
                 values = [_trimmed(row) for row in found[: len(hashes)]]
                 append_jsonl(path, _line(made_of, key, [h.hex() for h in hashes], values))
             line.update(len(plan) - len(todo) + number, "")
@@ -58,7 +59,8 @@ def reference_logprobs(job: Job[Any], data: PackedData, read: Read, params: Para
     size, values = 2 * pairs_per_row(data.length), dict[bytes, np.ndarray]()
     for one in _lines(path, made_of):
         values |= {bytes.fromhex(h): np.array(v, np.float32) for h, v in zip(one["rows"], one["logprobs"], strict=True)}
-    return lambda hashes: {"reference": np.stack([padded(values[h], size) for h in hashes])}
+    row = lambda h: padded(values[h], size)
+    return lambda hashes: {"reference": np.array([row(h) for h in hashes], np.float32).reshape(-1, size)}
 
 
 def _made_of(job: Job[Any], data: PackedData) -> str:
@@ -68,38 +70,38 @@ def _made_of(job: Job[Any], data: PackedData) -> str:
     return digest_of([digest(job.source), data.digest, how])
 
 
-def _plan(job: Job[Any], data: PackedData) -> dict[Key, np.ndarray]:
-    """Numbers of the rows of each batch, -1 for none: the training rows in the order in which they will be read, all
-    that are there where batches may be left out, and the held-out ones."""
+def _plan(job: Job[Any], data: PackedData) -> list[Key]:
+    """The batches: of the training rows in the order in which they will be read, of all that are there where batches
+    may be left out, and of the held-out ones."""
     stage = job.stage
     count = stage.batch.sequences
     needed = None if stage.guard.action == "rollback" else stage.steps * count
     held_out = np.arange(data.counts["held_out"]["rows"])[: stage.evaluate.rows]
-    splits = {"train": training_order(data, stage.seed)[:needed], "held_out": held_out}
-    plan = {}
+    splits = {"train": row_numbers(data, order_of(job), needed), "held_out": held_out}
+    plan = list[Key]()
     for split, rows in splits.items():
         whole = np.full(-(-len(rows) // count) * count, -1)
         whole[: len(rows)] = rows
-        plan |= {(split, number): part for number, part in enumerate(whole.reshape(-1, count))}
+        plan += [(split, tuple(part)) for part in whole.reshape(-1, count).tolist()]
     return plan
 
 
-def _batches(job: Job[Any], data: PackedData, todo: dict[Key, np.ndarray]) -> Iterator[tuple[Key, dict[str, Any]]]:
+def _batches(job: Job[Any], data: PackedData, todo: list[Key]) -> Iterator[tuple[Key, dict[str, Any]]]:
     """This process's rows of the batches."""
     own = job.placement.rows(job.stage.batch.sequences)
     for split in ("train", "held_out"):
         keys = [key for key in todo if key[0] == split]
         if keys:
-            found: Any = chosen_rows(data, split, [todo[key][own] for key in keys])
+            found: Any = chosen_rows(data, split, [np.array(numbers)[own] for _, numbers in keys])
             with closing(found):
                 yield from ((key, batch) for key, (batch, _) in zip(keys, found, strict=True))
 
 
-def _begin(path: Path, made_of: str) -> list[Key]:
+def _begin(path: Path, made_of: str) -> list[Any]:
     """Leave the good lines alone in the file; what they are of."""
     lines = _lines(path, made_of)
     write_text(path, "".join(json.dumps(one) + "\n" for one in lines))
-    return [tuple(one["batch"]) for one in lines]
+    return [one["batch"] for one in lines]
 
 
 def _lines(path: Path, made_of: str) -> list[dict[str, Any]]:

@@ -146,8 +146,13 @@ def first_row(stage: Stage, stages: Mapping[str, Stage]) -> int:
     return read
 
 
+def order_of(job: Job[Any]) -> Order:
+    """In which the stage reads training rows."""
+    return Order(job.stage.seed, first_row(job.stage, job.graph.stages))
+
+
 def _sequence(stage: RowStage) -> tuple[Any, ...]:
-    return stage.data, stage.batch.length, stage.seed
+    return stage.data, stage.batch.length, stage.seed, stage.reads_pairs, stage.inputs().get("pairs")
 
 
 def _ancestors(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Stage]:
@@ -183,8 +188,7 @@ def train_batches(
 ) -> Batches:
     """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
     count, steps = job.stage.batch.sequences, range(start, stop or ENDLESS.stop)
-    first = first_row(job.stage, job.graph.stages)
-    rows = batches(data, count, Order(job.stage.seed, first), steps, job.placement.rows(count), join)
+    rows = batches(data, count, order_of(job), steps, job.placement.rows(count), join)
     return _placed(job.placement, rows, count)
 
 

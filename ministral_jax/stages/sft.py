@@ -14,7 +14,7 @@ from ministral_jax.losses.head import LossHead
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
 from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
-from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts, sampler_programs
+from ministral_jax.stages.prompts import check_prompts, generate_programs, open_sampler, open_stage_prompts
 from ministral_jax.stages.rows import Packing, open_data
 from ministral_jax.stages.teaching import Taught, described_teacher, open_teacher, teacher_loss
 from ministral_jax.stages.train import next_token_loss
@@ -50,13 +50,7 @@ class SFT(Taught):
 
     def programs(self, job: Job[SFT]) -> dict[str, Program]:
         found = loop_programs(job, self.objective(job, None if self.teacher is None else described_teacher(job)))
-        if (given := self.generate) is not None:
-            length = job.spec.context - 1
-            found |= sampler_programs(job, 0.0, given.prompts, 1, length)
-            if given.completions:
-                drawn = sampler_programs(job, given.temperature, given.prompts, given.completions, length)
-                found |= {f"drawn/{name}": program for name, program in drawn.items()}
-        return found
+        return found | generate_programs(job, self.generate)
 
     def run(self, job: Job[SFT]) -> Result:
         clock, data = Clock(), open_data(job)

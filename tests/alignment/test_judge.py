@@ -80,6 +80,16 @@ def test_the_probability_is_the_mean_of_both_orders_at_the_temperature(judge, pa
         np.testing.assert_allclose(found, expected, rtol=0, atol=FP32 / temperature)
 
 
+def test_equal_answers_are_never_told_apart_by_rounding(judge, params):
+    """sigmoid(x) + sigmoid(-x) is not 1 in floating point for every x."""
+    same, other = [str(n) for n in range(20)], ["no"] * 20
+    for temperature in (0.1, 0.3, 1.0):
+        found = replace(judge, temperature=temperature).win_probability(
+            params, [CONVERSATION] * 40, same + other, same * 2
+        )
+        assert (found[:20] == 0.5).all() and (found[20:] != 0.5).all()
+
+
 def test_a_question_beyond_the_context_loses_its_middle_and_is_answered(judge, params):
     short = asked(judge, "2", "3")
     assert reads(judge, short) == "<s>[INST]user: 1+1=?\nA: 2\nB: 3\nBetter: A or B?[/INST]"

@@ -19,7 +19,7 @@ from ministral_jax.data.config import DataConfig, SourceConfig
 from ministral_jax.data.documents import tokenise
 from ministral_jax.data.images import normalise, patch_positions
 from ministral_jax.data.packing import pack
-from ministral_jax.data.pipeline import Order, batches, chosen_rows, held_out, training_order
+from ministral_jax.data.pipeline import Order, batches, chosen_rows, held_out, row_numbers
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.rows import content_hash
 from ministral_jax.data.sources import open_source
@@ -497,13 +497,25 @@ def test_what_is_joined_goes_by_content(data):
     for size, rows in ((8, None), (6, [1, 3])):
         for batch in batches(data, size, Order(3), range(4), rows, join):
             np.testing.assert_array_equal(batch["again"], batch["tokens"])
-    order = training_order(data, 3)
+    order = row_numbers(data, Order(3), None)
     assert sorted(order) == list(range(data.counts["train"]["rows"]))
     stream = chosen_rows(data, "train", [order[:4], [order[4], -1]])
     for batch, (again, hashes) in zip(batches(data, 4, Order(3), range(2)), stream, strict=True):
         full = [i for i, found in enumerate(hashes) if found is not None]
         np.testing.assert_array_equal(again["tokens"][full], batch["tokens"][full])
     assert hashes[1] is None and not again["segments"][1].any()
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 5), (7, 9), (-3, 8), (-1, 9999), (5, 9999)])
+def test_rows_of_an_order_are_those_that_batches_read(data, first, count):
+    """From its first on, over the end of an epoch too, where the next one begins; a negative one is before that end."""
+    whole = data.counts["train"]["rows"]
+    order, count = Order(3, first % whole), min(count, 2 * whole)
+    read = [row.tobytes() for batch in batches(data, 1, order, range(count)) for row in batch["tokens"]]
+    numbers = row_numbers(data, order, count)
+    assert len({*numbers}) == len(numbers)
+    found = [batch["tokens"][0].tobytes() for batch, _ in chosen_rows(data, "train", numbers[:, None])]
+    assert [*dict.fromkeys(found)] == [*dict.fromkeys(read)]
 
 
 def test_joined_rows_of_a_split_that_ends_within_a_batch(data):

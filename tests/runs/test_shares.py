@@ -12,7 +12,18 @@ from scipy.stats import binomtest
 from ministral_jax.alignment.examine import prompts_by_source
 from ministral_jax.runs.reading import read_run
 from ministral_jax.runs.tables import stage_table
-from ministral_jax.stages.figures import ACCURACY, ANSWERS, ECE, LOOP_RATE, REWARD, share_of, told, wilson
+from ministral_jax.stages.figures import (
+    ACCURACY,
+    ANSWERS,
+    ECE,
+    LOOP_RATE,
+    REWARD,
+    WIN_RATE,
+    Figure,
+    share_of,
+    told,
+    wilson,
+)
 
 METRICS = {
     "ece": 0.1, "reward": 0.5, "loop_rate": 0.25, "accuracy": 0.375, "accuracy_sums": 0.5,
@@ -35,6 +46,8 @@ def test_prompts_are_counted_by_source_where_there_are_several():
 
 def test_what_is_no_share_of_answers_has_no_interval():
     assert share_of(METRICS, REWARD) is None is share_of(METRICS, ECE)  # of tokens
+    assert share_of(METRICS | {"right": 0.5}, Figure("right", "pairs in the right order", "share")) is None  # of pairs
+    assert share_of(METRICS | {"win_rate": 0.5}, WIN_RATE).count == 8
     assert share_of(METRICS | {"accuracy": 1.5}, ACCURACY) is None
     assert share_of({"accuracy": 0.5}, ACCURACY) is None  # nobody says of how many
     assert share_of(METRICS, ACCURACY, "sums").count == 4 and share_of(METRICS, LOOP_RATE).count == 8

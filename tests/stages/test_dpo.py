@@ -27,7 +27,7 @@ from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rollout import Answers
 from ministral_jax.data.conversation import Message, spell
 from ministral_jax.data.jsonl import parse_row
-from ministral_jax.data.pipeline import Order, batches
+from ministral_jax.data.pipeline import Order, batches, row_hashes
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.prompts import PromptRow
 from ministral_jax.data.rows import pairs_per_row
@@ -35,6 +35,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import model_inputs
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.vlm import VLM, Compute, param_shardings
+from ministral_jax.stages import reference
 from ministral_jax.stages.base import load_stage
 from ministral_jax.stages.dpo import OfflineOptions, objective, pair_logprobs
 from ministral_jax.stages.manifest import finished
@@ -150,13 +151,14 @@ def asked(tmp_path) -> tuple[Any, Any]:
     stage = SimpleNamespace(
         compute=Compute(), seed=0, steps=3, batch=batch, guard=guard, evaluate=SimpleNamespace(rows=5)
     )
-    place = {"source": tmp_path / "model", "directory": tmp_path / "offline", "name": "offline"}
+    place: dict[str, Any] = {"source": tmp_path / "model", "directory": tmp_path / "offline", "name": "offline"}
+    place["graph"] = SimpleNamespace(stages={})
     return SimpleNamespace(stage=stage, placement=placed(dict(fsdp=1)), **place), prepare(
         config, LENGTH, None, tmp_path / "data", pairs=True
     )
 
 
-def test_the_reference_is_computed_once_and_again_where_it_was_harmed(asked):
+def test_the_reference_is_computed_once_and_again_where_it_was_harmed(asked, monkeypatch):
     job, data = asked
     read, size = [], 2 * pairs_per_row(LENGTH)
 
@@ -167,9 +169,10 @@ def test_the_reference_is_computed_once_and_again_where_it_was_harmed(asked):
         each = [np.bincount(s, t, size + 1)[1:] for t, s in zip(tokens, segments, strict=True)]
         return -np.array(each, np.float32) / 3
 
-    def rows(steps: int) -> list[np.ndarray]:
-        reference, job.stage.steps = reference_logprobs(job, data, sums, {}), steps
-        return [batch["reference"] for batch in batches(data, ROWS, Order(), range(steps), join=reference)]
+    def rows(steps: int, first: int = 0) -> list[np.ndarray]:
+        join, job.stage.steps = reference_logprobs(job, data, sums, {}), steps
+        assert join([])["reference"].shape == (0, size)  # of a host that holds the empty end of a batch
+        return [batch["reference"] for batch in batches(data, ROWS, Order(0, first), range(steps), join=join)]
 
     job.stage.steps = 3
     first, held_out = rows(3), -(-min(5, data.counts["held_out"]["rows"]) // ROWS)
@@ -190,6 +193,15 @@ def test_the_reference_is_computed_once_and_again_where_it_was_harmed(asked):
     (job.source / "manifest.json").write_text("another model")
     rows(4)
     assert len(read) == count + 3 + 4 + held_out
+    whole_epoch = data.counts["train"]["rows"]
+    for first in (ROWS + 1, whole_epoch - 2, whole_epoch + 3):  # other rows than were read, of the next epoch too
+        monkeypatch.setattr(reference, "order_of", lambda job, first=first: Order(0, first))
+        for batch, ours in zip(batches(data, ROWS, Order(0, first), range(4)), rows(4, first), strict=True):
+            np.testing.assert_array_equal(sums({}, batch), ours)
+    (job.source / "manifest.json").write_text("a third model")
+    for count in (2, 3):  # the held-out batch that was not whole is another one with more rows
+        job.stage.evaluate.rows = count
+        reference_logprobs(job, data, sums, {})(row_hashes(data, "held_out", range(count)))
 
 
 def answer(text: str, *, thinking: str | None = None, looping: bool = False, stopped: Any = "stop") -> Sample:
@@ -200,14 +212,14 @@ def test_a_pair_is_written_as_it_was_judged(tmp_path):
     """The loop loses whatever the judge says; what is equal, empty, unknown or loops twice is left out."""
     picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     asked = PromptRow((Message("user", (picture, "Sum?")),), None, {}, "", "s", "here", ({"type": "function"},))  # type: ignore[arg-type]
-    said = [("7", "8"), ("a a", "8"), ("7", "7"), ("", "8"), ("7", "8"), ("a a", "b b"), ("7", "8")]
+    said = [("7", "8"), ("a a", "8"), ("7", "7"), ("", "8"), ("7", "8"), ("a a", "b b"), ("7", "8"), ("7", "7")]
     loops = {(1, 0), (5, 0), (5, 1)}
     samples = [answer(text, looping=(n, k) in loops) for n, two in enumerate(said) for k, text in enumerate(two)]
-    judged = np.array([0.8, 0.9, 0.5, 0.9, np.nan, 0.9, 0.25])
-    rows, figures = _pairs(Answers([asked] * 14, [], samples), judged, {"judge_confidence": (1.0, 2.0)})
+    judged = np.array([0.8, 0.9, 0.5, 0.9, np.nan, 0.9, 0.25, 0.7])
+    rows, figures = _pairs(Answers([asked] * 16, [], samples), judged, {"judge_confidence": (1.0, 2.0)})
     found = [(chosen.text, rejected.text, p) for _, chosen, rejected, p in rows]
     assert found == [("7", "8", 0.8), ("8", "a a", 1.0), ("8", "7", 0.75)]
-    assert (figures["pairs_kept"], figures["tokens_drawn"][0]) == ((3.0, 7.0), sum(len(s.tokens) for s in samples))
+    assert (figures["pairs_kept"], figures["tokens_drawn"][0]) == ((3.0, 8.0), sum(len(s.tokens) for s in samples))
     tokenizer = SimpleNamespace(digest="t")
     row = json.loads(json.dumps(_written(rows[0], tokenizer, tmp_path)))  # type: ignore[arg-type]
     (pair,) = parse_row(json.dumps(row | {"tools": None}).encode(), tmp_path / FILE, "row", "row", False, True)

@@ -111,6 +111,10 @@ SETTINGS = {
     "a loss that is none": (["stages.offline.loss.loss_type=hinge", "offline"], "loss_type"),
     "a model from pairs": (["stages.offline.from=pairs", "offline"], "pairs"),
     "sources without pairs": (["stages.offline.pairs=null", "offline"], "has no pairs"),
+    "no pair held out of those to be made": (
+        ["stages.offline.generate=null", "stages.offline.data.held_out=0", "offline"],
+        "holds no pair out",
+    ),
     "no pair held out": (
         ["stages.offline.pairs=null", "stages.offline.generate=null", "stages.offline.data.held_out=0",
          "stages.offline.data.sources={sums: null, digits: null, made: {kind: preferences, limit: 40}}", "offline"],

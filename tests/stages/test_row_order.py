@@ -31,6 +31,20 @@ def test_the_short_stages_of_the_family_read_different_rows(recipe):
         assert spans(loaded, (f"{name}-scratch" for name in SHORT)) == {f"{k}-scratch": v for k, v in found.items()}
 
 
+def test_pairs_are_rows_of_their_own():
+    """Of the data that fine-tuning read, a stage that reads pairs reads others, and of another stage's pairs, again."""
+    data = ("stages.offline.batch.length=64", "stages.offline.data.patches=64")
+    short = ("stages.pairs.max_prompt_length=20", "stages.pairs.max_completion_length=12")
+    recipe = load_recipe(TESTS / "micro_post.yaml", (*data, *short))
+    sft, offline = recipe.stages["sft"], recipe.stages["offline"]
+    assert (sft.data, sft.batch.length, sft.seed) == (offline.data, offline.batch.length, offline.seed)
+    assert sft.rows_read and first_row(offline, recipe.stages) == 0
+    again = {**recipe.stages, "again": offline.model_copy(update={"source": "offline"})}
+    assert first_row(again["again"], again) == offline.rows_read
+    other = again["again"].model_copy(update={"pairs": "others"})
+    assert first_row(other, again) == 0
+
+
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
     """`stage -> ` the rows that it reads in order, as bytes, of a recipe of two sizes."""
