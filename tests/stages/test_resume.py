@@ -34,7 +34,9 @@ CASCADE = (str(MICRO), "14b-hf", "stages.14b-hf.from=14b-short")
 def start(run_dir: Path, recipe: tuple[str, ...]) -> subprocess.Popen:
     command = [sys.executable, "-m", "ministral_jax", "run", *recipe, "--run-dir", str(run_dir)]
     secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))  # rewards that tests define
     environment = {**os.environ, **COMPILING, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **secrets}
+    environment["PYTHONPATH"] = path
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
