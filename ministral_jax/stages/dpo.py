@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from ministral_jax.alignment.examine import Examiner, GenerateConfig
+from ministral_jax.alignment.examine import GenerateConfig
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.pipeline import Join
 from ministral_jax.data.prepare import PackedData
@@ -34,7 +34,7 @@ from ministral_jax.stages.looped import FROZEN, Examine, Looped, Objective, RowL
 from ministral_jax.stages.odpo import compared, token_logprobs
 from ministral_jax.stages.online import added
 from ministral_jax.stages.pairs import Pairs, pairs_of
-from ministral_jax.stages.prompts import check_prompts, generate_programs, open_sampler, open_stage_prompts
+from ministral_jax.stages.prompts import check_prompts, generate_programs, open_examiner
 from ministral_jax.stages.reference import reference_logprobs
 from ministral_jax.stages.rows import Packing
 from ministral_jax.stages.teaching import check_vocabulary
@@ -138,10 +138,8 @@ class DPO(Looped):
         del params
         with ExitStack() as stack:
             examine = None
-            if (given := self.generate) is not None:
-                prompts = open_stage_prompts(job)
-                sampler = open_sampler(job, prompts, given.temperature)
-                examiner = stack.enter_context(Examiner(sampler, prompts, given, job.directory))
+            if self.generate is not None:
+                examiner = stack.enter_context(open_examiner(job, self.generate))
                 examine = compared(examiner, lambda: load_stage(job.source, placement=job.placement)[1])
             learner = _Learner(job, data, fixed, examine, programs, reference)
             outcome = train(learner, trainable, self, job.directory, clock)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ministral_jax.alignment.examine import GenerateConfig
+from ministral_jax.alignment.examine import Examiner, GenerateConfig
 from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.alignment.scoring import Scorer
 from ministral_jax.alignment.tools import ToolBox
@@ -68,6 +68,12 @@ def open_sampler(job: Job[Any], prompts: PromptData, temperature: float, tools: 
     """The stage's model as it answers prompts; the job may stop at every piece of work."""
     place = job.spec, job.stage.compute, job.placement
     return Sampler(*place, prompts.tokenizer, temperature, tools, on_step=poll_slow)
+
+
+def open_examiner(job: Job[Any], given: GenerateConfig) -> Examiner:
+    """Answers held-out prompts of the stage's own sources, as `generate` says; to be entered before it is used."""
+    prompts = open_stage_prompts(job)
+    return Examiner(open_sampler(job, prompts, given.temperature), prompts, given, job.directory)
 
 
 def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int, length: int) -> dict[str, Program]:

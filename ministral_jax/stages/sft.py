@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ministral_jax.alignment.examine import Examiner, GenerateConfig
+from ministral_jax.alignment.examine import GenerateConfig
 from ministral_jax.distributed.placement import Rules
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.head import LossHead
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
 from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
-from ministral_jax.stages.prompts import check_prompts, generate_programs, open_sampler, open_stage_prompts
+from ministral_jax.stages.prompts import check_prompts, generate_programs, open_examiner
 from ministral_jax.stages.rows import Packing, open_data
 from ministral_jax.stages.teaching import Taught, described_teacher, open_teacher, teacher_loss
 from ministral_jax.stages.train import next_token_loss
@@ -59,9 +59,7 @@ class SFT(Taught):
         params = load_stage(job.source, placement=job.placement)[1]
         with ExitStack() as stack:
             examine = None
-            if (given := self.generate) is not None:
-                prompts = open_stage_prompts(job)
-                sampler = open_sampler(job, prompts, given.temperature)
-                examiner = stack.enter_context(Examiner(sampler, prompts, given, job.directory))
+            if self.generate is not None:
+                examiner = stack.enter_context(open_examiner(job, self.generate))
                 examine = lambda params: examiner.examine(params)[0]
             return run_loop(job, data, objective, params, clock, examine)
