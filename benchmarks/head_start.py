@@ -20,8 +20,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from study import mean_and_half
 
 from ministral_jax.files import read_jsonl
+from ministral_jax.runs.summary import tokens_read
 from ministral_jax.runs.sweep_run import read_record
-from ministral_jax.stages.manifest import Manifest, finished
+from ministral_jax.stages.manifest import finished
 
 SCRATCH, STUDENT = "#b3552e", "#2f5d8a"
 
@@ -54,24 +55,12 @@ class Reached:
     bound: str = ""
 
 
-def charged(manifest: Manifest) -> int:
-    """Tokens that a stage read: of a cut those of every pass over the calibration batches."""
-    if manifest.do != "prune":
-        return manifest.tokens
-    config, cuts = manifest.config, [step.step for step in manifest.prune.steps] if manifest.prune else []
-    options, batch = config["options"], config["batch"]
-    passes = sum(cut in ("layers", "width", "mlp") for cut in cuts)
-    passes = passes if options["recollect"] else min(passes, 1)
-    passes += options["norm_gain"] == "per_norm" and "width" in cuts
-    return passes * config["calibration"] * batch["sequences"] * batch["length"]
-
-
 def read_curve(stage: str, run_dir: Path) -> Curve:
     """Of a finished distil stage, by the manifests on its way from the family's parent."""
     manifest = finished(run_dir / stage)
     way, last = [], manifest
     while "parent" in last.inputs and (last := finished(run_dir / last.inputs["parent"].stage)).do != "train":
-        way.append(charged(last))
+        way.append(tokens_read(last))
     rows = [row for row in read_jsonl(run_dir / stage / "metrics.jsonl") if row["kind"] == "eval" and "kl" in row]
     a_step, child = manifest.tokens // manifest.steps, stage.partition("-")[0]
     tokens = [row["step"] * a_step for row in rows]

@@ -32,7 +32,7 @@ from ministral_jax.models.spec import VisionSpec
 Progress = Callable[[str, int], None]
 """Called as (what, how many so far)."""
 
-_FORMAT = 4
+_FORMAT = 5
 _DRAW = 2**32  # a salt that no pass of packing reaches
 _KNOWN = {"answer", "chosen", "rejected", "probability", "score_chosen", "score_rejected", "tokens", "image", "images"}
 """Columns that are learnt all the same."""

@@ -30,7 +30,7 @@ from scipy.special import logit
 from ministral_jax.data.conversation import Document, Message, from_json, image_path, parse_messages, parse_tools, spell
 from ministral_jax.data.pairwise import judge_documents, pair_document
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain, stable_key
+from ministral_jax.files import digest_of, open_plain, stable_key
 
 _PLACE = "<image>"
 _NAMED = "name images as 'image' or 'images'"
@@ -92,9 +92,9 @@ def _whole(value: Any) -> Any:
 def parse_row(
     line: bytes, path: Path, name: str, where: str, prompts: bool, pairs: bool = False
 ) -> tuple[Document, ...]:
-    """The documents of a row of the JSONL file at `path`: two of a preference, else one; equal rows are held out
-    together. As `pairs` every row must be a preference, and is one document. Raises `UserError`: the row is malformed,
-    or has a key of another format that would be lost; begins with `where`."""
+    """The documents of a row of the JSONL file at `path`: two of a preference, else one; equal rows, and preferences
+    of one prompt, are held out together. As `pairs` every row must be a preference, and is one document. Raises
+    `UserError`: the row is malformed, or has a key of another format that would be lost; begins with `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
@@ -115,13 +115,19 @@ def parse_row(
         columns = _rest(row, "messages", "prompt", "tools", "image", "images")
     else:
         columns = _rest(row, "question", "tools")  # its images stay, as they are named
-    document = Document(name, where, None, messages, tools, columns, key)
+    document = Document(name, where, None, messages, tools, columns, key, _asked(row, shared) if judged else "")
     if not judged:
         return (document,)
     chosen, rejected = (_answer(key, value, where) for key, value in zip(("chosen", "rejected"), answers, strict=True))
     if pairs and chosen != rejected:
         return (pair_document(document, chosen, rejected, _margin(row, where)),)
     return judge_documents(document, *_compared([chosen, rejected], where))
+
+
+def _asked(row: dict[str, Any], shared: list[Any] | None) -> str:
+    """A digest of what a preference is about: as the file has it, so that it does not depend on where it lies."""
+    asked = shared if shared is not None else [row.get(key) for key in ("messages", "prompt", "question")]
+    return digest_of([asked, *(row.get(key) for key in ("tools", "image", "images"))])
 
 
 def _check_row(row: dict[str, Any], where: str, prompts: bool) -> None:
@@ -341,15 +347,16 @@ def _number(row: dict[str, Any], key: str, where: str) -> float:
 
 def _best_and_another(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     """A row of UltraFeedback as a preference: the completion with the highest score, and another by the row's hash, as
-    Zephyr's (arXiv 2310.16944) are drawn."""
+    Zephyr's (arXiv 2310.16944) are drawn, but of those that are scored lower: an equal one is no preference."""
     found = row["completions"]
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(each, dict) for each in found):
         raise UserError(f"{where}: 'completions' must be a list of two or more objects, got {found!r:.60}")
     scores = [_number(each, "overall_score", where) for each in found]
     best = scores.index(max(scores))
-    others = [n for n in range(len(found)) if n != best and found[n].get("response") != found[best].get("response")]
+    others = [n for n in range(len(found)) if scores[n] < scores[best]]
+    others = [n for n in others if found[n].get("response") != found[best].get("response")]
     if not others:
-        raise UserError(f"{where}: all completions are the same; leave the row out")
+        raise UserError(f"{where}: all completions are the same or scored {scores[best]:g}; leave the row out")
     other = others[stable_key(key) % len(others)]
     rest = {name: value for name, value in row.items() if name not in ("instruction", "completions")}
     names = {"chosen": best, "rejected": other}

@@ -22,7 +22,7 @@ from ministral_jax.files import digest_of, new_directory
 from ministral_jax.models.spec import VisionSpec
 
 SPLITS = ("train", "held_out")
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True, eq=False)

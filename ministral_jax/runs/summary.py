@@ -182,9 +182,21 @@ def _tokens_of_lineage(recipe: Recipe, run_dir: Path, name: str | None) -> int:
     while name is not None:
         stage, made = recipe.stages[name], read_manifest(run_dir / name)
         if made is not None and isinstance(stage, RowStage) and (stage.distils or stage.prunes):
-            total += stage.rows_read * stage.batch.length
+            total += tokens_read(made)
         name = stage.source
     return total
+
+
+def tokens_read(manifest: Manifest) -> int:
+    """Tokens that a finished stage read: of a cut those of every pass over the calibration batches."""
+    if manifest.do != "prune":
+        return manifest.tokens
+    config, cuts = manifest.config, [step.step for step in manifest.prune.steps] if manifest.prune else []
+    options, batch = config["options"], config["batch"]
+    passes = sum(cut in ("layers", "width", "mlp") for cut in cuts)
+    passes = passes if options["recollect"] else min(passes, 1)
+    passes += options["norm_gain"] == "per_norm" and "width" in cuts
+    return passes * config["calibration"] * batch["sequences"] * batch["length"]
 
 
 def _evaluations(run_dir: Path, stage: str) -> Rows:

@@ -90,6 +90,11 @@ class DPO(Looped):
         if not isinstance(maker := graph.stages[self.pairs], Pairs):
             raise UserError(f"{where}.pairs = {self.pairs!r} must be a pairs stage")
         check_vocabulary(spec, self.pairs, "pairs", graph, where)
+        if self.generate is not None and self.data.held_out > maker.data.held_out:
+            raise UserError(
+                f"{where}.data.held_out = {self.data.held_out:g} is above that of {self.pairs!r}, "
+                f"{maker.data.held_out:g}: `generate` would ask prompts of which the policy learns; lower it"
+            )
         if self.batch.length < (longest := 2 * maker.longest_row):
             raise UserError(
                 f"{where}.batch.length = {self.batch.length} does not hold two of the longest answers of "

@@ -10,6 +10,7 @@ from PIL import Image
 from ministral_jax.data.chat import SECOND, TRAINABLE, Rendered, render, render_pair
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
 from ministral_jax.data.conversation import Document, spell
+from ministral_jax.data.documents import group_key
 from ministral_jax.data.jsonl import parse_row
 from ministral_jax.data.pipeline import Order, batches, held_out
 from ministral_jax.data.prepare import prepare
@@ -62,6 +63,31 @@ def test_every_way_of_writing_a_pair_is_one_document(form, tmp_path):
     assert (pair.margin == 1.5) if "UltraFeedback" in form else math.isnan(pair.margin)
     # the same rows are a judge's two questions
     assert [spell(d.messages[-1]) for d in read(FORMS[form], tmp_path, pairs=False)] == ["A", "B"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pairs", [True, False])
+def test_preferences_of_one_prompt_are_held_out_together_wherever_their_file_lies(form, pairs, tmp_path):
+    row = FORMS[form]
+    answers = {
+        "chosen": [*row["chosen"][:-1], {**YES, "content": "four"}] if isinstance(row.get("chosen"), list) else "four",
+        "completions": [{"response": "four", "overall_score": 9.0}, {"response": "five", "overall_score": 1.0}],
+    }
+    others = row | {key: answer for key, answer in answers.items() if key in row}
+    others.pop("prompt_id", None)
+    others |= {"messages": others["chosen"]} if "messages" in others and row["messages"] == row["chosen"] else {}
+    groups = {group_key(d) for d in (*read(row, tmp_path, pairs), *read(others, tmp_path / "elsewhere", pairs))}
+    assert len(groups) == 1
+    asked = json.loads(json.dumps(row).replace("2+2?", "2+3?"))
+    assert groups.isdisjoint(group_key(d) for d in read(asked, tmp_path, pairs))
+
+
+def test_of_ultrafeedback_the_other_answer_is_one_scored_lower(tmp_path):
+    completions = [{"response": str(n), "overall_score": 8.5} for n in range(3)]
+    row = {"instruction": "2+2?", "completions": [*completions, {"response": "5", "overall_score": 7.0}]}
+    assert {read(row | {"source": str(n)}, tmp_path)[0].margin for n in range(8)} == {1.5}
+    with pytest.raises(UserError, match=r"^row 1: all completions are the same or scored 8.5; leave the row out$"):
+        read({"instruction": "2+2?", "completions": completions}, tmp_path)
 
 
 def test_margins_are_a_judges_or_of_scores(tmp_path):

@@ -105,6 +105,10 @@ SETTINGS = {
     "no prompt held out": (["data.held_out=0", "rl"], "no prompt is held out"),
     "pairs of no pairs stage": (["stages.offline.pairs=sft", "offline"], "pairs = 'sft' must be a pairs stage"),
     "pairs of a stage that is not there": (["stages.offline.pairs=pars", "offline"], "did you mean pairs?"),
+    "prompts of the pairs asked as held-out ones": (
+        ["stages.offline.generate={prompts: 2}", "stages.offline.data.held_out=0.6", "offline"],
+        "would ask prompts of which the policy learns",
+    ),
     "rows too short for two answers": (["stages.offline.batch.length=64", "offline"], "two of the longest answers"),
     "an odd number of answers": (["stages.pairs.num_generations=3", "offline"], "num_generations"),
     "pairs without a judge": (["stages.pairs.judge=null", "offline"], "either a `judge`"),
