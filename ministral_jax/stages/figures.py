@@ -22,6 +22,8 @@ class Figure:
     unit: str = ""
     """`nats per token`, `bits per byte`, `bytes per token`; `share` for what is shown as a percentage."""
     better: Literal["lower", "higher"] | None = None
+    counted: str = ""
+    """Of a share of independent trials, the metric that counts them."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,21 @@ DIGIT_ACCURACY = Figure("digit_accuracy", "answers about images, teacher-forced"
 KL = Figure("kl", "KL to the teacher", "nats per token", "lower")
 HELD_OUT = (CE, BITS_PER_BYTE, DIGIT_ACCURACY, ECE)
 """Of every loop over packed rows."""
-ACCURACY = Figure("accuracy", "right answers", "share", "higher")
-PASS_1 = Figure("pass@1", "right answers, sampled", "share", "higher")
-PASS_8 = Figure("pass@8", "one of eight sampled is right", "share", "higher")
+ACCURACY = Figure("accuracy", "right answers", "share", "higher", "prompts")
+PASS_1 = Figure("pass@1", "right answers, sampled", "share", "higher", "prompts")
+PASS_8 = Figure("pass@8", "one of eight sampled is right", "share", "higher", "prompts")
 REWARD = Figure("reward", "reward", "", "higher")
 SAMPLED_REWARD = Figure("sampled_reward", "reward, sampled", "", "higher")
-LOOP_RATE = Figure("loop_rate", "answers that loop", "share", "lower")
-SAMPLED_LOOP_RATE = Figure("sampled_loop_rate", "answers that loop, sampled", "share", "lower")
-WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher")
+LOOP_RATE = Figure("loop_rate", "answers that loop", "share", "lower", "prompts")
+SAMPLED_LOOP_RATE = Figure("sampled_loop_rate", "answers that loop, sampled", "share", "lower", "prompts")
+WIN_RATE = Figure("win_rate", "answers better than before", "share", "higher", "prompts")
 ANSWERS = (ACCURACY, PASS_1, PASS_8, REWARD, SAMPLED_REWARD, LOOP_RATE, SAMPLED_LOOP_RATE)
 """Of held-out prompts that a stage answers: greedily, but for what is sampled."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of the answers to `count` held-out prompts, and the interval in which that of all such prompts lies, 19
-    times of 20."""
+    """A share of `count` held-out prompts or pairs, and the interval in which that of all such lies, 19 times of 20."""
 
     value: float
     count: int
@@ -86,12 +87,11 @@ def sources_of(metrics: Mapping[str, float]) -> list[str]:
 
 
 def share_of(metrics: Mapping[str, float], figure: Figure, source: str = "") -> Share | None:
-    """A figure of all held-out prompts or of those of a source, with its interval; None where it is no share of
-    answers to these, or nobody says of how many."""
+    """A figure of all held-out prompts or pairs, or of those of a source, with its interval; None where it is no share
+    of such, or nobody says of how many."""
     end = f"_{source}" if source else ""
-    value, count = metrics.get(figure.name + end), metrics.get("prompts" + end)
-    is_share = figure.unit == "share" and figure in (WIN_RATE, *ANSWERS)
-    if not is_share or value is None or not count or not 0 <= value <= 1:
+    value, count = metrics.get(figure.name + end), metrics.get(figure.counted + end)
+    if not figure.counted or value is None or not count or not 0 <= value <= 1:
         return None
     return Share(value, int(count), *wilson(value, count))
 

@@ -33,7 +33,7 @@ class Reward(Looped):
     """A pairwise judge: learn to say which of two answers is better, then calibrate how sure it is."""
 
     figures: ClassVar = (
-        Figure("judge_accuracy", "pairs judged right", "share", "higher"),
+        Figure("judge_accuracy", "pairs judged right", "share", "higher", "judge_pairs"),
         Figure("judge_ece_before", "calibration error of the judge, raw", "share", "lower"),
         Figure("judge_ece", "calibration error of the judge", "share", "lower"),
         Figure("judge_ece_floor", "calibration error of a perfect judge of as many pairs", "share"),
@@ -96,8 +96,8 @@ def held_out_pairs(rows: list[PromptRow], count: int, where: str) -> list[tuple[
 
 
 def examine(judge: Judge, params: Params, pairs: list[tuple[PromptRow, PromptRow]]) -> dict[str, float]:
-    """Every other pair fits `judge_temperature`; the rest measure `judge_accuracy` and the calibration error before and
-    after, `judge_ece_before` and `judge_ece`, beside what a perfect judge of as many pairs would show,
+    """Every other pair fits `judge_temperature`; the rest, `judge_pairs`, measure `judge_accuracy` and the calibration
+    error before and after, `judge_ece_before` and `judge_ece`, beside what a perfect judge of as many pairs would show,
     `judge_ece_floor`. All of the mean over both orders, by which answers are judged."""
     logits = [judge.logits(params, [judge.tokens(pair[n].messages) for pair in pairs]) for n in (0, 1)]
     first_better = np.array([pair[0].reference == "A" for pair in pairs], np.float64)
@@ -106,6 +106,7 @@ def examine(judge: Judge, params: Params, pairs: list[tuple[PromptRow, PromptRow
     before, after = (both_orders(logits[0][rest], logits[1][rest], t) for t in (1.0, temperature))
     return {
         "judge_temperature": temperature,
+        "judge_pairs": float(len(before)),
         "judge_accuracy": float(np.mean((after > 0.5) == (first_better[rest] > 0.5))),
         "judge_ece_before": expected_calibration_error(before, first_better[rest]),
         "judge_ece": expected_calibration_error(after, first_better[rest]),

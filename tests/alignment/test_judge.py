@@ -163,6 +163,7 @@ def test_the_temperature_is_of_every_other_pair_and_the_figures_of_the_rest():
     assert abs(np.log(temperature / fit_temperature(*each))) > 0.1  # which order by order would be another one
 
     at = lambda t: mean(rest, t)
+    assert found["judge_pairs"] == len(better[rest])
     assert found["judge_accuracy"] == np.mean((at(temperature) > 0.5) == (better[rest] == 1))
     assert found["judge_ece_before"] == pytest.approx(expected_calibration_error(at(1.0), better[rest]), abs=1e-12)
     assert found["judge_ece"] == pytest.approx(expected_calibration_error(at(temperature), better[rest]), abs=1e-12)

@@ -75,6 +75,16 @@ def test_the_real_recipe_ends_in_the_published_sizes(tmp_path):
         assert specs[f"{child}-instruct"] == specs[f"{child}-reasoning"] == PRESETS[preset]
 
 
+def test_the_real_recipe_is_taught_by_the_post_trained_parent_and_by_the_base_with_one_override():
+    for override, teacher, weights in (
+        ([], "teacher", "Instruct"),
+        (["defaults.distill.teacher=parent"], "parent", "Base"),
+    ):
+        stages = load_recipe(CONFIGS / "ministral3.yaml", override).stages
+        assert {stages[f"{child}-short"].teacher for child in ("14b", "8b", "3b")} == {teacher}
+        assert weights in stages[teacher].path
+
+
 def test_the_graph_of_tiny():
     recipe = load_recipe(TINY)
     names = order(recipe)

@@ -302,14 +302,17 @@ def test_nothing_is_cut(page):
 
 
 def test_loss_by_position_is_told(copy):
-    found = {"8b-short": [(0, 3.25, 0.5), (64, 4.5, 0.25)], "8b-base": [(0, 3.5, 0.75), (128, 4.75, None)]}
+    found = {"8b-short": [(0, 3.25, 0.5, {}), (64, 4.5, 0.25, {})]}
+    found["8b-base"] = [(0, 3.5, 0.75, {}), (128, 4.75, None, {"answers": 8, "accuracy": 0.375})]
     for name, octaves in found.items():
         told = told_by(copy, name)
-        told["held_out"] = {"positions": [{"start": a, "counted": 9, "ce": ce, "kl": kl} for a, ce, kl in octaves]}
+        told["held_out"] = {
+            "positions": [{"start": a, "counted": 9, "ce": ce, "kl": kl, **e} for a, ce, kl, e in octaves]
+        }
         write_json(copy / name / "manifest.json", told)
     relink(copy)
     tables = section(page_of(copy), "numbers").iter("table")
     table = next(node for node in tables if "by position in the document" in node.get("aria-label", ""))
     told = [[text_of(cell) for cell in row] for row in table.iter("tr")]
     assert told[0] == ["stage", "0", "64", "128"]
-    assert told[1:] == [["8b-short", "3.250 0.500", "4.500 0.250", "–"], ["8b-base", "3.500 0.750", "–", "4.750"]]
+    assert told[1:] == [["8b-short", "3.250 0.500", "4.500 0.250", "–"], ["8b-base", "3.500 0.750", "–", "4.750 38 %"]]

@@ -24,6 +24,7 @@ from ministral_jax.stages.figures import (
     told,
     wilson,
 )
+from ministral_jax.stages.reward import Reward
 
 METRICS = {
     "ece": 0.1, "reward": 0.5, "loop_rate": 0.25, "accuracy": 0.375, "accuracy_sums": 0.5,
@@ -47,6 +48,8 @@ def test_prompts_are_counted_by_source_where_there_are_several():
 def test_what_is_no_share_of_answers_has_no_interval():
     assert share_of(METRICS, REWARD) is None is share_of(METRICS, ECE)  # of tokens
     assert share_of(METRICS | {"right": 0.5}, Figure("right", "pairs in the right order", "share")) is None  # of pairs
+    judged = next(figure for figure in Reward.figures if figure.name == "judge_accuracy")
+    assert share_of(METRICS | {"judge_accuracy": 0.5, "judge_pairs": 75}, judged).count == 75
     assert share_of(METRICS | {"win_rate": 0.5}, WIN_RATE).count == 8
     assert share_of(METRICS | {"accuracy": 1.5}, ACCURACY) is None
     assert share_of({"accuracy": 0.5}, ACCURACY) is None  # nobody says of how many
