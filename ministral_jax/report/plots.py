@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -200,11 +201,16 @@ def _write(axes: Axes, note: Note, height: float) -> None:
 
 
 def _legend(axes: Axes, names: list[str], wide: bool) -> None:
-    if wide and 3 < len(names) <= 16:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
+    beside = wide and 3 < len(names) <= 16
+    # a long name would leave no room for the axes
+    told = [textwrap.fill(name, 28 if beside else 60) for name in names]
+    style = {"handles": axes.get_legend_handles_labels()[0], "labels": told}
+    if beside and sum(name.count("\n") + 1 for name in told) <= 20:
+        axes.legend(**style, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
     elif 0 < len(names) <= 6:
         columns = min(len(names), 3, max(1, 60 // (max(map(len, names)) + 6)))
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.0, handlelength=1.8)
+        above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.0, "handlelength": 1.8}
+        axes.legend(**style, **above, ncols=columns)
 
 
 def _inline(svg: str, alt: str) -> Markup:

@@ -294,3 +294,13 @@ def test_numbers_as_people_write_them():
         assert [write(value) for value in (None, math.nan, math.inf)] == ["–", "NaN", "∞"]
     assert plain(count(2.5e9, "FLOP", "si")) == "2.5 GFLOP"
     assert [tick(value) for value in (0.1, 0.05, 2.0, 1e-4, 20.0, 0.0)] == ["0.1", "0.05", "2", "10⁻⁴", "20", "0"]
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_the_curves(count, wide):
+    name = "before.yarn-factor=4_long.yarn-factor=4_before.temperature-beta=0.1_long.temperature-beta=0.1"
+    shown = [Line([0, 1, 2], [3.0, 2.0, 1.0], label=f"{name}_{n}") for n in range(count)]
+    picture = str(lines(shown, Axis("tokens"), Axis("loss"), "Loss", wide=wide))
+    assert ("before.yarn" in picture) == (count < 12)
