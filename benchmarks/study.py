@@ -64,6 +64,14 @@ def read(sweep_dir: Path, stage: str | None = None, by: Sequence[str] = ()) -> l
     return [arms[name] for name in names]
 
 
+def read_stages(sweep_dir: Path, stages: Sequence[str | None], by: Sequence[str] = ()) -> list[Arm]:
+    """`read` of each of these stages, which are then arms themselves."""
+    if len(stages) == 1:
+        return read(sweep_dir, stages[0], by)
+    arms = [(stage, arm) for stage in stages for arm in read(sweep_dir, stage, by)]
+    return [Arm(f"{stage}" if arm.name == "all" else f"{stage}, {arm.name}", arm.figures) for stage, arm in arms]
+
+
 def _said(key: str, value: Any) -> str:
     return ", ".join(map(_said, value, value.values())) if isinstance(value, dict) else f"{key} {value}"
 
@@ -115,12 +123,14 @@ def picture(arms: Sequence[Arm], metrics: Sequence[str], path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="directory of a finished sweep")
-    parser.add_argument("--stage", help="whose figures; the last measured one unless said")
+    parser.add_argument(
+        "--stage", nargs="+", help="whose figures; the last measured one's unless said; several are arms"
+    )
     parser.add_argument("--by", nargs="+", default=[], help="ends of the keys that arms are called by; all unless said")
     parser.add_argument("--metrics", nargs="+", default=["kl"])
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    found = read(given.sweep, given.stage, given.by)
+    found = read_stages(given.sweep, given.stage or [None], given.by)
     print(table(found, given.metrics))
     if given.picture is not None:
         picture(found, given.metrics, given.picture)

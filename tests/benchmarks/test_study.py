@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from study import mean_and_half, picture, read, table
+from study import mean_and_half, picture, read, read_stages, table
 
 KL = {
     "exact": [0.50, 0.52, 0.47, 0.55, 0.51],
@@ -86,3 +86,17 @@ def test_arms_are_called_by_what_is_asked_for(sweep):
     names = [arm.name for arm in read(sweep, by=["cut.options"])]
     assert names == [f"basis pca, gain {gain}" for gain in KL]
     assert read(sweep)[0].name == "norm-gain exact, basis pca, gain exact"
+
+
+def test_several_stages_are_arms(sweep):
+    record = json.loads((sweep / "sweep.json").read_text())
+    record["points"] = [p | {"figures": p["figures"] | {"long": {"kl": 1.0}}} for p in record["points"]]
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    arms = read_stages(sweep, ["short", "long"])
+    assert [arm.name for arm in arms] == [f"{stage}, norm-gain {gain}" for stage in ("short", "long") for gain in KL]
+    assert arms[3].figures["kl"] == [1.0] * 5 and arms[:3] != read(sweep) == read_stages(sweep, ["short"])
+    record["keys"].pop("stages.cut.options.norm_gain")
+    for point in record["points"]:
+        point["settings"].pop("stages.cut.options.norm_gain")
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    assert [arm.name for arm in read_stages(sweep, ["short", "long"])] == ["short", "long"]
