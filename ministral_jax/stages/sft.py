@@ -9,7 +9,6 @@ from pydantic import Field
 
 from ministral_jax.alignment.examine import GenerateConfig
 from ministral_jax.distributed.placement import Rules
-from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.head import LossHead
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
 from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
@@ -35,7 +34,6 @@ class SFT(Taught):
     source: str = Field(alias="from")
     model: ModelRef | None = None
     teacher_sharding: Rules | None = None
-    loss: LossOptions = LossOptions(ce_weight=0.5)
     generate: GenerateConfig | None = None
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
