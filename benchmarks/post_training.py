@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from study import mean_and_half
 
 from ministral_jax.files import read_jsonl
+from ministral_jax.runs.sweep_run import read_record
+from ministral_jax.stages.manifest import finished
 
 BLUE, RED, GREEN, GREY = "#2f5d8a", "#b3552e", "#3f7d4e", "#8a8a8a"
 PANELS = (
@@ -64,9 +66,9 @@ TABLE = (
 
 
 def evaluations(run: Path, stage: str) -> list[list[dict]]:
-    """Of every seed."""
-    paths = sorted(run.glob(f"shared/{stage}-*/metrics.jsonl"))
-    return [[r for r in read_jsonl(path) if r["kind"] == "eval"] for path in paths]
+    """Of every seed. Raises `UserError`: a point is not finished."""
+    paths = [run / point.stages[stage] for point in read_record(run).points]
+    return [[r for r in read_jsonl(path / "metrics.jsonl") if r["kind"] == "eval"] for path in paths if finished(path)]
 
 
 def table(run: Path) -> str:

@@ -115,7 +115,7 @@ def parse_row(
         columns = _rest(row, "messages", "prompt", "tools", "image", "images")
     else:
         columns = _rest(row, "question", "tools")  # its images stay, as they are named
-    document = Document(name, where, None, messages, tools, columns, key, _asked(row, shared) if judged else "")
+    document = Document(name, where, None, messages, tools, columns, key, _asked(row, shared) if pair else "")
     if not judged:
         return (document,)
     chosen, rejected = (_answer(key, value, where) for key, value in zip(("chosen", "rejected"), answers, strict=True))

@@ -52,8 +52,8 @@ FORMS = {
 }
 
 
-def read(row: dict, tmp_path, pairs: bool = True) -> tuple[Document, ...]:
-    return parse_row(json.dumps(row).encode(), tmp_path / "rows.jsonl", "row", "row 1", False, pairs)
+def read(row: dict, tmp_path, pairs: bool = True, prompts: bool = False) -> tuple[Document, ...]:
+    return parse_row(json.dumps(row).encode(), tmp_path / "rows.jsonl", "row", "row 1", prompts, pairs)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,10 +76,11 @@ def test_preferences_of_one_prompt_are_held_out_together_wherever_their_file_lie
     others = row | {key: answer for key, answer in answers.items() if key in row}
     others.pop("prompt_id", None)
     others |= {"messages": others["chosen"]} if "messages" in others and row["messages"] == row["chosen"] else {}
-    groups = {group_key(d) for d in (*read(row, tmp_path, pairs), *read(others, tmp_path / "elsewhere", pairs))}
-    assert len(groups) == 1
-    asked = json.loads(json.dumps(row).replace("2+2?", "2+3?"))
-    assert groups.isdisjoint(group_key(d) for d in read(asked, tmp_path, pairs))
+    asked = read(row, tmp_path, prompts=True, pairs=False)  # as `generate` reads it
+    found = (*read(row, tmp_path, pairs), *read(others, tmp_path / "elsewhere", pairs), *asked)
+    assert len({group_key(document) for document in found}) == 1
+    other = json.loads(json.dumps(row).replace("2+2?", "2+3?"))
+    assert {group_key(d) for d in read(other, tmp_path, pairs)}.isdisjoint(map(group_key, found))
 
 
 def test_of_ultrafeedback_the_other_answer_is_one_scored_lower(tmp_path):
