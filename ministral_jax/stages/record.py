@@ -82,7 +82,7 @@ class Record(RowStage):
                 f"{where}.evaluate.rows = {student.evaluate.rows} is more than stages.{name}.held_out_rows = "
                 f"{self.held_out_rows}"
             )
-        if self.rows is None:
+        if self.rows is None or student.data != self.data:  # whether it is the same data is known once it is packed
             return
         theirs, ours = first_row(student, stages), first_row(self, stages)
         last, kept = theirs + student.rows_read, ours + self.rows
