@@ -87,3 +87,9 @@ def test_answers_by_position_are_those_that_are_right():
         (64, 0, None),
         (128, 1, 1),
     ]
+
+
+def test_a_model_that_has_diverged_has_figures_that_say_so():
+    nothing = np.full((1, 4), np.nan, np.float32)
+    found = held_out_figures([part(), part(ce=nothing, kl=nothing, confidence=nothing)])
+    assert all(math.isnan(found.figures[name]) for name in ("ce", "kl", "ece", "bits_per_byte"))
