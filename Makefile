@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: help cascade test multiprocess chaos chaos-short slurm parity wheel docs notebooks lint format clean
 
 help:
-	@echo "make cascade   the tiny family from one recipe, on this machine (about 10 minutes on 2 cores)"
+	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
 	@echo "make test      the tests"
 	@echo "make multiprocess   jobs of one, two and four processes against each other"
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
