@@ -101,7 +101,7 @@ def parse_row(
     row, key = {k: value for k, value in row.items() if value is not None}, hashlib.sha256(line.strip()).hexdigest()
     _check_row(row, where, prompts)
     if "completions" in row and "instruction" in row:
-        row = _best_and_another(row, key, where)
+        row = _best_and_another(row, key, where, prompts)
     pair = {"chosen", "rejected"} <= row.keys()
     if pairs and not pair:
         raise UserError(f"{where}: is no pair; a row needs 'chosen' and 'rejected'")
@@ -345,16 +345,17 @@ def _number(row: dict[str, Any], key: str, where: str) -> float:
     return float(value)
 
 
-def _best_and_another(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+def _best_and_another(row: dict[str, Any], key: str, where: str, prompts: bool) -> dict[str, Any]:
     """A row of UltraFeedback as a preference: the completion with the highest score, and another by the row's hash, as
-    Zephyr's (arXiv 2310.16944) are drawn, but of those that are scored lower: an equal one is no preference."""
+    Zephyr's (arXiv 2310.16944) are drawn, but of those that are scored lower: an equal one is no preference,
+    which matters where the row is more than a prompt."""
     found = row["completions"]
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(each, dict) for each in found):
         raise UserError(f"{where}: 'completions' must be a list of two or more objects, got {found!r:.60}")
     scores = [_number(each, "overall_score", where) for each in found]
     best = scores.index(max(scores))
-    others = [n for n in range(len(found)) if scores[n] < scores[best]]
-    others = [n for n in others if found[n].get("response") != found[best].get("response")]
+    others = [n for n, each in enumerate(found) if each.get("response") != found[best].get("response")]
+    others = [n for n in others if prompts or scores[n] < scores[best]]
     if not others:
         raise UserError(f"{where}: all completions are the same or scored {scores[best]:g}; leave the row out")
     other = others[stable_key(key) % len(others)]

@@ -78,8 +78,7 @@ def document_sums(read: Readings, teacher_context: int | None = None) -> tuple[I
         return np.bincount(both.ravel(), values.ravel().astype(np.float64), count * size).reshape(count, size)
 
     # of a model that has diverged it is no number; what that makes of the figures, the loop says
-    sure = np.nan_to_num(read["confidence"] * CALIBRATION_BINS)
-    sure = np.minimum(sure.astype(int), CALIBRATION_BINS - 1)
+    sure = np.minimum(np.nan_to_num(read["confidence"] * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     # the number of binary digits of a position, less those of the first octave
     octave = np.frexp(np.asarray(read["positions"], np.float64))[1] - _FIRST_OCTAVE
     octave = np.clip(octave, 0, OCTAVES - 1)

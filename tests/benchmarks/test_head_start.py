@@ -5,6 +5,9 @@ import json
 import pytest
 from head_start import Curve, ends, head_starts, multiples, picture, reached, read, told
 
+from ministral_jax.runs.summary import tokens_read
+from ministral_jax.stages.manifest import finished
+
 BEFORE, OWN = 3000, 1000
 
 
@@ -120,9 +123,6 @@ def test_every_pass_of_calibration_and_everything_on_the_way_is_charged(sweep):
 
 
 def test_a_pass_more_for_a_gain_of_every_norm_and_one_for_all_cuts(sweep):
-    from ministral_jax.runs.summary import tokens_read
-    from ministral_jax.stages.manifest import finished
-
     cut = finished(sweep / "seed-0" / "8b-pruned")
     cut.config["options"]["norm_gain"] = "per_norm"
     assert tokens_read(cut) == 3 * CALIBRATION

@@ -89,6 +89,8 @@ def test_of_ultrafeedback_the_other_answer_is_one_scored_lower(tmp_path):
     assert {read(row | {"source": str(n)}, tmp_path)[0].margin for n in range(8)} == {1.5}
     with pytest.raises(UserError, match=r"^row 1: all completions are the same or scored 8.5; leave the row out$"):
         read({"instruction": "2+2?", "completions": completions}, tmp_path)
+    (prompt,) = read({"instruction": "2+2?", "completions": completions}, tmp_path, pairs=False, prompts=True)
+    assert [spell(message) for message in prompt.messages] == ["2+2?"]
 
 
 def test_margins_are_a_judges_or_of_scores(tmp_path):
