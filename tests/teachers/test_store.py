@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -296,7 +297,8 @@ def test_a_write_that_fails_is_said_and_the_store_goes_on(reference, tmp_path):
     with no_file_beyond(200):
         text = sentence(write, store, "train", [2, 3, 4, 5])
         assert f"store {root}: 4 rows of train (the first is 2) could not be written" in text
-        assert f"{root}/train/" in text and "/c/0/0/0" in text and "File too large" in text, text
+        # of the files that are written at once, whichever failed first is named
+        assert re.search(rf"{root}/train/\w+/c/0", text) and "File too large" in text, text
         assert "head" in sentence(store.put_head, worker.head())
     root.rename(tmp_path / "away")
     root.write_text("the place is gone")
