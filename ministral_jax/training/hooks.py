@@ -13,25 +13,14 @@ from typing import Any, Literal
 import jax
 from pydantic import Field
 
+from ministral_jax.distributed.chips import chip_of
 from ministral_jax.settings import Frozen
-
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bf16 FLOP/s of one chip, by the start of its `device_kind`; vendors' data sheets."""
 
 
 def peak_flops() -> float | None:
-    """Peak of all devices together, or None where it is not known (a CPU)."""
-    kind = jax.devices()[0].device_kind
-    matches = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
-    return matches[0] * jax.device_count() if matches else None
+    """Dense bf16 FLOP/s of all devices together, or None where it is not known (a CPU)."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    return None if chip is None else chip.flops * jax.device_count()
 
 
 class GuardConfig(Frozen):
