@@ -5,8 +5,8 @@
 The step is the one that a `distill` stage runs (text only, AdamW), lowered from shapes that say where they lie.
 
 - On 1, 2, 4 and 8 virtual CPU devices: bytes that a device sends per step, read from the compiled program (see
-  `traffic.py`), and seconds per step of a tiny model. Virtual devices share the cores of one machine: seconds show
-  what the program costs beside its arithmetic, not a speed-up. Weak scaling keeps the tokens of a device, strong
+  `planning/traffic.py`), and seconds per step of a tiny model. Virtual devices share the cores of one machine: seconds
+  show what the program costs beside its arithmetic, not a speed-up. Weak scaling keeps the tokens of a device, strong
   scaling those of the batch.
 - With `--tpu` (libtpu must be importable, no TPU is needed): the real family's 14B student and 24B teacher compiled
   ahead of time for the topology, fsdp over what the named axes leave; nothing is run. `--rows` and `--length` are the
@@ -42,12 +42,12 @@ from hardware import processor
 from ministral_jax.distributed.placement import AXES, MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import Compute
+from ministral_jax.planning.traffic import Collective, by_kind, collectives
 from ministral_jax.stages.base import Graph, Job, fresh_params
 from ministral_jax.stages.distill import Distill
 from ministral_jax.stages.import_ import Import
 from ministral_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ministral_jax.training.state import init_state
-from traffic import Collective, by_kind, collectives
 
 DEVICES = (1, 2, 4, 8)
 MESHES = {
@@ -215,8 +215,12 @@ def tpu(request: str, rows: int | None, length: int) -> dict[str, Any]:
         "compile_seconds": seconds,
         **figures,
         "loss_head": loss_head(found),
-        "largest": [c._asdict() | {"sent": c.sent} for c in sorted(found, key=lambda c: -c.sent)[:12]],
+        "largest": [_record(c) for c in sorted(found, key=lambda c: -c.sent)[:12]],
     }
+
+
+def _record(c: Collective) -> dict[str, Any]:
+    return {key: value for key, value in c._asdict().items() if key != "members"} | {"sent": c.sent}
 
 
 def loss_head(found: list[Collective]) -> dict[str, dict[str, int]]:
