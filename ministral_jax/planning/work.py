@@ -167,7 +167,9 @@ def _(stage: SFT, spec: ModelSpec, graph: Graph) -> StageWork:
 @_work.register
 def _(stage: Reward, spec: ModelSpec, graph: Graph) -> StageWork:
     found = _loop(stage, spec, None, "ce")
-    judged = Phase("judge", (_judging(found.held[0], stage.compute, 2 * stage.pairs),), _evaluations(stage))
+    judged = Phase(
+        "judge", (_judging(found.held[0], stage.compute, 2 * stage.pairs, stage.batch.length),), _evaluations(stage)
+    )
     return _with(found, (judged,))
 
 
@@ -341,12 +343,14 @@ def _judge(stage: Any, graph: Graph) -> tuple[tuple[Held, ...], tuple[Phase, ...
     judge = Held("judge", graph.specs[stage.judge], stage.compute.dtype, stage.sharding)
     questions = 2 * stage.prompts * stage.answers_per_prompt // 2
     rounds = getattr(stage, "steps", None) or stage.rounds
-    return (judge,), (Phase("judge", (_judging(judge, stage.compute, questions),), rounds),)
+    longest = bucket(stage.max_prompt_length + 2 * max(stage.completion_lengths.values()))
+    return (judge,), (Phase("judge", (_judging(judge, stage.compute, questions, longest),), rounds),)
 
 
-def _judging(model: Held, compute: Compute, questions: int) -> Read:
-    """Questions as long as the judge's context at the most; what is read at once is a batch of `ROWS`."""
-    return Read(model, max(ROWS, questions), model.spec.context, compute, head="choice")
+def _judging(model: Held, compute: Compute, questions: int, length: int) -> Read:
+    """Questions, each with two answers of a text, of `length` tokens or the judge's context."""
+    batches = -(-questions // ROWS)
+    return Read(model, batches * ROWS, min(length, model.spec.context), compute, batches, head="choice")
 
 
 def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Phase, ...]:
@@ -357,7 +361,8 @@ def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Ph
     early = getattr(given, "early", None) if hasattr(given, "early") else stage.evaluate.early
     schedule = Schedule(every, stage.steps, evaluate_early=bool(early))
     times = sum(schedule.evaluates_at(step, stage.steps) for step in range(stage.steps + 1))
-    longest = getattr(stage, "max_prompt_length", model.spec.context - 1 - given.max_completion_length)
+    room = model.spec.context - 1 - given.max_completion_length
+    longest = getattr(stage, "max_prompt_length", None) or min(room, stage.batch.length)
     prompt = bucket(max(min(longest, model.spec.context - 1), stage.compute.shortest_row))
     patches = bucket(stage.data.patches) if stage.data.patches and model.spec.vision is not None else 0
     draws: list[Work] = []
