@@ -6,7 +6,7 @@ beside the models. Numbers of rows are global ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any, Literal
 
@@ -104,6 +104,8 @@ class Move:
     model: Held
     whole: bool = False
     """On one host, as an export is."""
+    dtype: str | None = None
+    """On disk; None is as it is kept."""
 
 
 Work = Read | Draw | Cut | Move
@@ -120,10 +122,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class StageWork:
-    """All that a stage does: the models it holds throughout, and its phases."""
+    """All that a stage does: the models it holds throughout, its phases, and how many states it keeps to go on from."""
 
     held: tuple[Held, ...]
     phases: tuple[Phase, ...]
+    keep: int = 0
 
     def phase(self, name: str) -> Phase | None:
         return next((phase for phase in self.phases if phase.name == name), None)
@@ -136,7 +139,8 @@ class StageWork:
 
 def stage_work(stage: Stage, spec: ModelSpec, graph: Graph) -> StageWork:
     """What `stage` computes to make a model of `spec`; of a verb of a user's own, nothing is known."""
-    return _work(stage, spec, graph)
+    checkpoint = getattr(stage, "checkpoint", None)
+    return replace(_work(stage, spec, graph), keep=0 if checkpoint is None else checkpoint.keep)
 
 
 @singledispatch
@@ -278,7 +282,7 @@ def _(stage: Evaluate, spec: ModelSpec, graph: Graph) -> StageWork:
 @_work.register
 def _(stage: Export, spec: ModelSpec, graph: Graph) -> StageWork:
     model = Held("model", spec, "float32", stage.sharding)
-    return StageWork((), (Phase("export", (Move(model, whole=True),)),))
+    return StageWork((), (Phase("export", (Move(model, whole=True, dtype=stage.dtype),)),))
 
 
 @_work.register
@@ -337,32 +341,34 @@ def _draw(stage: Any, model: Held, prompts: int, each: int, completion: int) -> 
 
 
 def _judge(stage: Any, graph: Graph) -> tuple[tuple[Held, ...], tuple[Phase, ...]]:
-    """The judge of a stage that has one, and a step's questions to it, each asked in both orders."""
+    """The judge of a stage that has one, and a step's questions to it, each asked in both orders: two of the longest
+    answers to the longest prompt."""
     if stage.judge is None:
         return (), ()
     judge = Held("judge", graph.specs[stage.judge], stage.compute.dtype, stage.sharding)
     questions = 2 * stage.prompts * stage.answers_per_prompt // 2
     rounds = getattr(stage, "steps", None) or stage.rounds
-    longest = bucket(stage.max_prompt_length + 2 * max(stage.completion_lengths.values()))
+    longest = stage.max_prompt_length + 2 * max(stage.completion_lengths.values())
     return (judge,), (Phase("judge", (_judging(judge, stage.compute, questions, longest),), rounds),)
 
 
-def _judging(model: Held, compute: Compute, questions: int, length: int) -> Read:
-    """Questions, each with two answers of a text, of `length` tokens or the judge's context."""
+def _judging(model: Held, compute: Compute, questions: int, longest: int) -> Read:
+    """Questions, of which a batch of `ROWS` is read at once; the words they are put in are not counted."""
+    length = bucket(max(min(longest, model.spec.context), compute.shortest_row))
     batches = -(-questions // ROWS)
-    return Read(model, batches * ROWS, min(length, model.spec.context), compute, batches, head="choice")
+    return Read(model, ROWS * batches, length, compute, batches, head="choice")
 
 
 def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Phase, ...]:
-    """Held-out prompts answered at every evaluation: greedily, then by draws."""
+    """Held-out prompts answered at every evaluation: greedily, then by draws. Where no setting bounds them, they are as
+    long as the rows of the stage, whose sources they are of."""
     if given is None:
         return ()
     every = getattr(given, "every", None) or stage.evaluate.every
     early = getattr(given, "early", None) if hasattr(given, "early") else stage.evaluate.early
     schedule = Schedule(every, stage.steps, evaluate_early=bool(early))
     times = sum(schedule.evaluates_at(step, stage.steps) for step in range(stage.steps + 1))
-    room = model.spec.context - 1 - given.max_completion_length
-    longest = getattr(stage, "max_prompt_length", None) or min(room, stage.batch.length)
+    longest = stage.batch.length if isinstance(stage, Looped) else stage.max_prompt_length
     prompt = bucket(max(min(longest, model.spec.context - 1), stage.compute.shortest_row))
     patches = bucket(stage.data.patches) if stage.data.patches and model.spec.vision is not None else 0
     draws: list[Work] = []

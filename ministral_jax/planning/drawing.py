@@ -1,0 +1,51 @@
+"""Moments of the sampler's programs: prompts are read, answers begin, room is made for more, and tokens are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from jax.sharding import Mesh
+
+from ministral_jax.distributed.placement import Placement
+from ministral_jax.planning.shards import ITEMSIZE, local_shape
+from ministral_jax.planning.temporaries import FLOAT, Moment, Rows
+from ministral_jax.planning.work import Draw, Read
+from ministral_jax.sampling.engine import SLOTS, by_rows
+
+_VOCABULARIES = 4
+"""Arrays [rows, V] in float32 of which a token is drawn: logits, what is drawn from, its noise, their sum."""
+
+
+def draw_moments(draw: Draw, mesh: Mesh) -> Iterator[Moment]:
+    """All answers form one batch, whose cache begins with `SLOTS` places for them and doubles them when they are used;
+    the old one is there until the new one is."""
+    place = by_rows(Placement(mesh, draw.model.rules))
+    model = replace(draw.model, rules=place.rules)
+    prompts, answers = place.even(draw.prompts), place.even(draw.prompts * draw.each)
+    width = ITEMSIZE[draw.compute.dtype]
+
+    def cache(count: int, slots: int, whole: bool = False) -> int:
+        """Keys and values of all layers, `whole` in the rows; segments are small beside them."""
+        shape = (model.spec.layers, count, model.spec.kv_heads, slots, model.spec.head_width)
+        axes = ("layers", None if whole else "batch", "kv_heads", None, None)
+        return 2 * width * math.prod(local_shape(shape, axes, place.rules, mesh))
+
+    read = Rows(Read(model, prompts, draw.prompt, draw.compute, patches=draw.patches), mesh)
+    of_prompts = cache(prompts, draw.prompt)
+    fixed, (tower, kept) = read.casts + read.stream, read.vision
+    for moment in (read.layer + of_prompts, tower + kept, read.table + read.stream):
+        yield {"activations": fixed + moment, "cache": 0}
+
+    room = min(SLOTS, draw.completion)
+    # rows are taken of a cache that is cut in rows: every device gets all of it
+    gathered = cache(prompts, draw.prompt, whole=True)
+    yield {"cache": of_prompts + gathered + 2 * cache(answers, draw.prompt) + cache(answers, draw.prompt + room)}
+    while room < draw.completion:
+        yield {"cache": cache(answers, draw.prompt + room) + cache(answers, draw.prompt + 2 * room)}
+        room *= 2
+    rows = local_shape((answers,), ("batch",), place.rules, mesh)[0]
+    logits = _VOCABULARIES * rows * model.spec.vocab * FLOAT
+    activations = read.casts + read.weights + read.head(width) + logits
+    yield {"cache": cache(answers, draw.prompt + room), "activations": activations}
