@@ -6,9 +6,17 @@ expected calibration error (eq. 3). N counts pairs, O the orders in which a pair
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ministral_jax.errors import UserError
+from ministral_jax.lazy import Lazy
+
+if TYPE_CHECKING:
+    from scipy import optimize, special
+else:
+    optimize, special = Lazy("scipy.optimize"), Lazy("scipy.special")
 
 TEMPERATURES = (0.05, 20.0)
 """Where a temperature is looked for; a judge that is always right, or no better than chance, ends up at a bound."""
@@ -22,9 +30,7 @@ def mean_probability(logits: np.ndarray, temperature: float) -> np.ndarray:
     Args:
         logits: `[O, N]`, log-odds that A is better, in every order.
     """
-    from scipy.special import expit
-
-    return expit(np.asarray(logits, np.float64) / temperature).mean(axis=0)
+    return special.expit(np.asarray(logits, np.float64) / temperature).mean(axis=0)
 
 
 def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
@@ -38,8 +44,6 @@ def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
     Raises:
         UserError: nothing to fit, shapes differ, a logit is not finite, or an outcome is neither 0 nor 1.
     """
-    from scipy.optimize import minimize_scalar  # a fifth of the time that the command line takes to start
-
     orders = [_checked("logits", of_order, outcomes) for of_order in np.atleast_2d(logits)]
     towards = np.stack([values for values, _ in orders]) * (2 * orders[0][1] - 1)  # the right answer
 
@@ -51,7 +55,7 @@ def fit_temperature(logits: np.ndarray, outcomes: np.ndarray) -> float:
     grid = np.linspace(low, high, _GRID)
     best = int(np.argmin([cross_entropy(place) for place in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)]
-    found = minimize_scalar(cross_entropy, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    found = optimize.minimize_scalar(cross_entropy, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 

@@ -23,14 +23,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-
-from scipy.special import logit
+from typing import TYPE_CHECKING, Any
 
 from ministral_jax.data.conversation import Document, Message, from_json, image_path, parse_messages, parse_tools, spell
 from ministral_jax.data.pairwise import judge_documents, pair_document
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, open_plain, stable_key
+from ministral_jax.lazy import Lazy
+
+if TYPE_CHECKING:
+    from scipy import special
+else:
+    special = Lazy("scipy.special")
 
 _PLACE = "<image>"
 _NAMED = "name images as 'image' or 'images'"
@@ -329,7 +333,7 @@ def _margin(row: dict[str, Any], where: str) -> float:
         probability = _number(row, "probability", where)
         if not 0.5 <= probability <= 1:
             raise UserError(f"{where}: 'probability' {probability} that chosen is better must be from 1/2 to 1")
-        return float(logit(probability))
+        return float(special.logit(probability))
     if not row.keys() & {"score_chosen", "score_rejected"}:
         return math.nan
     margin = _number(row, "score_chosen", where) - _number(row, "score_rejected", where)

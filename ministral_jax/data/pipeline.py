@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import grain
 import numpy as np
 
 from ministral_jax.data.batch import Batch, padded, stack
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.data.rows import content_hash, decode_row
 from ministral_jax.errors import UserError
+from ministral_jax.lazy import Lazy
+
+if TYPE_CHECKING:
+    import grain
+else:
+    grain = Lazy("grain")
 
 Indices = Sequence[int] | np.ndarray
 Join = Callable[[list[bytes]], Batch]

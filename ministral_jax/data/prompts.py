@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 
 from ministral_jax.data.bad_rows import BadRows, Unusable, settle
@@ -20,7 +19,13 @@ from ministral_jax.data.sources import Source, open_source, read_rows
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, write_json
+from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import VisionSpec
+
+if TYPE_CHECKING:
+    import grain
+else:
+    grain = Lazy("grain")
 
 _PROGRESS_EVERY = 1000
 Place = tuple[str, int]

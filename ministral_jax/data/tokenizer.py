@@ -9,27 +9,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mistral_common
 import numpy as np
-from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy, SpecialTokens
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.errors import UserError
 from ministral_jax.files import new_directory, refuse_pointer
+from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
-_BUNDLED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers import base
+    from mistral_common.tokens.tokenizers import tekken as tekken_file
+else:
+    base = Lazy("mistral_common.tokens.tokenizers.base")
+    tekken_file = Lazy("mistral_common.tokens.tokenizers.tekken")
+
 # The bundled file predates these; they stand where the family's later files have them.
-_LATER_SPECIAL = {
-    32: SpecialTokens.args,
-    33: SpecialTokens.call_id,
-    34: SpecialTokens.begin_think,
-    35: SpecialTokens.end_think,
-}
+_LATER_SPECIAL = {32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Tokenizer:
 
     path: Path
     digest: str
-    tekken: Tekkenizer = field(repr=False)
+    tekken: tekken_file.Tekkenizer = field(repr=False)
 
     @property
     def vocab(self) -> int:
@@ -75,7 +75,7 @@ class Tokenizer:
     def control_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens that have a meaning, ascending: all but the fillers between them."""
         pieces = ((i, self.tekken.id_to_piece(i)) for i in range(self.tekken.num_special_tokens))
-        return tuple(i for i, piece in pieces if piece != Tekkenizer.SPECIAL_TOKEN_TEMPLATE.format(id=i))
+        return tuple(i for i, piece in pieces if piece != tekken_file.Tekkenizer.SPECIAL_TOKEN_TEMPLATE.format(id=i))
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
@@ -91,6 +91,13 @@ class Tokenizer:
         return self.tekken.decode([int(i) for i in ids])
 
 
+def _bundled() -> Path:
+    """The file that mistral-common brings along."""
+    package = find_spec("mistral_common")
+    assert package is not None and package.origin is not None
+    return Path(package.origin).parent / "data" / "tekken_240911.json"
+
+
 def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     """Load the tokenizer a config asks for, keeping its file in `cache_dir/tokenizer-<request>-<digest>/tekken.json`.
     Raises `UserError`: the file is missing or not a Tekken file, or has fewer entries than asked for."""
@@ -103,7 +110,7 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """A file that `load_tokenizer` kept."""
-    return Tokenizer(path, _sha256(path.read_bytes()), Tekkenizer.from_file(path))
+    return Tokenizer(path, _sha256(path.read_bytes()), tekken_file.Tekkenizer.from_file(path))
 
 
 def tokenizer_digest(config: TokenizerConfig, cache_dir: Path) -> str | None:
@@ -114,7 +121,7 @@ def tokenizer_digest(config: TokenizerConfig, cache_dir: Path) -> str | None:
 
 
 def _kept_file(config: TokenizerConfig, cache_dir: Path) -> Path:
-    source = _BUNDLED if config.file == "bundled" else Path(config.file).expanduser()
+    source = _bundled() if config.file == "bundled" else Path(config.file).expanduser()
     if not source.is_file():
         raise UserError(
             f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
@@ -202,10 +209,12 @@ def _no_tekken(config: TokenizerConfig, error: Exception) -> UserError:
 
 def _special_tokens(defined: list[Any] | None, count: int, bundled: bool) -> list[dict[str, Any]]:
     """The first `count` special tokens, at least the family's first 20, unnamed ones filled in."""
-    names = {token["rank"]: str(token["token_str"]) for token in defined or Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    names = {
+        token["rank"]: str(token["token_str"]) for token in defined or tekken_file.Tekkenizer.DEPRECATED_SPECIAL_TOKENS
+    }
     if bundled:
-        names |= {rank: str(name) for rank, name in _LATER_SPECIAL.items()}
-    filler = Tekkenizer.SPECIAL_TOKEN_TEMPLATE
+        names |= _LATER_SPECIAL
+    filler = tekken_file.Tekkenizer.SPECIAL_TOKEN_TEMPLATE
     return [dict(rank=i, token_str=names.get(i, filler.format(id=i)), is_control=True) for i in range(count)]
 
 
@@ -223,7 +232,9 @@ def text_of(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Callable[..., str]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(tokens: Sequence[int], final: bool = False) -> str:
-        pieces = (tokenizer.tekken.id_to_byte_piece(t, SpecialTokenPolicy.KEEP) for t in tokens if t not in stop_ids)
+        pieces = (
+            tokenizer.tekken.id_to_byte_piece(t, base.SpecialTokenPolicy.KEEP) for t in tokens if t not in stop_ids
+        )
         return decoder.decode(b"".join(pieces), final)
 
     return add

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.special import expit
 
 from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.judge import Judge
@@ -17,12 +16,18 @@ from ministral_jax.alignment.scoring import Scores
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
+from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages import online
 from ministral_jax.stages.base import Graph, Job, Program, load_stage
 from ministral_jax.stages.manifest import finished
 from ministral_jax.stages.reward import Reward, judge_program
 from ministral_jax.stages.teaching import check_vocabulary
+
+if TYPE_CHECKING:
+    from scipy import special
+else:
+    special = Lazy("scipy.special")
 
 OpenJudge = tuple[Judge, Params]
 
@@ -77,7 +82,7 @@ def win_probability(
     samples = answers.samples
     if judge is None:
         given = scores(samples)
-        found = expit((given.total[0::2] - given.total[1::2]) / stage.reward_temperature)
+        found = special.expit((given.total[0::2] - given.total[1::2]) / stage.reward_temperature)
         host = online.reward_metrics(given)
     else:
         model, params = judge

@@ -11,20 +11,25 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 from pydantic import Field
 
 from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_problem, from_first, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
+from ministral_jax.lazy import Lazy
 from ministral_jax.settings import Frozen
 from ministral_jax.training.checksums import Files, checksums, damage
 from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
+else:
+    ocp = Lazy("orbax.checkpoint.v1")
 
 Tree = Any
 

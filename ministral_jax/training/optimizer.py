@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import optax
 from pydantic import Field
 
+from ministral_jax.lazy import Lazy
 from ministral_jax.settings import Frozen
+
+if TYPE_CHECKING:
+    import optax
+else:
+    optax = Lazy("optax")
 
 Params = dict[str, Any]
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ministral_jax.distributed.placement import like_params, with_shardings
+from ministral_jax.lazy import Lazy
+
+if TYPE_CHECKING:
+    import optax
+else:
+    optax = Lazy("optax")
 
 Tree = Any
 State = dict[str, Any]
