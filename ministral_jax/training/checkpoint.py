@@ -29,7 +29,7 @@ from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, 
 if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
 else:
-    ocp = Lazy("orbax.checkpoint.v1")
+    ocp = Lazy("orbax.checkpoint.experimental.v1")
 
 Tree = Any
 

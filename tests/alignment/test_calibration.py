@@ -76,7 +76,8 @@ def test_the_mean_of_both_orders_is_calibrated_by_the_temperature_fitted_for_it(
         assert errors[0] < 0.6 * errors[1]
     else:
         assert fitted == pytest.approx(alone, rel=1e-4)
-    np.testing.assert_array_equal(mean_probability(orders, 2.0), sigmoid(orders / 2).mean(axis=0))
+    # an ulp or two: SciPy and NumPy have an exponential each, and NumPy's depends on the processor
+    np.testing.assert_allclose(mean_probability(orders, 2.0), sigmoid(orders / 2).mean(axis=0), rtol=1e-15)
 
 
 def test_of_few_pairs_a_perfect_judge_shows_the_floor():
