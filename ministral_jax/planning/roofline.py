@@ -1,0 +1,185 @@
+"""How long a stage takes on a machine, phase by phase: arithmetic and memory against their peaks, loops by their trips,
+and the time of collectives that nothing hides.
+
+No device and no tracing: `work` says what is done, `tower` and `reading` count it, `links` knows the network, and
+`assumptions` has every constant. `docs/plan.md` tells how far off it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ministral_jax.planning.assumptions import Assumptions
+from ministral_jax.planning.links import Links, Transfer
+from ministral_jax.planning.machine import Machine
+from ministral_jax.planning.passes import costs
+from ministral_jax.planning.tower import Cost, Kind, Layout
+from ministral_jax.planning.work import Cut, Draw, Phase, Read, StageWork
+
+BESIDE = ("evaluate", "examine")
+"""Phases that come now and then between a loop's steps."""
+PRODUCTS = ("matmul", "attention", "head", "vision")
+
+
+@dataclass(frozen=True)
+class Part:
+    """`seconds` of one pass of a phase; parts add up to the phase's. Of collectives only what nothing hides is one."""
+
+    name: str
+    kind: Kind
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """One pass of a phase, `times` in the stage.
+
+    flops: of the model on all devices, without recomputation, as the training loop counts them for MFU.
+    hbm: bytes that a device reads and writes.
+    links: bytes that a device sends, by mesh axes, e.g. `fsdp` or `fsdp+context`.
+    """
+
+    phase: str
+    times: float
+    parts: tuple[Part, ...]
+    flops: float
+    hbm: float
+    links: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of one pass."""
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def total(self) -> float:
+        """Seconds in the stage."""
+        return self.seconds * self.times
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Seconds of one pass."""
+        found: dict[str, float] = defaultdict(float)
+        for part in self.parts:
+            found[part.kind] += part.seconds
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """All phases of a stage. tokens: that a step of its loop reads, in all rows; 0 where it has none."""
+
+    phases: tuple[PhaseTime, ...]
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole stage."""
+        return sum(phase.total for phase in self.phases)
+
+    @property
+    def _step(self) -> PhaseTime | None:
+        return next((phase for phase in self.phases if phase.phase == "step"), None)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step of the loop with all that comes with it (answers, judgements), evaluations aside; 0 without."""
+        step = self._step
+        return 0.0 if step is None else sum(p.total for p in self._often()) / step.times
+
+    def mfu(self, peak: float) -> float:
+        """FLOPs of the model per second of the loop's steps, as a share of `peak` FLOP/s of all devices; 0 without."""
+        seconds = sum(p.total for p in self._often())
+        return sum(p.flops * p.times for p in self._often()) / seconds / peak if seconds else 0.0
+
+    def _often(self) -> list[PhaseTime]:
+        return [p for p in self.phases if p.phase not in BESIDE] if self._step else []
+
+
+def stage_time(
+    work: StageWork,
+    mesh: Mesh,
+    machine: Machine,
+    stage: Any,
+    assume: Assumptions = Assumptions(),  # noqa: B008
+) -> StageTime:
+    """Predicted time of every phase of `stage`, which does `work` on `mesh` of `machine`."""
+    del stage  # its work says all
+    links = Links(mesh, machine, assume)
+    step = work.phase("step")
+    tokens = sum(w.rows * w.length for w in step.work if isinstance(w, Read) and w.learns) if step else 0
+    return StageTime(tuple(phase_time(phase, links) for phase in work.phases), tokens)
+
+
+def phase_time(phase: Phase, links: Links) -> PhaseTime:
+    """One pass of a phase."""
+    found: list[Cost] = []
+    for work in phase.work:
+        model = work.source if isinstance(work, Cut) else work.model
+        layout = Layout(links.mesh.shape, model.rules)
+        found += costs(work, phase.work, layout, links.machine.hosts, links.assume)
+    wide = any(getattr(getattr(w, "compute", None), "dtype", "") == "float32" for w in phase.work)
+    busy = list(_busy(found, links, wide))
+    sent = [transfer for cost in found for transfer in cost.sent]
+    exposed = _exposed(sent, links, sum(part.seconds for part in busy))
+    by_axes: dict[str, float] = defaultdict(float)
+    for transfer in sent:
+        by_axes["+".join(transfer.axes)] += links.sent(transfer)
+    parts = tuple(part for part in _merged([*busy, *exposed]) if part.seconds)
+    flops = sum(map(model_flops, phase.work))
+    hbm = sum(cost.hbm for cost in found)
+    return PhaseTime(phase.name, phase.times, parts, flops, hbm, {k: v for k, v in by_axes.items() if v})
+
+
+def model_flops(work: Any) -> float:
+    """Of all devices, without recomputation, for the decoders alone: what the training loop makes MFU of."""
+    if isinstance(work, Read):
+        return (3 if work.learns else 1) * work.model.spec.flops_per_token(work.length) * work.rows * work.length
+    if isinstance(work, Draw):
+        length, answers = work.prompt + work.completion // 2, work.prompts * work.each
+        read = work.model.spec.flops_per_token(work.prompt) * work.prompts * work.prompt
+        # every token sees all before it, not half of them
+        return read + work.model.spec.flops_per_token(2 * length) * answers * work.completion
+    return 0.0
+
+
+def _busy(found: Iterable[Cost], links: Links, wide: bool) -> Iterable[Part]:
+    """Arithmetic or memory, whichever takes longer, and the floors of loops."""
+    chip, assume = links.machine.chip, links.assume
+    peak = chip.flops / (2 if wide and chip.name in TF32 else 1)
+    trip = {"tpu": assume.trip, "gpu": assume.gpu_trip}.get(chip.platform, assume.cpu_trip)
+    for cost in found:
+        share = assume.attention if cost.name.endswith("attention") else assume.matmul
+        memory = cost.hbm / (chip.hbm_bandwidth * assume.memory)
+        yield Part(cost.name, cost.kind, max(cost.flops / (peak * share), memory) + cost.seconds)
+        yield Part(f"loop of {cost.name}", "loop", cost.trips * trip)
+
+
+TF32 = ("a100", "h100", "h200", "b200")
+"""Where float32 products run at half the rate of bfloat16's; TPUs round them to bfloat16, JAX's default."""
+
+
+def _exposed(sent: Iterable[Transfer], links: Links, busy: float) -> list[Part]:
+    """Time of collectives beyond what hides behind `busy` seconds of arithmetic."""
+    waits: dict[str, float] = defaultdict(float)
+    hides: dict[str, float] = defaultdict(float)
+    assume = links.assume
+    for transfer in sent:
+        seconds, share = links.seconds(transfer), assume.activations if transfer.waits else assume.overlap
+        waits["+".join(transfer.axes)] += seconds * (1 - share)
+        hides["+".join(transfer.axes)] += seconds * share
+    hidden = min(1.0, busy / sum(hides.values())) if sum(hides.values()) else 1.0
+    return [Part(axes, "link", waits[axes] + hides[axes] * (1 - hidden)) for axes in waits]
+
+
+def _merged(parts: Iterable[Part]) -> list[Part]:
+    """Parts of one name and kind as one: several models of a phase have layers."""
+    found: dict[tuple[str, Kind], float] = defaultdict(float)
+    for part in parts:
+        found[part.name, part.kind] += part.seconds
+    return [Part(name, kind, seconds) for (name, kind), seconds in found.items()]

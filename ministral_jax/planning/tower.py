@@ -1,0 +1,243 @@
+"""One stack of transformer blocks, decoder or vision tower, on one device of a mesh: FLOPs, bytes and collectives.
+
+Counts follow `models.block` and `models.attention`; B and T are the rows and tokens of one microbatch on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from ministral_jax.distributed.axes import Axes, dividing_axes
+from ministral_jax.distributed.placement import AXES, Rules
+from ministral_jax.models import decoder, vision
+from ministral_jax.models.attention import AttentionSpec, chosen_implementation
+from ministral_jax.models.block import Compute
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.assumptions import Assumptions
+from ministral_jax.planning.links import Transfer
+
+Kind = Literal["matmul", "attention", "vision", "head", "memory", "link", "loop"]
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a device computes, reads and writes, the trips of its loops and what it sends; all times together."""
+
+    name: str
+    kind: Kind
+    flops: float = 0.0
+    hbm: float = 0.0
+    trips: float = 0.0
+    sent: tuple[Transfer, ...] = ()
+    seconds: float = 0.0
+    """Spent elsewhere: on disks."""
+
+    def times(self, count: float) -> Cost:
+        sent = tuple(replace(t, times=t.times * count) for t in self.sent)
+        flops, hbm, trips, seconds = (count * x for x in (self.flops, self.hbm, self.trips, self.seconds))
+        return replace(self, flops=flops, hbm=hbm, trips=trips, sent=sent, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where logical axes lie on a mesh of these sizes."""
+
+    sizes: Mapping[str, int]
+    rules: Rules
+
+    def axes(self, size: int, name: str, multiple_of: int = 1) -> Axes:
+        """The mesh axes that cut a dimension of `size`."""
+        return dividing_axes(size, getattr(self.rules, name), self.sizes, multiple_of)
+
+    def parts(self, axes: Axes) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    @cached_property
+    def batch(self) -> Axes:
+        return tuple(axis for axis in self.rules.batch if self.sizes[axis] > 1)
+
+    def rows(self, rows: float) -> int:
+        """Of a device, of so many in all."""
+        return math.ceil(rows / self.parts(self.batch))
+
+    def others(self, axes: Axes) -> Axes:
+        """The mesh axes over which `axes` leave copies."""
+        return tuple(axis for axis in AXES if self.sizes[axis] > 1 and axis not in axes)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a stack's layers run: forward, forward again for the backward pass, backward."""
+
+    forward: int = 1
+    again: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a stack, where it lies, and the tokens of a row that go through it."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    causal: bool
+    names: tuple[str, ...]
+    multiple_of: int
+    length: int
+    layout: Layout
+    compute: Compute
+
+    @cached_property
+    def cut(self) -> dict[str, Axes]:
+        """Mesh axes of D, H, K, F and T."""
+        D, H, K, _, F = self.names
+        at = self.layout.axes
+        sizes = {"D": (self.width, D), "H": (self.heads, H), "K": (self.kv_heads, K), "F": (self.mlp, F)}
+        found = {letter: at(*given) for letter, given in sizes.items()}
+        return found | {"T": at(self.length, "length", self.multiple_of)}
+
+    def parts(self, letter: str) -> int:
+        return self.layout.parts(self.cut[letter])
+
+    @property
+    def tokens(self) -> float:
+        """Of a row on a device."""
+        return self.length / self.parts("T")
+
+    @property
+    def bytes(self) -> int:
+        """Of a number that is computed with."""
+        return WIDTHS[self.compute.dtype]
+
+    @cached_property
+    def weights(self) -> tuple[float, float]:
+        """Numbers in a layer's matrices with all of D on a device: in those of attention and of the feed-forward."""
+        at_head = self.heads / self.parts("H") + self.kv_heads / self.parts("K")
+        return 2 * self.width * self.head_width * at_head, 3 * self.width * self.mlp / self.parts("F")
+
+    @cached_property
+    def implementation(self) -> str:
+        c = self.compute
+        return chosen_implementation(AttentionSpec(self.causal, c.attention, c.attention_block), self.length)
+
+    # ---- costs of a microbatch ----
+
+    def costs(self, rows: int, passes: Passes, assume: Assumptions, learns: bool) -> list[Cost]:
+        """Of all layers for `rows` rows of a device; with `learns` their weights have gradients."""
+        kind: Kind | None = None if self.causal else "vision"
+        made = [
+            self._linears(rows, passes, kind or "matmul"),
+            self._attention(rows, passes, assume, kind or "attention"),
+            self._elementwise(rows, passes, assume, kind or "memory"),
+            Cost("weights", "memory", sent=self._weights(passes, learns)),
+            Cost("reductions", "memory", sent=self._activations(rows, passes)),
+        ]
+        label = "" if self.causal else "vision "
+        return [replace(c, name=label + c.name).times(self.layers) for c in made]
+
+    def _linears(self, rows: int, passes: Passes, kind: Kind) -> Cost:
+        tokens, (attention, feed) = rows * self.tokens, self.weights
+        inner = (self.heads / self.parts("H") + self.kv_heads / self.parts("K")) * self.head_width
+        mlp = self.mlp / self.parts("F")
+        # x of q, k, v and of gate, up is read once each at best; every output is written once.
+        moved = (tokens * (4 * self.width + 2 * inner + 3 * mlp) + attention + feed) * self.bytes
+        # The last product of a block need not be made again: nothing of the backward pass needs it.
+        full = passes.again if self.compute.remat == "full" else 0
+        counted = passes.forward + 2 * passes.backward
+        flops = 2 * tokens * ((attention + feed) * counted + (attention + feed * 2 / 3) * full)
+        trips = passes.forward + passes.again + passes.backward
+        return Cost("layers", kind, flops, moved * (counted + full), trips)
+
+    def _attention(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:
+        heads, h, block = self.heads / self.parts("H"), self.head_width, self.compute.attention_block
+        remat = self.compute.remat
+        tiled = self.implementation == "blockwise"
+        if tiled or assume.fused:
+            chunks = (2 if self.causal else 1) if self.parts("T") > 1 else 1
+            block = min(block, max(1, int(self.tokens) // chunks))
+            mine, every = chunks * math.ceil(self.tokens / chunks / block), math.ceil(self.length / block)
+            tiles = mine * (every + 1) / 2 if self.causal else mine * every
+            scores = tiles * block**2
+            if assume.fused:  # kernels skip what is above the diagonal
+                scores, tiles = self.tokens * self.length / (2 if self.causal else 1), 0
+        else:
+            scores, tiles = self.tokens * self.length, 0.0
+        again = passes.again if (tiled and remat != "none") or not tiled else 0
+        products = 2 * passes.forward + 2 * again + (5 if tiled else 4) * passes.backward
+        if not tiled and remat == "none":
+            products -= passes.again  # what the scores are multiplied into is kept, they are not
+        passed = assume.score_passes * (passes.forward + again) + assume.score_passes_back * passes.backward
+        numbers = rows * heads * scores
+        at_once = 4 * rows * heads * (block**2 if tiled else scores)
+        moved = 0.0 if assume.fused or at_once <= assume.near else 4 * numbers * passed
+        trips = tiles * (passes.forward + again + passes.backward)
+        return Cost("attention", kind, 2 * numbers * h * products, moved, trips, self._keys(rows, passes))
+
+    def _elementwise(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:
+        """Norms (x in, x out), residual sums (two in, one out), rotations, the gate: twice as much backward."""
+        rotated = (self.heads / self.parts("H") + self.kv_heads / self.parts("K")) * self.head_width
+        numbers = 2 * (2 + 3) * self.width + 2 * rotated + 3 * self.mlp / self.parts("F")
+        count = passes.forward + passes.again + 2 * passes.backward
+        return Cost("norms and gates", kind, hbm=rows * self.tokens * numbers * self.bytes * count * assume.norm_passes)
+
+    # ---- collectives of a layer ----
+
+    def _weights(self, passes: Passes, learns: bool) -> tuple[Transfer, ...]:
+        """Gathered forward and once more backward; gradients scattered, then summed over copies."""
+        whole, D = sum(self.weights) * self.bytes, self.cut["D"]
+        found = [Transfer("gather", D, whole, passes.forward + passes.backward)]
+        if learns and passes.backward:
+            found.append(Transfer("scatter", D, whole))
+            shared = {*self.layout.batch, *self.cut["T"]}
+            copies = tuple(axis for axis in AXES if axis in shared and axis not in D)
+            within = tuple(axis for axis in copies if axis != "slice")
+            part = whole / self.layout.parts(D)
+            found.append(Transfer("reduce", within, part))
+            if "slice" in copies:
+                found.append(Transfer("reduce", ("slice",), part))
+        return tuple(t for t in found if t.axes)
+
+    def _activations(self, rows: int, passes: Passes) -> tuple[Transfer, ...]:
+        """Tensor parallelism: a sum after attention and after the feed-forward, and of both inputs' gradients."""
+        whole = rows * self.tokens * self.width * self.bytes
+        full = passes.again if self.compute.remat == "full" else 0
+        counts = {"H": passes.forward + full + passes.backward, "F": passes.forward + passes.backward}
+        return tuple(
+            Transfer("reduce", self.cut[letter], whole, count, waits=True)
+            for letter, count in counts.items()
+            if self.cut[letter]
+        )
+
+    def _keys(self, rows: int, passes: Passes) -> tuple[Transfer, ...]:
+        """Context parallelism: keys and values meet, also when scores are made again; their gradients go back."""
+        T = self.cut["T"]
+        if not T:
+            return ()
+        heads = self.kv_heads / self.parts("K")
+        whole = 2 * rows * self.length * heads * self.head_width * self.bytes
+        if self.compute.context == "ring":
+            back = passes.backward * (1 + 4 / self.bytes)  # gradients travel along, in float32
+            return (Transfer("pass", T, whole, passes.forward + passes.again + back),)
+        back = Transfer("scatter", T, whole, passes.backward, waits=True)
+        return Transfer("gather", T, whole, passes.forward + passes.again, waits=True), back
+
+
+def decoder_of(spec: ModelSpec, length: int, layout: Layout, compute: Compute) -> Tower:
+    sizes = (spec.layers, spec.width, spec.mlp_width, spec.heads, spec.kv_heads, spec.head_width)
+    return Tower(*sizes, True, decoder.AXES, decoder.ZIGZAG, length, layout, compute)
+
+
+def vision_of(spec: ModelSpec, patches: int, layout: Layout, compute: Compute) -> Tower:
+    v = spec.vision
+    assert v is not None
+    sizes = (v.layers, v.width, v.mlp_width, v.heads, v.heads, v.head_width)
+    return Tower(*sizes, False, vision.AXES, v.merge**2, patches, layout, compute)

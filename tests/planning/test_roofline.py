@@ -1,0 +1,91 @@
+"""The roofline: what it says of one product by hand, and of a step against the compiler's own counts."""
+
+import pytest
+
+from ministral_jax.distributed.placement import MeshConfig, Rules
+from ministral_jax.models.block import Compute
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.assumptions import Assumptions
+from ministral_jax.planning.links import Links, Transfer
+from ministral_jax.planning.machine import parse_machine
+from ministral_jax.planning.passes import rooms
+from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.work import Held, Phase, Read, StageWork
+
+SPEC = ModelSpec(
+    layers=4, width=512, mlp_width=2048, heads=8, kv_heads=4, head_width=64, vocab=8192, context=4096, vision=None
+)
+BF16 = Compute(dtype="bfloat16", remat="full")
+
+
+def step(read: Read, machine: str = "v5p:4x4x4", assume: Assumptions = Assumptions(), **mesh: int):  # noqa: B008
+    machine = parse_machine(machine)
+    work = StageWork((read.model,), (Phase("step", (read,), 10),))
+    return stage_time(work, machine.mesh(MeshConfig(**mesh)), machine, None, assume)
+
+
+def reading(**changes) -> Read:
+    student = Held("student", SPEC, "float32", Rules(), learns=True)
+    return Read(**{**dict(model=student, rows=64, length=1024, compute=BF16, head="ce", learns=True), **changes})
+
+
+def test_parts_add_up_to_the_step_and_steps_to_the_stage():
+    time = step(reading(), fsdp=16, tensor=4)
+    (phase,) = time.phases
+    assert phase.seconds == pytest.approx(sum(part.seconds for part in phase.parts)) == time.step_seconds
+    assert sum(phase.by_kind.values()) == pytest.approx(phase.seconds)
+    assert time.seconds == pytest.approx(10 * time.step_seconds)
+    assert time.tokens == 64 * 1024
+    assert phase.flops == 3 * SPEC.flops_per_token(1024) * time.tokens
+    assert time.mfu(1e18) == pytest.approx(phase.flops / phase.seconds / 1e18)
+
+
+def test_trips_of_tiles_are_those_below_the_diagonal():
+    """16,384 tokens in tiles of 128: 8,256 trips of a layer and pass, three passes; none where kernels are fused."""
+    one = reading(length=16384)
+    (phase,) = step(one, fsdp=64).phases
+    trips = next(part.seconds for part in phase.parts if part.name == "loop of attention") / Assumptions().trip
+    assert trips == pytest.approx(8256 * SPEC.layers * 3)
+    (fused,) = step(one, assume=Assumptions(fused=True), fsdp=64).phases
+    assert not any(part.name == "loop of attention" for part in fused.parts)
+
+
+@pytest.mark.parametrize(
+    ("machine", "mesh", "axes", "links", "sides"),
+    [
+        ("v5p:4x4x4", dict(fsdp=16, tensor=4), ("fsdp",), 4, 2),
+        ("v5p:4x4x4", dict(fsdp=16, tensor=4), ("tensor",), 2, 1),
+        ("v5p:4x4x4", dict(fsdp=64), ("fsdp",), 6, 3),
+        ("v6e:16x16", dict(fsdp=16, tensor=16), ("fsdp",), 2, 1),
+        ("v6e:4x4", dict(fsdp=4, tensor=4), ("fsdp",), 1, 1),  # a line: only sides of 16 are rings
+    ],
+)
+def test_an_axis_has_the_links_of_the_sides_that_it_spans(machine, mesh, axes, links, sides):
+    machine = parse_machine(machine)
+    wire = Links(machine.mesh(MeshConfig(**mesh)), machine, Assumptions()).wire(axes)
+    assert (wire.speed, wire.sides, wire.network) == (pytest.approx(links * machine.chip.link), sides, False)
+
+
+def test_slices_and_nodes_meet_over_the_network():
+    pods = parse_machine("v5p:4x4x4", slices=2)
+    wire = Links(pods.mesh(MeshConfig(slice=2)), pods, Assumptions()).wire(("slice",))
+    assert wire.network and wire.speed == pods.chip.network
+    node = parse_machine("h100:8")
+    wire = Links(node.mesh(MeshConfig()), node, Assumptions()).wire(("fsdp",))
+    assert not wire.network and wire.speed == node.chip.link
+
+
+def test_over_three_sides_a_gather_sends_twice_as_much():
+    machine = parse_machine("v5p:4x4x4")
+    sent = {
+        size: Links(machine.mesh(MeshConfig(fsdp=size, data=-1)), machine, Assumptions()).sent(
+            Transfer("gather", ("fsdp",), 6400)
+        )
+        for size in (16, 64)
+    }
+    assert sent == {16: 6000, 64: 2 * 6300}
+
+
+def test_room_for_answers_doubles():
+    assert list(rooms(1000)) == [(256, 256), (512, 256), (1024, 488)]
+    assert list(rooms(100)) == [(100, 100)]
