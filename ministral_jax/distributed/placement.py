@@ -15,12 +15,12 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 from pydantic import Field, model_validator
 
 from ministral_jax.distributed.axes import dividing_axes
+from ministral_jax.distributed.torus import arrange
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
@@ -33,7 +33,8 @@ Result = TypeVar("Result")
 class MeshConfig(Frozen):
     """Devices along each mesh axis; one of them may be -1, "the rest".
 
-    `slice`: slices (or nodes) joined by a slow network; only gradients cross it. `data`: copies of the parameters.
+    `slice`: TPU slices, or groups of GPU nodes, joined by a slow network that only gradients cross; 1 leaves GPU nodes
+    to the other axes, of which the last lie within a node. `data`: copies of the parameters.
     `fsdp`: parameters and moments are cut, gathered layer by layer; on a TPU torus keep it within two of the three
     dimensions (see docs/scaling.md). `tensor`: heads, feed-forward and vocabulary are
     cut, activations are reduced twice a layer: keep it inside a fast network. `context`: the tokens of a row are cut.
@@ -52,8 +53,8 @@ class MeshConfig(Frozen):
             raise ValueError("sizes must be positive, one of them may be -1")
         return self
 
-    def shape(self, devices: int) -> tuple[int, ...]:
-        """Sizes in the order of `AXES`.
+    def shape(self, devices: int, where: str = "mesh") -> tuple[int, ...]:
+        """Sizes in the order of `AXES`; `where` is the setting's dotted name, for errors.
 
         Raises:
             UserError: they do not multiply to the number of devices.
@@ -62,7 +63,8 @@ class MeshConfig(Frozen):
         known = int(np.prod([size for size in sizes if size != -1]))
         if devices % known or (-1 not in sizes and known != devices):
             text = ", ".join(f"{axis}: {size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
-            raise UserError(f"mesh {{{text}}} does not fit {devices} devices; the sizes must multiply to that")
+            fits = f"a multiple of {known}" if -1 in sizes else f"{known}"
+            raise UserError(f"{where} {{{text}}} does not fit {devices} devices, but {fits}")
         return tuple(devices // known if size == -1 else size for size in sizes)
 
 
@@ -116,22 +118,44 @@ class Rules(Frozen):
         return under_rules
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with all of `AXES`, neighbours placed by the network where the backend knows it.
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None, where: str = "mesh") -> Mesh:
+    """A mesh with all of `AXES`, neighbours placed by the network where the backend knows it; the later an axis, the
+    nearer its devices.
+
+    TPU slices, which a slower network joins, lie along `slice` alone, see `torus.arrange` for the inside of one. XLA
+    takes every GPU node for a slice: they are slices here only where `mesh.slice` says so, else one mesh in which the
+    GPUs of a node are neighbours.
+
+    Args:
+        devices: all that there are, when None; described ones will do.
+        where: the setting's dotted name, for errors.
 
     Raises:
-        UserError: the sizes do not fit the devices, or `slice` is not the number of slices there are.
+        UserError: the sizes do not fit the devices, or `slice` does not fit the slices that there are.
     """
     devices = jax.devices() if devices is None else devices
-    shape = config.shape(len(devices))
-    types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    if shape[0] != slices:
-        raise UserError(f"mesh.slice = {shape[0]} but the devices form {slices} slices; they must be equal")
-    within, across = (1, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    shape = config.shape(len(devices), where)
+    slices: dict[int, list[Any]] = {}
+    for device in sorted(devices, key=_slice_index):
+        slices.setdefault(_slice_index(device), []).append(device)
+    count, gpu = len(slices), devices[0].platform == "gpu"
+    if gpu and count % shape[0] and count > 1:
+        raise UserError(
+            f"{where}.slice = {shape[0]} but there are {count} nodes, which it must divide (1: no node is a slice)"
+        )
+    if not gpu and count not in (1, shape[0]):
+        raise UserError(f"{where}.slice = {shape[0]} but the devices form {count} slices; they must be equal")
+    if gpu:
+        grid = np.array(sorted(devices, key=lambda device: (_slice_index(device), device.id))).reshape(shape)
+    elif count > 1:
+        grid = np.concatenate([arrange((1, *shape[1:]), slices[index]) for index in sorted(slices)])
+    else:
+        grid = arrange(shape, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice_index(device: Any) -> int:
+    return getattr(device, "slice_index", 0) or 0
 
 
 def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:

@@ -100,7 +100,8 @@ def _origin(place: Path) -> str:
 def make_job(recipe: Recipe, name: str, specs: Mapping[str, ModelSpec], run_dir: Path) -> Job[Stage]:
     """A stage on the devices that there are."""
     stage = recipe.stages[name]
-    return Job(name, stage, specs[name], Graph(recipe.stages, specs), run_dir, make_mesh(stage.mesh))
+    mesh = make_mesh(stage.mesh, where=f"stages.{name}.mesh")
+    return Job(name, stage, specs[name], Graph(recipe.stages, specs), run_dir, mesh)
 
 
 def _prepare(jobs: Jobs, run_dir: Path) -> None:

@@ -161,9 +161,9 @@ def test_calibration_and_surgery_are_those_of_one_device(mesh):
 
 
 def test_a_mesh_that_does_not_fit_is_one_sentence():
-    with pytest.raises(UserError, match=r"mesh \{fsdp: -1, tensor: 3\} does not fit 8 devices"):
+    with pytest.raises(UserError, match=r"mesh \{fsdp: -1, tensor: 3\} does not fit 8 devices, but a multiple of 3"):
         placement(fsdp=-1, tensor=3)
-    with pytest.raises(UserError, match=r"mesh \{fsdp: 4\} does not fit 8 devices"):
+    with pytest.raises(UserError, match=r"mesh \{fsdp: 4\} does not fit 8 devices, but 4"):
         placement(fsdp=4)
     with pytest.raises(UserError, match=r"batch.sequences = 12 must be a multiple of 8.*fsdp 8"):
         placement(fsdp=8).check_batch(12, 32, "stages.x")
