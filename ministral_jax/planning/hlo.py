@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
     def source(self) -> str:
         """The name of the JAX operation that it was made for; empty where XLA does not say."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found.group(1) if found else ""
+        return found.group(1).replace("\\'", "'") if found else ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Module:
     computations: dict[str, list[Instruction]]
     times: dict[str, float | None]
     devices: int
+    arguments: int
+    """Bytes of its arguments on a device."""
 
     @staticmethod
     def read(text: str, unknown: float | None = None) -> Module:
@@ -49,7 +51,9 @@ class Module:
         loop goes round that does not say it."""
         computations, entry = _computations(text)
         count = re.search(r"num_partitions=(\d+)", text)
-        return Module(computations, _times(computations, entry, unknown), int(count.group(1)) if count else 1)
+        times, devices = _times(computations, entry, unknown), int(count.group(1)) if count else 1
+        arguments = sum(size(i.shape) for i in computations.get(entry, ()) if i.opcode == "parameter")
+        return Module(computations, times, devices, arguments)
 
     def flops(self) -> float:
         """Of a device's matrix products and convolutions, 2 for a multiplication and its sum. Raises `ValueError`: one
