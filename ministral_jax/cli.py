@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a recipe's stages; finished ones are skipped, interrupted ones resumed")
     run.add_argument("recipe", help="YAML file, e.g. configs/tiny.yaml")
-    run.add_argument("rest", nargs="*", metavar="STAGE | key=value", help="stages to run (default: all), and overrides")
+    settings = "stages to run (default: all), and what is laid over the recipe: files, then values"
+    run.add_argument("rest", nargs="*", metavar="STAGE | FILE.yaml | key=value", help=settings)
     run.add_argument("--run-dir", type=_directory, help="where stages are written (default: runs/<recipe's name>)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made, taken and skipped")
     run.add_argument("--all", action="store_true", help="the recipe's optional stages too")
@@ -111,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sweep = commands.add_parser("sweep", help="run a recipe at several settings; stages that they share are run once")
     sweep.add_argument("recipe", help="YAML file: a recipe, or a sweep, e.g. configs/sweeps/tiny_layer_score.yaml")
-    sweep.add_argument("rest", nargs="*", metavar="STAGE | key=v1,v2", help="stages to run, values to vary, overrides")
+    sweep.add_argument(
+        "rest", nargs="*", metavar="STAGE | FILE.yaml | key=v1,v2", help="stages, overlays, values to vary"
+    )
     sweep.add_argument("--zip", action="store_true", help="keys vary together instead of in every combination")
     sweep.add_argument("--name", help="of the directory below runs/ (default: the file's name and what varies)")
     sweep.add_argument("--run-dir", type=_directory, help="where points are written (default: runs/<name>)")
@@ -129,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("scheduler", choices=("slurm", "gke", "tpu-vm", "local"), help="`local` runs it here, at once")
     launch.add_argument("recipe", help="YAML file; its `launch:` block describes the job")
     launch.add_argument(
-        "rest", nargs="*", metavar="STAGE | key=value", help="as of run; launch.slurm.nodes=4 and the like"
+        "rest", nargs="*", metavar="STAGE | FILE.yaml | key=value", help="as of run; launch.slurm.nodes=4 and the like"
     )
     launch.add_argument("--run-dir", type=_directory, help="where stages are written, as the job sees it")
     launch.add_argument("--output", type=Path, metavar="FILE|DIR", help="write the job instead of printing it")
@@ -181,14 +184,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.collectives import barrier, is_first
     from ministral_jax.distributed.processes import join, use_cpu
+    from ministral_jax.recipe.layers import sort_words
     from ministral_jax.recipe.load import load_recipe, order, resolve_specs
     from ministral_jax.runs.run import opened, run_recipe
     from ministral_jax.runs.survey import made_specs, shelves
 
-    overrides = [word for word in args.rest if "=" in word]
-    recipe = load_recipe(args.recipe, overrides, lambda name: made_specs(args.run_dir or Path("runs") / name))
+    settings, stages = sort_words(args.rest)
+    recipe = load_recipe(args.recipe, settings, lambda name: made_specs(args.run_dir or Path("runs") / name))
     run_dir = args.run_dir or Path("runs") / recipe.name
-    stages = [word for word in args.rest if "=" not in word]
     if args.all and stages:
         raise UserError(f"--all runs every stage, {', '.join(stages)} too; give the names or --all")
     stages = list(recipe.stages) if args.all else stages

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from ministral_jax.errors import UserError
-from ministral_jax.settings import ROOT
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validate(model: type[Model], value: Any, where: str, prefix: str = "", root: Path | None = None) -> Model:
-    """`value` (what a file says below the key `prefix`) as a model, its relative paths below `root`.
+def validate(model: type[Model], value: Any, where: str, prefix: str = "") -> Model:
+    """`value` (what a file says below the key `prefix`) as a model.
 
     Raises:
         UserError: it is none; one sentence with `where` and a clause for each thing wrong.
     """
     try:
-        return model.model_validate(value, context={ROOT: root})
+        return model.model_validate(value)
     except ValidationError as error:
         problems = "; ".join(explain(problem, model, prefix) for problem in error.errors())
         raise UserError(f"{where}: {problems}") from None

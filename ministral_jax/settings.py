@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializationInfo, ValidationInfo, WrapSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializationInfo, WrapSerializer
 
 from ministral_jax import yaml12
 
-ROOT = "root"
-"""Key of a validation context: the directory that relative paths are below."""
 ANYWHERE = "anywhere"
 """Key of a serialisation context: when true, paths are left empty, for what should not depend on where files lie."""
 
@@ -21,18 +19,24 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, coerce_numbers_to_str=True)
 
 
-class Typed(str):
-    """Text that was typed on the command line: as a path it is relative to the working directory."""
+class Rooted(str):
+    """Text that knows the directory below which it lies where it is a relative path: that of its file."""
+
+    root: Path
+
+    @staticmethod
+    def at(text: str, root: Path) -> Rooted:
+        found = Rooted(text)
+        found.root = root
+        return found
 
 
-def _located(value: Any, info: ValidationInfo) -> Any:
+def _located(value: Any) -> Any:
     number = yaml12.written(value)  # a directory may be called 2026
     if (not isinstance(value, str) and number is None) or value == "bundled" or "://" in str(value):
         return value
-    typed = isinstance(value, Typed) or yaml12.is_typed(value)
-    value = str(value)
-    root = Path.cwd() if typed else (info.context or {}).get(ROOT)
-    return value if root is None else str(Path(root, Path(value).expanduser()))
+    root = value.root if isinstance(value, Rooted) else yaml12.root_of(value)
+    return str(value) if root is None else str(Path(root, Path(str(value)).expanduser()))
 
 
 def _place(value: Any, write: Any, info: SerializationInfo) -> Any:

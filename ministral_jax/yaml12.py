@@ -7,6 +7,7 @@ written, so that a setting that is text gets just that: 1.10 is not 1.1 there.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Int(int):
     text: str
-    typed = False
+    root: Path | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -26,7 +27,7 @@ class _Int(int):
 
 class _Float(float):
     text: str
-    typed = False
+    root: Path | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -59,15 +60,15 @@ def load(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def set_typed(value: Any) -> Any:
-    """A value, which if it is a number remembers that it was typed on the command line."""
+def rooted(value: Any, root: Path) -> Any:
+    """A value, which if it is a number knows the directory below which it lies where it is the name of a file."""
     if isinstance(value, (_Int, _Float)):
-        value.typed = True
+        value.root = root
     return value
 
 
-def is_typed(value: Any) -> bool:
-    return isinstance(value, (_Int, _Float)) and value.typed
+def root_of(value: Any) -> Path | None:
+    return value.root if isinstance(value, (_Int, _Float)) else None
 
 
 def written(value: Any) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ministral_jax.errors import UserError
 from ministral_jax.launching import gke, local, slurm, tpu_vm
 from ministral_jax.recipe.launch import Launch
+from ministral_jax.recipe.layers import sort_words
 from ministral_jax.recipe.load import load_recipe, order
 from ministral_jax.recipe.types import Recipe
 
@@ -43,7 +44,7 @@ def launch(
 
     Args:
         scheduler: a key of `SCHEDULERS`, or `local`, which runs at once.
-        rest: stages and `key=value` overrides, as of `run`; those under `launch.` shape the job and go no further.
+        rest: stages, overlays and `key=value`, as of `run`; values under `launch.` shape the job and go no further.
 
     Returns:
         the exit code of the client, or of the job under `local` and under `tpu-vm` with `submit`; else 0.
@@ -51,8 +52,9 @@ def launch(
     Raises:
         UserError: the recipe, its `launch:` block or a word of `rest` is at fault; the client is not installed.
     """
-    settings = load_recipe(recipe, [word for word in rest if "=" in word])
-    order(settings, [word for word in rest if "=" not in word])
+    words, stages = sort_words(rest)
+    settings = load_recipe(recipe, words)
+    order(settings, stages)
     command = ("run", recipe, *(word for word in rest if not word.startswith("launch.")))
     command += ("--run-dir", str(run_dir)) if run_dir is not None else ()
     _check_text(command)

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked graph of stages: read, merge, validate, expand, order, resolve sizes."""
+"""From YAML files and overrides to a checked graph of stages: read, merge, validate, expand, order, resolve sizes."""
 
 from __future__ import annotations
 
@@ -8,123 +8,63 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
-from ministral_jax import yaml12
 from ministral_jax.data.config import DataConfig
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest, validate
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.recipe.layers import is_overlay, read_layers
 from ministral_jax.recipe.types import Recipe
-from ministral_jax.settings import Typed, merge
+from ministral_jax.settings import merge
 from ministral_jax.stages import Graph, Stage, verbs
 
 Made = Callable[[str], Mapping[str, ModelSpec]]
-PACKAGED_CONFIGS = Path(__file__).parents[1] / "configs"
-"""Where a wheel keeps the recipes of the repository's `configs/`."""
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), made: Made = lambda name: {}) -> Recipe:
+def load_recipe(path: str | Path, settings: Iterable[str] = (), made: Made = lambda name: {}) -> Recipe:
     """Read, merge and validate a recipe, and check its graph.
 
     Args:
         path: a YAML file; `configs/<name>.yaml` that is not in the working directory is looked up in the package.
             Relative paths in it are below its directory, those of the package's recipes below the working directory.
-        overrides: `dotted.key=value`, the value in YAML; relative paths are below the working directory.
+            `extends: other.yaml`, below its directory or packaged, lays it over that recipe, key by key.
+        settings: overlays (files that end in `.yaml` or `.yml`, each a mapping that is laid over the recipe, in order),
+            and over these `dotted.key=value`, the value in YAML; relative paths there are below the working directory.
         made: called with the recipe's name: sizes of finished stages, for those whose checkpoint is gone since.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type, unknown stage, cycle; one line for each thing wrong.
     """
-    found = find_recipe(path)
-    raw = _read_yaml(found)
-    for override in overrides:
-        _override(raw, override)
-        if not isinstance(raw["stages"], dict):
-            raise UserError(f"override {override!r}: stages must be a mapping of named stages")
-    root = found.parent if found == Path(path) else Path()
-    recipe = validate(Recipe, _apply_defaults(raw), str(path), root=root.absolute())
+    settings = list(settings)
+    where = " with ".join([str(path), *filter(is_overlay, settings)])
+    recipe = validate(Recipe, _apply_defaults(read_layers(path, settings), where), where)
     recipe = add_companions(recipe, made(recipe.name))
     order(recipe)
     return recipe
 
 
-def find_recipe(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_file():
-        return path
-    if path.parts[:1] == ("configs",):
-        for root in (PACKAGED_CONFIGS, Path(__file__).parents[2] / "configs"):
-            if (packaged := root.joinpath(*path.parts[1:])).is_file():
-                return packaged
-    raise UserError(f"recipe {str(path)!r} is not a file (packaged ones: configs/tiny.yaml, configs/ministral3.yaml)")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml12.load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
-        raise UserError(f"recipe {path} must be a mapping with a `stages:` mapping of named stages")
-    raw.setdefault("name", path.stem)
-    return _unshare(raw)
-
-
-def _unshare(node: Any) -> Any:
-    """YAML aliases are one object; an override of one of its places must not reach the others."""
-    if isinstance(node, dict):
-        return {key: _unshare(value) for key, value in node.items()}
-    return [_unshare(value) for value in node] if isinstance(node, list) else node
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} must have the form dotted.key=value")
-    try:
-        value = yaml12.load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
-    parts = key.split(".")
-    if parts[0] == "stages" and parts[1:2] and parts[1] not in raw["stages"]:
-        raise UserError(f"override {override!r}: no stage {parts[1]!r}{suggest(parts[1], raw['stages'])}")
-    node = raw
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {part!r} is a value, not a mapping with keys")
-    node[parts[-1]] = _typed(value)
-
-
-def _typed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _typed(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_typed(part) for part in value]
-    return Typed(value) if isinstance(value, str) else yaml12.set_typed(value)
-
-
-def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+def _apply_defaults(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Fold `defaults:` (by kind of stage) and the recipe's `data:` into every stage."""
     raw = {key: value for key, value in raw.items() if not key.startswith("x-")}  # a home for YAML anchors
     defaults, data = raw.pop("defaults", None) or {}, raw.pop("data", None)
     if not isinstance(defaults, dict):
-        raise UserError(f"recipe {raw['name']}: `defaults` must map kinds of stage to keys, got {defaults!r}")
+        raise UserError(f"{where}: `defaults` must map kinds of stage to keys, got {defaults!r}")
     if data is not None:  # its faults are said once here, not once for every stage that inherits it
-        validate(DataConfig, data, f"recipe {raw['name']}", "data.")
+        validate(DataConfig, data, where, "data.")
     kinds = verbs()
-    shared = {key: _shared(raw, key, model) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
+    shared = {key: _shared(raw, key, model, where) for key, model in (("mesh", MeshConfig), ("sharding", Rules))}
     for kind in defaults:
         if kind not in kinds:
-            raise UserError(f"recipe {raw['name']}: defaults.{kind}: no such kind of stage{suggest(kind, kinds)}")
+            raise UserError(f"{where}: defaults.{kind}: no such kind of stage{suggest(kind, kinds)}")
     stages = {}
     for name, stage in raw["stages"].items():
         if not isinstance(stage, dict) or stage.get("do") not in kinds:
             got = stage.get("do") if isinstance(stage, dict) else stage
-            raise UserError(f"stages.{name}.do: {got!r} is not one of {', '.join(kinds)}{suggest(str(got), kinds)}")
+            raise UserError(
+                f"{where}: stages.{name}.do: {got!r} is not one of {', '.join(kinds)}{suggest(str(got), kinds)}"
+            )
         stage = merge(defaults.get(stage["do"], {}), stage)
         if data is not None and "data" in kinds[stage["do"]].model_fields:
             stage["data"] = _without_nulls(merge(data, stage.get("data", {})))
@@ -141,10 +81,10 @@ def _without_nulls(data: Any) -> Any:
     return {**data, "sources": {name: source for name, source in data["sources"].items() if source is not None}}
 
 
-def _shared(raw: dict[str, Any], key: str, model: type[BaseModel]) -> dict[str, Any]:
+def _shared(raw: dict[str, Any], key: str, model: type[BaseModel], where: str) -> dict[str, Any]:
     """A block of the recipe that every stage inherits, taken out of it; its faults are said once."""
     value = raw.pop(key, None) or {}
-    validate(model, value, f"recipe {raw['name']}", f"{key}.")
+    validate(model, value, where, f"{key}.")
     return value
 
 

@@ -21,7 +21,8 @@ from ministral_jax import yaml12
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest, validate
 from ministral_jax.files import digest_of
-from ministral_jax.recipe.load import find_recipe, load_recipe, order, resolve_specs
+from ministral_jax.recipe.layers import find_recipe, is_overlay, sort_words
+from ministral_jax.recipe.load import load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.identity import identity
 from ministral_jax.runs.naming import as_yaml, label, point_name, short_keys
@@ -45,6 +46,8 @@ class Sweep(Frozen):
     """A sweep as a YAML file: `configs/sweeps/*.yaml`, or a study. Keys are dotted, as in the overrides of `run`."""
 
     recipe: str
+    overlays: tuple[str, ...] = ()
+    """Files that are laid over the recipe, before any value."""
     name: str = Field(default="", pattern=rf"^$|{_NAME}")
     """Of the directory below `runs/`; the file's name when unset."""
     product: dict[str, Values] = Field(default_factory=dict)
@@ -88,7 +91,7 @@ class Point(PointRecord):
     """One combination of values: a directory with a recipe of its own."""
 
     overrides: tuple[str, ...]
-    """Everything that `load_recipe` is given, the fixed ones first."""
+    """Everything that `load_recipe` is given: overlays, then values, the fixed ones first."""
     recipe: Recipe
 
 
@@ -118,15 +121,16 @@ def read_sweep(path: str | Path, words: Iterable[str] = (), zipped: bool = False
 
     Args:
         words: `key=v1,v2` (a YAML flow sequence without its brackets: `key=[1,2],[3,4]` has two values), or the name of
-            a stage. A key with one value is the same for all points.
+            a stage, or an overlay. A key with one value is the same for all points.
         zipped: the words' keys vary together instead of multiplying.
         name: of the sweep's directory.
 
     Raises:
         UserError: unreadable or inconsistent; nothing is said of the recipe's own keys yet, see `expand`.
     """
-    words = list(words)
-    given = _parse_settings(word for word in words if "=" in word)
+    settings, named = sort_words(words)
+    overlays = tuple(filter(is_overlay, settings))
+    given = _parse_settings(word for word in settings if word not in overlays)
     file = _read_file(find_recipe(path))
     sweep = file or Sweep(recipe=str(path))
     product, zips, fixed = (
@@ -145,10 +149,8 @@ def read_sweep(path: str | Path, words: Iterable[str] = (), zipped: bool = False
         raise UserError(f"--name {name!r} must be letters, digits, '.', '-' and '_'")
     short = [] if file else [label(text) for text in short_keys((*product, *zips)).values()]
     name = name or sweep.name or "-".join([Path(path).stem, *short])
-    stages = tuple(word for word in words if "=" not in word) or sweep.stages
-    return Sweep(
-        recipe=sweep.recipe, name=name, product=product, zip=zips, overrides=fixed, stages=stages, measure=sweep.measure
-    )
+    said = {"name": name, "product": product, "zip": zips, "overrides": fixed, "overlays": sweep.overlays + overlays}
+    return sweep.model_copy(update=said | {"stages": tuple(named) or sweep.stages})
 
 
 def _read_file(path: Path) -> Sweep | None:
@@ -198,7 +200,8 @@ def expand(sweep: Sweep) -> list[Point]:
     """
     points: list[Point] = []
     for name, settings in _named(sweep):
-        overrides = tuple(f"{key}={as_yaml(value)}" for key, value in (sweep.overrides | settings).items())
+        values = (f"{key}={as_yaml(value)}" for key, value in (sweep.overrides | settings).items())
+        overrides = (*sweep.overlays, *values)
         try:
             recipe = load_recipe(sweep.recipe, overrides)
             stages = stage_directories(recipe, sweep.stages)

@@ -32,10 +32,13 @@ class Import(Stage):
         return {"path": None if self.is_gone else checkpoint_digest(Path(self.path), root)}
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
-        """Its evaluation, on the longest rows that the stages that are made from it or taught by it read, so that a
-        table of the family has a first row."""
+        """Its evaluation, on the longest rows within its context that the stages that are made from it or taught by it
+        read, so that a table of the family has a first row."""
         readers = [s for s in stages.values() if isinstance(s, RowStage) and name in s.inputs().values()]
         if not readers or evaluation_name(name) in stages:
+            return {}
+        context = sizes().context
+        if not (readers := [reader for reader in readers if reader.batch.length <= context]):
             return {}
         reader = max(readers, key=lambda stage: stage.batch.length)
         shared = {key: getattr(reader, key) for key in ("seed", "data", "batch", "compute", "mesh", "sharding")}

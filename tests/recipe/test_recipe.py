@@ -56,33 +56,50 @@ def test_an_override_does_not_reach_the_other_places_of_a_yaml_alias():
     assert (specs["8b-base"].rope.yarn_factor, specs["14b-base"].rope.yarn_factor) == (8, 4)
 
 
-@pytest.mark.parametrize("name", ["tiny", "ministral3"])
+@pytest.mark.parametrize("name", ["tiny", "ministral3_base", "ministral3"])
 def test_recipes_of_the_project_load_and_survive_json(name):
     recipe = load_recipe(CONFIGS / f"{name}.yaml")
     assert Recipe.model_validate(recipe.dump()) == recipe
     assert load_recipe(f"configs/{name}.yaml") == recipe
 
 
-def test_the_real_recipe_ends_in_the_published_sizes(tmp_path):
+def test_the_real_recipe_ends_in_the_published_sizes():
     # models are imported in the real recipe; here they are named instead of read from disk
-    raw = yaml.safe_load((CONFIGS / "ministral3.yaml").read_text())
-    parent = {"do": "train", "model": "mistral-small-3.1-24b", "steps": 1}
-    stages = {name: parent if stage["do"] == "import" else stage for name, stage in raw["stages"].items()}
-    specs = resolve_specs(load_recipe(write(tmp_path / "r.yaml", {**raw, "stages": stages})))
+    real = CONFIGS / "ministral3.yaml"
+    imports = [name for name, stage in load_recipe(real).stages.items() if stage.do == "import"]
+    parent = "{do: train, model: mistral-small-3.1-24b, steps: 1}"
+    specs = resolve_specs(load_recipe(real, [f"stages.{name}={parent}" for name in imports]))
     for child, preset in (("14b", "ministral-3-14b"), ("8b", "ministral-3-8b"), ("3b", "ministral-3-3b")):
         assert specs[f"{child}-base"] == PRESETS[preset]
         assert specs[f"{child}-short"].rope.yarn_factor == 1 and specs[f"{child}-short"].context == 16_384
         assert specs[f"{child}-instruct"] == specs[f"{child}-reasoning"] == PRESETS[preset]
 
 
-def test_the_real_recipe_is_taught_by_the_post_trained_parent_and_by_the_base_with_one_override():
-    for override, teacher, weights in (
-        ([], "teacher", "Instruct"),
-        (["defaults.distill.teacher=parent"], "parent", "Base"),
-    ):
-        stages = load_recipe(CONFIGS / "ministral3.yaml", override).stages
-        assert {stages[f"{child}-short"].teacher for child in ("14b", "8b", "3b")} == {teacher}
-        assert weights in stages[teacher].path
+@pytest.mark.parametrize(
+    ("recipe", "override", "teacher", "weights"),
+    [
+        ("ministral3", [], "teacher", "Instruct"),
+        ("ministral3", ["defaults.distill.teacher=parent"], "parent", "Base"),
+        ("ministral3_base", [], "parent", "Base"),
+        ("ministral3_base", ["defaults.distill.teacher=teacher"], "teacher", "Instruct"),
+    ],
+)
+def test_who_teaches_the_base_models_is_one_key(recipe, override, teacher, weights):
+    stages = load_recipe(CONFIGS / f"{recipe}.yaml", override).stages
+    taught = [stage for name, stage in stages.items() if name.endswith(("-short", "-base"))]
+    assert len(taught) == 6 and {stage.teacher for stage in taught} == {teacher}
+    assert weights in stages[teacher].path
+
+
+def test_the_base_family_is_the_full_ones_and_needs_the_parent_and_one_mix_alone():
+    base, full = (load_recipe(CONFIGS / f"{name}.yaml") for name in ("ministral3_base", "ministral3"))
+    names = order(base)
+    read = [base.stages[name] for name in names]
+    assert [stage.path for stage in read if stage.do == "import"] == ["/models/Mistral-Small-3.1-24B-Base-2503"]
+    assert {tuple(stage.data.sources) for stage in read if hasattr(stage, "data")} == {("mix",)}
+    for name in names:
+        same = {"teacher": "parent"} if full.stages[name].do == "distill" else {}
+        assert full.stages[name].model_copy(update=same) == base.stages[name]
 
 
 def test_the_graph_of_tiny():
@@ -119,6 +136,7 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
         ("stages.8b-short.steps=0", "stages.8b-short.steps: input should be greater than or equal to 1, got 0"),
         ("dfaults.x=1", "unknown key dfaults (did you mean defaults?)"),
         ("defaults.distil.steps=3", "defaults.distil: no such kind of stage (did you mean distill?)"),
+        ("mesh.fdsp=1", "tiny.yaml: unknown key mesh.fdsp (did you mean fsdp?)"),
         ("stages=3", "override 'stages=3': stages must be a mapping of named stages"),
         ("family.parent=parnt", "family.parent names stage 'parnt', which does not exist (did you mean parent?)"),
         ("family.children.8b=8b-pruned", "family.children.8b = '8b-pruned' must be a distil stage"),
