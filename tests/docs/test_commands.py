@@ -15,6 +15,7 @@ from docs_blocks import commands, words
 from paths import ROOT
 
 from ministral_jax import cli
+from ministral_jax.recipe.layers import sort_words
 from ministral_jax.recipe.load import load_recipe
 from ministral_jax.runs.sweep import expand, read_sweep
 
@@ -84,8 +85,8 @@ def test_what_is_not_run_is_understood(command, monkeypatch, checkout):
     elif args.command is cli._run and args.recipe == "configs/tiny.yaml":  # what would be made
         assert cli.main([*words(command)[1:], "--dry-run"]) == 0
     if "sweep" not in command and hasattr(args, "recipe") and args.recipe.startswith(("configs/", "tests/")):
-        recipe = load_recipe(ROOT / args.recipe, [word for word in rest if "=" in word])
-        assert {word for word in rest if "=" not in word} <= recipe.stages.keys()
+        settings, stages = sort_words(rest)
+        assert set(stages) <= load_recipe(ROOT / args.recipe, settings).stages.keys()
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if c.startswith("python benchmarks/")])
