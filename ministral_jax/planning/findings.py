@@ -1,0 +1,47 @@
+"""What would stop or slow a recipe on a machine, found by arithmetic before the machine is booked: no device, no data,
+nothing is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning import findings_layout, findings_models, findings_site, findings_time
+from ministral_jax.planning.finding import Context, Finding, error, merged
+from ministral_jax.planning.machine import Machine
+from ministral_jax.recipe.types import Recipe
+from ministral_jax.stages.base import Graph
+
+OF_STAGES = (*findings_layout.CHECKS, *findings_models.CHECKS, *findings_time.CHECKS)
+
+
+def find(context: Context) -> list[Finding]:
+    """Everything that the checks find, errors first, then in the order of the stages; what is the same in several
+    stages once."""
+    found = [finding for check in findings_site.CHECKS for finding in check(context)]
+    found += [finding for name in context.names for check in OF_STAGES for finding in check(context, name)]
+    return sorted(merged(found), key=lambda finding: finding.level)
+
+
+def impossible(recipe: Recipe, names: Sequence[str], machine: Machine) -> list[Finding]:
+    """The errors that need neither memory nor times of the stages, nor any file: sizes of an import that is not here
+    are not known, nor what depends on them."""
+    specs, faults = _known_specs(recipe, names)
+    found = find(Context(recipe, specs, tuple(names), machine))
+    return [*faults, *(finding for finding in found if finding.level == "error")]
+
+
+def _known_specs(recipe: Recipe, names: Sequence[str]) -> tuple[dict[str, ModelSpec], list[Finding]]:
+    """Sizes, as far as they are known, and why a stage has none though those of all that it needs are."""
+    specs: dict[str, ModelSpec] = {}
+    faults: list[Finding] = []
+    for name in names:
+        stage = recipe.stages[name]
+        if stage.is_gone or not set(stage.inputs().values()) <= specs.keys():
+            continue
+        try:
+            specs[name] = stage.resolve(Graph(recipe.stages, specs), f"stages.{name}")
+        except UserError as fault:
+            faults.append(error(name, str(fault)))
+    return specs, faults

@@ -1,0 +1,159 @@
+"""Whether limits, checkpoints and the job's own clock leave stages the time that they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ministral_jax.alignment.judge import ROWS
+from ministral_jax.planning.finding import Context, Finding, StageCheck, counted, error, warning
+from ministral_jax.planning.work import Draw, Read, Work
+from ministral_jax.recipe.launch import SlurmLaunch
+from ministral_jax.sampling.engine import SamplingOptions
+
+COMPILING = 600
+"""Seconds that a stage takes at the most to compile; measured on no machine."""
+DISK = 1e9
+"""Bytes/s that a host is assumed to write."""
+HOUR, LONG = 3600, 1800
+"""Work that a failure may lose: seconds that are worth a warning, and on spot machines."""
+_STATE = 12
+"""Bytes of a saved state for each parameter that learns: itself and two moments, in float32."""
+
+
+def watched(context: Context, name: str) -> Iterator[Finding]:
+    """No piece of work outlasts the watchdog of a job of several processes.
+
+    The first piece of a kind has `limits.slow`, later ones the larger of `limits.step` and ten times the median of
+    those before, see `distributed.processes`: so it is the first that must fit, with its compilation.
+    """
+    if context.machine.hosts == 1 or (times := context.times.get(name)) is None:
+        return
+    slow, work = context.recipe.limits.slow, context.work.get(name)
+    for phase in times.phases:
+        found = work.phase(phase.phase) if work is not None else None
+        pieces = sum(_pieces(one) for one in found.work) if found is not None else 0
+        seconds, what = phase.seconds / max(1, pieces), f"{'a part of ' if pieces else ''}{phase.phase!r}"
+        if seconds > slow:
+            yield error(
+                name,
+                f"limits.slow = {slow:g} ends stages.{name}, of which {what} takes {seconds:,.0f} s: its processes are "
+                f"taken for hanging, each time anew; set it to {2 * seconds + COMPILING:.0f}",
+            )
+        elif seconds + COMPILING > slow:
+            yield warning(
+                name,
+                f"limits.slow = {slow:g} leaves {slow - seconds:,.0f} s for compiling {what} of stages.{name}, which "
+                f"takes {seconds:,.0f} s itself; set it to {2 * seconds + COMPILING:.0f}",
+            )
+
+
+def _pieces(work: Work) -> int:
+    """Between which a job says that it goes on: chunks of tokens, and a judge's batches; 0 of all else."""
+    if isinstance(work, Draw):
+        return math.ceil(work.completion / SamplingOptions().chunk)
+    return work.rows // ROWS if isinstance(work, Read) and work.head == "choice" else 0
+
+
+def loses_little(context: Context, name: str) -> Iterator[Finding]:
+    """A failure costs the work since the last checkpoint."""
+    if (seconds := interval(context, name)) is None:
+        return
+    every, setting = context.stage(name).checkpoint.every, f"stages.{name}.checkpoint.every"
+    fitting = max(1, int(every * LONG / seconds))
+    spot = _spot(context)
+    if seconds > HOUR:
+        yield warning(
+            name,
+            f"{setting} = {every} saves every {seconds / HOUR:.1f} hours, all of which a failure loses; {fitting} is "
+            "half an hour",
+        )
+    elif spot is not None and seconds > LONG:
+        yield warning(
+            name,
+            f"{setting} = {every} saves every {seconds / 60:.0f} minutes, and {spot} = true takes machines away "
+            f"without notice; {fitting} is half an hour",
+        )
+
+
+def stops_in_time(context: Context, name: str) -> Iterator[Finding]:
+    """What stands between the wish to stop and the end is enough for the step in progress and a save."""
+    times, launch, tpu = context.times.get(name), context.recipe.launch, context.machine.chip.platform == "tpu"
+    if times is None or interval(context, name) is None:
+        return
+    grace: dict[str, float] = {}
+    if launch.gke is not None and (launch.gke.tpu is not None) == tpu:
+        grace["launch.gke.grace"] = min(launch.gke.grace, 30) if launch.gke.spot else launch.gke.grace
+    if launch.slurm != SlurmLaunch() and not tpu:
+        grace["launch.slurm.grace"] = launch.slurm.grace
+    saving = _saved(context, name) / context.machine.hosts / DISK
+    for setting, seconds in grace.items():
+        if times.step_seconds + saving > seconds:
+            yield warning(
+                name,
+                f"{setting} = {seconds:g} s is too short for a step of stages.{name} ({times.step_seconds:,.0f} s) and "
+                f"a save of {_saved(context, name) / 1e9:,.0f} GB by {counted(context.machine.hosts, 'host')} "
+                f"({saving:,.0f} s), so being stopped loses what was done since checkpoint.every; raise it where the "
+                "scheduler allows",
+            )
+
+
+def advances(context: Context, name: str) -> Iterator[Finding]:
+    """One start of a job gets as far as its next checkpoint."""
+    limit, between = _slurm_seconds(context), interval(context, name)
+    if limit is None or between is None:
+        return
+    if COMPILING + between > limit:
+        yield error(
+            name,
+            f"launch.slurm.time = {context.recipe.launch.slurm.time} ends before stages.{name} has compiled "
+            f"({COMPILING} s) and come to a checkpoint (checkpoint.every, {between:,.0f} s), so the job may never "
+            "advance; ask for more, or save more often",
+        )
+
+
+def interval(context: Context, name: str) -> float | None:
+    """Seconds between two checkpoints of a stage that saves some, None where that is not known."""
+    times, config = context.times.get(name), getattr(context.stage(name), "checkpoint", None)
+    if times is None or config is None or not times.step_seconds:
+        return None
+    return min(config.every, context.stage(name).steps) * times.step_seconds
+
+
+def _saved(context: Context, name: str) -> float:
+    """Bytes of a training state."""
+    learning = [held for held in context.work[name].held if held.learns] if name in context.work else []
+    frozen = {"vision": "vision tower"}
+    return sum(
+        _STATE * (held.spec.parameters - sum(held.spec.components.get(frozen[part], 0) for part in held.frozen))
+        for held in learning
+    )
+
+
+def _spot(context: Context) -> str | None:
+    """The setting by which machines can be taken away."""
+    launch, tpu = context.recipe.launch, context.machine.chip.platform == "tpu"
+    if launch.tpu_vm is not None and launch.tpu_vm.spot and tpu:
+        return "launch.tpu_vm.spot"
+    if launch.gke is not None and launch.gke.spot and (launch.gke.tpu is not None) == tpu:
+        return "launch.gke.spot"
+    return None
+
+
+def _slurm_seconds(context: Context) -> int | None:
+    """`launch.slurm.time`: minutes, `MM:SS`, `HH:MM:SS`, or days before `-` and hours, minutes, seconds after it."""
+    text = context.recipe.launch.slurm.time
+    if text is None or context.machine.chip.platform != "gpu":
+        return None
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+CHECKS: tuple[StageCheck, ...] = (watched, loses_little, stops_in_time, advances)

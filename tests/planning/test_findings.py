@@ -1,0 +1,363 @@
+"""What is found wrong with a recipe on a machine: each fault planted as a setting, and nothing said without it."""
+
+from dataclasses import dataclass
+
+import pytest
+from paths import ROOT
+
+from ministral_jax import yaml12
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import PRESETS
+from ministral_jax.planning.finding import Context, Finding, merged
+from ministral_jax.planning.findings import find, impossible
+from ministral_jax.planning.findings_site import needed
+from ministral_jax.planning.machine import parse_machine
+from ministral_jax.recipe.load import load_recipe, order, resolve_specs
+from ministral_jax.recipe.types import Recipe
+
+TEACHERS = dict.fromkeys(
+    ("parent", "teacher", "instruct-teacher", "reasoning-teacher"), PRESETS["mistral-small-3.1-24b"]
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    phase: str
+    items: tuple[Item, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Needed:
+    phases: tuple[Phase, ...]
+    host: int = 0
+    written: int = 0
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+@dataclass(frozen=True)
+class Times:
+    phases: tuple[Phase, ...]
+    step_seconds: float
+
+
+def taking(step: float, **phases: float) -> Times:
+    return Times(tuple(Phase(name, seconds=seconds) for name, seconds in {"step": step, **phases}.items()), step)
+
+
+def holding(phase: str, weights: float, other: float, host: float = 0, written: float = 0) -> Needed:
+    """In GB."""
+    items = (Item("student: weights", int(weights * 1e9)), Item("activations", int(other * 1e9)))
+    return Needed((Phase("evaluate", items[:1]), Phase(phase, items)), int(host * 1e9), int(written * 1e9))
+
+
+@pytest.fixture(scope="module")
+def family():
+    """The recipe of the real family, with the sizes that its imports have."""
+    recipe = load_recipe(ROOT / "configs" / "ministral3.yaml", made=lambda name: TEACHERS)
+    return recipe, resolve_specs(recipe, order(recipe), TEACHERS)
+
+
+def planted(recipe: Recipe, settings: list[str]) -> Recipe:
+    """The recipe with `key=value` of stages, `limits` or `launch`; only what they are of is validated anew."""
+    changed: dict[tuple[str, ...], dict] = {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        path = key.split(".")
+        count = 2 if path[0] == "stages" else 1
+        place = tuple(path[:count])
+        part = recipe.stages[place[1]] if count == 2 else getattr(recipe, place[0])
+        node = changed.setdefault(place, part.model_dump(mode="json", by_alias=True))
+        for step in path[count:-1]:
+            node = node[step]
+        node[path[-1]] = yaml12.load(text)
+    stages = {
+        place[1]: type(recipe.stages[place[1]]).model_validate(raw) for place, raw in changed.items() if place[1:]
+    }
+    others = {
+        place[0]: type(getattr(recipe, place[0])).model_validate(raw) for place, raw in changed.items() if not place[1:]
+    }
+    return recipe.model_copy(update={"stages": {**recipe.stages, **stages}, **others})
+
+
+def found(family, machine, stage, settings=(), memory=None, times=None, slices=1):
+    recipe, specs = family
+    recipe = planted(recipe, settings)
+    if any(".model." in setting for setting in settings):
+        specs = {**specs, stage: recipe.stages[stage].resolve(Context(recipe, specs, (), None).graph, "")}
+    of_stage = lambda given: {} if given is None else {stage: given}
+    on = parse_machine(machine, slices)
+    return find(Context(recipe, specs, (stage,), on, of_stage(memory), of_stage(times)))
+
+
+LONG, SHORT, GRPO, ODPO = "14b-base", "14b-short", "14b-stem", "14b-instruct"
+V5P, TORUS, H100 = "v5p:4x4x4", "v5p:4x4x8", "h100:32"
+NODES = ("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1")
+PLANTS = {
+    # name: machine, stage, what is there before, what is planted, level, words of the finding
+    "a side is split": (
+        TORUS, SHORT, ["mesh.fsdp=32"], ["mesh.fsdp=16"],
+        "warning", [".mesh on v5p:4x4x8 splits a side", "fsdp 16 has 2 of the 4 places of side y", "whole ones"],
+    ),
+    "both sides of a flat torus are split": (
+        "v6e:16x16", SHORT, ["mesh.tensor=16"], ["mesh.tensor=4"],
+        "warning", ["tensor 4 has 4 of the 16 places of side", "{fsdp: 16, tensor: 16} has whole"],
+    ),
+    "gathers over three sides": (
+        V5P, SHORT, [], ["mesh.fsdp=64", "mesh.tensor=1"], "warning", [".mesh on v5p:4x4x4 gathers", "over fsdp 64"],
+    ),
+    "gathers over context too": (
+        V5P, LONG, ["sharding.embed=[fsdp]"], ["sharding.embed=[fsdp, context]"],
+        "warning", ["fsdp 4 * context 16", ".sharding.embed"],
+    ),
+    "sizes do not multiply": (V5P, SHORT, [], ["mesh.fsdp=24"], "error", [".mesh {data: -1, fsdp: 24", "64 devices"]),
+    "a slice too many": (V5P, SHORT, ["mesh.fsdp=4"], ["mesh.slice=4"], "warning", [".mesh.slice = 4 on one slice"]),
+    "tensor over nodes": (
+        H100, SHORT, ["mesh.fsdp=2", "mesh.context=2", "data.patches=24192"], ["mesh.context=4"],
+        "warning", [".mesh.tensor = 4 reaches over 2 nodes"],
+    ),
+    "nodes are no slices": (
+        H100, SHORT, [*NODES], ["mesh.slice=3"], "error", [".mesh", "slice: 3"],
+    ),
+    "rows and microbatches": (
+        TORUS, LONG, ["batch.microbatches=2"], ["batch.microbatches=4"],
+        "error", [".batch.sequences = 16 must be a multiple of 32", ".batch.microbatches to 2"],
+    ),
+    "rows and chips": (
+        V5P, SHORT, [], ["batch.sequences=72"], "error", [".batch.sequences = 72 must be a multiple of 64"],
+    ),
+    "answers and microbatches": (
+        V5P, GRPO, [], ["prompts=24"], "error", [".prompts = 24 with 16 answers each", "microbatches"],
+    ),
+    "length and context": (
+        V5P, LONG, ["batch.length=131072"], ["batch.length=131056"],
+        "error", [".batch.length = 131056 must be a multiple of 32"],
+    ),
+    "answers and context": (
+        V5P, ODPO, ["mesh.fsdp=4", "mesh.tensor=2", "mesh.context=8", "sharding.embed=[fsdp]"],
+        ["mesh.tensor=1", "mesh.context=16"], "error",
+        [".compute.shortest_row = 32 makes rows of 32 and 48", "mesh.context = 16", "set it to 64"],
+    ),
+    "padded evaluation": (
+        V5P, SHORT, ["evaluate.rows=256"], ["evaluate.rows=64"],
+        "warning", [".evaluate.rows = 64 is padded to 256"],
+    ),
+    "padded questions": (
+        V5P, "14b-reward", [], ["pairs=16"], "warning", [".pairs = 16 asks the judge 32 questions", "batch of 64"],
+    ),
+    "idle samplers": (
+        V5P, ODPO, [], ["evaluate.prompts=4", "evaluate.completions=0"],
+        "warning", ["4 answers are drawn at once (evaluate.prompts)"],
+    ),
+    "key-value heads": (
+        V5P, SHORT, [], ["mesh.fsdp=4", "mesh.tensor=16"],
+        "warning", ["mesh.tensor = 16 does not divide the kv_heads of its student (8)"],
+    ),
+    "patches": (
+        V5P, LONG, ["data.patches=24192"], ["data.patches=24200"],
+        "warning", [".data.patches = 24200 does not fall into 16 parts", "24192"],
+    ),
+    "few tokens": (
+        "v6e:8x8", SHORT, [], ["batch.length=128"],
+        "warning", [".batch.sequences: 256 rows of 128 tokens and microbatches = 4 leave 512 tokens"],
+    ),
+    "teacher's context is refused": (
+        V5P, LONG, ["beyond_teacher=mask"], ["beyond_teacher=refuse"],
+        "error",
+        [".batch.length = 262144 exceeds the context of 131072 of its teacher", "set stages.14b-base.beyond_teacher"],
+    ),
+    "teacher's context": (
+        V5P, LONG, ["batch.length=131072"], ["batch.length=262144"],
+        "warning", [".beyond_teacher = labels", "131072", "50%"],
+    ),
+    "student's context": (
+        V5P, SHORT, [], ["batch.length=32768"], "error", [".batch.length = 32768 exceeds the model's"],
+    ),
+    "judge's context": (
+        V5P, ODPO, [], ["max_completion_length=131072"],
+        "warning", [".max_completion_length = 131072 makes questions of up to 270336", "'14b-reward' reads 262144"],
+    ),
+    "answers beyond the context": (
+        V5P, GRPO, [], ["evaluate.max_completion_length=262144"],
+        "warning", [".evaluate.max_completion_length = 262144 after a prompt of 8192", "context of 262144"],
+    ),
+    "YaRN for nothing": (
+        V5P, LONG, ["batch.length=32768"], ["batch.length=16384"],
+        "warning", [".batch.length = 16384 is within model.rope.original_context = 16384", "yarn_factor = 16"],
+    ),
+    "chips of a TPU VM": (
+        V5P, SHORT, [], ["launch.tpu_vm={zone: z, accelerator_type: v5p-256, runtime_version: r}"],
+        "error", ["launch.tpu_vm.accelerator_type = v5p-256 asks for 128 chips", "64 of v5p:4x4x4"],
+    ),
+    "chips of GKE": (
+        V5P, SHORT, [],
+        ["launch.gke={image: i, volume: {bucket: b}, tpu: {type: v5p, topology: 2x4x4, slices: 1}}"],
+        "error", ["launch.gke.tpu.topology = 2x4x4 asks for 32 chips"],
+    ),
+    "GPUs of SLURM": (
+        H100, SHORT, [*NODES], ["launch.slurm={nodes: 2, gpus_per_node: 8}"],
+        "error", ["launch.slurm.nodes = 2 with gpus_per_node = 8 asks for 16 chips"],
+    ),
+}  # fmt: skip
+
+
+def of_stage(stage: str, settings: list[str]) -> list[str]:
+    return [word if word.startswith(("launch.", "limits.")) else f"stages.{stage}.{word}" for word in settings]
+
+
+def new(before: list[Finding], after: list[Finding]) -> list[Finding]:
+    return [finding for finding in after if finding not in before]
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_fault_is_found_and_nothing_else(family, name):
+    machine, stage, before, plant, level, words = PLANTS[name]
+    without = found(family, machine, stage, of_stage(stage, before))
+    told = new(without, found(family, machine, stage, of_stage(stage, before + plant)))
+    assert [finding.level for finding in told] == [level], told
+    assert told[0].stage == (None if plant[0].startswith("launch.") else stage)
+    for word in words:
+        assert word in told[0].text, told[0].text
+        assert not any(word in finding.text for finding in without)
+
+
+SPOT = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: true}"
+SLURM = "launch.slurm={nodes: 4, gpus_per_node: 8, time: '%s'}"
+TIMED = {
+    # name: machine, stage, times, what is there before, what is planted, level, words of the finding
+    "the watchdog ends a step": (
+        V5P, LONG, taking(1150), ["checkpoint.every=2"], ["limits.slow=900"],
+        "error", ["limits.slow = 900 ends stages.14b-base", "1,150 s", "set it to 2900"],
+    ),
+    "the watchdog leaves no time to compile": (
+        V5P, LONG, taking(10, evaluate=800), ["checkpoint.every=2"], ["limits.slow=900"],
+        "warning", ["limits.slow = 900 leaves 100 s for compiling 'evaluate'"],
+    ),
+    "hours between checkpoints": (
+        V5P, LONG, taking(200), ["checkpoint.every=9"], ["checkpoint.every=100"],
+        "warning", [".checkpoint.every = 100 saves every 5.6 hours", "9 is half an hour"],
+    ),
+    "checkpoints on spot machines": (
+        V5P, LONG, taking(20), ["checkpoint.every=100"], [SPOT],
+        "warning", [".checkpoint.every = 100 saves every 33 minutes", "launch.tpu_vm.spot", "90 is half an hour"],
+    ),
+    "grace": (
+        V5P, LONG, taking(40), ["checkpoint.every=10"],
+        ["launch.gke={image: i, volume: {bucket: b}, tpu: {type: v5p, topology: 4x4x4}, spot: true}"],
+        "warning", ["launch.gke.grace = 30 s is too short", "(40 s)", "GB by 16 hosts"],
+    ),
+    "the job's time": (
+        H100, SHORT, taking(10), [*NODES, "checkpoint.every=100", SLURM % "1:00:00"], [SLURM % "25:00"],
+        "error", ["launch.slurm.time = 25:00 ends before", "1,000 s"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_limits_are_held_against_predicted_times(family, name):
+    machine, stage, times, before, plant, level, words = TIMED[name]
+    without = found(family, machine, stage, of_stage(stage, before), times=times)
+    told = new(without, found(family, machine, stage, of_stage(stage, before + plant), times=times))
+    assert [finding.level for finding in told] == [level], told
+    for word in words:
+        assert word in told[0].text and not any(word in finding.text for finding in without), told[0].text
+
+
+def test_one_process_has_no_watchdog_and_sampling_may_stop_between_chunks(family):
+    slow = taking(2000, sample=100_000)
+    assert any("limits.slow" in one.text for one in found(family, V5P, GRPO, times=taking(5000)))
+    sampled = [one.text for one in found(family, V5P, GRPO, times=slow) if "limits.slow" in one.text]
+    assert sampled == []
+    assert not any("limits" in one.text for one in found(family, "v5p:2x2x1", GRPO, times=taking(5000)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "memory", "level", "words"),
+    [
+        (
+            SHORT,
+            holding("step", 60, 60),
+            "error",
+            ["120.0 GB of the 102.0 GB", "activations 60.0", "batch.microbatches"],
+        ),
+        (SHORT, holding("step", 60, 37), "warning", ["97.0 GB", "less than 8% is spare"]),
+        (GRPO, holding("sample", 20, 90), "error", ["phase 'sample'", "lower stages.14b-stem.max_completion_length"]),
+        (GRPO, holding("examine", 20, 90), "error", ["lower stages.14b-stem.evaluate.max_completion_length"]),
+        ("14b-pruned", holding("calibrate", 20, 90), "error", ["lower stages.14b-pruned.batch.sequences"]),
+        (GRPO, holding("step", 20, 20, host=500), "error", ["500 GB of the 481 GB of a host", "14b-stem.prompts"]),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_told_with_its_largest_items(family, stage, memory, level, words):
+    enough = found(family, V5P, stage, memory=holding("step", 50, 40, host=100))
+    told = new(enough, found(family, V5P, stage, memory=memory))
+    assert [finding.level for finding in told] == [level] and all(word in told[0].text for word in words), told
+
+
+def test_slices_of_the_recipe_are_those_of_the_machine(family):
+    told = found(family, V5P, SHORT, slices=2)
+    assert [one.text for one in told if one.level == "error"] == [
+        "stages.14b-short.mesh.slice = 1 but the devices form 2 slices; they must be equal"
+    ]
+    assert not any(
+        one.level == "error" for one in found(family, V5P, SHORT, [f"stages.{SHORT}.mesh.slice=2"], slices=2)
+    )
+
+
+def test_the_whole_recipe_on_the_chips_that_it_is_written_for_has_no_error(family):
+    recipe, specs = family
+    told = find(Context(recipe, specs, tuple(order(recipe)), parse_machine(V5P)))
+    assert told and all(one.level == "warning" for one in told), told
+    padded = [one for one in told if "14b-short.evaluate.rows" in one.text]
+    assert [one.others for one in padded] == [("8b-short", "3b-short")]  # said once, of all three
+
+
+def test_a_finding_names_a_few_of_the_stages_that_share_it():
+    same = [Finding("warning", name, f"stages.{name}.mesh is odd") for name in "abcdef"]
+    told = merged([*same, Finding("error", None, "x")])
+    assert [str(one) for one in told] == ["stages.a.mesh is odd (the same in 5 more stages: b, c, d, ..)", "x"]
+
+
+def test_on_this_machine_what_is_not_there_is_an_error(family, tmp_path):
+    recipe, specs = family
+    names, machine = ("parent", "14b-pruned", "14b-general"), parse_machine(V5P)
+    needs = {need.what: need for need in needed(recipe, names)}
+    assert needs["judges:satisfies"].setting == "stages.14b-general.rewards.rubric.judge"
+    assert needs["/data/mix"].stages == ("14b-pruned",)
+    elsewhere = find(Context(recipe, specs, names, machine))
+    assert not any("is not on this machine" in one.text for one in elsewhere)
+    here = find(
+        Context(recipe, specs, names, machine, {"parent": holding("x", 1, 1, written=1e9)}, here=tmp_path / "r")
+    )
+    missing = [one.text for one in new(elsewhere, here)]
+    assert len(missing) == len(needs) + 1 and any("judges:satisfies" in text for text in missing)
+    assert any("GB free, and the stages write 1,000,000,000 GB" in text for text in missing)
+
+
+def test_what_is_impossible_needs_no_file(family):
+    recipe, _ = family
+    names = order(recipe)
+    assert impossible(recipe, names, parse_machine(V5P)) == []
+    on_nodes = impossible(recipe, names, parse_machine(H100))
+    assert [one.stage for one in on_nodes] == ["instruct-teacher", LONG]
+    assert all("does not fit 32 devices" in one.text for one in on_nodes)
+
+
+def test_the_settings_are_planted_as_the_command_line_would():
+    words = [f"stages.{SHORT}.mesh.fsdp=8", "limits.slow=900"]
+    base = load_recipe(ROOT / "configs" / "ministral3.yaml", made=lambda name: TEACHERS)
+    assert planted(base, words) == load_recipe(ROOT / "configs" / "ministral3.yaml", words, lambda name: TEACHERS)
+    with pytest.raises(UserError):
+        load_recipe(ROOT / "configs" / "ministral3.yaml", ["stages.none.mesh.fsdp=8"])
