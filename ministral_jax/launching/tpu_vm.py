@@ -9,6 +9,6 @@ from ministral_jax.recipe.launch import TpuVmLaunch
 def render(job: TpuVmLaunch, name: str, command: tuple[str, ...]) -> str:
     """The script that runs `command` on every host of the slice. It goes on where JAX finds the slice by itself."""
     create = [f"--accelerator-type={job.accelerator_type}", f"--runtime-version={job.runtime_version}"]
-    create += ["--spot"] if job.spot else []
+    create += ["--reserved"] if job.reserved else ["--spot"] if job.spot else []
     words = ("ministral-jax", *command, "--distributed")
     return fill("tpu-vm.sh", shell, job=job, name=name, create=create, command=words)

@@ -161,12 +161,20 @@ class TpuVmLaunch(Launch):
     """E.g. `v5litepod-16`, `v6e-32` (chips), `v5p-64` (cores, two for each chip)."""
     runtime_version: Plain
     spot: bool = True
+    reserved: bool = False
+    """From a reservation of the project; then it is no spot machine."""
     bucket: Plain | None = None
     """Mounted with gcsfuse on every host: the shared file system."""
     mount: Directory = "/mnt/work"
     """Where the bucket is mounted, and the command's working directory."""
     setup: str | None = None
     """Shell, run on every host before each start, whose variables the command sees; must bear being run twice."""
+
+    @model_validator(mode="after")
+    def _is_of_one_tier(self) -> Self:
+        if self.reserved and self.spot and "spot" in self.model_fields_set:
+            raise ValueError("reserved and spot exclude each other: a machine is of a reservation or a spot machine")
+        return self
 
 
 class LocalLaunch(Launch):

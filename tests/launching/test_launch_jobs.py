@@ -250,6 +250,10 @@ BAD = [
     (["gke", *GKE, "launch.gke.tpu={type: v6e, topology: 4x4, hosts: 2}"], "tpu.hosts = 2, but a slice of v6e"),
     ([*GKE_GPU, "launch.gke.name=8b"], "a JobSet cannot be called '8b'"),
     (["tpu-vm", *TPU_VM, "launch.tpu_vm.accelerator_type=h100"], "tpu_vm.accelerator_type: string should match"),
+    (
+        ["tpu-vm", *TPU_VM, "launch.tpu_vm.reserved=true", "launch.tpu_vm.spot=true"],
+        "reserved and spot exclude each other",
+    ),
     (["local", "--submit"], "launch local runs at once"),
     (["slurm", "--output", "/nowhere/job"], "--output /nowhere/job: No such file or directory"),
     # a secret in any scheduler's block, whichever is launched, is refused and not repeated

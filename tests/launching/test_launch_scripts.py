@@ -53,6 +53,13 @@ class Bench:
         return " ".join(verb for line in self.lines("calls") if (verb := line.split()[3]) != "describe")
 
 
+def wait_for(bench: Bench, process: subprocess.Popen[bytes], verb: str) -> None:
+    deadline = time.monotonic() + 30
+    while verb not in bench.verbs():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def bench(tmp_path):
     bench = Bench(tmp_path)
@@ -141,7 +148,7 @@ case $4 in
     [ "$state" = MISSING ] && { echo "ERROR: (gcloud) NOT_FOUND: Resource not found" >&2; exit 1; }
     [ "$state" = BROKEN ] && { echo "ERROR: (gcloud) backend error" >&2; exit 1; }
     echo "$state" ;;
-  create) exit "${CREATE:-0}" ;;
+  create) /bin/sleep "${TAKES:-0}"; exit "${CREATE:-0}" ;;
   ssh)
     export CODE=$(next codes)
     exec 9>&-
@@ -161,18 +168,52 @@ exit 0
         ("MISSING ACTIVE SUSPENDED FAILED MISSING ACTIVE", "1 0", 20, 0, "create ssh delete create ssh delete"),
         ("MISSING FAILED", "0", 2, 75, "create delete delete delete"),
         ("MISSING ACTIVE", "75", 2, 75, "create ssh ssh ssh delete"),
-        *[("MISSING ACTIVE", code, 20, int(code), "create ssh delete") for code in ("1", "2", "130")],
+        *[("MISSING ACTIVE", code, 20, int(code), "create ssh delete") for code in ("1", "130")],
+        *[("MISSING ACTIVE", code, 20, int(code), "create ssh") for code in ("2", "126", "127")],
         ("BROKEN MISSING BROKEN ACTIVE", "0", 20, 0, "create ssh delete"),
         ("BROKEN", "0", 3, 1, ""),
     ],
 )
 def test_tpu_vms_are_kept_going(bench, states, codes, restarts, code, verbs):
-    """A taken slice is deleted and made again; 75 starts again; a fault ends it; each bounded; nothing is left over."""
+    """A taken slice is deleted and made again; 75 starts again; a fault ends it; each bounded; nothing is left over
+    but what a mended command is to use."""
     assert bench.on_tpu_vm(states, codes, f"launch.tpu_vm.restarts={restarts}").wait(60) == code
     assert bench.verbs() == verbs
     made = [line.split() for line in bench.lines("calls") if " create " in line]
     asked = {f"--node-id={bench.name}", "--zone=us-east5-b", "--accelerator-type=v6e-16", "--spot"}
     assert all(asked | {"--runtime-version=v2-alpha-tpuv6e"} <= set(words) for words in made)
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "code", "verbs"),
+    [
+        *[("ACTIVE", code, int(code), "ssh") for code in ("0", "1", "2")],
+        ("WAITING_FOR_RESOURCES ACTIVE", "75 0", 0, "ssh ssh"),
+        *[(state, "0", 1, "") for state in ("SUSPENDED", "FAILED")],
+        ("ACTIVE MISSING ACTIVE", "75 0", 0, "ssh create ssh delete"),
+    ],
+)
+def test_tpu_vms_that_were_there_are_not_deleted(bench, states, codes, code, verbs):
+    assert bench.on_tpu_vm(states, codes).wait(60) == code
+    assert bench.verbs() == verbs
+
+
+def test_tpu_vms_of_an_earlier_start_are_owned_by_saying_so(bench):
+    assert bench.on_tpu_vm("ACTIVE SUSPENDED MISSING ACTIVE", "75 0", OWNED="yes").wait(60) == 0
+    assert bench.verbs() == "ssh delete create ssh delete"
+
+
+def test_tpu_vm_of_a_reservation(bench):
+    assert bench.on_tpu_vm("MISSING ACTIVE", "0", "launch.tpu_vm.reserved=true").wait(60) == 0
+    (made,) = [line.split() for line in bench.lines("calls") if " create " in line]
+    assert "--reserved" in made and "--spot" not in made
+
+
+def test_tpu_vms_are_deleted_when_the_script_is_stopped_while_it_asks_for_them(bench):
+    process = bench.on_tpu_vm("MISSING ACTIVE", "0", TAKES="1")
+    wait_for(bench, process, "create")
+    process.terminate()
+    assert process.wait(30) == 143 and bench.verbs() == "create delete"
 
 
 def test_tpu_vm_creation_that_is_refused_is_not_repeated(bench):
@@ -194,9 +235,6 @@ def test_tpu_vm_words_are_verbatim_and_leftovers_end(bench):
 
 def test_tpu_vms_are_deleted_when_the_script_is_stopped(bench):
     process = bench.on_tpu_vm("MISSING ACTIVE", "hang")
-    deadline = time.monotonic() + 30
-    while "ssh" not in bench.verbs():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(bench, process, "ssh")
     process.terminate()
     assert process.wait(30) == 143 and bench.verbs() == "create ssh delete"
