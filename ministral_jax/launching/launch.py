@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ministral_jax.errors import UserError
 from ministral_jax.launching import gke, local, slurm, tpu_vm
+from ministral_jax.launching.fit import refuse_misfit, unfinished
 from ministral_jax.recipe.launch import Launch
 from ministral_jax.recipe.layers import sort_words
 from ministral_jax.recipe.load import load_recipe, order
@@ -50,11 +51,12 @@ def launch(
         the exit code of the client, or of the job under `local` and under `tpu-vm` with `submit`; else 0.
 
     Raises:
-        UserError: the recipe, its `launch:` block or a word of `rest` is at fault; the client is not installed.
+        UserError: the recipe, its `launch:` block or a word of `rest` is at fault; a stage does not fit the machine
+            that the job asks for; the client is not installed.
     """
     words, stages = sort_words(rest)
     settings = load_recipe(recipe, words)
-    order(settings, stages)
+    names = order(settings, stages)
     command = ("run", recipe, *(word for word in rest if not word.startswith("launch.")))
     command += ("--run-dir", str(run_dir)) if run_dir is not None else ()
     _check_text(command)
@@ -67,6 +69,7 @@ def launch(
     job, kind = block(settings, scheduler, recipe, f"launch {scheduler}"), SCHEDULERS[scheduler]
     name = job.name or settings.name
     text = kind.render(job, name, command)
+    refuse_misfit(settings, unfinished(names, run_dir or Path("runs") / settings.name), job)
     if output is not None:
         _write(text, output / f"{name}{kind.suffix}" if output.is_dir() else output, executable=not kind.submit)
     elif not submit:

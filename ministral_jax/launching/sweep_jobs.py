@@ -11,7 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ministral_jax.launching.fit import refuse_misfit
 from ministral_jax.launching.launch import SCHEDULERS, block
+from ministral_jax.recipe.load import order
 from ministral_jax.runs.sweep import Point, Sweep, users
 from ministral_jax.runs.sweep_run import link, prepare, refresh
 from ministral_jax.stages.manifest import read_manifest
@@ -59,7 +61,8 @@ def prepare_jobs(sweep: Sweep, sweep_dir: Path, scheduler: str) -> str:
         for `slurm` a shell script that submits them, each after those it needs; for `gke` their manifests in order.
 
     Raises:
-        UserError: see `sweep_run.prepare`; also a recipe without `launch.gke`, or one that the scheduler cannot run.
+        UserError: see `sweep_run.prepare`; also a recipe without `launch.gke`, or one that the scheduler cannot run; a
+            stage that does not fit the machine which a job asks for.
     """
     points, record = prepare(sweep, sweep_dir)
     done = [where for where in users(points) if read_manifest(sweep_dir / where) is not None]
@@ -68,6 +71,8 @@ def prepare_jobs(sweep: Sweep, sweep_dir: Path, scheduler: str) -> str:
     parts = [begin.format(count=len(runs), name=sweep.name)]
     for run in runs:
         job = block(run.point.recipe, scheduler, sweep.recipe, f"--jobs {scheduler}")
+        made = [name for name in order(run.point.recipe, run.stages) if run.point.stages[name] not in done]
+        refuse_misfit(run.point.recipe, made, job)
         overrides = [override for override in run.point.overrides if not override.startswith("launch.")]
         place = ("--run-dir", str(sweep_dir / run.point.name))
         name = _job_name(sweep, run)

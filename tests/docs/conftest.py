@@ -17,7 +17,8 @@ def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
     (root / "examples").symlink_to(ROOT / "examples")
     (launch,) = (block.text for block in blocks("yaml") if block.page == "docs/launch.md")
-    (root / "my.yaml").write_text(f"{(ROOT / 'tests/micro.yaml').read_text()}\n{launch}")
+    mesh = "mesh: {fsdp: 1, tensor: -1}"  # rows that any number of devices can share
+    (root / "my.yaml").write_text(f"{(ROOT / 'tests/micro.yaml').read_text()}\n{mesh}\n{launch}")
     (rows,) = (block.text for block in blocks("json") if block.page == "docs/generate.md")
     (root / "rows.jsonl").write_text(rows)
     named = re.findall(r"runs/tiny/([\w-]+)", "".join(TEXTS.values()))

@@ -34,7 +34,7 @@ MORE = {"signal": "TERM@300", "cpus-per-task": "12", "mem": "900G", "account": "
         (["slurm"], ALONE, []),
         (["slurm", "parent", "launch.slurm.nodes=4"], ALONE | {"nodes": "4"}, ["parent", "--distributed"]),
         (["slurm", "launch.slurm.tasks_per_node=3"], ALONE | {"ntasks-per-node": "3"}, ["--distributed"]),
-        (SLURM_GPU, GPU | MORE, ["14b-short", "stages.parent.steps=10", "--distributed"]),
+        (SLURM_GPU, GPU | MORE, ["14b-short", "mesh.tensor=2", "--distributed"]),
     ],
 )
 def test_what_slurm_is_asked_for(arguments, directives, words):
@@ -109,7 +109,11 @@ def has(node, wanted) -> bool:
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
-    [(GKE_TPU, TPU), (("gke", *GKE, "launch.gke.tpu={type: v6e, topology: 2x4}"), HOST), (GKE_GPU, NODES)],
+    [
+        (GKE_TPU, TPU),
+        (("gke", *GKE, "launch.gke.tpu={type: v6e, topology: 2x4}", "mesh.tensor=2"), HOST),
+        (GKE_GPU, NODES),
+    ],
 )
 def test_what_kubernetes_is_asked_for_is_a_valid_jobset(validator, arguments, wanted):
     manifest = yaml.safe_load(render(*arguments))
@@ -163,7 +167,8 @@ def test_failures_are_told_apart_by_messages_that_kubernetes_writes():
     ],
 )
 def test_hosts_of_a_slice(kind, topology, count, chips):
-    _, job, _, container = parts(render("gke", *GKE, f"launch.gke.tpu={{type: {kind}, topology: {topology}}}"))
+    tpu = f"launch.gke.tpu={{type: {kind}, topology: {topology}}}"
+    _, job, _, container = parts(render("gke", *GKE, tpu, "mesh={fsdp: 1, tensor: -1}"))
     assert job["completions"] == count and container["resources"]["limits"] == {"google.com/tpu": chips}
     assert ("--distributed" in container["command"]) == (count > 1)
 
@@ -175,16 +180,20 @@ def expand(text: str, variables: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "more"),
+    ("arguments", "mesh", "more"),
     [
-        (GKE_TPU, ["--distributed"]),
-        (GKE_GPU, ["--coordinator", "big-run-worker-0-0.big-run:8476", "--process-count", "2", "--process-index", "1"]),
+        (GKE_TPU, "mesh={slice: 2, tensor: 8}", ["--distributed"]),
+        (
+            GKE_GPU,
+            "mesh.tensor=4",
+            ["--coordinator", "big-run-worker-0-0.big-run:8476", "--process-count", "2", "--process-index", "1"],
+        ),
     ],
 )
-def test_words_reach_the_container_verbatim(arguments, more):
+def test_words_reach_the_container_verbatim(arguments, mesh, more):
     *_, container = parts(render(*arguments, NASTY))
     words = [expand(word, {"HOME": "/root", "JOB_COMPLETION_INDEX": "1"}) for word in container["command"]]
-    assert words == ["ministral-jax", "run", "configs/tiny.yaml", NASTY, *more]
+    assert words == ["ministral-jax", "run", "configs/tiny.yaml", mesh, NASTY, *more]
     if "env" in container:
         assert expand(container["env"][0]["value"], {"Y": "no"}) == "--x=$(Y) --z=$5"
 

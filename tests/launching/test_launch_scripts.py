@@ -180,7 +180,7 @@ def test_tpu_vms_are_kept_going(bench, states, codes, restarts, code, verbs):
     assert bench.on_tpu_vm(states, codes, f"launch.tpu_vm.restarts={restarts}").wait(60) == code
     assert bench.verbs() == verbs
     made = [line.split() for line in bench.lines("calls") if " create " in line]
-    asked = {f"--node-id={bench.name}", "--zone=us-east5-b", "--accelerator-type=v6e-16", "--spot"}
+    asked = {f"--node-id={bench.name}", "--zone=us-east5-b", "--accelerator-type=v6e-4", "--spot"}
     assert all(asked | {"--runtime-version=v2-alpha-tpuv6e"} <= set(words) for words in made)
 
 

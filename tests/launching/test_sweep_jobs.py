@@ -72,6 +72,11 @@ def test_jobs_for_gke(tmp_path, capsys):
     assert main(argv) == 2 and "has no launch.gke, which --jobs gke needs" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     gke = ["launch.gke={image: registry.example/m:1, volume: {bucket: b}, tpu: {type: v5e, topology: 4x4}}"]
+    assert main(argv[:-4] + gke + argv[-4:]) == 2
+    said = capsys.readouterr()
+    assert "topology = 4x4: stages.parent.batch.sequences = 4 must be a multiple of 16" in said.err and not said.out
+    assert not (tmp_path / "s").exists()
+    gke += ["mesh.tensor=4"]
     assert main(argv[:-4] + gke + argv[-4:]) == 0
     manifests = [m for m in yaml.safe_load_all(capsys.readouterr().out) if m]
     names = [m["metadata"].get("name") or m["metadata"]["generateName"] for m in manifests]

@@ -1,0 +1,77 @@
+"""A job whose stages do not fit the accelerators that it asks for is refused before anything is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launch_cases import GKE, RECIPE, TPU_VM, render
+from paths import ROOT
+
+from ministral_jax.cli import main
+from ministral_jax.recipe.load import load_recipe, resolve_specs
+
+ROWS = "stages.parent.batch.sequences = 8 must be a multiple of 16, over which the mesh splits it (fsdp 16)"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["slurm", "launch.slurm={nodes: 2, gpus_per_node: 8}"], ["launch.slurm.nodes = 2", ROWS]),
+        (["tpu-vm", *TPU_VM, "launch.tpu_vm.accelerator_type=v5p-32"], ["accelerator_type = v5p-32: ", ROWS]),
+        (["tpu-vm", *TPU_VM, "launch.tpu_vm.accelerator_type=v6e-16"], ["accelerator_type = v6e-16: ", ROWS]),
+        (["gke", *GKE, "launch.gke.gpu={type: nvidia-l4, nodes: 4, per_node: 4}"], ["launch.gke.gpu.nodes = 4", ROWS]),
+        (
+            ["gke", *GKE, "launch.gke.tpu={type: v6e, topology: 2x2, slices: 2}"],
+            ["slices = 2: stages.parent.mesh.slice = 1 but the devices form 2 slices; they must be equal"],
+        ),
+        (
+            ["slurm", "launch.slurm={nodes: 3, gpus_per_node: 4}", "mesh.tensor=8"],
+            ["launch.slurm.nodes = 3", "stages.parent.mesh {fsdp: -1, tensor: 8} does not fit 12 devices"],
+        ),
+        (
+            ["slurm", "launch.slurm.gpus_per_node=4", "stages.parent.batch.microbatches=4"],
+            ["stages.parent.batch.sequences = 8 must be a multiple of 16", "microbatches 4"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_stage_and_setting(capsys, tmp_path, words, told):
+    scheduler, *rest = words
+    assert main(["launch", scheduler, RECIPE, "parent", *rest, "--output", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert captured.out == "" and not list(tmp_path.iterdir())
+    assert all(text in line for text in told), line
+
+
+def test_only_stages_that_the_command_would_run_are_looked_at(tmp_path, monkeypatch):
+    tight = ("launch.slurm.gpus_per_node=8", "stages.3b-base.mesh={fsdp: 3}")
+    render("slurm", "8b-short", *tight)  # which needs no `3b-base`
+    monkeypatch.chdir(tmp_path)
+    wanted = ["launch", "slurm", RECIPE, "parent", "launch.slurm.gpus_per_node=16"]
+    assert main(wanted) == 2
+    stage, spec = Path("runs/tiny/parent"), resolve_specs(load_recipe(RECIPE), ["parent"])["parent"]
+    stage.mkdir(parents=True)
+    told = {"stage": "parent", "do": "train", "status": "finished", "spec": spec.model_dump(mode="json")}
+    (stage / "manifest.json").write_text(json.dumps(told | {"config": {}, "files": {}, "metrics": {}}))
+    assert main(wanted) == 0  # made already, on whatever machine
+
+
+def test_of_a_job_without_accelerators_nothing_is_known():
+    assert "--nodes=7" in render("slurm", "launch.slurm.nodes=7")
+
+
+@pytest.mark.parametrize(
+    "machine", sorted(ROOT.joinpath("configs/machines").glob("*.yaml")), ids=lambda path: path.stem
+)
+@pytest.mark.parametrize("recipe", ["ministral3_base", "ministral3"])
+def test_the_shipped_machines_are_not_refused(machine, recipe):
+    scheduler = "slurm" if machine.stem.startswith("h") else "tpu-vm"
+    render(scheduler, str(machine), recipe=str(ROOT / "configs" / f"{recipe}.yaml"))
+
+
+def test_another_schedulers_block_may_ask_for_another_machine():
+    other = "launch.slurm={nodes: 3, gpus_per_node: 8}"
+    render("tpu-vm", *TPU_VM, other)
+    render("gke", *GKE, "launch.gke.tpu={type: v5e, topology: 2x2}", *TPU_VM, "launch.tpu_vm.accelerator_type=v6e-8")
