@@ -16,7 +16,7 @@ from ministral_jax.planning.reading import PLACED
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph
-from tests.paths import ROOT
+from paths import ROOT
 
 COMPILED = json.loads((ROOT / "tests" / "golden" / "compiled.json").read_text())
 STEPS = [found for found in COMPILED if found["program"] == "step"]
