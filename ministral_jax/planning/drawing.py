@@ -9,9 +9,9 @@ from dataclasses import replace
 from jax.sharding import Mesh
 
 from ministral_jax.distributed.placement import Placement
+from ministral_jax.planning.records import Draw, Read
 from ministral_jax.planning.shards import ITEMSIZE, local_shape
 from ministral_jax.planning.temporaries import FLOAT, Moment, Rows
-from ministral_jax.planning.work import Draw, Read
 from ministral_jax.sampling.engine import SLOTS, by_rows
 
 _VOCABULARIES = 4
@@ -46,6 +46,8 @@ def draw_moments(draw: Draw, mesh: Mesh) -> Iterator[Moment]:
         yield {"cache": cache(answers, draw.prompt + room) + cache(answers, draw.prompt + 2 * room)}
         room *= 2
     rows = local_shape((answers,), ("batch",), place.rules, mesh)[0]
+    fixed = read.casts + read.weights + read.table
+    # logits are whole in V on the devices of a row, for which the head is too
+    head = read.head(width) + model.spec.vocab * model.spec.width * width
     logits = _VOCABULARIES * rows * model.spec.vocab * FLOAT
-    activations = read.casts + read.weights + read.head(width) + logits
-    yield {"cache": cache(answers, draw.prompt + room), "activations": activations}
+    yield {"cache": cache(answers, draw.prompt + room), "activations": fixed + max(head, logits)}

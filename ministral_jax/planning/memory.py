@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ministral_jax.planning.drawing import draw_moments
-from ministral_jax.planning.reading import batch_bytes, cut_moments, read_moments, step_moments
+from ministral_jax.planning.reading import cut_moments, read_moments, row_bytes, step_moments
+from ministral_jax.planning.records import Cut, Draw, Held, Move, Phase, Read, StageWork, Work
 from ministral_jax.planning.shards import ITEMSIZE, Shards, parameters
 from ministral_jax.planning.temporaries import FLOAT, Moment, together
-from ministral_jax.planning.work import Cut, Draw, Held, Move, Phase, Read, StageWork, Work
 
 AHEAD = 10
 """Batches on a host: Grain makes up to 8 ahead (`data.pipeline`), one is being placed and one is read."""
@@ -70,7 +70,7 @@ def stage_memory(work: StageWork, mesh: Mesh, hosts: int) -> StageMemory:
 def _held(model: Held, mesh: Mesh) -> Moment:
     """Parameters, and of those that learn AdamW's two moments in float32."""
     shards = Shards(model.spec, model.rules, mesh)
-    found = {f"{model.role}: weights": shards.size() * ITEMSIZE[model.dtype]}
+    found = {f"{model.role}: weights": shards.size(*model.only) * ITEMSIZE[model.dtype]}
     if model.learns:
         found[f"{model.role}: moments"] = 2 * FLOAT * shards.size(without=model.frozen)
     return found
@@ -85,6 +85,10 @@ def _phase(phase: Phase, held: Moment, mesh: Mesh) -> PhaseMemory:
 def _moments(work: tuple[Work, ...], mesh: Mesh) -> Iterator[Moment]:
     reads = tuple(each for each in work if isinstance(each, Read))
     if any(read.learns for read in reads):
+        # a reference's log-probabilities are read before the update, by a program of their own
+        before = tuple(read for read in reads if not read.learns and read.head != "none")
+        reads = tuple(read for read in reads if read not in before)
+        yield from read_moments(before, mesh) if before else ()
         yield from step_moments(reads, mesh)
     elif reads:
         yield from read_moments(reads, mesh)
@@ -131,7 +135,7 @@ def _host_batch(work: Work, mesh: Mesh, hosts: int) -> int:
     """The rows of a global batch that a host's devices hold."""
     if not isinstance(work, Read):
         return 0
-    return math.ceil(work.rows * _share(work, mesh, hosts)) * batch_bytes(work)
+    return math.ceil(work.rows * _share(work, mesh, hosts)) * sum(row_bytes(work))
 
 
 def _share(read: Read, mesh: Mesh, hosts: int) -> float:
@@ -164,4 +168,6 @@ def _written(work: StageWork) -> int:
                 total += _parameters(each.target) * FLOAT
             elif isinstance(each, Move):
                 total += _parameters(each.model) * ITEMSIZE[each.dtype or each.model.dtype]
+            elif isinstance(each, Read) and phase.name == "record":
+                total += round(phase.times) * each.rows * each.targets
     return total

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from jax.sharding import Mesh
 
 from ministral_jax.data.batch import shapes
+from ministral_jax.planning.records import Cut, Read
 from ministral_jax.planning.shards import Shards
 from ministral_jax.planning.temporaries import FLOAT, Moment, Rows, together
-from ministral_jax.planning.work import Cut, Read
 
-PLACED = 2
-"""Batches on the devices: the next one is put there while this one is read."""
 _FLOATS = ("loss_mask", "answer_mask", "text_bytes")
 
 
-def batch_bytes(read: Read) -> int:
-    """Of one row: ids, masks and patches, 4 bytes each."""
+def row_bytes(read: Read) -> tuple[int, int]:
+    """Of a row of a batch, in values of 4 bytes: what is there of every token, and of every patch; with what was
+    recorded of a teacher, most of it of tokens."""
     arrays = shapes(1, read.length, _FLOATS, read.patches, read.model.spec.vision)
-    total = 0
-    for shape, _ in arrays.values():
-        size = 4
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    found = {name: 4 * math.prod(shape) for name, (shape, _) in arrays.items()}
+    patches = sum(size for name, size in found.items() if name.startswith("patch"))
+    return sum(found.values()) - patches + read.targets, patches
 
 
-def _batch(rows: Rows) -> int:
-    """Of a device, over all microbatches."""
-    whole = replace(rows.read, microbatches=1)
-    shape = Rows(whole, rows.mesh).shape
-    tokens, patches = batch_bytes(replace(rows.read, patches=0)), batch_bytes(rows.read)
-    return shape[0] * ((patches - tokens) + tokens * shape[1] // rows.read.length)
+def placed(rows: Rows) -> int:
+    """A batch on a device, over all microbatches; and the next one, which is put there meanwhile."""
+    count, tokens = Rows(replace(rows.read, microbatches=1), rows.mesh).shape
+    of_tokens, of_patches = row_bytes(rows.read)
+    return (1 + rows.read.streamed) * count * (of_tokens * tokens // rows.read.length + of_patches)
 
 
 def _patches(rows: Rows) -> int:
@@ -54,19 +49,19 @@ def step_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
     teachers = [Rows(read, mesh) for read in reads if not read.learns]
     loops = learner.read.microbatches > 1
     always = {
-        "batch": PLACED * _batch(learner),
+        "batch": placed(learner),
         "gradients": _accumulated(learner) if loops else 0,
         "activations": learner.casts + _patches(learner) + sum(each.casts for each in teachers),
     }
     if loops:
         always["activations"] += learner.table + sum(each.table for each in teachers)
-    states = sum(each.stream for each in teachers)
+    states, (tower, kept) = sum(each.stream for each in teachers), learner.vision
     for teacher in teachers:
-        yield together(always, {"activations": teacher.layer})
         yield together(always, {"activations": teacher.vision[0] + teacher.stream})
-    tower, kept = learner.vision
     yield together(always, {"activations": states + tower})
     kept += learner.residuals + learner.angles
+    for teacher in teachers:  # whose states may be made before the learner's or after them
+        yield together(always, {"activations": kept + 2 * learner.stream + teacher.layer})
     yield together(always, {"activations": states + kept + learner.stream, "loss head": _loss_head(learner, teachers)})
     gradient = _gradient(learner)
     yield together(always, {"activations": kept + learner.layer_backward, "gradients": gradient})
@@ -76,21 +71,23 @@ def step_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
 
 
 def _gradient(rows: Rows) -> int:
-    """Of a microbatch, float32: the head's whole in D."""
+    """Of a microbatch, float32: the head's whole in D, until it is added."""
     sharded = rows.shards.size(without=(*rows.read.model.frozen, "decoder/head", "decoder/embed"))
     return sharded * FLOAT + rows.head(FLOAT)
 
 
 def _accumulated(rows: Rows) -> int:
-    """Over microbatches, float32: the head's whole in D."""
-    sharded = rows.shards.size(without=(*rows.read.model.frozen, "decoder/head"))
-    return sharded * FLOAT + (0 if rows.spec.tied else rows.head(FLOAT))
+    """Over microbatches, float32."""
+    frozen = rows.read.model.frozen
+    if rows.spec.tied or not rows.sums_late:
+        return rows.shards.size(without=frozen) * FLOAT
+    return rows.shards.size(without=(*frozen, "decoder/head")) * FLOAT + rows.head(FLOAT)
 
 
 def _loss_head(rows: Rows, teachers: list[Rows]) -> int:
-    """Logits of a chunk and their gradient, the learner's head in float32 as it was gathered and cast, its gradient,
+    """Logits of a chunk and their gradient; the learner's head in float32 as it was gathered and cast, its gradient,
     the teacher's head; states cut into chunks and the gradient in them."""
-    logits = rows.logits(2 + len(teachers))
+    logits = rows.logits(FLOAT * (1 + len(teachers)) + rows.width)
     heads = rows.head(2 * FLOAT + rows.width) + sum(each.head(each.width) for each in teachers)
     return logits + heads + 2 * rows.stream + sum(each.stream for each in teachers)
 
@@ -101,7 +98,7 @@ def _loss_head(rows: Rows, teachers: list[Rows]) -> int:
 def read_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
     """Programs one after the other: the states of each model, and then what is read off them."""
     every = [Rows(read, mesh) for read in reads]
-    batch = {"batch": PLACED * _batch(every[0])}
+    batch = {"batch": placed(every[-1])}
     states = 0
     for rows in every:
         tower, kept = rows.vision
@@ -111,7 +108,7 @@ def read_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
             yield together(batch, {"activations": fixed + moment})
         states += rows.stream
     last = every[-1]
-    logits = last.logits(len(every) + (last.read.head == "logprobs"))
+    logits = last.logits(FLOAT * (len(every) + (last.read.head == "logprobs")))
     heads = sum(rows.head(rows.width) for rows in every) if last.read.head != "none" else 0
     # figures of every position, whole on every device
     told = 11 * 4 * last.read.rows * last.read.length if last.read.head in ("kl", "ce") else 0

@@ -18,8 +18,8 @@ from ministral_jax.planning.assumptions import Assumptions
 from ministral_jax.planning.links import Links, Transfer
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.passes import costs
+from ministral_jax.planning.records import Cut, Draw, Phase, Read, StageWork
 from ministral_jax.planning.tower import Cost, Kind, Layout
-from ministral_jax.planning.work import Cut, Draw, Phase, Read, StageWork
 
 BESIDE = ("evaluate", "examine")
 """Phases that come now and then between a loop's steps."""

@@ -3,8 +3,8 @@
 A compiler keeps an array from where it is made to where it is last used, so a program's size is that of its fullest
 moment. Which arrays live when follows from the model's code; each of them is named here. Two properties of XLA are
 relied upon. What does not change in a loop is made once, before it: parameters in the dtype that is computed in,
-embeddings gathered over the devices that share them. And an accumulator lies where what is added to it does: the
-gradient of a head is whole in D.
+embeddings gathered over the devices that share them. And where the devices of one axis alone add up a gradient, they
+do so after the loop that accumulates it, until when each has all of it: the head's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from functools import cached_property
 from jax.sharding import Mesh
 
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.records import Read
 from ministral_jax.planning.shards import ITEMSIZE, Shards, local_shape
-from ministral_jax.planning.work import Read
 
 Moment = dict[str, int]
 """Bytes by what they are for, at one moment of a program."""
@@ -193,9 +193,15 @@ class Rows:
             kept += self.queries
         return self.spec.layers * kept
 
-    def logits(self, count: int) -> int:
-        """[tokens of a chunk, V] in float32, `count` times."""
-        return count * min(self.read.chunk, self.tokens) * self.shards.vocab * FLOAT
+    def logits(self, width: int) -> int:
+        """[tokens of a chunk, V] in values of `width` bytes."""
+        return min(self.read.chunk, self.tokens) * self.shards.vocab * width
+
+    @property
+    def sums_late(self) -> bool:
+        """Whether the head's gradient is summed over devices once for all microbatches."""
+        axes = {*self.read.model.rules.batch, *self.read.model.rules.length}
+        return sum(self.mesh.shape[axis] > 1 for axis in axes) == 1
 
     def head(self, width: int) -> int:
         """[D, V] with all of D, in values of `width` bytes."""

@@ -1,23 +1,20 @@
-"""What a stage computes, as a few records that the memory model and the roofline both read.
-
-A stage holds models and goes through phases: some work is done so many times, and while it is done its temporaries lie
-beside the models. Numbers of rows are global ones.
-"""
+"""What each verb computes, as `records`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from functools import singledispatch
-from typing import Any, Literal
+from typing import Any
 
 from ministral_jax.alignment.examine import GenerateConfig
 from ministral_jax.alignment.judge import ROWS
 from ministral_jax.data.batch import bucket
-from ministral_jax.distributed.placement import Rules
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.stages.base import Graph, Stage
+from ministral_jax.planning.records import Cut, Draw, Head, Held, Move, Phase, Read, StageWork, Work
+from ministral_jax.stages.base import Graph, Stage, TokenIds
 from ministral_jax.stages.distill import Distill
 from ministral_jax.stages.dpo import DPO
 from ministral_jax.stages.evaluate import Evaluate
@@ -32,109 +29,8 @@ from ministral_jax.stages.record import Record
 from ministral_jax.stages.reward import Reward
 from ministral_jax.stages.sft import SFT
 from ministral_jax.stages.train import Train
+from ministral_jax.teachers import codecs
 from ministral_jax.training.train import Schedule
-
-Head = Literal["kl", "ce", "logprobs", "choice", "none"]
-"""What is made of a read's final states: KL and cross-entropy against a teacher's, cross-entropy, log-probabilities of
-the labels, logits at one position, nothing."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """A model that lies in memory while a stage runs.
-
-    role: what the stage calls it, e.g. `student`.
-    dtype: of its parameters.
-    learns: with a gradient and AdamW's two moments, in float32; but for `frozen`, top-level keys of the parameters.
-    """
-
-    role: str
-    spec: ModelSpec
-    dtype: str
-    rules: Rules
-    learns: bool = False
-    frozen: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Read:
-    """A model reads packed rows: forward, and where it `learns` (in this work) backward and an update too.
-
-    patches: of a row's images, 0 without any. chunk: tokens of a device whose logits are there at once.
-    taps: whether every layer's activations are observed, as calibration does.
-    """
-
-    model: Held
-    rows: int
-    length: int
-    compute: Compute
-    microbatches: int = 1
-    patches: int = 0
-    head: Head = "none"
-    chunk: int = DEFAULT_CHUNK
-    learns: bool = False
-    taps: bool = False
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A model answers `prompts` prompts of `prompt` tokens `each` so often, with up to `completion` tokens."""
-
-    model: Held
-    prompts: int
-    each: int
-    prompt: int
-    completion: int
-    compute: Compute
-    patches: int = 0
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A model is cut to the sizes of another one; both are there."""
-
-    source: Held
-    target: Held
-
-
-@dataclass(frozen=True)
-class Move:
-    """A model is read from or written to disk."""
-
-    model: Held
-    whole: bool = False
-    """On one host, as an export is."""
-    dtype: str | None = None
-    """On disk; None is as it is kept."""
-
-
-Work = Read | Draw | Cut | Move
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Work that is done one after the other, `times` in the stage."""
-
-    name: str
-    work: tuple[Work, ...]
-    times: float = 1
-
-
-@dataclass(frozen=True)
-class StageWork:
-    """All that a stage does: the models it holds throughout, its phases, and how many states it keeps to go on from."""
-
-    held: tuple[Held, ...]
-    phases: tuple[Phase, ...]
-    keep: int = 0
-
-    def phase(self, name: str) -> Phase | None:
-        return next((phase for phase in self.phases if phase.name == name), None)
-
-    @property
-    def main(self) -> Phase | None:
-        """The phase in which most of the stage's time is meant to be spent: its steps, if it has some."""
-        return self.phase("step") or (self.phases[0] if self.phases else None)
 
 
 def stage_work(stage: Stage, spec: ModelSpec, graph: Graph) -> StageWork:
@@ -153,24 +49,23 @@ def _work(stage: Stage, spec: ModelSpec, graph: Graph) -> StageWork:
 
 @_work.register
 def _(stage: Train, spec: ModelSpec, graph: Graph) -> StageWork:
-    return _loop(stage, spec, None, "ce", frozen=())
+    return _loop(stage, spec, graph, frozen=())
 
 
 @_work.register
 def _(stage: Distill, spec: ModelSpec, graph: Graph) -> StageWork:
-    return _loop(stage, spec, _teacher(stage, graph), "kl")
+    return _loop(stage, spec, graph)
 
 
 @_work.register
 def _(stage: SFT, spec: ModelSpec, graph: Graph) -> StageWork:
-    teacher = None if stage.teacher is None else _teacher(stage, graph)
-    found = _loop(stage, spec, teacher, "ce" if stage.teacher is None else "kl")
+    found = _loop(stage, spec, graph)
     return _with(found, _examined(stage, found.held[0], stage.generate))
 
 
 @_work.register
 def _(stage: Reward, spec: ModelSpec, graph: Graph) -> StageWork:
-    found = _loop(stage, spec, None, "ce")
+    found = _loop(stage, spec, graph)
     judged = Phase(
         "judge", (_judging(found.held[0], stage.compute, 2 * stage.pairs, stage.batch.length),), _evaluations(stage)
     )
@@ -181,7 +76,7 @@ def _(stage: Reward, spec: ModelSpec, graph: Graph) -> StageWork:
 def _(stage: DPO, spec: ModelSpec, graph: Graph) -> StageWork:
     policy = _learner("policy", spec, stage)
     read = _rows(stage, policy, "logprobs")
-    step = Read(**{**vars(read), "learns": True, "microbatches": stage.batch.microbatches})
+    step = replace(read, learns=True, microbatches=stage.batch.microbatches)
     rounds = _evaluations(stage) * -(-stage.evaluate.rows // stage.batch.sequences)
     phases = (
         Phase("reference", (read,), stage.steps),
@@ -191,18 +86,24 @@ def _(stage: DPO, spec: ModelSpec, graph: Graph) -> StageWork:
     return _with(StageWork((policy,), phases), _examined(stage, policy, stage.generate))
 
 
-def _loop(
-    stage: Looped, spec: ModelSpec, teacher: Held | None, head: Head, frozen: tuple[str, ...] = FROZEN
-) -> StageWork:
-    student = _learner("student", spec, stage, frozen)
-    step = Read(**{**vars(_rows(stage, student, head)), "learns": True, "microbatches": stage.batch.microbatches})
-    taught = () if teacher is None else (_rows(stage, teacher, "none", stage.batch.microbatches),)
-    seen = () if teacher is None else (_rows(stage, teacher, "none"),)
+def _loop(stage: Looped, spec: ModelSpec, graph: Graph, frozen: tuple[str, ...] = FROZEN) -> StageWork:
+    student, count = _learner("student", spec, stage, frozen), stage.batch.microbatches
+    name = getattr(stage, "teacher_stage", None)
+    recorder = graph.stages[name] if name is not None else None
+    teacher = _teacher(stage, graph) if name is not None else None
+    head: Head = "ce" if teacher is None else "kl"
+    step = replace(_rows(stage, student, head), learns=True, microbatches=count)
+    seen = _rows(stage, student, head, chunk=DEFAULT_CHUNK)
+    taught, shown = (step,), (seen,)
+    if teacher is not None and isinstance(recorder, Record):
+        kept = {
+            split: _row_bytes(stage, teacher.spec, *how) for split, how in recorder.kept(TokenIds().control).items()
+        }
+        taught, shown = (replace(step, targets=kept["train"]),), (replace(seen, targets=kept["held_out"]),)
+    elif teacher is not None:
+        taught, shown = (_rows(stage, teacher, "none", count), step), (_rows(stage, teacher, "none"), seen)
     rounds = _evaluations(stage) * -(-stage.evaluate.rows // stage.batch.sequences)
-    phases = (
-        Phase("step", (*taught, step), stage.steps),
-        Phase("evaluate", (*seen, _rows(stage, student, "kl" if seen else "ce", chunk=DEFAULT_CHUNK)), rounds),
-    )
+    phases = Phase("step", taught, stage.steps), Phase("evaluate", shown, rounds)
     return StageWork((student, *(() if teacher is None else (teacher,))), phases)
 
 
@@ -227,7 +128,7 @@ def _(stage: ODPO, spec: ModelSpec, graph: Graph) -> StageWork:
     policy = _learner("policy", spec, stage)
     reference = Held("reference", spec, stage.compute.dtype, stage.sharding)
     step = _update(stage, policy, 2 * stage.prompts)
-    theirs = Read(**{**vars(step), "model": reference, "learns": False, "microbatches": 1})
+    theirs = replace(step, model=reference, learns=False, microbatches=1)
     draw = _draw(stage, policy, stage.prompts, 2, max(stage.completion_lengths.values()))
     judge, judging = _judge(stage, graph)
     phases = (
@@ -255,7 +156,7 @@ def _(stage: Prune, spec: ModelSpec, graph: Graph) -> StageWork:
     pruned = Held("pruned", spec, "float32", stage.sharding)
     cuts = sum(getattr(source.spec, size) != getattr(spec, size) for size in ("layers", "width", "mlp_width"))
     passes = max(1, cuts) if stage.options.recollect else 1
-    calibrate = Read(**{**vars(_rows(stage, source, "none")), "taps": True})
+    calibrate = replace(_rows(stage, source, "none"), taps=True)
     seen = (_rows(stage, source, "none"), _rows(stage, pruned, "kl"))
     rounds = (cuts + 1) * -(-stage.evaluate.rows // stage.batch.sequences)
     phases = (
@@ -269,7 +170,9 @@ def _(stage: Prune, spec: ModelSpec, graph: Graph) -> StageWork:
 @_work.register
 def _(stage: Record, spec: ModelSpec, graph: Graph) -> StageWork:
     teacher = Held("teacher", graph.specs[stage.source], stage.compute.dtype, stage.sharding)
-    return StageWork((teacher,), (Phase("record", (_rows(stage, teacher, "logprobs"),), _batches_to_record(stage)),))
+    codec, forced = stage.kept(TokenIds().control)["train"]
+    read = replace(_rows(stage, teacher, "logprobs"), targets=_row_bytes(stage, teacher.spec, codec, forced))
+    return StageWork((teacher,), (Phase("record", (read,), _batches_to_record(stage)),))
 
 
 @_work.register
@@ -304,13 +207,20 @@ def _learner(role: str, spec: ModelSpec, stage: Any, frozen: tuple[str, ...] = F
     return Held(role, spec, "float32", stage.sharding, True, frozen if spec.vision is not None else ())
 
 
-def _teacher(stage: Any, graph: Graph) -> Held | None:
-    """A model beside the student; None where its distribution was recorded."""
+def _teacher(stage: Any, graph: Graph) -> Held:
+    """A model beside the student; or, where its distribution was recorded, its output matrix."""
     name = stage.teacher_stage
-    if isinstance(graph.stages[name], Record):
-        return None
-    rules = stage.teacher_sharding or stage.sharding
-    return Held("teacher", graph.specs[name], stage.compute.dtype, rules)
+    spec, rules = graph.specs[name], stage.teacher_sharding or stage.sharding
+    if not isinstance(recorder := graph.stages[name], Record):
+        return Held("teacher", spec, stage.compute.dtype, rules)
+    untied = graph.specs[recorder.source].model_copy(update={"tied": False})
+    return Held("teacher", untied, recorder.compute.dtype, rules, only=("decoder/head",))
+
+
+def _row_bytes(stage: Any, teacher: ModelSpec, codec: codecs.Codec, forced: tuple[int, ...]) -> int:
+    """Of what is recorded of a row, as it is stored and, but for counts of few bytes, as a batch has it."""
+    arrays = codecs.layout(codec, stage.batch.length, teacher.width, teacher.vocab, forced)
+    return sum(math.prod(array.shape) * array.itemsize for array in arrays.values())
 
 
 def _rows(stage: Any, model: Held, head: Head, microbatches: int = 1, chunk: int = 0) -> Read:
@@ -331,7 +241,9 @@ def _update(stage: Any, policy: Held, rows: int) -> Read:
     length = bucket(max(stage.longest_row, stage.compute.shortest_row))
     patches = bucket(stage.data.patches) if stage.data.patches and policy.spec.vision is not None else 0
     chunk = getattr(stage.loss, "chunk", DEFAULT_CHUNK)
-    return Read(policy, rows, length, stage.compute, stage.microbatches, patches, "logprobs", chunk, learns=True)
+    return Read(
+        policy, rows, length, stage.compute, stage.microbatches, patches, "logprobs", chunk, learns=True, streamed=False
+    )
 
 
 def _draw(stage: Any, model: Held, prompts: int, each: int, completion: int) -> Draw:
@@ -356,7 +268,7 @@ def _judging(model: Held, compute: Compute, questions: int, longest: int) -> Rea
     """Questions, of which a batch of `ROWS` is read at once; the words they are put in are not counted."""
     length = bucket(max(min(longest, model.spec.context), compute.shortest_row))
     batches = -(-questions // ROWS)
-    return Read(model, ROWS * batches, length, compute, batches, head="choice")
+    return Read(model, ROWS * batches, length, compute, batches, head="choice", streamed=False)
 
 
 def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Phase, ...]:

@@ -9,8 +9,8 @@ from ministral_jax.planning.assumptions import Assumptions
 from ministral_jax.planning.links import Links, Transfer
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.passes import rooms
+from ministral_jax.planning.records import Held, Phase, Read, StageWork
 from ministral_jax.planning.roofline import stage_time
-from ministral_jax.planning.work import Held, Phase, Read, StageWork
 
 SPEC = ModelSpec(
     layers=4, width=512, mlp_width=2048, heads=8, kv_heads=4, head_width=64, vocab=8192, context=4096, vision=None

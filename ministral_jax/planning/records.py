@@ -1,0 +1,123 @@
+"""What a stage holds and does, as a few records that the memory model and the roofline both read.
+
+A stage holds models and goes through phases: some work is done so many times, and while it is done its temporaries lie
+beside the models. Numbers of rows are global ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ministral_jax.distributed.placement import Rules
+from ministral_jax.losses.targets import DEFAULT_CHUNK
+from ministral_jax.models.block import Compute
+from ministral_jax.models.spec import ModelSpec
+
+Head = Literal["kl", "ce", "logprobs", "choice", "none"]
+"""What is made of a read's final states: KL and cross-entropy against a teacher's, cross-entropy, log-probabilities of
+the labels, logits at one position, nothing."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model that lies in memory while a stage runs.
+
+    role: what the stage calls it, e.g. `student`.
+    dtype: of its parameters.
+    learns: with a gradient and AdamW's two moments, in float32; but for `frozen`, top-level keys of the parameters.
+    """
+
+    role: str
+    spec: ModelSpec
+    dtype: str
+    rules: Rules
+    learns: bool = False
+    frozen: tuple[str, ...] = ()
+    only: tuple[str, ...] = ("",)
+    """What is there of it: parameters whose paths begin so, such as `decoder/head`."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A model reads packed rows: forward, and where it `learns` (in this work) backward and an update too.
+
+    patches: of a row's images, 0 without any. chunk: tokens of a device whose logits are there at once.
+    taps: whether every layer's activations are observed, as calibration does.
+    targets: bytes of what was recorded of a teacher for a row. streamed: whether the next batch is put on the devices
+    while this one is read.
+    """
+
+    model: Held
+    rows: int
+    length: int
+    compute: Compute
+    microbatches: int = 1
+    patches: int = 0
+    head: Head = "none"
+    chunk: int = DEFAULT_CHUNK
+    learns: bool = False
+    taps: bool = False
+    targets: int = 0
+    streamed: bool = True
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A model answers `prompts` prompts of `prompt` tokens `each` so often, with up to `completion` tokens."""
+
+    model: Held
+    prompts: int
+    each: int
+    prompt: int
+    completion: int
+    compute: Compute
+    patches: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model is cut to the sizes of another one; both are there."""
+
+    source: Held
+    target: Held
+
+
+@dataclass(frozen=True)
+class Move:
+    """A model is read from or written to disk."""
+
+    model: Held
+    whole: bool = False
+    """On one host, as an export is."""
+    dtype: str | None = None
+    """On disk; None is as it is kept."""
+
+
+Work = Read | Draw | Cut | Move
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Work that is done one after the other, `times` in the stage."""
+
+    name: str
+    work: tuple[Work, ...]
+    times: float = 1
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """All that a stage does: the models it holds throughout, its phases, and how many states it keeps to go on from."""
+
+    held: tuple[Held, ...]
+    phases: tuple[Phase, ...]
+    keep: int = 0
+
+    def phase(self, name: str) -> Phase | None:
+        return next((phase for phase in self.phases if phase.name == name), None)
+
+    @property
+    def main(self) -> Phase | None:
+        """The phase in which most of the stage's time is meant to be spent: its steps, if it has some."""
+        return self.phase("step") or (self.phases[0] if self.phases else None)
