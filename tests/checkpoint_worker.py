@@ -13,6 +13,8 @@ import numpy as np
 from ministral_jax.distributed.collectives import barrier, is_first
 from ministral_jax.distributed.placement import MeshConfig, make_mesh
 from ministral_jax.errors import UserError
+from ministral_jax.files import file_digest
+from ministral_jax.training import checksums
 from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
 
 index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -51,6 +53,12 @@ def no_large_files(process):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def alone(path):
+    """The checksums as one process computes them."""
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path).as_posix(): [p.stat().st_size, file_digest(p)] for p in files}
+
+
 def damage(path):
     if is_first():
         file = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -58,9 +66,18 @@ def damage(path):
     barrier(f"damaged {path}")
 
 
+def reading(path):
+    read.append(path.relative_to(directory).as_posix())
+    return file_digest(path)
+
+
+read: list[str] = []
+checksums.file_digest = reading
 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0))
 said = {}
 said["files"] = save_params(directory / "params", tree(0))
+said[f"process {index} has read"] = sorted(read)
+said["alone"] = alone(directory / "params")
 said["loads"] = same(load_params(directory / "params", abstract, said["files"]), tree(0))
 
 store = ResumeStore(directory / "state", keep=3)
@@ -68,6 +85,8 @@ for step in (1, 2, 3):
     store.save(step, tree(step), {"step": step})
 store.wait()
 said["latest"] = store.latest
+record = json.loads((directory / "state" / "checksums" / "3.json").read_text())
+said["recorded"] = list(record.items()) == list(alone(directory / "state" / "3").items())
 store.close()
 damage(directory / "state" / "3")
 store = ResumeStore(directory / "state", keep=3)

@@ -39,13 +39,36 @@ def heard(told: str, by: Iterable[int]) -> list[str]:
         return [_read(client, f"{meeting}/{process}") for process in by]
 
 
-def _read(client: Any, key: str) -> str:
+def _read(client: Any, key: str, waiting: Callable[[], None] = lambda: None) -> str:
     while True:
         try:
             return client.blocking_key_value_get(key, _SLICE_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith("DEADLINE_EXCEEDED"):
                 raise
+        waiting()
+
+
+class Gathering:
+    """What threads of the other processes tell one of process 0, while all of them go on with their steps: a collective
+    would come between those of the steps, and in each process elsewhere. All processes must make one at the same point.
+    """
+
+    def __init__(self):
+        self._name = f"ministral_jax/{next(_MEETINGS)}"
+
+    def tell(self, text: str) -> None:
+        """By each of the others, once."""
+        client: Any = distributed.global_state.client
+        client.key_value_set(f"{self._name}/{jax.process_index()}", text)
+
+    def told(self, waiting: Callable[[], None]) -> list[str]:
+        """By process 0: what each of the others tells. `waiting` is called now and then, and may raise."""
+        client: Any = distributed.global_state.client
+        texts = [_read(client, f"{self._name}/{other}", waiting) for other in range(1, jax.process_count())]
+        if texts:
+            client.key_value_delete(self._name)
+        return texts
 
 
 def _after_first() -> None:

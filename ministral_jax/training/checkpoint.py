@@ -1,8 +1,9 @@
 """All of Orbax, behind two functions and a class: finished parameters, and the states a stage goes on from.
 
 All processes of a job call the same things at the same points; the directory lies on a file system they share.
-Process 0 alone renames, removes and writes checksums. What a killed or a full machine leaves behind is recognised by
-checksums that are written last: a state without them, or with a file that differs, is not used.
+Process 0 alone renames, removes and records checksums, which each process computes of what it wrote. What a killed or a
+full machine leaves behind is recognised by checksums that are written last: a state without them, or with a file that
+differs, is not used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.lazy import Lazy
 from ministral_jax.settings import Frozen
-from ministral_jax.training.checksums import Files, checksums, damage
+from ministral_jax.training.checksums import Files, damage
 from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ Tree = Any
 
 
 class CheckpointConfig(Frozen):
-    """Resume state every `every` steps, the newest `keep` kept."""
+    """Resume state every `every` steps and `minutes` after the last one, the newest `keep` kept."""
 
     every: int = Field(default=100, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    """By process 0's clock, looked at between steps."""
     keep: int = Field(default=2, ge=1)
 
 
@@ -58,11 +61,7 @@ def save_params(directory: Path, params: Tree) -> Files:
         directory.parent.mkdir(parents=True, exist_ok=True)
     barrier(f"save {directory}")
     files: Files = {}
-    writing = Writing(
-        directory,
-        lambda: ocp.save_async(str(directory.absolute()), params),
-        lambda: files.update(checksums(directory)),
-    )
+    writing = Writing(directory, lambda: ocp.save_async(str(directory.absolute()), params), files.update)
     if (problem := writing.outcome()) is not None:
         if is_first():
             discard(directory)
@@ -162,7 +161,7 @@ class ResumeStore:
         self.wait()
         path = self._path(step)
         begin = lambda: ocp.save_checkpointables_async(str(path.absolute()), {"state": state}, custom_metadata=note)
-        self._saving = step, Writing(path, begin, lambda: self._complete(step))
+        self._saving = step, Writing(path, begin, lambda files: self._complete(step, files))
 
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """The newest state, bit for bit, and its note. Leaves lie where the shardings of `abstract` say.
@@ -241,10 +240,10 @@ class ResumeStore:
         self._record(step).unlink(missing_ok=True)  # first: a state that is half removed does not count
         discard(self._path(step))
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, files: Files) -> None:
         """What makes a written state count; then older ones may go. In a thread of process 0."""
         self._record(step).parent.mkdir(exist_ok=True)
-        write_json(self._record(step), checksums(self._path(step)))
+        write_json(self._record(step), files)
         steps = self._steps()
         counting = [step for step in steps if self._record(step).is_file()]
         for old in set(steps) - {*counting[-self._keep :], self._pinned}:

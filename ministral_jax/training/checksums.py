@@ -3,31 +3,60 @@ agree to be wrong."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ministral_jax.distributed.collectives import first_problem
+from ministral_jax.distributed.collectives import Gathering, first_problem
 from ministral_jax.files import file_digest
 
 Files = dict[str, Any]
 """Relative path -> [size in bytes, SHA-256 in hex]; survives JSON unchanged."""
 
 _THREADS = min(8, os.cpu_count() or 1)
+_WRITER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
+"""How Orbax names what each process writes: `ocdbt.process_3/..`, `array_metadatas/process_3`."""
 
 
-def checksums(directory: Path) -> Files:
-    """Of every file under `directory`."""
+def checksums(directory: Path, gathering: Gathering, waiting: Callable[[], None]) -> Files:
+    """Of every file under a directory that all processes have written, which all must ask for; process 0 learns them
+    all, the others theirs. It may be asked for in a thread.
+
+    Each process reads what it wrote: the memory of its host may still hold it, and the hosts read at once. `waiting` is
+    called while process 0 waits for the others, and may raise.
+    """
+    names, process = _names(directory), jax.process_index()
+    files = _digests(directory, [name for name in names if _writer(name) == process])
+    if process > 0:
+        gathering.tell(json.dumps(files))
+        return files
+    for told in gathering.told(waiting):
+        files |= json.loads(told)
+    # what was renamed a moment ago a network file system may show to the others later
+    files |= _digests(directory, [name for name in names if name not in files])
+    return {name: files[name] for name in names}
+
+
+def _names(directory: Path) -> list[str]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [path.relative_to(directory).as_posix() for path in paths]
+
+
+def _writer(name: str) -> int:
+    """The process that wrote a file; process 0 writes what is of all."""
+    return int(found[1]) if (found := _WRITER.search(name)) else 0
+
+
+def _digests(directory: Path, names: list[str]) -> Files:
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(file_digest, paths)
-        return {
-            path.relative_to(directory).as_posix(): [path.stat().st_size, digest]
-            for path, digest in zip(paths, digests, strict=True)
-        }
+        measure = lambda name: [(directory / name).stat().st_size, file_digest(directory / name)]
+        return dict(zip(names, pool.map(measure, names), strict=True))
 
 
 def damage(directory: Path, files: Files) -> str | None:

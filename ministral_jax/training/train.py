@@ -16,6 +16,7 @@ from ministral_jax.distributed.processes import Preempted, poll, saving
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore
+from ministral_jax.training.due import Due
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.hooks import BadStep, Guard, GuardConfig, ProfileConfig, Profiler, Speed
 from ministral_jax.training.log import StageLog, Track, mean
@@ -150,22 +151,21 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         figures: dict[str, float] = {}
         profiler, attempt = Profiler(config.profile, directory), _Attempt(learner, config, directory, clock)
         attempt.begin(at, saved)
+        due = Due(config.checkpoint, config.steps, grows_from, saved)
         try:
             while True:
                 try:
                     evaluates = schedule.evaluates_at(at.step, config.steps) and not at.evaluated
-                    every = config.checkpoint.every
-                    due = at.step // every > (saved or 0) // every and at.step < config.steps
-                    due |= at.step == grows_from and saved != at.step
-                    if evaluates or due:
+                    saves = due.at(at.step)
+                    if evaluates or saves:
                         attempt.read_figures()
                     if evaluates:
                         figures = attempt.evaluate(state)
                         at = replace(at, evaluated=True)
-                    if due and attempt.guard.calm:
+                    if saves and attempt.guard.calm:
                         poll(f"saving step {at.step}", slow=True)
                         attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
-                        saved = at.step
+                        due.restart(at.step)
                     if at.step == config.steps:
                         break
                     poll(f"step {at.step + 1}", slow=attempt.first)
@@ -176,14 +176,14 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
                 except BadStep as bad:
                     state = None  # not in memory beside the one that is restored
                     state, at = _roll_back(bad, abstract, store, config.guard, attempt.rollbacks + 1)
-                    saved = at.step
+                    due.restart(at.step)
                     attempt.begin_again(at, bad)
             store.wait()
             if not figures:  # stopped between the last step and the manifest
                 figures = attempt.evaluate(state)
         except Preempted as stop:
             saving()
-            if saved != at.step and attempt.is_sound():
+            if due.saved != at.step and attempt.is_sound():
                 attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
             stop.then = _goes_on(store, directory.name)
             raise

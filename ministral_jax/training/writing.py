@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from ministral_jax.distributed.collectives import first_problem, from_first
+from ministral_jax.distributed.collectives import Gathering, first_problem, from_first
+from ministral_jax.training.checksums import Files, checksums
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 FAILED = ".failed"
@@ -28,15 +29,15 @@ logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orb
 
 class Writing(threading.Thread):
     """A checkpoint on its way to `path`. `begin` is called at once, in the caller's thread, because what it copies may
-    be consumed by the next step; `then` in this thread of process 0, when everything is written.
+    be consumed by the next step; `then` in this thread of process 0, with the checksums of everything that was written.
 
     Processes meet while they write. One that fails leaves a mark, so that the others do not wait for it there.
     """
 
-    def __init__(self, path: Path, begin: Callable[[], Any], then: Callable[[], None]):
+    def __init__(self, path: Path, begin: Callable[[], Any], then: Callable[[Files], None]):
         super().__init__(name=f"writing {path.name}", daemon=True)
-        self._mark = _beside(path, FAILED)
-        self._then = then
+        self._path, self._mark = path, _beside(path, FAILED)
+        self._then, self._gathering = then, Gathering()
         self._response: Any = None
         self.error: Exception | None = None
         try:
@@ -50,8 +51,9 @@ class Writing(threading.Thread):
             return
         try:
             self._wait()
+            files = checksums(self._path, self._gathering, self._check_peers)
             if jax.process_index() == 0:
-                self._then()
+                self._then(files)
         except Exception as error:
             self._fail(error)
         finally:
@@ -66,8 +68,11 @@ class Writing(threading.Thread):
             except TimeoutError as error:
                 if str(error):  # Orbax's own
                     raise
-            if self._mark.exists():
-                raise _PeerFailed
+            self._check_peers()
+
+    def _check_peers(self) -> None:
+        if self._mark.exists():
+            raise _PeerFailed
 
     def _fail(self, error: Exception) -> None:
         self.error = error

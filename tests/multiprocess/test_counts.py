@@ -55,12 +55,14 @@ def test_the_number_of_processes_changes_nothing(runs, count):
 
 
 def test_a_job_goes_on_with_another_number_of_processes(runs, tmp_path):
-    run_dir = tmp_path / "run"
+    run_dir, by_clock = tmp_path / "run", "defaults.train.checkpoint={every: 100, minutes: 0.001}"
     for count, moment in ((4, "parent/3/"), (2, "short/3/")):
-        with Job(run_dir, count, 4 // count, pace=0.3) as job:
+        with Job(run_dir, count, 4 // count, by_clock, pace=0.3) as job:
             assert job.until(lambda job=job, moment=moment: job.has(moment)), job.tails()
             job.send(signal.SIGTERM, 0)
             assert job.wait() == [RETRY] * count, job.tails()
+        if moment.startswith("parent"):  # those of steps before the one at which it stopped
+            assert len([*(run_dir / "parent" / "state" / "checksums").iterdir()]) == 2
     with Job(run_dir, 1, 4) as job:
         job.finish()
     assert_same(run_dir, runs[1])

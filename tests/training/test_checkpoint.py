@@ -275,9 +275,13 @@ def test_two_processes_write_and_one_reads(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     said, other = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    read = said.pop("process 0 has read"), other.pop("process 1 has read")
     left = [said.pop(f"left by process {process}") for process in (0, 1)]
     assert left == [["1", "2", "checksums", "damaged"]] * 2
     assert said == {key: other[key] for key in said}
+    assert list(said["files"].items()) == list(said["alone"].items()) and said["recorded"]
+    theirs = [f"params/{name}" for name in said["files"] if "process_1" in name]
+    assert len(theirs) >= 3 and read == (sorted({f"params/{name}" for name in said["files"]} - {*theirs}), theirs)
     assert said["loads"] and said["restored"] and said["latest"] == 3 and said["after damage"] == 2
     assert "3 is damaged" in outputs[0][1] and "damaged" not in outputs[1][1]
     for process in (0, 1):
