@@ -160,7 +160,15 @@ class ResumeStore:
         """
         self.wait()
         path = self._path(step)
-        begin = lambda: ocp.save_checkpointables_async(str(path.absolute()), {"state": state}, custom_metadata=note)
+
+        def begin() -> Any:
+            context = ocp.Context()
+            context.array.saving.use_compression = (
+                False  # 8 % smaller at eight times the CPU time, which a stop waits for
+            )
+            with context:
+                return ocp.save_checkpointables_async(str(path.absolute()), {"state": state}, custom_metadata=note)
+
         self._saving = step, Writing(path, begin, lambda files: self._complete(step, files))
 
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:

@@ -80,6 +80,7 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_consumed_while_it_was_writ
     assert again.latest == 3
     restored, note = again.restore(jax.eval_shape(lambda: expected))
     assert same(restored, expected) and note == {"seconds": 1.5}
+    assert data_file(tmp_path / "state" / "3").stat().st_size > expected["params"]["w"].nbytes, "compressed in vain"
     with pytest.raises(UserError, match=r"state/3: params/w has shape \(20000, 64\), the spec needs \(8, 64\); delete"):
         again.restore(abstract(state(3, size=8)))
     other = {**expected, "step": jax.ShapeDtypeStruct((), jnp.float32)}
