@@ -59,19 +59,22 @@ def loses_little(context: Context, name: str) -> Iterator[Finding]:
     """A failure costs the work since the last checkpoint."""
     if (seconds := interval(context, name)) is None:
         return
-    every, setting = context.stage(name).checkpoint.every, f"stages.{name}.checkpoint.every"
-    fitting = max(1, int(every * LONG / seconds))
+    saves = context.stage(name).checkpoint
+    which = "every" if saves.minutes is None or seconds < 60 * saves.minutes else "minutes"
+    value = getattr(saves, which)
+    setting = f"stages.{name}.checkpoint.{which} = {value:g}"
+    fitting = max(1, int(value * LONG / seconds))
     spot = _spot(context)
     if seconds > HOUR:
         yield warning(
             name,
-            f"{setting} = {every} saves every {seconds / HOUR:.1f} hours, all of which a failure loses; {fitting} is "
+            f"{setting} saves every {seconds / HOUR:.1f} hours, all of which a failure loses; {fitting} is "
             "half an hour",
         )
     elif spot is not None and seconds > LONG:
         yield warning(
             name,
-            f"{setting} = {every} saves every {seconds / 60:.0f} minutes, and {spot} = true takes machines away "
+            f"{setting} saves every {seconds / 60:.0f} minutes, and {spot} = true takes machines away "
             f"without notice; {fitting} is half an hour",
         )
 
@@ -93,7 +96,7 @@ def stops_in_time(context: Context, name: str) -> Iterator[Finding]:
                 name,
                 f"{setting} = {seconds:g} s is too short for a step of stages.{name} ({times.step_seconds:,.0f} s) and "
                 f"a save of {_saved(context, name) / 1e9:,.0f} GB by {counted(context.machine.hosts, 'host')} "
-                f"({saving:,.0f} s), so being stopped loses what was done since checkpoint.every; raise it where the "
+                f"({saving:,.0f} s), so being stopped loses what was done since the last; raise it where the "
                 "scheduler allows",
             )
 
@@ -107,7 +110,7 @@ def advances(context: Context, name: str) -> Iterator[Finding]:
         yield error(
             name,
             f"launch.slurm.time = {context.recipe.launch.slurm.time} ends before stages.{name} has compiled "
-            f"({COMPILING} s) and come to a checkpoint (checkpoint.every, {between:,.0f} s), so the job may never "
+            f"({COMPILING} s) and come to a checkpoint (after {between:,.0f} s), so the job may never "
             "advance; ask for more, or save more often",
         )
 
@@ -117,7 +120,8 @@ def interval(context: Context, name: str) -> float | None:
     times, config = context.times.get(name), getattr(context.stage(name), "checkpoint", None)
     if times is None or config is None or not times.step_seconds:
         return None
-    return min(config.every, context.stage(name).steps) * times.step_seconds
+    seconds = min(config.every, context.stage(name).steps) * times.step_seconds
+    return seconds if config.minutes is None else min(seconds, max(60 * config.minutes, times.step_seconds))
 
 
 def _saved(context: Context, name: str) -> float:

@@ -246,11 +246,15 @@ TIMED = {
         "warning", ["limits.slow = 900 leaves 100 s for compiling 'evaluate'"],
     ),
     "hours between checkpoints": (
-        V5P, LONG, taking(200), ["checkpoint.every=9"], ["checkpoint.every=100"],
+        V5P, LONG, taking(200), ["checkpoint.minutes=null", "checkpoint.every=9"], ["checkpoint.every=100"],
         "warning", [".checkpoint.every = 100 saves every 5.6 hours", "9 is half an hour"],
     ),
+    "hours between checkpoints by minutes": (
+        V5P, LONG, taking(200), ["checkpoint.every=100"], ["checkpoint.minutes=90"],
+        "warning", [".checkpoint.minutes = 90 saves every 1.5 hours", "30 is half an hour"],
+    ),
     "checkpoints on spot machines": (
-        V5P, LONG, taking(20), ["checkpoint.every=100"], [SPOT],
+        V5P, LONG, taking(20), ["checkpoint.minutes=null", "checkpoint.every=100"], [SPOT],
         "warning", [".checkpoint.every = 100 saves every 33 minutes", "launch.tpu_vm.spot", "90 is half an hour"],
     ),
     "grace": (
