@@ -139,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--submit", action="store_true", help="submit it with sbatch, kubectl or gcloud")
     launch.set_defaults(command=_launch)
 
+    _add_plan(commands)
+
     status = commands.add_parser("status", help="how far a run is, or all of runs/")
     status.add_argument("run_dir", type=_directory, nargs="?", metavar="RUN")
     status.set_defaults(command=_status)
@@ -179,6 +181,30 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
     generate.set_defaults(command=_generate)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    text = "whether a recipe fits a machine, how long it takes there and what must change; nothing is run"
+    plan = commands.add_parser("plan", help=text)
+    plan.add_argument("recipe", help="YAML file")
+    plan.add_argument("rest", nargs="*", metavar="STAGE | FILE.yaml | key=value", help="as of run")
+    plan.add_argument("--on", required=True, metavar="CHIP:SHAPE", help="v5p:4x4x8, v6e:16x16, h100:32, .. or here")
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices joined by a network")
+    plan.add_argument("--price", type=float, metavar="P", help="of a chip for an hour, in any currency")
+    plan.add_argument("--all", action="store_true", help="the recipe's optional stages too")
+    pairs: Any = dict(action="append", default=[])
+    plan.add_argument("--sizes", **pairs, metavar="STAGE=PRESET", help="sizes of an import that is not here")
+    plan.add_argument("--assume", **pairs, metavar="NAME=VALUE", help="another figure of the model, see docs/plan.md")
+    plan.add_argument("--search", action="store_true", help="find meshes, microbatches and remat that are faster")
+    plan.add_argument("--run-dir", type=_directory, help="with --on here, where the run would be written")
+    plan.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures too")
+    plan.set_defaults(command=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ministral_jax.planning.command import run_plan
+
+    return run_plan(args)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import singledispatch
+from functools import cache, singledispatch
 from typing import Any
 
 from ministral_jax.alignment.examine import GenerateConfig
@@ -232,8 +232,14 @@ def _rows(stage: Any, model: Held, head: Head, microbatches: int = 1, chunk: int
 
 def _evaluations(stage: Any) -> int:
     """How often a loop evaluates."""
-    schedule = Schedule(stage.evaluate.every, stage.steps, evaluate_early=stage.evaluate.early)
-    return sum(schedule.evaluates_at(step, stage.steps) for step in range(stage.steps + 1))
+    return _times(stage.evaluate.every, stage.steps, stage.evaluate.early)
+
+
+@cache
+def _times(every: int, steps: int, early: bool) -> int:
+    """Steps, of all from 0 on, at which a loop evaluates."""
+    schedule = Schedule(every, steps, evaluate_early=early)
+    return sum(schedule.evaluates_at(step, steps) for step in range(steps + 1))
 
 
 def _update(stage: Any, policy: Held, rows: int) -> Read:
@@ -278,8 +284,7 @@ def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Ph
         return ()
     every = getattr(given, "every", None) or stage.evaluate.every
     early = getattr(given, "early", None) if hasattr(given, "early") else stage.evaluate.early
-    schedule = Schedule(every, stage.steps, evaluate_early=bool(early))
-    times = sum(schedule.evaluates_at(step, stage.steps) for step in range(stage.steps + 1))
+    times = _times(every, stage.steps, bool(early))
     longest = stage.batch.length if isinstance(stage, Looped) else stage.max_prompt_length
     prompt = bucket(max(min(longest, model.spec.context - 1), stage.compute.shortest_row))
     patches = bucket(stage.data.patches) if stage.data.patches and model.spec.vision is not None else 0

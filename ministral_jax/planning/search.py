@@ -1,0 +1,118 @@
+"""Meshes, microbatches and remat for a stage that fit a machine, fastest first. What is learnt stays as it is: rows,
+lengths and steps are the recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, get_args, get_type_hints
+
+from ministral_jax.distributed.placement import MeshConfig
+from ministral_jax.errors import UserError
+from ministral_jax.models.block import Compute
+from ministral_jax.planning.assumptions import Assumptions
+from ministral_jax.planning.finding import Context
+from ministral_jax.planning.machine import Machine
+from ministral_jax.planning.memory import StageMemory, stage_memory
+from ministral_jax.planning.plan import StagePlan
+from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.work import StageWork, stage_work
+from ministral_jax.stages import Job
+
+FREE = 0.08
+"""Share of a device's memory that must be left: the compiler's choices and other programs of the job."""
+REMAT = get_args(get_type_hints(Compute)["remat"])
+MICROBATCHES = tuple(2**n for n in range(10))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run a stage, and what it is predicted to need."""
+
+    plan: StagePlan
+    settings: Mapping[str, Any]
+    """What differs from the recipe, by dotted key below the stage."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """Words for the command line."""
+        return [f"stages.{self.plan.name}.{key}={value}" for key, value in self.settings.items()]
+
+
+def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
+    """For every mesh and every remat the fewest microbatches with which the stage fits with `FREE` to spare, by the
+    predicted time of the whole stage; of two as fast, the one that needs less memory. More microbatches gather weights
+    more often and are never faster.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    stage, spec, machine = context.stage(name), context.specs[name], context.machine
+    found: list[Choice] = []
+    for mesh, remat in product(_meshes(stage.mesh, machine), REMAT):
+        for settings, changed in _variants(stage, mesh, remat):
+            if (fitting := _fitting(context, name, changed)) is not None:
+                work, job, memory = fitting
+                time = stage_time(work, job.mesh, machine, changed, assume)
+                plan = StagePlan(name, changed, spec, dict(job.mesh.shape), memory, time)
+                found.append(Choice(plan, settings))
+                break
+    if not found:
+        raise UserError(
+            f"stages.{name}: no mesh, microbatches and remat fit {machine.name} with {FREE:.0%} of memory to spare; "
+            "take more chips, or shorter or fewer rows"
+        )
+    return sorted(found, key=_rank)
+
+
+def _fitting(context: Context, name: str, stage: Any) -> tuple[StageWork, Job[Any], StageMemory] | None:
+    """What `stage`, in the place of `name`, does, where, and what it needs, if it fits."""
+    machine = context.machine
+    try:
+        if (job := context.job(stage, name)) is None:
+            return None
+        stage.check_mesh(job)
+    except UserError:
+        return None
+    work = stage_work(stage, job.spec, context.graph)
+    memory = stage_memory(work, job.mesh, machine.hosts)
+    fits = memory.peak.total <= (1 - FREE) * machine.chip.hbm and memory.host <= machine.chip.host_memory
+    return (work, job, memory) if fits else None
+
+
+def _rank(choice: Choice) -> tuple[float, int]:
+    memory = choice.plan.memory
+    return round(choice.plan.seconds, 3), memory.peak.total if memory else 0
+
+
+def _variants(stage: Any, mesh: MeshConfig, remat: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """With every number of microbatches, ascending: what is changed, and the stage with it."""
+    online = not hasattr(stage, "batch")
+    key, now = ("microbatches", stage.microbatches) if online else ("batch.microbatches", stage.batch.microbatches)
+    rows = stage.prompts if online else stage.batch.sequences
+    changes: dict[str, Any] = {f"mesh.{a}": n for a, n in vars(mesh).items() if n != getattr(stage.mesh, a)}
+    if remat != stage.compute.remat:
+        changes["compute.remat"] = remat
+    for count in (count for count in MICROBATCHES if rows % count == 0):
+        update: dict[str, Any] = {"mesh": mesh, "compute": replace(stage.compute, remat=remat)}
+        if online:
+            update["microbatches"] = count
+        else:
+            update["batch"] = stage.batch.model_copy(update={"microbatches": count})
+        yield changes | ({key: count} if count != now else {}), stage.model_copy(update=update)
+
+
+def _meshes(given: MeshConfig, machine: Machine) -> Iterator[MeshConfig]:
+    """Every way to cut the devices of a slice into `data`, `fsdp`, `tensor` and `context`; all GPUs are one slice
+    unless the recipe says otherwise."""
+    slices = machine.slices if machine.chip.platform == "tpu" else given.slice
+    each = machine.devices // slices
+    for tensor, context, fsdp in product(_divisors(each), repeat=3):
+        if each % (tensor * context * fsdp) == 0:
+            data = each // (tensor * context * fsdp)
+            yield MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor, context=context)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
