@@ -88,9 +88,8 @@ def real(length: int) -> Setting:
     return Setting(preset("ministral-3-14b"), preset("mistral-small-3.1-24b"), compute, chunk=4096, length=length)
 
 
-def compile_step(setting: Setting, place: Placement, rows: int, **options: Any) -> Any:
-    """The compiled step `(state, frozen, batch) -> (state, metrics)` of a distil stage; nothing is allocated. Call it
-    with `place.mesh` set."""
+def distil(setting: Setting, place: Placement, rows: int) -> tuple[Distill, Graph]:
+    """The stage, and what it knows of its teacher."""
     stage = Distill.model_validate(
         {
             "do": "distill",
@@ -105,7 +104,13 @@ def compile_step(setting: Setting, place: Placement, rows: int, **options: Any) 
             "sharding": place.rules,
         }
     )
-    graph = Graph({"teacher": Import(do="import", path="none")}, {"teacher": setting.teacher})
+    return stage, Graph({"teacher": Import(do="import", path="none")}, {"teacher": setting.teacher})
+
+
+def compile_step(setting: Setting, place: Placement, rows: int, **options: Any) -> Any:
+    """The compiled step `(state, frozen, batch) -> (state, metrics)` of a distil stage; nothing is allocated. Call it
+    with `place.mesh` set."""
+    stage, graph = distil(setting, place, rows)
     job = Job("benchmark", stage, setting.student, graph, Path("none"), place.mesh)
     stage.check_mesh(job)
     return stage.programs(job)["step"].lower().compile(options)

@@ -41,7 +41,7 @@ class Chip:
 
     @property
     def platform(self) -> str:
-        return "tpu" if self.sides else "gpu"
+        return "tpu" if self.sides else "cpu" if "cpu" in self.kinds else "gpu"
 
 
 def _tpu(

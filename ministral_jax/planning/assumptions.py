@@ -35,7 +35,7 @@ class Assumptions:
     disk: bytes/s of one host from or to storage.
     """
 
-    matmul: float = 0.85
+    matmul: float = 0.8
     attention: float = 0.5
     memory: float = 0.8
     trip: float = 10e-6

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from ministral_jax.distributed.chips import CHIPS, Chip
@@ -42,6 +43,8 @@ class Machine:
     @property
     def name(self) -> str:
         """As `plan --on` takes it, and as libtpu names a topology."""
+        if self.chip.platform == "cpu":
+            return self.chip.name
         if self.chip.platform == "gpu":
             return f"{self.chip.name}:{math.prod(self.shape)}"
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
@@ -59,8 +62,10 @@ class Machine:
         return max(1, self.devices // self.chip.per_host)
 
     @cached_property
-    def described(self) -> list[Device]:
+    def described(self) -> list[Any]:
         """Its devices, in the order in which JAX lists them: x runs fastest, cores of a chip are neighbours."""
+        if self.chip.platform == "cpu":
+            return jax.devices()
         found: list[Device] = []
         gpu, each = self.chip.platform == "gpu", math.prod(self.shape) * self.chip.cores
         for number in range(self.devices):

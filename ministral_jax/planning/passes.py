@@ -151,10 +151,14 @@ class Reading:
         return [*found, Cost("projector", "vision", flops, weights * tower.bytes, sent=summed)]
 
     def _taps(self) -> Cost:
-        """Moments of both norms' inputs in every layer, in float32 of the highest precision."""
-        tokens = self.rows * self.tower.tokens
-        flops = 2 * 2 * tokens * self.spec.width**2 * self.assume.highest * self.spec.layers
-        return Cost("moments", "matmul", flops, 4 * self.spec.layers * (2 * self.spec.width**2 + 8 * tokens))
+        """Moments of both norms' inputs in every layer, in float32 of the highest precision. Where FSDP cuts D the
+        TPU's program gathers these activations of all devices some four times."""
+        tokens, width, layers = self.rows * self.tower.tokens, self.spec.width, self.spec.layers
+        flops = 2 * 2 * tokens * width**2 * self.assume.highest * layers
+        D = self.tower.cut["D"]
+        whole = 4 * tokens * self.layout.parts(D) * width
+        sent = (Transfer("gather", D, whole, 4 * 2 * layers, waits=True),) if D else ()
+        return Cost("moments", "matmul", flops, 4 * layers * (2 * width**2 + 8 * tokens), sent=sent)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How long a stage takes on a machine, phase by phase: arithmetic and memory against their peaks, loops by their trips,
 and the time of collectives that nothing hides.
 
-No device and no tracing: `work` says what is done, `tower` and `reading` count it, `links` knows the network, and
+No device and no tracing: `work` says what is done, `tower` and `passes` count it, `links` knows the network, and
 `assumptions` has every constant. `docs/plan.md` tells how far off it is.
 """
 

@@ -1,0 +1,24 @@
+"""The machine of this process."""
+
+import jax
+
+from ministral_jax.distributed.placement import MeshConfig
+from ministral_jax.planning import here
+from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.work import StageWork
+
+
+def test_a_cpu_is_a_machine_of_its_devices_with_measured_peaks(monkeypatch):
+    monkeypatch.setattr(here, "measured_peaks", lambda: (8e10, 4e10))
+    machine = here.here()
+    count = jax.device_count()
+    assert (machine.name, machine.devices, machine.chip.platform) == ("here", count, "cpu")
+    assert (machine.chip.flops, machine.chip.hbm_bandwidth) == (8e10 / count, 4e10 / count)
+    mesh = machine.mesh(MeshConfig())
+    assert mesh.size == count and list(mesh.devices.flat) == jax.devices()
+    assert stage_time(StageWork((), ()), mesh, machine, None).seconds == 0
+
+
+def test_peaks_are_measured_and_of_this_world():
+    flops, bandwidth = here.measured_peaks()
+    assert 1e7 < flops < 1e15 and 1e6 < bandwidth < 1e14
