@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos chaos-short slurm parity wheel docs notebooks lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short slurm parity aot wheel docs notebooks lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make multiprocess   jobs of one, two and four processes against each other"
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make parity    the model against torch and transformers, live"
+	@echo "make aot       a step of the real family compiled for 64 TPU chips that are not there (2 to 5 minutes)"
 	@echo "make wheel     a wheel, checked far from the checkout"
 	@echo "make lint      formatting, lint, spelling, the order of imports, and types"
 	@echo "make docs      the site, in build/site"
@@ -30,6 +31,11 @@ $(VENV)/parity: $(VENV)/installed
 
 $(VENV)/docs: $(VENV)/installed
 	$(PIP) -e '.[docs]'
+	@touch $@
+
+# Beside the other packages: where JAX finds libtpu it looks for a TPU.
+$(VENV)/aot/installed: $(VENV)/installed
+	$(PIP) --no-deps --upgrade --target $(VENV)/aot $$(sed -n 's/^aot = \["\(.*\)"\]/\1/p' pyproject.toml)
 	@touch $@
 
 cascade: $(VENV)/installed
@@ -53,6 +59,9 @@ slurm: $(VENV)/installed
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity tests/parity
+
+aot: $(VENV)/aot/installed
+	PYTHONPATH=$(VENV)/aot $(BIN)/python -m pytest -m aot tests/planning
 
 # A wheel alone, far from the checkout, finds the recipes that it carries.
 wheel: $(VENV)/installed

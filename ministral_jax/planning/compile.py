@@ -85,7 +85,9 @@ class Compiled(Frozen):
 def prepare_environment() -> None:
     """Let this process compile for machines that it does not have; before JAX has looked for devices."""
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process at a flag of another platform
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # no program for a topology can be read back from JAX's
 
 
 def cache_directory() -> Path:

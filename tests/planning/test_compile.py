@@ -1,6 +1,7 @@
 """What the compiler says of a program: its figures, kept by digest, and what is said where it cannot be asked."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import jax
@@ -12,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 from ministral_jax.distributed.placement import MeshConfig, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.planning import compile as compiling
-from ministral_jax.planning.compile import Compiled, Traffic, cache_directory, compile_program, devices_of
+from ministral_jax.planning.compile import (
+    Compiled,
+    Traffic,
+    cache_directory,
+    compile_program,
+    devices_of,
+    prepare_environment,
+)
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.stages.base import Program
 
@@ -85,6 +93,18 @@ def test_of_a_program_that_does_not_fit_everything_is_said_all_the_same():
     found = compiling._compile("step", Refused(), mesh_of(program()), 1)
     assert (found.temporaries, found.available) == (21.5 * 2**30, 15.75 * 2**30)
     assert (found.arguments, found.flops) == (128, 2 * 8 * 8 * 4)
+
+
+def test_flags_of_other_platforms_do_not_reach_libtpu(monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "0")
+    for name in ("TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    prepare_environment()
+    assert "XLA_FLAGS" not in os.environ
+    assert (os.environ["TPU_SKIP_MDS_QUERY"], os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"]) == ("0", "1")
 
 
 def test_where_programs_are_kept(monkeypatch, tmp_path):
