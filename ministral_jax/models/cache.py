@@ -62,6 +62,10 @@ def grow(cache: Cache, slots: int) -> Cache:
     )
 
 
+def logical_axes(ndim: int) -> tuple[str | None, ...]:
+    """Of a cache's arrays, by their number of dimensions."""
+    return ("layers", "batch", "kv_heads", None, None) if ndim == 5 else ("batch", None)
+
+
 def _placed(cache: Cache) -> Cache:
-    by_head = ("layers", "batch", "kv_heads", None, None)
-    return {name: constrain(x, by_head if x.ndim == 5 else ("batch", None)) for name, x in cache.items()}
+    return {name: constrain(x, logical_axes(x.ndim)) for name, x in cache.items()}

@@ -9,6 +9,7 @@ reports stages learns of a verb from here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,15 +42,18 @@ ModelRef = str | dict[str, Any]
 
 
 class Program(NamedTuple):
-    """A jitted function and the arguments it is compiled for: shapes, dtypes and where they lie."""
+    """A jitted function and the arguments it is compiled for: shapes, dtypes and where they lie. `rules`: those under
+    which the stage calls it, where it has none of its own."""
 
     function: Any
     arguments: tuple[Any, ...]
     static: Mapping[str, Any] = {}
+    rules: Rules | None = None
 
     def lower(self) -> Any:
         """`jax.stages.Lowered`; nothing is allocated, and the devices need not be there."""
-        return self.function.lower(*self.arguments, **self.static)
+        with self.rules.active() if self.rules is not None else nullcontext():
+            return self.function.lower(*self.arguments, **self.static)
 
 
 class Stage(Frozen):

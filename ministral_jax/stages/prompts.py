@@ -17,6 +17,7 @@ from ministral_jax.data.prompts import PromptData, PromptRow, RowCheck, open_pro
 from ministral_jax.data.tokenizer import check_vocab
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
+from ministral_jax.models.cache import logical_axes
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.sampling.decoding import Choice, Rows, programs
 from ministral_jax.sampling.engine import SLOTS, SamplingOptions, by_rows
@@ -89,9 +90,14 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     one = jax.ShapeDtypeStruct
     lengths, per_row, scalar = (one(shape, jnp.int32) for shape in ((count,), (total,), ()))
     rows = Rows(per_row, per_row, one((total,), jnp.bool_), one((total,), jnp.uint32), per_row)
+
+    def placed(states: Any) -> Any:
+        lie = lambda x: one(x.shape, x.dtype, sharding=place.sharding(x.shape, logical_axes(x.ndim)))
+        return jax.tree.map(lie, states)
+
     with jax.set_mesh(place.mesh):
-        hidden, cache = jax.eval_shape(run.start, params, batch, lengths)
-        branched = jax.eval_shape(lambda *args: run.fork(*args, SLOTS), hidden, cache, per_row)
+        hidden, cache = placed(jax.eval_shape(run.start, params, batch, lengths))
+        branched = placed(jax.eval_shape(lambda *args: run.fork(*args, SLOTS), hidden, cache, per_row))
     return {
         "sample/start": Program(run.start, (params, batch, lengths)),
         "sample/fork": Program(run.fork, (hidden, cache, per_row, SLOTS)),

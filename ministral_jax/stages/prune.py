@@ -48,9 +48,10 @@ class Prune(rows.RowStage):
         teacher = online(source, params, self.compute, job.placement, self.batch.length)
         batch, weighted = rows.abstract_batch(job), self.options.width_weight == "token"
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
+        calibrate = batch_sums, (VLM(source, self.compute), True, weighted, params, calibrated(batch))
+        ours = {"calibrate": calibrate, **surgery.programs(source)}
         return {
-            "calibrate": Program(batch_sums, (VLM(source, self.compute), True, weighted, params, calibrated(batch))),
-            **{name: Program(*program) for name, program in surgery.programs(source).items()},
+            **{name: Program(*program)._replace(rules=job.placement.rules) for name, program in ours.items()},
             **rows.evaluation_programs(job, job.spec, teacher),
         }
 

@@ -9,9 +9,11 @@ import pytest
 from harness import COMPILING
 from paths import ROOT, TESTS
 
-from ministral_jax.distributed.placement import make_mesh
+from ministral_jax.distributed.axes import constrain
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages import Graph, Job, figures, verbs
+from ministral_jax.stages.base import Program
 
 TOY = """
 from typing import Any, ClassVar, Literal
@@ -113,6 +115,15 @@ def test_every_verb_says_what_it_is_called_and_what_it_measures():
         assert verb.model_fields["do"].annotation.__args__ == (name,) and verb.__doc__
         assert verb.curve is None or verb.curve.figure in {figure.name for figure in verb.figures}
     assert {"kl", "ce", "win_rate", "judge_accuracy", "bytes_per_token", "kl_to_source"} <= figures().keys()
+
+
+def test_a_program_is_lowered_under_its_rules():
+    place = Placement(make_mesh(MeshConfig(fsdp=8), jax.devices()[:8]), Rules())
+    program = Program(jax.jit(lambda x: constrain(2 * x, ("batch", None))), (jax.ShapeDtypeStruct((8, 4), "float32"),))
+    with jax.set_mesh(place.mesh):
+        assert "sharding_constraint" not in program.lower().as_text()
+        ruled = program._replace(function=jax.jit(lambda x: constrain(2 * x, ("batch", None))), rules=place.rules)
+        assert "sharding_constraint" in ruled.lower().as_text()
 
 
 @pytest.fixture
