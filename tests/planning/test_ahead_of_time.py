@@ -1,16 +1,16 @@
 """Programs of the shipped recipe compiled for a TPU that is not there, at true widths, against what is predicted."""
 
 import pytest
+from paths import ROOT
+from test_memory import in_program
 
 from ministral_jax.models.spec import PRESETS
 from ministral_jax.planning.compile import compile_stage, prepare_environment
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.memory import stage_memory
-from ministral_jax.planning.reading import PLACED
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph, Job
-from tests.paths import ROOT
 
 pytestmark = pytest.mark.aot
 
@@ -41,10 +41,9 @@ def compiled(planned, tmp_path_factory):
 def test_a_step_takes_the_memory_that_is_predicted(planned, compiled):
     stage, graph, machine = planned
     work = stage_work(stage, graph.specs[STAGE], graph)
-    step = next(p for p in stage_memory(work, machine.mesh(stage.mesh), machine.hosts).phases if p.phase == "step")
-    batch = sum(item.bytes for item in step.items if item.name == "batch")
-    ahead = batch * (PLACED - 1) // PLACED  # the next batch is no argument yet
-    assert compiled.held - compiled.code == pytest.approx(step.total - ahead, rel=0.10)
+    arguments, temporaries = in_program(work, stage_memory(work, machine.mesh(stage.mesh), machine.hosts))
+    assert compiled.arguments == pytest.approx(arguments, rel=0.01)
+    assert compiled.held - compiled.code == pytest.approx(arguments + temporaries, rel=0.10)
     assert sum(buffer.bytes for buffer in compiled.buffers) <= compiled.held
 
 
