@@ -39,9 +39,10 @@ def draw_moments(draw: Draw, mesh: Mesh) -> Iterator[Moment]:
         yield {"activations": fixed + moment, "cache": 0}
 
     room = min(SLOTS, draw.completion)
-    # rows are taken of a cache that is cut in rows: every device gets all of it
+    # rows are taken of a cache that is cut in rows: every device gets all keys, then all values, once as they come and
+    # once in pieces
     gathered = cache(prompts, draw.prompt, whole=True)
-    yield {"cache": of_prompts + gathered + 2 * cache(answers, draw.prompt) + cache(answers, draw.prompt + room)}
+    yield {"cache": of_prompts + gathered + cache(answers, draw.prompt + room)}
     while room < draw.completion:
         yield {"cache": cache(answers, draw.prompt + room) + cache(answers, draw.prompt + 2 * room)}
         room *= 2

@@ -102,9 +102,9 @@ def read_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
     states = 0
     for rows in every:
         tower, kept = rows.vision
-        fixed = rows.casts + rows.stream + states
-        layer = rows.layer + (_observed(rows) if rows.read.taps else 0)
-        for moment in (layer, tower + kept, rows.table + rows.stream):
+        # states leave the program, unless it reads them itself
+        fixed = rows.casts + states + (0 if rows.read.head in ("logprobs", "choice") else rows.stream)
+        for moment in (rows.layer, tower + kept, rows.table + rows.stream, _observed(rows) if rows.read.taps else 0):
             yield together(batch, {"activations": fixed + moment})
         states += rows.stream
     last = every[-1]
@@ -116,20 +116,23 @@ def read_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
 
 
 def _observed(rows: Rows) -> int:
-    """What calibration makes of a layer: its activations in float32, of them two masked for text and for images; and
-    the sums of all layers, x xᵀ [2, L, D, D] above all, cut as an embedding is."""
-    domains, wide = 2 if rows.read.patches else 1, FLOAT // rows.width if rows.width < FLOAT else 1
-    activations = wide * (3 * rows.stream + rows.hidden) + domains * wide * rows.stream
-    D = rows.spec.width
-    second_moments = domains * (rows.spec.layers + 2) * D * rows.shards.cut(D, "embed") * FLOAT
-    return activations + second_moments + 2 * D * D * FLOAT
+    """What calibration makes of a layer: sums of x xᵀ over tokens, float32, text apart from images. They are cut in D
+    as an embedding is, and so is the product: a device multiplies all rows of the batch, with all of D, by its part of
+    theirs; its own rows are there as they came, in order and exchanged. And the sums of all layers, [2, L, D, D]."""
+    domains, D = 2 if rows.read.patches else 1, rows.spec.width
+    product = rows.read.rows * rows.read.length * D * FLOAT + 3 * rows.stream * FLOAT // rows.width
+    return product + domains * rows.spec.layers * D * rows.shards.cut(D, "embed") * FLOAT + rows.hole
 
 
 # ---- surgery ---------------------------------------------------------------------------------------------------------
 
 
 def cut_moments(cut: Cut, mesh: Mesh) -> Iterator[Moment]:
-    """The source stays as it is; a step makes a model of another one, no larger than the source, in float32."""
-    source, target = (Shards(model.spec, model.rules, mesh).size() * FLOAT for model in (cut.source, cut.target))
-    D = cut.source.spec.width
-    yield {"surgery": source + target, "basis": D * D * FLOAT}
+    """The source stays as it is; a step makes a model of another one, no larger than the source, in float32. Neurons
+    are taken along an axis that is cut, and come whole in it: three matrices, and the one that they are put in."""
+    source, target = (Shards(model.spec, model.rules, mesh) for model in (cut.source, cut.target))
+    spec, D = cut.target.spec, cut.source.spec.width
+    taken = 0
+    if spec.mlp_width != cut.source.spec.mlp_width:
+        taken = 4 * spec.layers * spec.mlp_width * target.cut(spec.width, "embed") * FLOAT
+    yield {"surgery": (source.size() + target.size()) * FLOAT + taken, "basis": D * D * FLOAT}

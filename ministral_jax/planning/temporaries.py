@@ -184,11 +184,12 @@ class Rows:
 
     @property
     def residuals(self) -> int:
-        """What is kept of every layer for its backward pass: its input alone with remat "full"; also every matrix
-        product's result with "dots", and the attention's with "none"."""
+        """What is kept of every layer for its backward pass: its input alone with remat "full"; also the matrix
+        products' results but for the last one's, which nothing but the next layer's input needs, with "dots"; and the
+        attention's with "none"."""
         kept = self.stream
         if self.read.compute.remat != "full":
-            kept += 2 * self.stream + 2 * self.hidden + self.queries + 2 * self.keys
+            kept += self.stream + 2 * self.hidden + self.queries + 2 * self.keys
         if self.read.compute.remat == "none":
             kept += self.queries
         return self.spec.layers * kept

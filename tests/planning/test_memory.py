@@ -22,6 +22,7 @@ from ministral_jax.planning.drawing import draw_moments
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.memory import stage_memory
 from ministral_jax.planning.reading import read_moments
+from ministral_jax.planning.shards import ITEMSIZE, Shards
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph, Job
@@ -67,30 +68,47 @@ def test_an_update_needs_what_the_compiler_allots(found):
     arguments, temporaries = in_program(work, memory)
     allotted = found["bytes"].get("argument", arguments) + found["bytes"]["temp"]
     assert arguments + temporaries == pytest.approx(allotted, rel=0.10)
-    assert arguments == pytest.approx(found["bytes"].get("argument", arguments), rel=0.01)
+    # a program is not given what it does not read: the vision tower where no row has an image
+    assert arguments == pytest.approx(found["bytes"].get("argument", arguments), rel=0.02)
 
 
-@of("evaluate/states")
-def test_an_evaluation_needs_what_the_compiler_allots(found):
-    work, memory, mesh = planned(found["stage"], found["machine"], tuple(found["overrides"]))
-    student = work.phase("evaluate").work[-1]
-    fullest = max(read_moments((student,), mesh), key=lambda moment: sum(moment.values()))
-    predicted = sum(fullest.values()) - fullest["batch"] // 2 + sizes(memory, "evaluate")["student: weights"]
-    allotted = found["bytes"]
-    assert predicted == pytest.approx(allotted["argument"] + allotted["temp"] + allotted["output"], rel=0.10)
+def allotted(found):
+    """To a program that runs: what comes out of it where it is no argument's place."""
+    size = found["bytes"]
+    return size["argument"] + size["temp"] + size["output"] - size["alias"]
 
 
-@of("sample/start", "sample/chunk")
+READS = {"evaluate/states": ("evaluate", -1), "calibrate": ("calibrate", 0), "reference": ("step", 0)}
+"""The phase in which a program runs, and which of its reads it is."""
+
+
+@of(*READS)
+def test_reading_needs_what_the_compiler_allots(found):
+    work, _, mesh = planned(found["stage"], found["machine"], tuple(found["overrides"]))
+    phase, place = READS[found["program"]]
+    read = work.phase(phase).work[place]
+    fullest = max(read_moments((read,), mesh), key=lambda moment: sum(moment.values()))
+    beside = fullest["batch"] // 2 if read.streamed else 0
+    held = Shards(read.model.spec, read.model.rules, mesh).size() * ITEMSIZE[read.model.dtype]
+    assert sum(fullest.values()) - beside + held == pytest.approx(allotted(found), rel=0.10)
+
+
+@of("cut/mlp")
+def test_surgery_needs_what_the_compiler_allots(found):
+    memory = planned(found["stage"], found["machine"], tuple(found["overrides"]))[1]
+    assert sum(sizes(memory, "surgery").values()) == pytest.approx(allotted(found), rel=0.10)
+
+
+@of("sample/start", "sample/fork", "sample/chunk")
 def test_sampling_needs_what_the_compiler_allots(found):
-    """The chunks that are drawn while there is room for the first tokens."""
+    """Prompts are read, answers begin, and tokens are drawn while there is room for the first ones."""
     first = (f"stages.{found['stage']}.max_completion_length=256",)
     work, memory, mesh = planned(found["stage"], found["machine"], (*found["overrides"], *first))
-    moments = list(draw_moments(work.phase("sample").work[0], mesh))
-    moment = moments[0] if found["program"] == "sample/start" else moments[-1]
-    predicted = sum(moment.values()) + sizes(memory, "sample")["policy: weights"]
-    allotted = found["bytes"]
-    total = allotted["argument"] + allotted["temp"] + allotted["output"] - allotted["alias"]
-    assert predicted == pytest.approx(total, rel=0.10)
+    start, *_, fork, chunk = draw_moments(work.phase("sample").work[0], mesh)
+    moment = {"sample/start": start, "sample/fork": fork, "sample/chunk": chunk}[found["program"]]
+    held = 0 if moment is fork else sizes(memory, "sample")["policy: weights"]
+    # keys may go before values come, so that a fork needs less
+    assert sum(moment.values()) + held == pytest.approx(allotted(found), rel=0.15 if moment is fork else 0.10)
 
 
 @pytest.mark.parametrize(
