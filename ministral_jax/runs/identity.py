@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import AnyStage
-from ministral_jax.settings import ANYWHERE
 from ministral_jax.stages import Stage
 
 Identity = dict[str, Any]
@@ -32,7 +31,7 @@ def identity(
         contents: see `Stage.contents`.
         anywhere: whether paths are left out, for a comparison by content.
     """
-    config = stage.model_dump(mode="json", by_alias=True, exclude=set(stage.incidental), context={ANYWHERE: anywhere})
+    config = stage.making(anywhere=anywhere)
     return {"config": config, "spec": spec.model_dump(mode="json"), "contents": dict(contents or {})}
 
 

@@ -8,7 +8,7 @@ reports stages learns of a verb from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.explain import explain, suggest
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import abstract_params, init_params, param_shardings, placed_params
-from ministral_jax.settings import Frozen, merge
+from ministral_jax.settings import ANYWHERE, Frozen, merge
 from ministral_jax.stages.figures import Curve, Figure
 from ministral_jax.stages.manifest import finished, refuse_export
 from ministral_jax.training.checkpoint import load_params, save_params
@@ -74,8 +74,9 @@ class Stage(Frozen):
     """Whether its tokens and its KL are those of the family's recovery from pruning."""
     incidental: ClassVar[frozenset[str]] = frozenset(
         {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "optional", "workers", "track", "profile"}
+        | {"microbatches", "batch.microbatches", "loss.chunk"}
     )
-    """Settings that say where and how a result is computed, and do not make it another one."""
+    """Settings that say where and how a result is computed, and do not make it another one, beyond rounding."""
 
     do: str
     source: str | None = Field(default=None, alias="from")
@@ -83,6 +84,18 @@ class Stage(Frozen):
     """Run only when it is named, when another stage needs it, or with `--all`."""
     mesh: MeshConfig = MeshConfig()
     sharding: Rules = Rules()
+
+    def making(self, also: Collection[str] = (), anywhere: bool = False) -> dict[str, Any]:
+        """The settings that make the result what it is, as JSON: all but the incidental ones and those of `also`.
+        `anywhere`: paths are left empty."""
+        left_out: dict[str, Any] = {}
+        for name in (*self.incidental, *also):
+            outer, _, inner = name.partition(".")
+            if not inner:
+                left_out[outer] = True
+            elif left_out.get(outer) is not True:
+                left_out.setdefault(outer, set()).add(inner)
+        return self.model_dump(mode="json", by_alias=True, exclude=left_out, context={ANYWHERE: anywhere})
 
     def inputs(self) -> dict[str, str]:
         """Stages that must be finished first, by their role: the source is the parent."""

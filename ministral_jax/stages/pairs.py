@@ -24,7 +24,6 @@ from ministral_jax.distributed.processes import saving
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, file_digest, write_json, write_text
 from ministral_jax.losses.preference import decide
-from ministral_jax.settings import ANYWHERE
 from ministral_jax.stages import online
 from ministral_jax.stages.base import Job, Program, Result, load_stage
 from ministral_jax.stages.figures import LOOP_RATE, Figure
@@ -116,7 +115,7 @@ def pairs_of(directory: Path) -> Path:
 def _made_of(job: Job[Pairs]) -> str:
     """Of all that decides on the pairs of a round: what was begun with other settings, data or inputs is not used."""
     inputs = {role: digest(job.run_dir / name) for role, name in job.stage.inputs().items()}
-    settings = job.stage.model_dump(mode="json", exclude={*job.stage.incidental, "rounds"}, context={ANYWHERE: True})
+    settings = job.stage.making({"rounds"}, anywhere=True)
     return digest_of([settings, job.stage.contents(job.data_root), inputs])
 
 

@@ -63,15 +63,13 @@ def test_what_does_not_divide_is_found(model):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_machine_changes_where_and_how_a_result_is_computed_alone(machine):
-    """Beside the mesh: microbatches, and how many positions the loss takes at a time."""
+def test_what_was_made_on_one_machine_goes_on_on_another(machine):
+    """Meshes, microbatches and how many positions the loss takes at a time are all that differs."""
     plain = load_recipe("configs/ministral3.yaml")
     for name, stage in load_recipe("configs/ministral3.yaml", [f"configs/machines/{machine}.yaml"]).stages.items():
-        was, now = (
-            one.model_dump(exclude={"mesh": True, "microbatches": True, "batch": {"microbatches"}, "loss": {"chunk"}})
-            for one in (plain.stages[name], stage)
-        )
-        assert was == now, name
+        assert stage.making() == plain.stages[name].making(), name
+    longer = load_recipe("configs/ministral3.yaml", ["stages.14b-short.batch.sequences=512"]).stages["14b-short"]
+    assert longer.making() != plain.stages["14b-short"].making()
 
 
 @pytest.mark.parametrize("machine", MACHINES)
