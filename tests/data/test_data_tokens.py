@@ -42,7 +42,7 @@ REAL_VISION = VisionSpec()
 
 
 def test_cut_vocabulary_is_the_beginning_of_the_bundled_one(tokenizer):
-    bundled = Tekkenizer.from_file(tokenizer_module._BUNDLED)
+    bundled = Tekkenizer.from_file(tokenizer_module._bundled())
     cut = Tekkenizer.from_file(tokenizer.path)
     assert tokenizer.vocab == cut.n_words == 2048
     for i in range(64, 2048):

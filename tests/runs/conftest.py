@@ -20,7 +20,7 @@ def home(tmp_path_factory) -> Path:
     bundled = load_recipe(write(home, {**RECIPE, "data": {**RECIPE["data"], "tokenizer": {"file": "bundled"}}}))
     from ministral_jax.data import tokenizer
 
-    shutil.copy(tokenizer._BUNDLED, home / "tekken.json")
+    shutil.copy(tokenizer._bundled(), home / "tekken.json")
     assert bundled.stages["parent"].data.sources["web"].path == str(home / "rows.jsonl")
     write(home, RECIPE)
     run(home, "first")
