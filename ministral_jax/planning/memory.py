@@ -118,7 +118,7 @@ def _largest(model: Held) -> int:
 
 def _host(work: StageWork, mesh: Mesh, hosts: int) -> int:
     """Batches in flight, and what is being written or read: the host's share of a state or of a model, as a copy."""
-    batches = [AHEAD * _host_batch(each, mesh, hosts) for phase in work.phases for each in phase.work]
+    batches = [AHEAD * _host_batch(each, mesh) for phase in work.phases for each in phase.work]
     shares = [_state(model) // hosts for model in work.held if model.learns]
     for phase in work.phases:
         for each in phase.work:
@@ -131,20 +131,18 @@ def _host(work: StageWork, mesh: Mesh, hosts: int) -> int:
     return max(batches, default=0) + max(shares, default=0)
 
 
-def _host_batch(work: Work, mesh: Mesh, hosts: int) -> int:
+def _host_batch(work: Work, mesh: Mesh) -> int:
     """The rows of a global batch that a host's devices hold."""
     if not isinstance(work, Read):
         return 0
-    return math.ceil(work.rows * _share(work, mesh, hosts)) * sum(row_bytes(work))
+    return math.ceil(work.rows * _share(work, mesh)) * sum(row_bytes(work))
 
 
-def _share(read: Read, mesh: Mesh, hosts: int) -> float:
-    """The share of a batch's rows on one host, whose devices are neighbours in the mesh: those along the axes that do
-    not cut rows hold the same."""
+def _share(read: Read, mesh: Mesh) -> float:
+    """The share of a batch's rows on one host: its devices along the axes that do not cut rows hold the same."""
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
     axes = tuple(n for n, axis in enumerate(mesh.axis_names) if axis not in read.model.rules.batch)
-    one = (processes == processes.flat[0]).any(axis=axes)
-    return max(float(one.mean()), 1 / hosts if one.all() and hosts == 1 else 0)
+    return float((processes == processes.flat[0]).any(axis=axes).mean())
 
 
 def _state(model: Held) -> int:

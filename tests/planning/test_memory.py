@@ -1,8 +1,8 @@
 """What stages hold, against what XLA's compiler for TPUs allots to the programs of the shipped recipe.
 
-`golden/compiled.json` holds its figures per device, with libtpu 0.0.52: of the programs of `Stage.programs` for a mesh
-of `topologies.get_topology_desc(machine)`, as `Program.lower().compile().memory_analysis()` says them. A program that
-does not fit is refused, with the size of its temporaries.
+`golden/compiled.json` holds its figures per device: `memory_analysis()` of what `planning.compile.compile_stage` makes
+of the stage's programs, with libtpu 0.0.52 and all layers; `make aot` does so anew with a few. A program that does not
+fit is refused with the size of its temporaries alone.
 """
 
 import json
