@@ -196,6 +196,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--sizes", **pairs, metavar="STAGE=PRESET", help="sizes of an import that is not here")
     plan.add_argument("--assume", **pairs, metavar="NAME=VALUE", help="another figure of the model, see docs/plan.md")
     plan.add_argument("--search", action="store_true", help="find meshes, microbatches and remat that are faster")
+    plan.add_argument(
+        "--compile", action="store_true", help="ask XLA's compiler too, of the stages named; minutes each"
+    )
     plan.add_argument("--run-dir", type=_directory, help="with --on here, where the run would be written")
     plan.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures too")
     plan.set_defaults(command=_plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,17 @@ from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest
 from ministral_jax.files import write_json
 from ministral_jax.planning.assumptions import Assumptions
+from ministral_jax.planning.compile import (
+    Target,
+    cache_directory,
+    compile_stage,
+    prepare_environment,
+    target_here,
+    target_of,
+)
+from ministral_jax.planning.compiled_table import compiled_view
 from ministral_jax.planning.machine import Machine, parse_machine
-from ministral_jax.planning.plan import make_plan, to_json
+from ministral_jax.planning.plan import Plan, make_plan, to_json
 from ministral_jax.planning.search import search
 from ministral_jax.planning.table import choices_view, plan_view
 from ministral_jax.recipe.layers import sort_words
@@ -25,6 +34,8 @@ from ministral_jax.yaml12 import load as read_value
 
 def run_plan(args: argparse.Namespace) -> int:
     """Returns 2 where something makes the recipe impossible on the machine, else 0. Raises `UserError`."""
+    if args.compile and args.on != "here":
+        prepare_environment()
     machine = _machine(args.on, args.slices)
     settings, stages = sort_words(args.rest)
     assume = parse_assumptions(args.assume)
@@ -32,13 +43,30 @@ def run_plan(args: argparse.Namespace) -> int:
     names = order(recipe, list(recipe.stages) if args.all else stages)
     here = (args.run_dir or Path("runs") / recipe.name) if args.on == "here" else None
     plan = make_plan(recipe, names, machine, _pairs(args.sizes, "--sizes"), assume=assume, price=args.price, here=here)
-    if args.output is not None:
-        write_json(args.output, to_json(plan))
     _print(plan_view(plan))
+    record = to_json(plan)
+    if args.compile:
+        record["compiled"] = _compiled(plan, stages, target_here() if args.on == "here" else target_of(machine))
+    if args.output is not None:
+        write_json(args.output, record)
     for stage in plan.stages if args.search else ():
         if stage.time is not None and stage.time.step_seconds:
             _print(choices_view(plan, stage, search(plan.context, stage.name, assume)))
     return 0 if plan.is_possible else 2
+
+
+def _compiled(plan: Plan, wanted: Sequence[str], target: Target) -> dict[str, Any]:
+    """What the compiler says of the stages that were named, or of all, stage by stage as it says it."""
+    found: dict[str, Any] = {}
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    for stage in plan.stages:
+        job = plan.context.jobs.get(stage.name)
+        if job is not None and (not wanted or stage.name in wanted):
+            programs = compile_stage(job, target, cache_directory(), say=say)
+            found[stage.name] = [program.model_dump() for program in programs]
+            if programs:
+                _print(compiled_view(stage, programs))
+    return found
 
 
 def _machine(text: str, slices: int) -> Machine:

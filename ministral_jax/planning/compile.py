@@ -96,8 +96,15 @@ def cache_directory() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "ministral_jax" / "plan"
 
 
-def devices_of(machine: Machine) -> list[Any]:
-    """Devices that programs can be compiled for. Call `prepare_environment` first.
+class Target(NamedTuple):
+    """Devices that programs can be compiled for, and what they are called."""
+
+    name: str
+    devices: list[Any]
+
+
+def target_of(machine: Machine) -> Target:
+    """A machine that need not be there. Call `prepare_environment` first.
 
     Raises:
         UserError: GPUs; libtpu is not installed, or does not know the topology.
@@ -108,31 +115,37 @@ def devices_of(machine: Machine) -> list[Any]:
         raise UserError(f"--compile on {machine.name} needs libtpu, without a TPU: pip install 'ministral-jax[aot]'")
     several = {"num_slices": machine.slices} if machine.slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(machine.name, platform="tpu", **several).devices)
+        devices = list(topologies.get_topology_desc(machine.name, platform="tpu", **several).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--compile on {machine.name}: libtpu says {str(error).splitlines()[0]}") from None
+    return Target(f"{machine.name}, {machine.slices} slices", devices)
+
+
+def target_here() -> Target:
+    """The devices of this job."""
+    devices = jax.devices()
+    return Target(f"{len(devices)} x {devices[0].device_kind}", devices)
 
 
 def compile_stage(
-    job: Job[Any], machine: Machine, cache: Path, wanted: Sequence[str] = (), say: Callable[[str], None] = print
+    job: Job[Any], target: Target, cache: Path, wanted: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> list[Compiled]:
-    """Every program of a stage (or those `wanted`) on a machine; the job's own mesh does not matter.
+    """Every program of a stage (or those `wanted`) on other devices; the job's own mesh does not matter.
 
     `cache`: where answers are kept; a program that was compiled before, by the same compiler for the same devices, is
     lowered and no more.
 
     Raises:
-        UserError: see `devices_of`; the stage's mesh or batches do not fit the machine.
+        UserError: the stage's mesh or batches do not fit the devices.
     """
-    mesh = make_mesh(job.stage.mesh, devices_of(machine))
+    mesh = make_mesh(job.stage.mesh, target.devices)
     job = replace(job, mesh=mesh)
     job.stage.check_mesh(job)
     block, found = job.stage.compute.attention_block if hasattr(job.stage, "compute") else 1, []
-    topology = f"{machine.name}, {machine.slices} slices"
     for name, program in job.stage.programs(job).items():
         if not wanted or name in wanted:
-            say(f"compiling {name} of {job.name} for {machine.name}")
-            found.append(compile_program(name, program, mesh, _visited(program, block), (topology, cache)))
+            say(f"compiling {name} of {job.name} for {target.name}")
+            found.append(compile_program(name, program, mesh, _visited(program, block), (target.name, cache)))
     return found
 
 

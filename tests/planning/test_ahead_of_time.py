@@ -5,7 +5,7 @@ from paths import ROOT
 from test_memory import in_program
 
 from ministral_jax.models.spec import PRESETS
-from ministral_jax.planning.compile import compile_stage, prepare_environment
+from ministral_jax.planning.compile import compile_stage, prepare_environment, target_of
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.memory import stage_memory
 from ministral_jax.planning.work import stage_work
@@ -34,7 +34,7 @@ def planned():
 def compiled(planned, tmp_path_factory):
     stage, graph, machine = planned
     job = Job(STAGE, stage, graph.specs[STAGE], graph, tmp_path_factory.mktemp("none"), machine.mesh(stage.mesh))
-    (step,) = compile_stage(job, machine, tmp_path_factory.mktemp("cache"), ["step"])
+    (step,) = compile_stage(job, target_of(machine), tmp_path_factory.mktemp("cache"), ["step"])
     return step
 
 

@@ -1,6 +1,7 @@
 """What the compiler says of a program: its figures, kept by digest, and what is said where it cannot be asked."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -9,19 +10,26 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from paths import TESTS
+from rich.console import Console
 
+from ministral_jax.cli import main
 from ministral_jax.distributed.placement import MeshConfig, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.planning import compile as compiling
+from ministral_jax.planning import here
 from ministral_jax.planning.compile import (
     Compiled,
     Traffic,
     cache_directory,
     compile_program,
-    devices_of,
     prepare_environment,
+    target_of,
 )
+from ministral_jax.planning.compiled_table import compiled_view
 from ministral_jax.planning.machine import parse_machine
+from ministral_jax.planning.memory import Item, PhaseMemory, StageMemory
+from ministral_jax.planning.plan import StagePlan
 from ministral_jax.stages.base import Program
 
 ROWS, WIDTH = 16, 64
@@ -116,10 +124,10 @@ def test_where_programs_are_kept(monkeypatch, tmp_path):
 
 def test_what_cannot_be_compiled_for(monkeypatch):
     with pytest.raises(UserError, match="--compile on h100:8: a program for a GPU can be compiled only where"):
-        devices_of(parse_machine("h100:8"))
+        target_of(parse_machine("h100:8"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"v5p:2x2x1 needs libtpu.*pip install 'ministral-jax\[aot\]'"):
-        devices_of(parse_machine("v5p:2x2x1"))
+        target_of(parse_machine("v5p:2x2x1"))
 
 
 def test_what_libtpu_does_not_know_is_said_in_one_line(monkeypatch):
@@ -129,7 +137,36 @@ def test_what_libtpu_does_not_know_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(compiling.topologies, "get_topology_desc", unknown)
     with pytest.raises(UserError, match=r"libtpu says INVALID_ARGUMENT: no such topology$"):
-        devices_of(parse_machine("v5p:2x2x1"))
+        target_of(parse_machine("v5p:2x2x1"))
+
+
+def test_the_command_asks_the_compiler_of_what_is_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(here, "measured_peaks", lambda: (8e10, 4e10))
+    mesh = ["mesh.fsdp=2", "mesh.tensor=2", "mesh.context=2"]
+    words = ["plan", str(TESTS / "micro.yaml"), "14b-pruned", *mesh, "--on", "here", "--compile"]
+    main([*words, "--output", str(tmp_path / "plan.json")])
+    output = capsys.readouterr()
+    assert "14b-pruned: what the compiler allots" in output.out and "parent: what" not in output.out
+    assert "compiling calibrate of 14b-pruned for 8 x cpu" in output.err
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["compiled"].values()
+    names = {Compiled.model_validate(program).name for program in found}
+    assert names == {"calibrate", "cut/mlp", "evaluate/states", "evaluate/figures"}
+    assert len(list(cache_directory().iterdir())) == len(names)
+
+
+def test_a_table_of_what_fits_and_what_does_not():
+    step = Compiled(
+        name="step", seconds=90, temporaries=2**31, traffic=(Traffic(("fsdp", "data"), "all-gather", 1, 10**9),)
+    )
+    phase = PhaseMemory("step", (Item("batch", 3 * 2**30),))
+    stage = StagePlan("short", None, None, {}, StageMemory((phase,), 0, 0), None)  # type: ignore[arg-type]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(compiled_view(stage, [step, step.model_copy(update={"name": "cut/mlp", "available": 2**30})]))
+    fits, refused = (line for line in shown.get().splitlines() if "GiB" in line)
+    assert "2.0 GiB" in fits and "3.0 GiB" in fits and "fsdp+data 1.0 GB" in fits
+    assert "2.0 of 1.0 GiB" in refused and "3.0 GiB" not in refused
 
 
 def test_figures_go_through_json():
