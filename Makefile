@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos chaos-short slurm parity aot wheel docs notebooks lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short slurm parity aot plan wheel docs notebooks lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make aot       a step of the real family compiled for 64 TPU chips that are not there (2 to 5 minutes)"
+	@echo "make plan      what XLA's compiler allots to the real family on TPUs that are not there, beside what is predicted (about 20 minutes on 2 cores, the second time 2)"
 	@echo "make wheel     a wheel, checked far from the checkout"
 	@echo "make lint      formatting, lint, spelling, the order of imports, and types"
 	@echo "make docs      the site, in build/site"
@@ -62,6 +63,14 @@ parity: $(VENV)/parity
 
 aot: $(VENV)/aot/installed
 	PYTHONPATH=$(VENV)/aot $(BIN)/python -m pytest -m aot tests/planning
+
+# Short rows on 64 and 128 chips, long ones on 512, and an online stage, which samples.
+PLAN := PYTHONPATH=$(VENV)/aot $(BIN)/ministral-jax plan --compile
+plan: $(VENV)/aot/installed
+	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-128.yaml 14b-short 8b-short 3b-short --on v5p:4x4x4
+	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-256.yaml 14b-short --on v5p:4x4x8
+	$(PLAN) configs/ministral3_base.yaml 14b-base --on v5p:8x8x8 stages.14b-pruned.batch.sequences=128 stages.14b-short.batch.sequences=512 stages.14b-base.batch.sequences=32 stages.14b-base.batch.microbatches=1
+	$(PLAN) configs/ministral3.yaml configs/machines/v5p-128.yaml 14b-instruct --on v5p:4x4x4 stages.14b-instruct.evaluate=null
 
 # A wheel alone, far from the checkout, finds the recipes that it carries.
 wheel: $(VENV)/installed

@@ -118,7 +118,7 @@ def target_of(machine: Machine) -> Target:
         devices = list(topologies.get_topology_desc(machine.name, platform="tpu", **several).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--compile on {machine.name}: libtpu says {str(error).splitlines()[0]}") from None
-    return Target(f"{machine.name}, {machine.slices} slices", devices)
+    return Target(f"{machine.slices} x {machine.name}" if several else machine.name, devices)
 
 
 def target_here() -> Target:
