@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 
 from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, write_text
+from ministral_jax.files import digest_of, file_digest, write_text
+from ministral_jax.planning import hlo, traffic
 from ministral_jax.planning.hlo import Buffer, Module, live_at_peak
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.traffic import Collective, collectives
@@ -171,7 +172,8 @@ def compile_program(
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    """Of the compiler, and of what reads its programs."""
+    found = {Path(module.__file__ or "").name: file_digest(Path(module.__file__ or "")) for module in (hlo, traffic)}
     for name in ("jax", "jaxlib", "libtpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -174,7 +174,9 @@ def _called(
 ) -> Iterator[tuple[str, float | None]]:
     if i.opcode == "while":
         condition, body = (re.findall(rf"\b{k}=%?([\w.\-]+)", i.rest)[0] for k in ("condition", "body"))
-        yield from ((name, _trips(i, beside, computations[condition])) for name in (body, condition))
+        yield from (
+            (name, _trips(i, beside, computations[condition], computations[body])) for name in (body, condition)
+        )
     elif not i.opcode.endswith(("-done", "-update")):
         for match in _CALLS.finditer(i.rest):
             names = re.match(r"\{([^}]*)\}|%?([\w.\-]+)", i.rest[match.end() :])
@@ -182,9 +184,11 @@ def _called(
                 yield name, 1
 
 
-def _trips(loop: Instruction, beside: dict[str, Instruction], condition: list[Instruction]) -> int | None:
-    """Trip count of a loop: as noted on it (CPU, GPU); else, of a counter that goes up by 1, the constant that it is
-    compared with less the one that it begins with (TPU)."""
+def _trips(
+    loop: Instruction, beside: dict[str, Instruction], condition: list[Instruction], body: list[Instruction]
+) -> int | None:
+    """Trip count of a loop: as noted on it (CPU, GPU); else, of a counter, from the constant that it is compared with,
+    the one that it begins with and the one that is added to it (TPU, which takes two rounds at once of some loops)."""
     if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
         return int(known.group(1))
     named = {i.name: i for i in condition}
@@ -198,7 +202,19 @@ def _trips(loop: Instruction, beside: dict[str, Instruction], condition: list[In
     start = beside.get(beside[loop.operands[0]].operands[int(index.group(1))])
     while start is not None and start.opcode == "copy":
         start = beside.get(start.operands[0])
-    return int(limit.operands[0]) - (int(start.operands[0]) if start and start.opcode == "constant" else 0)
+    first = int(start.operands[0]) if start and start.opcode == "constant" else 0
+    step = _step(body, int(index.group(1)))
+    return None if step is None else -((first - int(limit.operands[0])) // step)
+
+
+def _step(body: list[Instruction], index: int) -> int | None:
+    """What a loop adds to its counter."""
+    named, root = {i.name: i for i in body}, body[-1]
+    new = named.get(root.operands[index]) if root.opcode == "tuple" else None
+    while new is not None and new.opcode == "copy":
+        new = named.get(new.operands[0])
+    added = [named[o] for o in new.operands if o in named] if new is not None and new.opcode == "add" else []
+    return next((int(i.operands[0]) for i in added if i.opcode == "constant"), None)
 
 
 def _callers_first(edges: dict[str, list[tuple[str, float | None]]], entry: str) -> list[str]:

@@ -125,6 +125,42 @@ def test_a_loop_that_does_not_say_how_often_it_goes_round():
         Module.read(text).flops()
 
 
+LOOP = """HloModule jit_f
+
+%body (carry: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %carry = (s32[], f32[8,8]) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[8,8] get-tuple-element(%carry), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %y = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (s32[], f32[8,8]) tuple(%next, %y)
+}
+
+%condition (carry.1: (s32[], f32[8,8])) -> pred[] {
+  %carry.1 = (s32[], f32[8,8]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry.1), index=0
+  %limit = s32[] constant(9)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,8]) -> (s32[], f32[8,8]) {
+  %x.1 = f32[8,8] parameter(0)
+  %one = s32[] constant(1)
+  %begin = (s32[], f32[8,8]) tuple(%one, %x.1)
+  ROOT %loop = (s32[], f32[8,8]) while(%begin), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_counter_that_goes_up_by_two_as_in_programs_for_tpus():
+    assert Module.read(LOOP).flops() == 4 * 2 * 8**3
+    assert Module.read(LOOP.replace("constant(9)", "constant(8)")).flops() == 4 * 2 * 8**3
+    assert Module.read(LOOP.replace("constant(2)", "constant(1)")).flops() == 8 * 2 * 8**3
+    with pytest.raises(ValueError, match="trip count"):
+        Module.read(LOOP.replace("add(%i, %two)", "multiply(%i, %two)")).flops()
+
+
 PRODUCTS = {  # as TPU programs write them: of matrices, with batch dimensions, and with a result of several
     ("[1,32,8]", "[8,16,1]", "[1,32,16]"): ("window={size=1}, dim_labels=0bf_io0->0bf", 32 * 8 * 16),
     ("[4,3,32,8]", "[4,3,16,8]", "[4,3,32,16]"): (
