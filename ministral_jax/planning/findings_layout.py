@@ -284,7 +284,7 @@ def patches_divide(context: Context, name: str) -> Iterator[Finding]:
             continue
         block = vision.merge**2
         if read.patches % (parts * block):
-            near = max(1, read.patches // (parts * block)) * parts * block
+            near = -(-read.patches // (parts * block)) * parts * block
             yield warning(
                 name,
                 f"stages.{name}.data.patches = {read.patches} does not fall into {parts} parts (mesh.context) of whole "

@@ -167,7 +167,7 @@ PLANTS = {
     ),
     "patches": (
         V5P, LONG, ["data.patches=24192"], ["data.patches=24200"],
-        "warning", [".data.patches = 24200 does not fall into 16 parts", "24192"],
+        "warning", [".data.patches = 24200 does not fall into 16 parts", "24256"],
     ),
     "few tokens": (
         "v6e:8x8", SHORT, [], ["batch.length=128"],

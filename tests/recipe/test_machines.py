@@ -16,7 +16,7 @@ from ministral_jax.models.spec import PRESETS
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages import Graph, Job
 
-MACHINES = {"v5p-128": 64, "v5p-256": 128, "v6e-256": 256, "h100-32": 32}
+MACHINES = {"v5p-128": 64, "v5p-256": 128, "v5p-1024": 512, "v6e-256": 256, "h100-32": 32}
 """Devices of each."""
 RECIPES = ("ministral3_base", "ministral3")
 
