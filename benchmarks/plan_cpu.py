@@ -87,9 +87,8 @@ def predict(given: Setting, rows: int, peaks: tuple[float, float], assume: Assum
     """Seconds of a step where products run at peaks[0] FLOP/s and memory at peaks[1] bytes/s."""
     chip = Chip("here", ("cpu",), peaks[0], 0, peaks[1], 0, peaks[1], peaks[1], 1, 0)
     stage, graph = distil(given, PLACE, rows)
-    return stage_time(
-        stage_work(stage, given.student, graph), PLACE.mesh, Machine(chip, (1, 1)), stage, assume
-    ).step_seconds
+    work = stage_work(stage, given.student, graph)
+    return stage_time(work, PLACE.mesh, Machine(chip, (1, 1)), assume).step_seconds
 
 
 def fit(measured: Sequence[tuple[Callable[[tuple[float, float]], float], float]]) -> tuple[float, float]:

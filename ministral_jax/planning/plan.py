@@ -130,7 +130,7 @@ def _stage_plan(context: Context, name: str, assume: Assumptions) -> StagePlan:
     if (job := context.jobs.get(name)) is None:
         return StagePlan(name, stage, context.specs[name], None, None, None)
     memory = stage_memory(work, job.mesh, machine.hosts)
-    time = stage_time(work, job.mesh, machine, stage, assume)
+    time = stage_time(work, job.mesh, machine, assume)
     return StagePlan(name, stage, context.specs[name], dict(job.mesh.shape), memory, time)
 
 

@@ -105,11 +105,9 @@ def stage_time(
     work: StageWork,
     mesh: Mesh,
     machine: Machine,
-    stage: Any,
     assume: Assumptions = Assumptions(),  # noqa: B008
 ) -> StageTime:
-    """Predicted time of every phase of `stage`, which does `work` on `mesh` of `machine`."""
-    del stage  # its work says all
+    """Predicted time of every phase of a stage that does `work` on `mesh` of `machine`."""
     links = Links(mesh, machine, assume)
     step = work.phase("step")
     tokens = sum(w.rows * w.length for w in step.work if isinstance(w, Read) and w.learns) if step else 0

@@ -54,7 +54,7 @@ def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
         for settings, changed in _variants(stage, mesh, remat):
             if (fitting := _fitting(context, name, changed)) is not None:
                 work, job, memory = fitting
-                time = stage_time(work, job.mesh, machine, changed, assume)
+                time = stage_time(work, job.mesh, machine, assume)
                 plan = StagePlan(name, changed, spec, dict(job.mesh.shape), memory, time)
                 found.append(Choice(plan, settings))
                 break

@@ -16,7 +16,7 @@ def test_a_cpu_is_a_machine_of_its_devices_with_measured_peaks(monkeypatch):
     assert (machine.chip.flops, machine.chip.hbm_bandwidth) == (8e10 / count, 4e10 / count)
     mesh = machine.mesh(MeshConfig())
     assert mesh.size == count and list(mesh.devices.flat) == jax.devices()
-    assert stage_time(StageWork((), ()), mesh, machine, None).seconds == 0
+    assert stage_time(StageWork((), ()), mesh, machine).seconds == 0
 
 
 def test_peaks_are_measured_and_of_this_world():

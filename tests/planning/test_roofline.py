@@ -21,7 +21,7 @@ BF16 = Compute(dtype="bfloat16", remat="full")
 def step(read: Read, machine: str = "v5p:4x4x4", assume: Assumptions = Assumptions(), **mesh: int):  # noqa: B008
     machine = parse_machine(machine)
     work = StageWork((read.model,), (Phase("step", (read,), 10),))
-    return stage_time(work, machine.mesh(MeshConfig(**mesh)), machine, None, assume)
+    return stage_time(work, machine.mesh(MeshConfig(**mesh)), machine, assume)
 
 
 def reading(**changes) -> Read:

@@ -92,7 +92,7 @@ def distilling(machine: str, rows: int, length: int, microbatches: int, patches:
         Read(learner, **shape, head="kl", learns=True),
     )
     on = parse_machine(machine)
-    return stage_time(StageWork((), (Phase("step", reads),)), on.mesh(MeshConfig(**mesh)), on, None)
+    return stage_time(StageWork((), (Phase("step", reads),)), on.mesh(MeshConfig(**mesh)), on)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def tokens_per_second(spec: ModelSpec, name: str, mesh: dict[str, int], rows: in
     student = Held("student", spec, "float32", Rules(), True)
     read = Read(student, rows * machine.chips, length, BF16, head="ce", learns=True)
     work = StageWork((student,), (Phase("step", (read,)),))
-    time = stage_time(work, machine.mesh(MeshConfig(**mesh)), machine, None, Assumptions(fused=True))
+    time = stage_time(work, machine.mesh(MeshConfig(**mesh)), machine, Assumptions(fused=True))
     return time.tokens / time.step_seconds / machine.chips
 
 
