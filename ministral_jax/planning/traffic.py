@@ -19,6 +19,8 @@ import numpy as np
 
 from ministral_jax.planning.hlo import Instruction, Module, size
 
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+"""How programs of several TPU slices write a collective between them: it leaves through the host."""
 OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -63,7 +65,8 @@ def collectives(program: str | Module) -> list[Collective]:
         # how TPU programs write a reduce-scatter
         scatter = "scatter" in name and any(i.opcode == "dynamic-slice" for i in instructions)
         for i in instructions:
-            op = i.opcode.removesuffix("-start")
+            between = _BETWEEN_SLICES.search(i.rest) if i.opcode == "send" else None
+            op = between.group(1).lower().replace("_", "-") if between else i.opcode.removesuffix("-start")
             if op not in OPS or module.times[name] == 0:
                 continue
             times, (members, group) = round(module.runs(name)), _groups(i, module.devices)
@@ -71,7 +74,7 @@ def collectives(program: str | Module) -> list[Collective]:
                 op = "reduce-scatter"
             if group > 1:
                 shape = " ".join(shapes[o].split("{")[0] if o in shapes else "" for o in i.operands)
-                operand = sum(size(shapes[o]) for o in i.operands)
+                operand = sum(size(shapes[o]) for o in i.operands[: 1 if between else None])
                 found.append(Collective(op, operand, group, times, shape, i.source, members))
     return found
 
@@ -83,6 +86,9 @@ def by_kind(found: list[Collective]) -> dict[str, int]:
 
 def _groups(i: Instruction, devices: int) -> tuple[tuple[tuple[int, ...], ...], int]:
     """One of the groups, and its size; of a permutation the pairs, and how many devices send to another."""
+    if i.opcode == "send":  # the same device of every slice; slices come one after the other
+        slices = _slices(i)
+        return (tuple(range(0, devices, devices // slices)),), slices
     if i.opcode.startswith("collective-permute"):
         text = i.rest.partition("source_target_pairs=")[2].partition("}}")[0] + "}"
         pairs = tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", text))
@@ -98,6 +104,15 @@ def _groups(i: Instruction, devices: int) -> tuple[tuple[tuple[int, ...], ...], 
     else:
         raise ValueError(f"cannot read the groups of {i.name}: {i.rest[:200]}")
     return (tuple(group.tolist()),), len(group)
+
+
+def _slices(i: Instruction) -> int:
+    """How many exchange: `{1,2}x{0:3}` names slices, as a list or as first and last, and devices of each."""
+    named = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', i.rest)
+    if named is None:
+        raise ValueError(f"cannot read the slices of {i.name}: {i.rest[:200]}")
+    parts = (part.partition(":") for part in named.group(1).split(","))
+    return sum(int(last or first) - int(first) + 1 for first, _, last in parts)
 
 
 def _in_order(dims: str, axes: str | None) -> np.ndarray:

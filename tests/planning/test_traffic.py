@@ -105,6 +105,22 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
     assert found.axes({"data": 2, "fsdp": 2, "tensor": 4}) == GROUPS[groups]
 
 
+@pytest.mark.parametrize(("target", "slices"), [("{1,2}x{0:3}", 2), ("{1:4}x{0:3}", 4)])
+def test_what_slices_send_each_other(target, slices):
+    text = f"""HloModule jit_f, num_partitions={4 * slices}
+
+ENTRY %main (x: f32[64]) -> token[] {{
+  %x = f32[64] parameter(0)
+  %after = token[] after-all()
+  %send = (f32[64], u32[], token[]) send(%x, %after), frontend_attributes={{_xla_megascale_target="{target}",_xla_megascale_transfer_type="ALL_REDUCE"}}
+  ROOT %done = token[] send-done(%send)
+}}
+"""  # noqa: E501
+    (found,) = collectives(text)
+    assert (found.op, found.group, found.sent) == ("all-reduce", slices, 2 * (slices - 1) * 256 // slices)
+    assert found.axes({"slice": slices, "fsdp": 4}) == ("slice",)
+
+
 def test_products_count_as_often_as_they_run():
     def program(x, kernels):
         return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
