@@ -8,7 +8,7 @@ from pathlib import Path
 from ministral_jax.errors import UserError
 from ministral_jax.planning.booking import booking
 from ministral_jax.planning.findings import impossible
-from ministral_jax.recipe.launch import Launch, LaunchConfig
+from ministral_jax.recipe.launch import Launch
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.manifest import read_manifest
 
@@ -21,8 +21,7 @@ def refuse_misfit(recipe: Recipe, names: Sequence[str], job: Launch) -> None:
     """
     if (asked := booking(job)) is None:
         return
-    alone = recipe.model_copy(update={"launch": LaunchConfig()})  # another scheduler may be asked for other machines
-    if found := impossible(alone, names, asked.machine):
+    if found := impossible(recipe, names, asked.machine):
         raise UserError("\n".join(f"{asked.setting}: {finding}" for finding in found))
 
 

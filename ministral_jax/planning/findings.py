@@ -3,13 +3,15 @@ nothing is compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.planning import findings_layout, findings_models, findings_site, findings_time
 from ministral_jax.planning.finding import Context, Finding, error, merged
 from ministral_jax.planning.machine import Machine
+from ministral_jax.planning.memory import stage_memory
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.base import Graph
 
@@ -20,16 +22,27 @@ def find(context: Context) -> list[Finding]:
     """Everything that the checks find, errors first, then in the order of the stages; what is the same in several
     stages once."""
     found = [finding for check in findings_site.CHECKS for finding in check(context)]
-    found += [finding for name in context.names for check in OF_STAGES for finding in check(context, name)]
-    return sorted(merged(found), key=lambda finding: finding.level)
+    return sorted(merged([*found, *_of_stages(context)]), key=lambda finding: not is_error(finding))
 
 
 def impossible(recipe: Recipe, names: Sequence[str], machine: Machine) -> list[Finding]:
-    """The errors that need neither memory nor times of the stages, nor any file: sizes of an import that is not here
-    are not known, nor what depends on them."""
+    """The errors of stages that need no predicted times, nor any file: sizes of an import that is not here are not
+    known, nor what depends on them."""
     specs, faults = _known_specs(recipe, names)
-    found = find(Context(recipe, specs, tuple(names), machine))
-    return [*faults, *(finding for finding in found if finding.level == "error")]
+    context = Context(recipe, specs, tuple(names), machine)
+    fitting = {name: work for name, work in context.work.items() if name in context.jobs}
+    memory = {name: stage_memory(work, context.jobs[name].mesh, machine.hosts) for name, work in fitting.items()}
+    return [finding for finding in merged([*faults, *_of_stages(replace(context, memory=memory))]) if is_error(finding)]
+
+
+def _of_stages(context: Context) -> Iterator[Finding]:
+    for name in context.names:
+        for check in OF_STAGES:
+            yield from check(context, name)
+
+
+def is_error(finding: Finding) -> bool:
+    return finding.level == "error"
 
 
 def _known_specs(recipe: Recipe, names: Sequence[str]) -> tuple[dict[str, ModelSpec], list[Finding]]:

@@ -176,10 +176,11 @@ def answers_divide(context: Context, name: str) -> Iterator[Finding]:
     parts, shortest = 2 * job.mesh.shape["context"], stage.compute.shortest_row
     lengths = [bucket(shortest), bucket(bucket(shortest) + 1)]
     if parts > 2 and any(length % parts for length in lengths):
-        yield error(
+        yield warning(
             name,
-            f"stages.{name}.compute.shortest_row = {shortest} makes rows of {lengths[0]} and {lengths[1]} tokens, "
-            f"which mesh.context = {parts // 2} does not cut into {parts} equal parts; set it to {2 * parts} or more",
+            f"stages.{name}.compute.shortest_row = {shortest} lets rows of {lengths[0]} and {lengths[1]} tokens be "
+            f"made, which mesh.context = {parts // 2} does not cut into {parts} equal parts: a step without a "
+            f"longer row fails; set it to {2 * parts}",
         )
 
 

@@ -1,6 +1,6 @@
 """What is found wrong with a recipe on a machine: each fault planted as a setting, and nothing said without it."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 from paths import ROOT
@@ -11,6 +11,8 @@ from ministral_jax.planning.finding import Context, Finding, merged
 from ministral_jax.planning.findings import find, impossible
 from ministral_jax.planning.findings_site import needed
 from ministral_jax.planning.machine import parse_machine
+from ministral_jax.planning.memory import Item, PhaseMemory, StageMemory, stage_memory
+from ministral_jax.planning.roofline import Part, PhaseTime, StageTime, stage_time
 from ministral_jax.recipe.load import load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 
@@ -19,48 +21,19 @@ TEACHERS = dict.fromkeys(
 )
 
 
-@dataclass(frozen=True)
-class Item:
-    name: str
-    bytes: int
+def taking(step: float, **phases: float) -> StageTime:
+    """Seconds of one pass of phases."""
+    given = {"step": step, **phases}.items()
+    parts = {name: (Part("matmul", "matmul", seconds),) for name, seconds in given}
+    rare = {"step": 1.0} | dict.fromkeys(phases, 1e-9)
+    return StageTime(tuple(PhaseTime(name, rare[name], each, 0, 0, {}) for name, each in parts.items()), 0)
 
 
-@dataclass(frozen=True)
-class Phase:
-    phase: str
-    items: tuple[Item, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def total(self) -> int:
-        return sum(item.bytes for item in self.items)
-
-
-@dataclass(frozen=True)
-class Needed:
-    phases: tuple[Phase, ...]
-    host: int = 0
-    written: int = 0
-
-    @property
-    def peak(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.total)
-
-
-@dataclass(frozen=True)
-class Times:
-    phases: tuple[Phase, ...]
-    step_seconds: float
-
-
-def taking(step: float, **phases: float) -> Times:
-    return Times(tuple(Phase(name, seconds=seconds) for name, seconds in {"step": step, **phases}.items()), step)
-
-
-def holding(phase: str, weights: float, other: float, host: float = 0, written: float = 0) -> Needed:
+def holding(phase: str, weights: float, other: float, host: float = 0, written: float = 0) -> StageMemory:
     """In GB."""
     items = (Item("student: weights", int(weights * 1e9)), Item("activations", int(other * 1e9)))
-    return Needed((Phase("evaluate", items[:1]), Phase(phase, items)), int(host * 1e9), int(written * 1e9))
+    phases = (PhaseMemory("evaluate", items[:1]), PhaseMemory(phase, items))
+    return StageMemory(phases, int(host * 1e9), int(written * 1e9))
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +120,8 @@ PLANTS = {
     ),
     "answers and context": (
         V5P, ODPO, ["mesh.fsdp=4", "mesh.tensor=2", "mesh.context=8", "sharding.embed=[fsdp]"],
-        ["mesh.tensor=1", "mesh.context=16"], "error",
-        [".compute.shortest_row = 32 makes rows of 32 and 48", "mesh.context = 16", "set it to 64"],
+        ["mesh.tensor=1", "mesh.context=16"], "warning",
+        [".compute.shortest_row = 32 lets rows of 32 and 48", "mesh.context = 16", "set it to 64"],
     ),
     "padded evaluation": (
         V5P, SHORT, ["evaluate.rows=256"], ["evaluate.rows=64"],
@@ -211,6 +184,41 @@ PLANTS = {
         "error", ["launch.slurm.nodes = 2 with gpus_per_node = 8 asks for 16 chips"],
     ),
 }  # fmt: skip
+
+
+PREDICTED = {
+    # of real models of memory and time: stage, what is there before, what is planted, words of the finding
+    "GRPO's caches": (
+        GRPO,
+        [
+            *("max_prompt_length=2048", "max_completion_length=1024"),
+            *("evaluate.max_completion_length=1024", "evaluate.completions=0"),
+        ],
+        ["max_completion_length=32768"],
+        ["14b-stem needs", "in phase 'sample' (cache", "lower stages.14b-stem.max_completion_length"],
+    ),
+    "a long step and the watchdog": (
+        LONG, [], ["limits.slow=300"], ["limits.slow = 300 ends stages.14b-base, of which 'step' takes"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_predicted_memory_and_time_are_held_against_the_machine(family, name):
+    stage, before, plant, words = PREDICTED[name]
+    without = predicted(family, stage, of_stage(stage, before))
+    told = [one for one in predicted(family, stage, of_stage(stage, before + plant)) if one.level == "error"]
+    assert [one.text for one in without if one.level == "error"] == []
+    assert any(all(word in one.text for word in words) for one in told), told
+
+
+def predicted(family, stage, settings):
+    recipe, specs = family
+    context = Context(planted(recipe, settings), specs, (stage,), parse_machine(V5P))
+    work, mesh = context.work[stage], context.jobs[stage].mesh
+    memory = {stage: stage_memory(work, mesh, context.machine.hosts)}
+    times = {stage: stage_time(work, mesh, context.machine, context.stage(stage))}
+    return find(replace(context, memory=memory, times=times))
 
 
 def of_stage(stage: str, settings: list[str]) -> list[str]:
