@@ -69,7 +69,7 @@ PLAN := PYTHONPATH=$(VENV)/aot $(BIN)/ministral-jax plan --compile
 plan: $(VENV)/aot/installed
 	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-128.yaml 14b-short 8b-short 3b-short --on v5p:4x4x4
 	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-256.yaml 14b-short --on v5p:4x4x8
-	$(PLAN) configs/ministral3_base.yaml 14b-base --on v5p:8x8x8 stages.14b-pruned.batch.sequences=128 stages.14b-short.batch.sequences=512 stages.14b-base.batch.sequences=32 stages.14b-base.batch.microbatches=1
+	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-1024.yaml 14b-base --on v5p:8x8x8
 	$(PLAN) configs/ministral3.yaml configs/machines/v5p-128.yaml 14b-instruct --on v5p:4x4x4 stages.14b-instruct.evaluate=null
 
 # A wheel alone, far from the checkout, finds the recipes that it carries.
