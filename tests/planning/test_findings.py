@@ -217,7 +217,7 @@ def predicted(family, stage, settings):
     context = Context(planted(recipe, settings), specs, (stage,), parse_machine(V5P))
     work, mesh = context.work[stage], context.jobs[stage].mesh
     memory = {stage: stage_memory(work, mesh, context.machine.hosts)}
-    times = {stage: stage_time(work, mesh, context.machine, context.stage(stage))}
+    times = {stage: stage_time(work, mesh, context.machine)}
     return find(replace(context, memory=memory, times=times))
 
 
