@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ministral_jax.files import refuse_url
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ministral_jax.planning.plan import Plan
     from ministral_jax.recipe.types import Recipe
 
 
@@ -81,6 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         args.rest = [*args.rest, *more]
+    args.words = sys.argv[1:] if argv is None else argv
     return args
 
 
@@ -200,14 +203,21 @@ def _add_plan(commands: Any) -> None:
         "--compile", action="store_true", help="ask XLA's compiler too, of the stages named; minutes each"
     )
     plan.add_argument("--run-dir", type=_directory, help="with --on here, where the run would be written")
-    plan.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures too")
+    plan.add_argument(
+        "--output", type=Path, metavar="FILE.json | FILE.html", help="all figures, or a page with pictures"
+    )
     plan.set_defaults(command=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
     from ministral_jax.planning.command import run_plan
 
-    return run_plan(args)
+    def page(plan: Plan) -> str:
+        from ministral_jax.report.plan import plan_page  # loads Matplotlib
+
+        return plan_page(plan, shlex.join(["ministral-jax", *args.words]))
+
+    return run_plan(args, page)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 
 
@@ -9,8 +11,8 @@ from dataclasses import dataclass
 class Assumptions:
     """Shares are of the peaks that `chips.CHIPS` lists; times are in seconds. `docs/plan.md` has them as a table.
 
-    matmul: share of peak FLOP/s that a large matrix product reaches. 0.85: dense training with MaxText shows 65 to
-        71 % of the peak of a v5p with a forward pass that is partly computed again, so 85 to 90 % while it computes.
+    matmul: share of peak FLOP/s that a large matrix product reaches; with 0.8 published training comes out
+        neither too fast nor too slow.
     attention: the same of the two products of attention, whose tiles are small; fused kernels reach about half.
     memory: share of the memory's bandwidth that streaming reaches; 0.8 is what STREAM-like programs do.
     trip: one trip of a loop that the compiler does not unroll, beside its arithmetic: a dozen operations in turn, each
@@ -56,3 +58,10 @@ class Assumptions:
     norm_passes: float = 1.0
     highest: float = 6
     disk: float = 1e9
+
+
+def meanings() -> dict[tuple[str, ...], str]:
+    """What the docstring says of figures, by their names; some are explained together."""
+    text = inspect.cleandoc(Assumptions.__doc__ or "").partition("\n\n")[2]
+    entries = (entry.split(": ", 1) for entry in re.split(r"\n(?! )", text))
+    return {tuple(names.split(", ")): " ".join(said.split()) for names, said in entries}

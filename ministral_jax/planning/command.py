@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest
-from ministral_jax.files import write_json
+from ministral_jax.files import write_json, write_text
 from ministral_jax.planning.assumptions import Assumptions
 from ministral_jax.planning.compile import (
     Target,
@@ -32,8 +32,11 @@ from ministral_jax.recipe.load import load_recipe, order
 from ministral_jax.yaml12 import load as read_value
 
 
-def run_plan(args: argparse.Namespace) -> int:
-    """Returns 2 where something makes the recipe impossible on the machine, else 0. Raises `UserError`."""
+def run_plan(args: argparse.Namespace, page: Callable[[Plan], str]) -> int:
+    """What the command line asks for; `page` is what makes HTML of a plan. Returns 2 where something makes the recipe
+    impossible on the machine, else 0. Raises `UserError`."""
+    if args.output is not None and args.output.suffix not in (".json", ".html"):
+        raise UserError(f"--output {args.output}: must end in .json, for all figures, or in .html, for a page")
     if args.compile and args.on != "here":
         prepare_environment()
     machine = _machine(args.on, args.slices)
@@ -47,7 +50,9 @@ def run_plan(args: argparse.Namespace) -> int:
     record = to_json(plan)
     if args.compile:
         record["compiled"] = _compiled(plan, stages, target_here() if args.on == "here" else target_of(machine))
-    if args.output is not None:
+    if args.output is not None and args.output.suffix == ".html":
+        write_text(args.output, page(plan))
+    elif args.output is not None:
         write_json(args.output, record)
     for stage in plan.stages if args.search else ():
         if stage.time is not None and stage.time.step_seconds:

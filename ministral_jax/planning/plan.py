@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Plan:
     """Stages in the order in which they run, and what was found.
 
     price: of a chip for an hour, in any currency. presumed: stages whose checkpoints are not here, and the preset whose
-    sizes were taken.
+    sizes were taken. assume: what times were predicted with.
     """
 
     context: Context
@@ -61,6 +61,7 @@ class Plan:
     findings: tuple[Finding, ...]
     presumed: Mapping[str, str]
     price: float | None = None
+    assume: Assumptions = field(default_factory=Assumptions)
 
     @property
     def machine(self) -> Machine:
@@ -71,8 +72,22 @@ class Plan:
         return sum(stage.seconds for stage in self.stages)
 
     @property
+    def written(self) -> int:
+        """Bytes on disk if nothing is cleaned."""
+        return sum(stage.memory.written for stage in self.stages if stage.memory is not None)
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.level == "error" for finding in self.findings)
+
+    @property
     def is_possible(self) -> bool:
-        return not any(finding.level == "error" for finding in self.findings)
+        return not self.errors
+
+    @property
+    def title(self) -> str:
+        slices = f" x {self.machine.slices} slices" if self.machine.slices > 1 else ""
+        return f"{self.context.recipe.name} on {self.machine.name}{slices}"
 
     def chip_hours(self, seconds: float) -> float:
         return seconds / HOUR * self.machine.chips
@@ -122,7 +137,7 @@ def make_plan(
     memory = {stage.name: stage.memory for stage in stages if stage.memory is not None}
     times = {stage.name: stage.time for stage in stages if stage.time is not None}
     context = replace(context, memory=memory, times=times)
-    return Plan(context, stages, tuple(find(context)), presumed, price)
+    return Plan(context, stages, tuple(find(context)), presumed, price, assume)
 
 
 def _stage_plan(context: Context, name: str, assume: Assumptions) -> StagePlan:

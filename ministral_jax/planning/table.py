@@ -40,18 +40,15 @@ def plan_view(plan: Plan) -> RenderableType:
     for finding in plan.findings:
         colour = {"error": "bold red", "warning": "yellow"}[finding.level]
         lines.append(Text(f"{finding.level}: ", style=colour).append(str(finding), style="default"))
-    errors = sum(finding.level == "error" for finding in plan.findings)
-    lines.append(Text(f"{errors} errors, {len(plan.findings) - errors} warnings"))
+    lines.append(Text(f"{plan.errors} errors, {len(plan.findings) - plan.errors} warnings"))
     return Group(*lines)
 
 
 def stage_table(plan: Plan) -> Table:
     """A row for each stage."""
     machine = plan.machine
-    title = f"{plan.context.recipe.name} on {machine.name}" + (
-        f" x {machine.slices} slices" if machine.slices > 1 else ""
-    )
-    table = Table(title=f"{title}: {machine.chips} chips, {machine.hosts} hosts", title_justify="left", expand=False)
+    title = f"{plan.title}: {machine.chips} chips, {machine.hosts} hosts"
+    table = Table(title=title, title_justify="left", expand=False)
     columns = ["stage", "do", "mesh", "HBM", "free", "step", "tok/s/chip", "MFU", "time", "chip-h"]
     for column in [*columns, *(["cost"] if plan.price is not None else []), "where the time goes"]:
         table.add_column(column, justify="left" if column in ("stage", "do", "mesh") else "right", no_wrap=True)
@@ -99,10 +96,9 @@ def bar(seconds: Mapping[str, float]) -> Text:
 
 def _sum(plan: Plan) -> str:
     cost = "" if plan.price is None else f", {plan.cost(plan.seconds):,.0f} at {plan.price:g} a chip-hour"
-    written = sum(stage.memory.written for stage in plan.stages if stage.memory is not None)
     return (
         f"in all {duration(plan.seconds)}, {plan.chip_hours(plan.seconds):,.0f} chip-hours{cost}; "
-        f"{written / 1e12:,.2f} TB on disk if nothing is cleaned"
+        f"{plan.written / 1e12:,.2f} TB on disk if nothing is cleaned"
     )
 
 
