@@ -14,7 +14,7 @@ help:
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make aot       a step of the real family compiled for 64 TPU chips that are not there (2 to 5 minutes)"
-	@echo "make plan      what XLA's compiler allots to the real family on TPUs that are not there, beside what is predicted (about 20 minutes on 2 cores, the second time 2)"
+	@echo "make plan      what XLA's compiler allots to the real family on TPUs that are not there, beside what is predicted (about 25 minutes on 2 cores, the second time 2)"
 	@echo "make wheel     a wheel, checked far from the checkout"
 	@echo "make lint      formatting, lint, spelling, the order of imports, and types"
 	@echo "make docs      the site, in build/site"
@@ -70,7 +70,7 @@ plan: $(VENV)/aot/installed
 	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-128.yaml 14b-short 8b-short 3b-short --on v5p:4x4x4
 	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-256.yaml 14b-short --on v5p:4x4x8
 	$(PLAN) configs/ministral3_base.yaml configs/machines/v5p-1024.yaml 14b-base --on v5p:8x8x8
-	$(PLAN) configs/ministral3.yaml configs/machines/v5p-128.yaml 14b-instruct --on v5p:4x4x4 stages.14b-instruct.evaluate=null
+	$(PLAN) configs/ministral3.yaml 14b-instruct --on v5p:4x4x4 stages.14b-instruct.evaluate.prompts=64
 
 # A wheel alone, far from the checkout, finds the recipes that it carries.
 wheel: $(VENV)/installed
