@@ -117,5 +117,6 @@ def test_output_is_by_the_end_of_its_name(tmp_path, capsys):
     assert main([*words, str(tmp_path / "plan.json")]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["possible"]
     capsys.readouterr()
-    assert main([*words, "plan.pdf"]) == 2
-    assert "--output plan.pdf: must end in .json, for all figures, or in .html, for a page" in capsys.readouterr().err
+    path = tmp_path / "plan.pdf"
+    assert main([*words, str(path)]) == 2
+    assert f"--output {path}: must end in .json, for all figures, or in .html, for a page" in capsys.readouterr().err
