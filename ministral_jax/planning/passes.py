@@ -152,12 +152,12 @@ class Reading:
 
     def _taps(self) -> Cost:
         """Moments of both norms' inputs in every layer, in float32 of the highest precision. Where FSDP cuts D the
-        TPU's program gathers these activations of all devices some four times."""
+        program gathers these activations of all devices."""
         tokens, width, layers = self.rows * self.tower.tokens, self.spec.width, self.spec.layers
         flops = 2 * 2 * tokens * width**2 * self.assume.highest * layers
         D = self.tower.cut["D"]
         whole = 4 * tokens * self.layout.parts(D) * width
-        sent = (Transfer("gather", D, whole, 4 * 2 * layers, waits=True),) if D else ()
+        sent = (Transfer("gather", D, whole, 2 * layers, waits=True),) if D else ()
         return Cost("moments", "matmul", flops, 4 * layers * (2 * width**2 + 8 * tokens), sent=sent)
 
 
