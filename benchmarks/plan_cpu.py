@@ -34,9 +34,9 @@ from ministral_jax.distributed.chips import Chip
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.planning.assumptions import Assumptions
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import stage_work
 from ministral_jax.stages.base import fresh_params
 from ministral_jax.training.optimizer import make_optimizer

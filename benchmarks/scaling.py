@@ -42,7 +42,7 @@ from hardware import processor
 from ministral_jax.distributed.placement import AXES, MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.models.vlm import Compute
-from ministral_jax.planning.traffic import Collective, by_kind, collectives
+from ministral_jax.planning.compiler.traffic import Collective, by_kind, collectives
 from ministral_jax.stages.base import Graph, Job, fresh_params
 from ministral_jax.stages.distill import Distill
 from ministral_jax.stages.import_ import Import

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ministral_jax.errors import UserError
 from ministral_jax.planning.booking import booking
-from ministral_jax.planning.findings import impossible
+from ministral_jax.planning.findings.find import impossible
 from ministral_jax.recipe.launch import Launch
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.manifest import read_manifest

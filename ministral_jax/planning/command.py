@@ -13,8 +13,7 @@ from typing import Any
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest
 from ministral_jax.files import write_json, write_text
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.compile import (
+from ministral_jax.planning.compiler.compile import (
     Target,
     cache_directory,
     compile_stage,
@@ -22,11 +21,12 @@ from ministral_jax.planning.compile import (
     target_here,
     target_of,
 )
-from ministral_jax.planning.compiled_table import compiled_view
+from ministral_jax.planning.compiler.table import compiled_view
 from ministral_jax.planning.machine import Machine, parse_machine
 from ministral_jax.planning.plan import Plan, make_plan, to_json
 from ministral_jax.planning.search import search
 from ministral_jax.planning.table import choices_view, plan_view
+from ministral_jax.planning.timing.assumptions import Assumptions
 from ministral_jax.recipe.layers import sort_words
 from ministral_jax.recipe.load import load_recipe, order
 from ministral_jax.yaml12 import load as read_value

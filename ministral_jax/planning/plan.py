@@ -10,12 +10,12 @@ from typing import Any
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest
 from ministral_jax.models.spec import PRESETS, ModelSpec
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.finding import Context, Finding
-from ministral_jax.planning.findings import find
+from ministral_jax.planning.findings.find import find
+from ministral_jax.planning.findings.finding import Context, Finding
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.memory import StageMemory, stage_memory
-from ministral_jax.planning.roofline import StageTime, stage_time
+from ministral_jax.planning.memory.stage import StageMemory, stage_memory
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.roofline import StageTime, stage_time
 from ministral_jax.recipe.load import resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages import Stage

@@ -11,12 +11,12 @@ from typing import Any, get_args, get_type_hints
 from ministral_jax.distributed.placement import MeshConfig
 from ministral_jax.errors import UserError
 from ministral_jax.models.block import Compute
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.finding import Context
+from ministral_jax.planning.findings.finding import Context
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.memory import StageMemory, stage_memory
+from ministral_jax.planning.memory.stage import StageMemory, stage_memory
 from ministral_jax.planning.plan import StagePlan
-from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import StageWork, stage_work
 from ministral_jax.stages import Job
 

@@ -5,9 +5,9 @@ from paths import ROOT
 from test_memory import in_program
 
 from ministral_jax.models.spec import PRESETS
-from ministral_jax.planning.compile import compile_stage, prepare_environment, target_of
+from ministral_jax.planning.compiler.compile import compile_stage, prepare_environment, target_of
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.memory import stage_memory
+from ministral_jax.planning.memory.stage import stage_memory
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph, Job

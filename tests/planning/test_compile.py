@@ -16,9 +16,9 @@ from rich.console import Console
 from ministral_jax.cli import main
 from ministral_jax.distributed.placement import MeshConfig, make_mesh
 from ministral_jax.errors import UserError
-from ministral_jax.planning import compile as compiling
 from ministral_jax.planning import here
-from ministral_jax.planning.compile import (
+from ministral_jax.planning.compiler import compile as compiling
+from ministral_jax.planning.compiler.compile import (
     Compiled,
     Traffic,
     cache_directory,
@@ -26,9 +26,9 @@ from ministral_jax.planning.compile import (
     prepare_environment,
     target_of,
 )
-from ministral_jax.planning.compiled_table import compiled_view
+from ministral_jax.planning.compiler.table import compiled_view
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.memory import Item, PhaseMemory, StageMemory
+from ministral_jax.planning.memory.stage import Item, PhaseMemory, StageMemory
 from ministral_jax.planning.plan import StagePlan
 from ministral_jax.stages.base import Program
 

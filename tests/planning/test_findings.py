@@ -7,12 +7,12 @@ from paths import ROOT
 
 from ministral_jax import yaml12
 from ministral_jax.models.spec import PRESETS
-from ministral_jax.planning.finding import Context, Finding, merged
-from ministral_jax.planning.findings import find, impossible
-from ministral_jax.planning.findings_site import needed
+from ministral_jax.planning.findings.find import find, impossible
+from ministral_jax.planning.findings.finding import Context, Finding, merged
+from ministral_jax.planning.findings.site import needed
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.memory import Item, PhaseMemory, StageMemory, stage_memory
-from ministral_jax.planning.roofline import Part, PhaseTime, StageTime, stage_time
+from ministral_jax.planning.memory.stage import Item, PhaseMemory, StageMemory, stage_memory
+from ministral_jax.planning.timing.roofline import Part, PhaseTime, StageTime, stage_time
 from ministral_jax.recipe.load import load_recipe, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 

@@ -4,7 +4,7 @@ import jax
 
 from ministral_jax.distributed.placement import MeshConfig
 from ministral_jax.planning import here
-from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import StageWork
 
 

@@ -18,11 +18,11 @@ from paths import ROOT, TESTS
 
 from ministral_jax.distributed.placement import AXES, make_mesh
 from ministral_jax.models.spec import PRESETS
-from ministral_jax.planning.drawing import draw_moments
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.memory import stage_memory
-from ministral_jax.planning.reading import read_moments
-from ministral_jax.planning.shards import ITEMSIZE, Shards
+from ministral_jax.planning.memory.draws import draw_moments
+from ministral_jax.planning.memory.reads import read_moments
+from ministral_jax.planning.memory.shards import ITEMSIZE, Shards
+from ministral_jax.planning.memory.stage import stage_memory
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph, Job

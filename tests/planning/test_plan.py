@@ -7,12 +7,12 @@ from rich.console import Console
 
 from ministral_jax.cli import main
 from ministral_jax.errors import UserError
-from ministral_jax.planning.assumptions import Assumptions
 from ministral_jax.planning.command import parse_assumptions
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.plan import make_plan, presumed_sizes
 from ministral_jax.planning.search import FREE, search
 from ministral_jax.planning.table import bar, duration, plan_view
+from ministral_jax.planning.timing.assumptions import Assumptions
 from ministral_jax.recipe.load import load_recipe, order
 
 RECIPE = "configs/ministral3_base.yaml"

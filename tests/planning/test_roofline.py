@@ -5,12 +5,12 @@ import pytest
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.links import Links, Transfer
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.passes import rooms
 from ministral_jax.planning.records import Held, Phase, Read, StageWork
-from ministral_jax.planning.roofline import stage_time
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.costs import rooms
+from ministral_jax.planning.timing.links import Links, Transfer
+from ministral_jax.planning.timing.roofline import stage_time
 
 SPEC = ModelSpec(
     layers=4, width=512, mlp_width=2048, heads=8, kv_heads=4, head_width=64, vocab=8192, context=4096, vision=None

@@ -11,14 +11,14 @@ import pytest
 from ministral_jax.distributed.placement import MeshConfig, Rules, make_mesh
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import PRESETS, ModelSpec, VisionSpec
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.hlo import Module
-from ministral_jax.planning.links import Transfer
+from ministral_jax.planning.compiler.hlo import Module
+from ministral_jax.planning.compiler.traffic import collectives
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.passes import costs
-from ministral_jax.planning.roofline import StageTime, stage_time
-from ministral_jax.planning.tower import Cost, Layout
-from ministral_jax.planning.traffic import collectives
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.blocks import Cost, Layout
+from ministral_jax.planning.timing.costs import costs
+from ministral_jax.planning.timing.links import Transfer
+from ministral_jax.planning.timing.roofline import StageTime, stage_time
 from ministral_jax.planning.work import Held, Phase, Read, StageWork, stage_work
 from ministral_jax.stages.base import Graph, Job
 from ministral_jax.stages.distill import Distill

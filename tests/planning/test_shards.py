@@ -7,7 +7,7 @@ from ministral_jax.distributed.placement import MeshConfig, Placement, Rules
 from ministral_jax.models.spec import PRESETS
 from ministral_jax.models.vlm import abstract_params, logical_axes, param_shardings
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.shards import Shards, parameters
+from ministral_jax.planning.memory.shards import Shards, parameters
 
 
 def by_path(tree, leaf=None):

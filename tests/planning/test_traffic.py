@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ministral_jax.planning.hlo import Module, live_at_peak, size
-from ministral_jax.planning.traffic import by_kind, collectives
+from ministral_jax.planning.compiler.hlo import Module, live_at_peak, size
+from ministral_jax.planning.compiler.traffic import by_kind, collectives
 
 LAYERS, WIDTH = 5, 64
 

@@ -7,10 +7,10 @@ import pytest
 from pages import check, parse, plain, rows, section, text_of
 
 from ministral_jax.cli import main
-from ministral_jax.planning.assumptions import Assumptions, meanings
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.plan import Plan, make_plan
 from ministral_jax.planning.table import KINDS
+from ministral_jax.planning.timing.assumptions import Assumptions, meanings
 from ministral_jax.recipe.load import load_recipe, order
 from ministral_jax.report import plan as pages
 from ministral_jax.report.units import count, duration, percent

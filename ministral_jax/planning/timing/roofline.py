@@ -1,7 +1,7 @@
 """How long a stage takes on a machine, phase by phase: arithmetic and memory against their peaks, loops by their trips,
 and the time of collectives that nothing hides.
 
-No device and no tracing: `work` says what is done, `tower` and `passes` count it, `links` knows the network, and
+No device and no tracing: `work` says what is done, `blocks` and `costs` count it, `links` knows the network, and
 `assumptions` has every constant. `docs/plan.md` tells how far off it is.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.links import Links, Transfer
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.passes import costs
 from ministral_jax.planning.records import Cut, Draw, Phase, Read, StageWork
-from ministral_jax.planning.tower import Cost, Kind, Layout
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.blocks import Cost, Kind, Layout
+from ministral_jax.planning.timing.costs import costs
+from ministral_jax.planning.timing.links import Links, Transfer
 
 BESIDE = ("evaluate", "examine")
 """Phases that come now and then between a loop's steps."""

@@ -9,9 +9,9 @@ from dataclasses import replace
 from jax.sharding import Mesh
 
 from ministral_jax.distributed.placement import Placement
+from ministral_jax.planning.memory.shards import ITEMSIZE, local_shape
+from ministral_jax.planning.memory.temporaries import FLOAT, Moment, Rows
 from ministral_jax.planning.records import Draw, Read
-from ministral_jax.planning.shards import ITEMSIZE, local_shape
-from ministral_jax.planning.temporaries import FLOAT, Moment, Rows
 from ministral_jax.sampling.engine import SLOTS, by_rows
 
 _VOCABULARIES = 4

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from ministral_jax.planning.drawing import draw_moments
-from ministral_jax.planning.reading import cut_moments, read_moments, row_bytes, step_moments
+from ministral_jax.planning.memory.draws import draw_moments
+from ministral_jax.planning.memory.reads import cut_moments, read_moments, row_bytes, step_moments
+from ministral_jax.planning.memory.shards import ITEMSIZE, Shards, parameters
+from ministral_jax.planning.memory.temporaries import FLOAT, Moment, together
 from ministral_jax.planning.records import Cut, Draw, Held, Move, Phase, Read, StageWork, Work
-from ministral_jax.planning.shards import ITEMSIZE, Shards, parameters
-from ministral_jax.planning.temporaries import FLOAT, Moment, together
 
 AHEAD = 10
 """Batches on a host: Grain makes up to 8 ahead (`data.pipeline`), one is being placed and one is read."""

@@ -9,9 +9,9 @@ from dataclasses import replace
 from jax.sharding import Mesh
 
 from ministral_jax.data.batch import shapes
+from ministral_jax.planning.memory.shards import Shards
+from ministral_jax.planning.memory.temporaries import FLOAT, Moment, Rows, together
 from ministral_jax.planning.records import Cut, Read
-from ministral_jax.planning.shards import Shards
-from ministral_jax.planning.temporaries import FLOAT, Moment, Rows, together
 
 _FLOATS = ("loss_mask", "answer_mask", "text_bytes")
 

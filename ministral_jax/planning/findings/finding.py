@@ -11,8 +11,8 @@ from typing import Any, Literal
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.memory import StageMemory
-from ministral_jax.planning.roofline import StageTime
+from ministral_jax.planning.memory.stage import StageMemory
+from ministral_jax.planning.timing.roofline import StageTime
 from ministral_jax.planning.work import StageWork, stage_work
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.base import Graph, Job, Stage

@@ -9,10 +9,10 @@ from functools import cached_property
 
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.links import Transfer
 from ministral_jax.planning.records import Cut, Draw, Move, Read, Work
-from ministral_jax.planning.tower import WIDTHS, Cost, Layout, Passes, Tower, decoder_of, vision_of
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.blocks import WIDTHS, Cost, Layout, Passes, Tower, decoder_of, vision_of
+from ministral_jax.planning.timing.links import Transfer
 from ministral_jax.sampling.engine import SLOTS
 
 MOMENTS = 32

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from ministral_jax.distributed.axes import Axes
-from ministral_jax.planning.assumptions import Assumptions
 from ministral_jax.planning.machine import Machine
+from ministral_jax.planning.timing.assumptions import Assumptions
 
 Op = Literal["gather", "scatter", "reduce", "exchange", "pass"]
 """All-gather, reduce-scatter, all-reduce, all-to-all, and a permutation around a ring."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ministral_jax.planning.compile import Compiled
+from ministral_jax.planning.compiler.compile import Compiled
 from ministral_jax.planning.plan import StagePlan
 from ministral_jax.planning.table import duration
 

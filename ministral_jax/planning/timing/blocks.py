@@ -17,8 +17,8 @@ from ministral_jax.models import decoder, vision
 from ministral_jax.models.attention import AttentionSpec, chosen_implementation
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.planning.assumptions import Assumptions
-from ministral_jax.planning.links import Transfer
+from ministral_jax.planning.timing.assumptions import Assumptions
+from ministral_jax.planning.timing.links import Transfer
 
 Kind = Literal["matmul", "attention", "vision", "head", "memory", "link", "loop"]
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

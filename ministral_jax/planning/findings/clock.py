@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ministral_jax.alignment.judge import ROWS
-from ministral_jax.planning.finding import Context, Finding, StageCheck, counted, error, warning
+from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, counted, error, warning
 from ministral_jax.planning.work import Draw, Read, Work
 from ministral_jax.recipe.launch import SlurmLaunch
 from ministral_jax.sampling.engine import SamplingOptions

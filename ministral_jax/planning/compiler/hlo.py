@@ -1,5 +1,5 @@
 """What a compiled program does, read from its HLO text: how often each computation runs, its FLOPs and, in
-`planning.traffic`, what it sends.
+`traffic`, what it sends.
 
 XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs, which XLA notes on the loop
 or can be seen from its condition.

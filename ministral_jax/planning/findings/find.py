@@ -8,20 +8,20 @@ from dataclasses import replace
 
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.planning import findings_layout, findings_models, findings_site, findings_time
-from ministral_jax.planning.finding import Context, Finding, error, merged
+from ministral_jax.planning.findings import clock, layout, models, site
+from ministral_jax.planning.findings.finding import Context, Finding, error, merged
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.memory import stage_memory
+from ministral_jax.planning.memory.stage import stage_memory
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.base import Graph
 
-OF_STAGES = (*findings_layout.CHECKS, *findings_models.CHECKS, *findings_time.CHECKS)
+OF_STAGES = (*layout.CHECKS, *models.CHECKS, *clock.CHECKS)
 
 
 def find(context: Context) -> list[Finding]:
     """Everything that the checks find, errors first, then in the order of the stages; what is the same in several
     stages once."""
-    found = [finding for check in findings_site.CHECKS for finding in check(context)]
+    found = [finding for check in site.CHECKS for finding in check(context)]
     return sorted(merged([*found, *_of_stages(context)]), key=lambda finding: not is_error(finding))
 
 

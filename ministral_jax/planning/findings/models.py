@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ministral_jax.errors import UserError
-from ministral_jax.planning.finding import Context, Finding, StageCheck, error, warning
+from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, error, warning
 from ministral_jax.planning.work import Draw
 from ministral_jax.stages.base import Graph
 from ministral_jax.stages.looped import Looped

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ministral_jax.planning.booking import booking
-from ministral_jax.planning.finding import Context, Finding, RecipeCheck, error, warning
+from ministral_jax.planning.findings.finding import Context, Finding, RecipeCheck, error, warning
 from ministral_jax.recipe.types import Recipe
 
 

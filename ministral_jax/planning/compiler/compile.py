@@ -26,10 +26,10 @@ from jax.sharding import Mesh
 from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, file_digest, write_text
-from ministral_jax.planning import hlo, traffic
-from ministral_jax.planning.hlo import Buffer, Module, live_at_peak
+from ministral_jax.planning.compiler import hlo, traffic
+from ministral_jax.planning.compiler.hlo import Buffer, Module, live_at_peak
+from ministral_jax.planning.compiler.traffic import Collective, collectives
 from ministral_jax.planning.machine import Machine
-from ministral_jax.planning.traffic import Collective, collectives
 from ministral_jax.sampling.engine import SamplingOptions
 from ministral_jax.settings import Frozen
 from ministral_jax.stages import Job

@@ -13,7 +13,7 @@ from ministral_jax.distributed.axes import dividing_axes
 from ministral_jax.distributed.placement import AXES, MeshConfig
 from ministral_jax.distributed.torus import SIDES, Side, torus_sides
 from ministral_jax.errors import UserError
-from ministral_jax.planning.finding import Context, Finding, StageCheck, error, warning
+from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, error, warning
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.work import Draw, Held, Read
 from ministral_jax.sampling.engine import by_rows

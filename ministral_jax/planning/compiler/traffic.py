@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ministral_jax.planning.hlo import Instruction, Module, size
+from ministral_jax.planning.compiler.hlo import Instruction, Module, size
 
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 """How programs of several TPU slices write a collective between them: it leaves through the host."""

@@ -16,8 +16,8 @@ from functools import cached_property
 from jax.sharding import Mesh
 
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.memory.shards import ITEMSIZE, Shards, local_shape
 from ministral_jax.planning.records import Read
-from ministral_jax.planning.shards import ITEMSIZE, Shards, local_shape
 
 Moment = dict[str, int]
 """Bytes by what they are for, at one moment of a program."""

@@ -1,0 +1,1 @@
+"""What XLA's compiler says of a stage's programs."""

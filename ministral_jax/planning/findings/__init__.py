@@ -1,0 +1,1 @@
+"""What would stop or slow a recipe on a machine."""

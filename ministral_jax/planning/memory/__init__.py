@@ -1,0 +1,1 @@
+"""What a stage holds: bytes on a device, on a host and on disk."""

@@ -1,0 +1,1 @@
+"""How long a stage takes: arithmetic, memory, loops and links."""
