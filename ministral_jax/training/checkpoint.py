@@ -163,9 +163,8 @@ class ResumeStore:
 
         def begin() -> Any:
             context = ocp.Context()
-            context.array.saving.use_compression = (
-                False  # 8 % smaller at eight times the CPU time, which a stop waits for
-            )
+            # 8 % smaller at eight times the CPU time, which a stop waits for
+            context.array.saving.use_compression = False
             with context:
                 return ocp.save_checkpointables_async(str(path.absolute()), {"state": state}, custom_metadata=note)
 

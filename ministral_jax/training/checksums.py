@@ -40,7 +40,7 @@ def checksums(directory: Path, gathering: Gathering, waiting: Callable[[], None]
         files |= json.loads(told)
     # what was renamed a moment ago a network file system may show to the others later
     files |= _digests(directory, [name for name in names if name not in files])
-    return {name: files[name] for name in names}
+    return dict(sorted(files.items()))  # of what the others told, too, that this process does not see yet
 
 
 def _names(directory: Path) -> list[str]:
