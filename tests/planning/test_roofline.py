@@ -58,6 +58,7 @@ def test_trips_of_tiles_are_those_below_the_diagonal():
         ("v5p:4x4x4", dict(fsdp=64), ("fsdp",), 6, 3),
         ("v6e:16x16", dict(fsdp=16, tensor=16), ("fsdp",), 2, 1),
         ("v6e:4x4", dict(fsdp=4, tensor=4), ("fsdp",), 1, 1),  # a line: only sides of 16 are rings
+        ("v5p:2x4x4", dict(fsdp=4, tensor=8), ("fsdp",), 1, 1),  # no whole cubes, no rings
     ],
 )
 def test_an_axis_has_the_links_of_the_sides_that_it_spans(machine, mesh, axes, links, sides):
@@ -66,24 +67,40 @@ def test_an_axis_has_the_links_of_the_sides_that_it_spans(machine, mesh, axes, l
     assert (wire.speed, wire.sides, wire.network) == (pytest.approx(links * machine.chip.link), sides, False)
 
 
-def test_slices_and_nodes_meet_over_the_network():
+def test_slices_meet_over_the_network():
     pods = parse_machine("v5p:4x4x4", slices=2)
     wire = Links(pods.mesh(MeshConfig(slice=2)), pods, Assumptions()).wire(("slice",))
     assert wire.network and wire.speed == pods.chip.network
-    node = parse_machine("h100:8")
-    wire = Links(node.mesh(MeshConfig()), node, Assumptions()).wire(("fsdp",))
-    assert not wire.network and wire.speed == node.chip.link
+
+
+@pytest.mark.parametrize(
+    ("machine", "mesh", "speed", "network"),
+    [
+        ("h100:8", dict(fsdp=8), 450e9, False),
+        ("h100:32", dict(fsdp=32), 400e9, True),  # eight network cards of a node
+        ("h100:32", dict(fsdp=4, tensor=8), 50e9, True),  # one device of each node
+    ],
+)
+def test_nodes_meet_over_the_network_cards_of_the_devices_that_do(machine, mesh, speed, network):
+    machine = parse_machine(machine)
+    wire = Links(machine.mesh(MeshConfig(**mesh)), machine, Assumptions()).wire(("fsdp",))
+    assert (wire.speed, wire.network) == (speed, network)
+
+
+def test_around_a_ring_keys_go_over_one_link_and_gathers_over_all():
+    machine = parse_machine("v5p:4x4x4")
+    links = Links(machine.mesh(MeshConfig(context=16, fsdp=1, data=-1)), machine, Assumptions(launch=0, hop=0))
+    passed, gathered = (links.seconds(Transfer(op, ("context",), 16e9)) for op in ("pass", "gather"))
+    assert passed == pytest.approx(16e9 / (machine.chip.link * 0.9))
+    assert gathered == pytest.approx(15e9 / (4 * machine.chip.link * 0.9))
 
 
 def test_over_three_sides_a_gather_sends_twice_as_much():
     machine = parse_machine("v5p:4x4x4")
-    sent = {
-        size: Links(machine.mesh(MeshConfig(fsdp=size, data=-1)), machine, Assumptions()).sent(
-            Transfer("gather", ("fsdp",), 6400)
-        )
-        for size in (16, 64)
-    }
-    assert sent == {16: 6000, 64: 2 * 6300}
+    meshes = {size: machine.mesh(MeshConfig(fsdp=size, data=-1)) for size in (16, 64)}
+    links = {size: Links(mesh, machine, Assumptions()) for size, mesh in meshes.items()}
+    assert {n: x.sent(Transfer("gather", ("fsdp",), 6400)) for n, x in links.items()} == {16: 6000, 64: 2 * 6300}
+    assert links[64].sent(Transfer("exchange", ("fsdp",), 6400)) == 6300
 
 
 def test_room_for_answers_doubles():

@@ -33,10 +33,11 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Wire:
-    """Between the devices of a group: bytes/s that each sends, hops across it, whether it leaves a slice or node, and
-    the sides of the torus that it spans."""
+    """Between the devices of a group: bytes/s that each sends to all others and to the next one alone, hops across it,
+    whether it leaves a slice or node, and the sides of the torus that it spans."""
 
     speed: float
+    next: float
     hops: float
     network: bool
     sides: int
@@ -63,7 +64,8 @@ class Links:
         n = self.parts(transfer.axes)
         if n == 1:
             return 0.0
-        doubled = transfer.op == "reduce" or (transfer.op != "pass" and self.wire(transfer.axes).sides == 3)
+        sums = transfer.op in ("gather", "scatter") and self.wire(transfer.axes).sides == 3
+        doubled = transfer.op == "reduce" or sums
         return transfer.times * transfer.whole * (1 if transfer.op == "pass" else (n - 1) / n) * (2 if doubled else 1)
 
     def seconds(self, transfer: Transfer) -> float:
@@ -72,7 +74,8 @@ class Links:
             return 0.0
         wire, assume = self.wire(transfer.axes), self.assume
         launch = assume.network_launch if wire.network else assume.launch + wire.hops * assume.hop
-        return self.sent(transfer) / (wire.speed * assume.link) + transfer.times * launch
+        speed = wire.next if transfer.op == "pass" else wire.speed
+        return self.sent(transfer) / (speed * assume.link) + transfer.times * launch
 
     def wire(self, axes: Axes) -> Wire:
         """Of the groups that these axes form; all are alike, so that of the first device stands for them."""
@@ -87,11 +90,13 @@ def _wire(machine: Machine, group: list[Any]) -> Wire:
     if chip.sides == 0:
         nodes = len({device.process_index for device in group})
         each = len(group) / nodes
-        return Wire(chip.link, 1, False, 0) if nodes == 1 else Wire(min(chip.link, each * chip.network), 1, True, 0)
+        if nodes == 1:
+            return Wire(chip.link, chip.link, 1, False, 0)
+        return Wire(min(chip.link, each * chip.network), chip.network, 1, True, 0)
     slices = len({device.slice_index for device in group})
     if slices > 1:
         # Within a slice parts are summed first; each device then sends its part to its like in other slices.
-        return Wire(chip.network * len(group) / slices, 1, True, 0)
+        return Wire(chip.network * len(group) / slices, chip.network, 1, True, 0)
     speed, hops, sides = 0.0, 0.0, 0
     for side, length in enumerate(machine.shape):
         across = len({device.coords[side] for device in group})
@@ -99,10 +104,10 @@ def _wire(machine: Machine, group: list[Any]) -> Wire:
             # Around a ring both directions carry a part; along a line what the end needs comes over one link.
             ring = across == length and wraps(machine, length)
             speed, hops, sides = speed + chip.link * (2 if ring else 1), hops + across / (2 if ring else 1), sides + 1
-    return Wire(speed or chip.link, hops, False, sides)  # without a side: the two cores of a chip
+    return Wire(speed or chip.link, chip.link, hops, False, sides)  # without a side: the two cores of a chip
 
 
 def wraps(machine: Machine, length: int) -> bool:
-    """Whether a side of this many chips is a ring: whole cubes of 4 in three dimensions, 16 in two (Google Cloud's
-    pages of the TPU generations)."""
-    return length % 4 == 0 if machine.chip.sides == 3 else length == 16
+    """Whether a side of this many chips is a ring: in three dimensions where all sides make whole cubes of 4, in two
+    where it has 16 (Google Cloud's pages of the TPU generations)."""
+    return all(side % 4 == 0 for side in machine.shape) if machine.chip.sides == 3 else length == 16
