@@ -99,11 +99,12 @@ Work = Read | Draw | Cut | Move
 
 @dataclass(frozen=True)
 class Phase:
-    """Work that is done one after the other, `times` in the stage."""
+    """Work that is done one after the other, `times` in the stage; `beside`: now and then between a loop's steps."""
 
     name: str
     work: tuple[Work, ...]
     times: float = 1
+    beside: bool = False
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,8 @@ def _(stage: SFT, spec: ModelSpec, graph: Graph) -> StageWork:
 @_work.register
 def _(stage: Reward, spec: ModelSpec, graph: Graph) -> StageWork:
     found = _loop(stage, spec, graph)
-    judged = Phase(
-        "judge", (_judging(found.held[0], stage.compute, 2 * stage.pairs, stage.batch.length),), _evaluations(stage)
-    )
-    return _with(found, (judged,))
+    questions = _judging(found.held[0], stage.compute, 2 * stage.pairs, stage.batch.length)
+    return _with(found, (Phase("judge", (questions,), _evaluations(stage), beside=True),))
 
 
 @_work.register
@@ -81,7 +79,7 @@ def _(stage: DPO, spec: ModelSpec, graph: Graph) -> StageWork:
     phases = (
         Phase("reference", (read,), stage.steps),
         Phase("step", (step,), stage.steps),
-        Phase("evaluate", (read,), rounds),
+        Phase("evaluate", (read,), rounds, beside=True),
     )
     return _with(StageWork((policy,), phases), _examined(stage, policy, stage.generate))
 
@@ -103,7 +101,7 @@ def _loop(stage: Looped, spec: ModelSpec, graph: Graph, frozen: tuple[str, ...] 
     elif teacher is not None:
         taught, shown = (_rows(stage, teacher, "none", count), step), (_rows(stage, teacher, "none"), seen)
     rounds = _evaluations(stage) * -(-stage.evaluate.rows // stage.batch.sequences)
-    phases = Phase("step", taught, stage.steps), Phase("evaluate", shown, rounds)
+    phases = Phase("step", taught, stage.steps), Phase("evaluate", shown, rounds, beside=True)
     return StageWork((student, *(() if teacher is None else (teacher,))), phases)
 
 
@@ -292,4 +290,4 @@ def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Ph
     for each in (1, given.completions):
         if each:
             draws.append(Draw(model, given.prompts, each, prompt, given.max_completion_length, stage.compute, patches))
-    return (Phase("examine", tuple(draws), times),)
+    return (Phase("examine", tuple(draws), times, beside=True),)

@@ -65,10 +65,6 @@ class Layout:
         """Of a device, of so many in all."""
         return math.ceil(rows / self.parts(self.batch))
 
-    def others(self, axes: Axes) -> Axes:
-        """The mesh axes over which `axes` leave copies."""
-        return tuple(axis for axis in AXES if self.sizes[axis] > 1 and axis not in axes)
-
 
 @dataclass(frozen=True)
 class Passes:
@@ -154,7 +150,8 @@ class Tower:
         full = passes.again if self.compute.remat == "full" else 0
         counted = passes.forward + 2 * passes.backward
         flops = 2 * tokens * ((attention + feed) * counted + (attention + feed * 2 / 3) * full)
-        trips = passes.forward + passes.again + passes.backward
+        # A layer is computed again in the same trip that goes back through it.
+        trips = passes.forward + passes.backward
         return Cost("layers", kind, flops, moved * (counted + full), trips)
 
     def _attention(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:

@@ -21,10 +21,6 @@ from ministral_jax.planning.timing.blocks import Cost, Kind, Layout
 from ministral_jax.planning.timing.costs import costs
 from ministral_jax.planning.timing.links import Links, Transfer
 
-BESIDE = ("evaluate", "examine")
-"""Phases that come now and then between a loop's steps."""
-PRODUCTS = ("matmul", "attention", "head", "vision")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -37,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """One pass of a phase, `times` in the stage.
+    """One pass of a phase, `times` in the stage; `beside` as `Phase` has it.
 
     flops: of the model on all devices, without recomputation, as the training loop counts them for MFU.
     hbm: bytes that a device reads and writes.
@@ -50,6 +46,7 @@ class PhaseTime:
     flops: float
     hbm: float
     links: dict[str, float]
+    beside: bool = False
 
     @property
     def seconds(self) -> float:
@@ -60,14 +57,6 @@ class PhaseTime:
     def total(self) -> float:
         """Seconds in the stage."""
         return self.seconds * self.times
-
-    @property
-    def by_kind(self) -> dict[str, float]:
-        """Seconds of one pass."""
-        found: dict[str, float] = defaultdict(float)
-        for part in self.parts:
-            found[part.kind] += part.seconds
-        return dict(found)
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ class StageTime:
         return sum(p.flops * p.times for p in self._often()) / seconds / peak if seconds else 0.0
 
     def _often(self) -> list[PhaseTime]:
-        return [p for p in self.phases if p.phase not in BESIDE] if self._step else []
+        return [p for p in self.phases if not p.beside] if self._step else []
 
 
 def stage_time(
@@ -131,7 +120,8 @@ def phase_time(phase: Phase, links: Links) -> PhaseTime:
     parts = tuple(part for part in _merged([*busy, *exposed]) if part.seconds)
     flops = sum(map(model_flops, phase.work))
     hbm = sum(cost.hbm for cost in found)
-    return PhaseTime(phase.name, phase.times, parts, flops, hbm, {k: v for k, v in by_axes.items() if v})
+    sends = {axes: sent for axes, sent in by_axes.items() if sent}
+    return PhaseTime(phase.name, phase.times, parts, flops, hbm, sends, phase.beside)
 
 
 def model_flops(work: Any) -> float:
