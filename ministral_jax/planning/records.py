@@ -6,6 +6,7 @@ beside the models. Numbers of rows are global ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from ministral_jax.distributed.placement import Rules
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.sampling.engine import SLOTS
 
 Head = Literal["kl", "ce", "logprobs", "choice", "none"]
 """What is made of a read's final states: KL and cross-entropy against a teacher's, cross-entropy, log-probabilities of
@@ -73,6 +75,16 @@ class Draw:
     completion: int
     compute: Compute
     patches: int = 0
+
+    @property
+    def rooms(self) -> Iterator[tuple[int, int]]:
+        """Slots for a completion and how many tokens are drawn while there are so many; they double when they are
+        used."""
+        done, room = 0, min(SLOTS, self.completion)
+        while done < self.completion:
+            until = min(room, self.completion)
+            yield room, until - done
+            done, room = until, 2 * room
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 
 from ministral_jax.distributed.placement import MeshConfig, Rules
 from ministral_jax.models.block import Compute
-from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.spec import PRESETS, ModelSpec
+from ministral_jax.models.vlm import abstract_params
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.records import Held, Phase, Read, StageWork
+from ministral_jax.planning.records import Draw, Held, Phase, Read, StageWork
 from ministral_jax.planning.timing.assumptions import Assumptions
-from ministral_jax.planning.timing.costs import rooms
+from ministral_jax.planning.timing.blocks import Layout
+from ministral_jax.planning.timing.costs import costs
 from ministral_jax.planning.timing.links import Links, Transfer
 from ministral_jax.planning.timing.roofline import stage_time
 
@@ -116,6 +119,18 @@ def test_over_three_sides_a_gather_sends_twice_as_much():
     assert links[64].sent(Transfer("exchange", ("fsdp",), 6400)) == 6300
 
 
+@pytest.mark.parametrize("frozen", [("vision",), ()])
+def test_the_optimiser_goes_over_all_that_learns(frozen):
+    """Projector and norms too, and the vision tower unless it is frozen; once whole on every device."""
+    spec, machine = PRESETS["tiny-14b"], parse_machine("v5p:4x4x4")
+    read = reading(model=Held("student", spec, "float32", Rules(), True, frozen))
+    layout = Layout(machine.mesh(MeshConfig(data=64, fsdp=1)), Rules())
+    (optimiser,) = (cost for cost in costs(read, (read,), layout, 16, Assumptions()) if cost.name == "optimiser")
+    learns = {name: tree for name, tree in abstract_params(spec).items() if name not in frozen}
+    assert optimiser.hbm == 32 * sum(leaf.size for leaf in jax.tree.leaves(learns))
+
+
 def test_room_for_answers_doubles():
-    assert list(rooms(1000)) == [(256, 256), (512, 256), (1024, 488)]
-    assert list(rooms(100)) == [(100, 100)]
+    model = Held("policy", SPEC, "float32", Rules())
+    rooms = {tokens: list(Draw(model, 1, 1, 32, tokens, BF16).rooms) for tokens in (1000, 100)}
+    assert rooms == {1000: [(256, 256), (512, 256), (1024, 488)], 100: [(100, 100)]}

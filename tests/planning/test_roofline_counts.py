@@ -45,7 +45,7 @@ def compiled(patches: int, mesh: dict[str, int], **compute) -> tuple[Module, lis
     with jax.set_mesh(placed):
         program = stage.programs(Job("x", stage, specs[0], graph, Path("none"), placed))["step"].lower().compile()
     work = stage_work(stage, specs[0], graph).phases[0].work
-    counted = [c for w in work for c in costs(w, work, Layout(placed.shape, w.model.rules), 1, Assumptions())]
+    counted = [c for w in work for c in costs(w, work, Layout(placed, w.model.rules), 1, Assumptions())]
     return Module.read(program.as_text()), counted, placed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 from jax.sharding import Mesh
 
@@ -12,7 +13,7 @@ from ministral_jax.distributed.placement import Placement
 from ministral_jax.planning.memory.shards import ITEMSIZE, local_shape
 from ministral_jax.planning.memory.temporaries import FLOAT, Moment, Rows
 from ministral_jax.planning.records import Draw, Read
-from ministral_jax.sampling.engine import SLOTS, by_rows
+from ministral_jax.sampling.engine import by_rows
 
 _VOCABULARIES = 4
 """Arrays [rows, V] in float32 of which a token is drawn: logits, what is drawn from, its noise, their sum."""
@@ -38,17 +39,16 @@ def draw_moments(draw: Draw, mesh: Mesh) -> Iterator[Moment]:
     for moment in (read.layer + of_prompts, tower + kept, read.table + read.stream):
         yield {"activations": fixed + moment, "cache": 0}
 
-    room = min(SLOTS, draw.completion)
+    rooms = [room for room, _ in draw.rooms]
     # rows are taken of a cache that is cut in rows: every device gets all keys, then all values, once as they come and
     # once in pieces
     gathered = cache(prompts, draw.prompt, whole=True)
-    yield {"cache": of_prompts + gathered + cache(answers, draw.prompt + room)}
-    while room < draw.completion:
-        yield {"cache": cache(answers, draw.prompt + room) + cache(answers, draw.prompt + 2 * room)}
-        room *= 2
+    yield {"cache": of_prompts + gathered + cache(answers, draw.prompt + rooms[0])}
+    for room, larger in pairwise(rooms):
+        yield {"cache": cache(answers, draw.prompt + room) + cache(answers, draw.prompt + larger)}
     rows = local_shape((answers,), ("batch",), place.rules, mesh)[0]
     fixed = read.casts + read.weights + read.table
     # logits are whole in V on the devices of a row, for which the head is too
     head = read.head(width) + model.spec.vocab * model.spec.width * width
     logits = _VOCABULARIES * rows * model.spec.vocab * FLOAT
-    yield {"cache": cache(answers, draw.prompt + room), "activations": fixed + max(head, logits)}
+    yield {"cache": cache(answers, draw.prompt + rooms[-1]), "activations": fixed + max(head, logits)}

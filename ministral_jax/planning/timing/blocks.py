@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from ministral_jax.distributed.axes import Axes, dividing_axes
 from ministral_jax.distributed.placement import AXES, Rules
 from ministral_jax.models import decoder, vision
 from ministral_jax.models.attention import AttentionSpec, chosen_implementation
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.memory.shards import ITEMSIZE, Shards
 from ministral_jax.planning.timing.assumptions import Assumptions
 from ministral_jax.planning.timing.links import Transfer
 
 Kind = Literal["matmul", "attention", "vision", "head", "memory", "link", "loop"]
-WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where logical axes lie on a mesh of these sizes."""
+    """Where logical axes lie on a mesh."""
 
-    sizes: Mapping[str, int]
+    mesh: Mesh
     rules: Rules
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.mesh.shape
+
+    def shards(self, spec: ModelSpec) -> Shards:
+        return Shards(spec, self.rules, self.mesh)
 
     def axes(self, size: int, name: str, multiple_of: int = 1) -> Axes:
         """The mesh axes that cut a dimension of `size`."""
@@ -112,7 +121,7 @@ class Tower:
     @property
     def bytes(self) -> int:
         """Of a number that is computed with."""
-        return WIDTHS[self.compute.dtype]
+        return ITEMSIZE[self.compute.dtype]
 
     @cached_property
     def weights(self) -> tuple[float, float]:

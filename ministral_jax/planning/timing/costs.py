@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ministral_jax.models.block import Compute
+from ministral_jax.distributed.placement import Placement
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.memory.shards import ITEMSIZE
 from ministral_jax.planning.records import Cut, Draw, Move, Read, Work
 from ministral_jax.planning.timing.assumptions import Assumptions
-from ministral_jax.planning.timing.blocks import WIDTHS, Cost, Layout, Passes, Tower, decoder_of, vision_of
+from ministral_jax.planning.timing.blocks import Cost, Layout, Passes, Tower, decoder_of, vision_of
 from ministral_jax.planning.timing.links import Transfer
-from ministral_jax.sampling.engine import SLOTS
+from ministral_jax.sampling.engine import by_rows
 
 MOMENTS = 32
 """Bytes that AdamW and the gradient's norm read and write for each parameter: it, two moments and the gradient, then
@@ -30,15 +31,6 @@ def costs(work: Work, beside: Sequence[Work], layout: Layout, hosts: int, assume
     if isinstance(work, Draw):
         return draw_costs(work, layout, assume)
     return _moved(work, layout, hosts, assume)
-
-
-def _local(spec: ModelSpec, layout: Layout) -> float:
-    """Decoder's parameters of a device: every matrix is cut in D and, by tensor parallelism, in one more dimension."""
-    tower = decoder_of(spec, 1, layout, Compute())
-    embed = layout.parts(layout.axes(spec.width, "embed"))
-    vocab = layout.parts(layout.axes(spec.vocab, "vocab"))
-    tables = (1 if spec.tied else 2) * spec.vocab * spec.width / vocab
-    return (spec.layers * sum(tower.weights) + tables) / embed
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ class Reading:
         table = spec.vocab * spec.width / layout.parts(V)
         sent = [Transfer("gather", D, table * width)]
         if self.read.learns:
-            local = _local(spec, layout)
+            local = layout.shards(spec).size(without=self.read.model.frozen)
             summed = ADDED * self.read.microbatches if self.read.microbatches > 1 else 0
             yield Cost("optimiser", "memory", hbm=local * (MOMENTS + summed))
             sent.append(Transfer("scatter", D, 4 * table))  # of the loss head's gradient
@@ -113,8 +105,8 @@ class Reading:
         read, spec, layout, width = self.read, self.spec, self.layout, self.tower.bytes
         if read.head == "none":
             return
-        D, V = layout.axes(spec.width, "embed"), layout.axes(spec.vocab, "vocab")
-        V = tuple(axis for axis in V if axis not in layout.batch)
+        D = layout.axes(spec.width, "embed")
+        V = tuple(axis for axis in layout.axes(spec.vocab, "vocab") if axis not in layout.batch)
         table = spec.vocab / layout.parts(V) * spec.width
         tokens = self.rows * (1 if read.head == "choice" else self.tower.tokens)
         sides = [spec.width] if self.teacher is None or read.head != "kl" else [spec.width, self.teacher.width]
@@ -166,20 +158,20 @@ class Reading:
 
 def draw_costs(draw: Draw, layout: Layout, assume: Assumptions) -> list[Cost]:
     """Prompts are read; then, token by token, all answers go on together until the longest one ends."""
-    layout = by_rows(layout)
+    layout = Layout(layout.mesh, by_rows(Placement(layout.mesh, layout.rules)).rules)
     read = Read(draw.model, draw.prompts, draw.prompt, draw.compute, patches=draw.patches)
     found = [replace(c, name=f"prompt {c.name}") for c in Reading(read, layout, assume).costs()]
     spec, rows = draw.model.spec, layout.rows(draw.prompts * draw.each)
     tower = decoder_of(spec, 1, layout, draw.compute)
     width, tokens = tower.bytes, draw.completion
     heads = tower.heads / tower.parts("H")
-    slots = draw.prompt + sum(room * count for room, count in rooms(tokens)) / tokens
+    slots = draw.prompt + sum(room * count for room, count in draw.rooms) / tokens
     V = layout.axes(spec.vocab, "vocab")
     table = spec.vocab * spec.width / layout.parts(V)
     one = tower.costs(rows, Passes(), assume, learns=False)
     layers = next(c for c in one if c.name == "layers")
     # Masters are narrowed, and what FSDP cuts is gathered, for every token again.
-    masters = _local(spec, layout) * (WIDTHS[draw.model.dtype] + width)
+    masters = layout.shards(spec).size("decoder") * (ITEMSIZE[draw.model.dtype] + width)
     cache = 2 * rows * spec.layers * spec.kv_heads / tower.parts("K") * spec.head_width * slots * width
     scores = 2 * 2 * rows * heads * spec.layers * slots * spec.head_width
     head = 2 * rows * table
@@ -193,29 +185,13 @@ def draw_costs(draw: Draw, layout: Layout, assume: Assumptions) -> list[Cost]:
     return [*found, *(cost.times(tokens) for cost in each)]
 
 
-def by_rows(layout: Layout) -> Layout:
-    """Rows also over the axes that else cut the tokens of a row, as `sampling.engine.by_rows` has it."""
-    rules = layout.rules
-    update = {"batch": (*rules.batch, *rules.length), "length": ()}
-    return Layout(layout.sizes, rules.model_copy(update=update))
-
-
-def rooms(tokens: int) -> Iterator[tuple[int, int]]:
-    """Slots for a completion and how many tokens are drawn while there are so many; they double when they are used."""
-    done, room = 0, min(SLOTS, tokens)
-    while done < tokens:
-        until = min(room, tokens)
-        yield room, until - done
-        done, room = until, 2 * room
-
-
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 def _moved(work: Cut | Move, layout: Layout, hosts: int, assume: Assumptions) -> list[Cost]:
     """A cut reads one model and writes the other; a move waits for the disks of all hosts, or of one."""
     if isinstance(work, Cut):
-        read, written = (_local(held.spec, layout) * WIDTHS[held.dtype] for held in (work.source, work.target))
+        read, written = (layout.shards(held.spec).size() * ITEMSIZE[held.dtype] for held in (work.source, work.target))
         return [Cost("surgery", "memory", hbm=2 * read + written)]
-    count = work.model.spec.parameters * WIDTHS[work.model.dtype]
+    count = work.model.spec.parameters * ITEMSIZE[work.model.dtype]
     return [Cost("disk", "memory", seconds=count / assume.disk / (1 if work.whole else hosts))]

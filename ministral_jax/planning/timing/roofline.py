@@ -108,7 +108,7 @@ def phase_time(phase: Phase, links: Links) -> PhaseTime:
     found: list[Cost] = []
     for work in phase.work:
         model = work.source if isinstance(work, Cut) else work.model
-        layout = Layout(links.mesh.shape, model.rules)
+        layout = Layout(links.mesh, model.rules)
         found += costs(work, phase.work, layout, links.machine.hosts, links.assume)
     wide = any(getattr(getattr(w, "compute", None), "dtype", "") == "float32" for w in phase.work)
     busy = list(_busy(found, links, wide))
