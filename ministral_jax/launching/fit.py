@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ministral_jax.errors import UserError
+from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.planning.booking import booking
 from ministral_jax.planning.findings.find import impossible
-from ministral_jax.recipe.launch import Launch
+from ministral_jax.planning.plan import published
+from ministral_jax.recipe.launch import GkeLaunch, Launch, LaunchConfig, SlurmLaunch, TpuVmLaunch
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.manifest import read_manifest
 
+_BLOCKS: dict[type[Launch], str] = {SlurmLaunch: "slurm", GkeLaunch: "gke", TpuVmLaunch: "tpu_vm"}
 
-def refuse_misfit(recipe: Recipe, names: Sequence[str], job: Launch) -> None:
+
+def refuse_misfit(
+    recipe: Recipe, names: Sequence[str], job: Launch, made: Mapping[str, ModelSpec] | None = None
+) -> None:
     """Look at the stages `names` on what `job` asks for; of a job without accelerators nothing is known.
+
+    Args:
+        made: sizes of finished stages, for those whose checkpoint is not here; others have those of their names, where
+            they tell some.
 
     Raises:
         UserError: a line for everything that would end the run, see `planning.findings.impossible`.
     """
     if (asked := booking(job)) is None:
         return
-    if found := impossible(recipe, names, asked.machine):
+    gone = {name: published(stage) for name, stage in recipe.stages.items() if stage.is_gone}
+    known = {name: PRESETS[preset] for name, preset in gone.items() if preset is not None}
+    alone = recipe.model_copy(update={"launch": LaunchConfig().model_copy(update={_BLOCKS[type(job)]: job})})
+    if found := impossible(alone, names, asked.machine, {**known, **(made or {})}):
         raise UserError("\n".join(f"{asked.setting}: {finding}" for finding in found))
 
 

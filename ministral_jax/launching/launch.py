@@ -16,6 +16,7 @@ from ministral_jax.recipe.launch import Launch
 from ministral_jax.recipe.layers import sort_words
 from ministral_jax.recipe.load import load_recipe, order
 from ministral_jax.recipe.types import Recipe
+from ministral_jax.runs.survey import made_specs
 
 
 class _Scheduler(NamedTuple):
@@ -69,7 +70,8 @@ def launch(
     job, kind = block(settings, scheduler, recipe, f"launch {scheduler}"), SCHEDULERS[scheduler]
     name = job.name or settings.name
     text = kind.render(job, name, command)
-    refuse_misfit(settings, unfinished(names, run_dir or Path("runs") / settings.name), job)
+    there = run_dir or Path("runs") / settings.name
+    refuse_misfit(settings, unfinished(names, there), job, made_specs(there))
     if output is not None:
         _write(text, output / f"{name}{kind.suffix}" if output.is_dir() else output, executable=not kind.submit)
     elif not submit:

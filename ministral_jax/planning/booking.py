@@ -11,6 +11,8 @@ from ministral_jax.recipe.launch import GkeLaunch, Launch, SlurmLaunch, TpuVmLau
 
 CORES = {"v4": 2, "v5p": 2}
 """Of a chip, of the generations whose accelerator types count cores."""
+CUBE = 64
+"""Chips of the cubes that three-dimensional tori are made of."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def booking(job: Launch) -> Booking | None:
         return Booking(found, _nodes(next(known, None), gpu.nodes, gpu.per_node))
     if isinstance(job, SlurmLaunch) and job.gpus_per_node:
         found = f"launch.slurm.nodes = {job.nodes} with gpus_per_node = {job.gpus_per_node}"
-        return Booking(found, _nodes(None, job.nodes, job.gpus_per_node))
+        return Booking(found, _nodes(CHIPS[job.gpu] if job.gpu else None, job.nodes, job.gpus_per_node))
     return None
 
 
@@ -49,10 +51,17 @@ def _nodes(chip: Chip | None, nodes: int, each: int) -> Machine:
 
 
 def _torus(sides: int, chips: int) -> tuple[int, ...]:
-    """The most even one, as Cloud TPU makes it unless it is told otherwise: 4x4x8 of 128 chips."""
-    shape = [1] * sides
-    while chips > 1:
-        factor = next(n for n in range(2, chips + 1) if chips % n == 0)
+    """The most even one, as Cloud TPU makes it unless it is told otherwise: 4x4x8 of 128 chips, 2x2x1 of 4, 8x12x16 of
+    1,536. Sides of 4 or more chips are whole cubes in three dimensions."""
+    if sides == 3 and chips < CUBE:
+        small = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
+        return small.get(chips, (1, 1, chips))
+    each = 4 if sides == 3 else 1
+    shape, left = [each] * sides, chips // each**sides
+    factors: list[int] = []
+    while left > 1:
+        factors.append(next(n for n in range(2, left + 1) if left % n == 0))
+        left //= factors[-1]
+    for factor in reversed(factors):
         shape[shape.index(min(shape))] *= factor
-        chips //= factor
     return tuple(sorted(shape))

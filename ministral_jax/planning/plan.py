@@ -158,16 +158,21 @@ def presumed_sizes(recipe: Recipe, names: Sequence[str], given: Mapping[str, str
             raise UserError(f"--sizes {name}={preset}: no preset {preset!r}{suggest(preset, PRESETS)}")
     found: dict[str, str] = {}
     for name in (name for name in names if recipe.stages[name].is_gone):
-        path = str(getattr(recipe.stages[name], "path", ""))
-        known = (preset for begins, preset in PUBLISHED.items() if Path(path).name.lower().startswith(begins))
-        preset = given.get(name) or next(known, None)
+        preset = given.get(name) or published(recipe.stages[name])
         if preset is None:
+            path = str(getattr(recipe.stages[name], "path", ""))
             raise UserError(
                 f"stages.{name}.path = {path!r} is not here, and its name does not tell its sizes; say them with "
                 f"--sizes {name}=PRESET ({', '.join(PRESETS)})"
             )
         found[name] = preset
     return found
+
+
+def published(stage: Stage) -> str | None:
+    """The preset that the name of a checkpoint tells."""
+    name = Path(str(getattr(stage, "path", ""))).name.lower()
+    return next((preset for begins, preset in PUBLISHED.items() if name.startswith(begins)), None)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

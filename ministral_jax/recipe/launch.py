@@ -51,6 +51,8 @@ class SlurmLaunch(Launch):
 
     nodes: Count = 1
     gpus_per_node: int = Field(default=0, ge=0)
+    gpu: Literal["a100", "h100", "h200", "b200"] | None = None
+    """Kind of the GPUs, without which memory and times are not checked before a job is made."""
     tasks_per_node: Count | None = None
     """Processes of a node: one for each GPU when none is given, one where there are no GPUs."""
     cpus_per_task: Count | None = None

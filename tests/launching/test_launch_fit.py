@@ -12,6 +12,9 @@ from paths import ROOT
 from ministral_jax.cli import main
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 
+BASE, V5P, H100 = (
+    str(ROOT / "configs" / f"{name}.yaml") for name in ("ministral3_base", "machines/v5p-128", "machines/h100-32")
+)
 ROWS = "stages.parent.batch.sequences = 8 must be a multiple of 16, over which the mesh splits it (fsdp 16)"
 
 
@@ -65,10 +68,51 @@ def test_of_a_job_without_accelerators_nothing_is_known():
 @pytest.mark.parametrize(
     "machine", sorted(ROOT.joinpath("configs/machines").glob("*.yaml")), ids=lambda path: path.stem
 )
-@pytest.mark.parametrize("recipe", ["ministral3_base", "ministral3"])
-def test_the_shipped_machines_are_not_refused(machine, recipe):
+def test_the_shipped_machines_are_not_refused(machine):
     scheduler = "slurm" if machine.stem.startswith("h") else "tpu-vm"
-    render(scheduler, str(machine), recipe=str(ROOT / "configs" / f"{recipe}.yaml"))
+    render(scheduler, str(machine), recipe=BASE)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tpu-vm", V5P, "defaults.distill.compute.remat=none"], ["stages.14b-short needs", "in phase 'step'"]),
+        (["tpu-vm", V5P, "limits.slow=200"], ["limits.slow = 200 ends stages.14b-base"]),
+        (["slurm", H100, "defaults.distill.compute.remat=none"], ["of the 80.0 GB of a h100"]),
+        (["slurm", H100, "launch.slurm.time=00:30:00"], ["launch.slurm.time = 00:30:00 ends before"]),
+        (["slurm", H100, "launch.slurm.time=24:00:00"], ["launch.slurm.restarts = 20 ends the job for good"]),
+    ],
+)
+def test_memory_and_times_are_predicted_of_imports_that_are_not_here(capsys, words, told):
+    scheduler, *rest = words
+    assert main(["launch", scheduler, BASE, *rest]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and all(text in captured.err for text in told), captured.err
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ("slurm", [H100, "launch.slurm.gpu=null", "defaults.distill.compute.remat=none"]),  # GPUs of an unknown kind
+        ("tpu-vm", [V5P, "stages.parent.path=/odd/name", "defaults.distill.compute.remat=none"]),  # sizes nobody knows
+        ("tpu-vm", [V5P, "launch.slurm={gpus_per_node: 8, time: '1'}"]),  # another scheduler's clock
+    ],
+)
+def test_what_is_not_known_is_not_refused(scheduler, words):
+    render(scheduler, *words, recipe=BASE)
+
+
+def test_a_stage_whose_source_is_finished_is_still_looked_at(tmp_path, capsys):
+    """What runs has the sizes of its sources, wherever they lie."""
+    recipe, words = load_recipe(RECIPE), ["launch.slurm={nodes: 4, gpus_per_node: 8}", "mesh.fsdp=-1"]
+    specs = resolve_specs(recipe)
+    child = next(name for name, stage in recipe.stages.items() if stage.source == "parent" and stage.prunes)
+    wanted = ["launch", "slurm", RECIPE, child, *words, f"stages.{child}.model.layers=99", "--run-dir", str(tmp_path)]
+    (tmp_path / "parent").mkdir()
+    told = {"stage": "parent", "do": "train", "status": "finished", "spec": specs["parent"].model_dump(mode="json")}
+    (tmp_path / "parent" / "manifest.json").write_text(json.dumps(told | {"config": {}, "files": {}, "metrics": {}}))
+    assert main(wanted) == 2
+    assert f"stages.{child}" in capsys.readouterr().err
 
 
 def test_another_schedulers_block_may_ask_for_another_machine():

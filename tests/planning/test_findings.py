@@ -242,6 +242,7 @@ def test_a_planted_fault_is_found_and_nothing_else(family, name):
 
 
 SPOT = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: true}"
+RESTARTS = "launch.slurm={nodes: 4, gpus_per_node: 8, time: '15:00', restarts: %d}"
 SLURM = "launch.slurm={nodes: 4, gpus_per_node: 8, time: '%s'}"
 TIMED = {
     # name: machine, stage, times, what is there before, what is planted, level, words of the finding
@@ -269,6 +270,10 @@ TIMED = {
         V5P, LONG, taking(40), ["checkpoint.every=10"],
         ["launch.gke={image: i, volume: {bucket: b}, tpu: {type: v5p, topology: 4x4x4}, spot: true}"],
         "warning", ["launch.gke.grace = 30 s is too short", "(40 s)", "GB by 16 hosts"],
+    ),
+    "the job's restarts": (
+        H100, SHORT, taking(190), [*NODES, "checkpoint.every=1", RESTARTS % 1], [RESTARTS % 0],
+        "error", ["launch.slurm.restarts = 0 ends the job for good after 1 start of", "0.1 hours; set it to 2"],
     ),
     "the job's time": (
         H100, SHORT, taking(10), [*NODES, "checkpoint.every=100", SLURM % "1:00:00"], [SLURM % "25:00"],

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ministral_jax.alignment.judge import ROWS
-from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, counted, error, warning
+from ministral_jax.planning.findings.finding import Context, Finding, RecipeCheck, StageCheck, counted, error, warning
 from ministral_jax.planning.work import Draw, Read, Work
 from ministral_jax.recipe.launch import SlurmLaunch
 from ministral_jax.sampling.engine import SamplingOptions
@@ -15,8 +15,8 @@ COMPILING = 600
 """Seconds that a stage takes at the most to compile; measured on no machine."""
 DISK = 1e9
 """Bytes/s that a host is assumed to write."""
-HOUR, LONG = 3600, 1800
-"""Work that a failure may lose: seconds that are worth a warning, and on spot machines."""
+DAY, HOUR, LONG = 86400, 3600, 1800
+"""Of these, what a failure may lose: an hour is worth a warning, on spot machines half of one."""
 _STATE = 12
 """Bytes of a saved state for each parameter that learns: itself and two moments, in float32."""
 
@@ -115,6 +115,22 @@ def advances(context: Context, name: str) -> Iterator[Finding]:
         )
 
 
+def restarts_suffice(context: Context) -> Iterator[Finding]:
+    """A chain of starts, each as long as the scheduler gives, ends with the last stage."""
+    slurm, limit = context.recipe.launch.slurm, _slurm_seconds(context)
+    if limit is None or not context.times:
+        return
+    total, each = sum(times.seconds for times in context.times.values()), limit - COMPILING - slurm.grace
+    if each > 0 and (needed := math.ceil(total / each) - 1) > slurm.restarts:
+        lasts = f"{total / DAY:,.1f} days" if total > DAY else f"{total / HOUR:,.1f} hours"
+        yield error(
+            None,
+            f"launch.slurm.restarts = {slurm.restarts} ends the job for good after "
+            f"{counted(slurm.restarts + 1, 'start')} of launch.slurm.time = {slurm.time}, and the stages take {lasts}; "
+            f"set it to {2 * needed}, or ask for more time",
+        )
+
+
 def interval(context: Context, name: str) -> float | None:
     """Seconds between two checkpoints of a stage that saves some, None where that is not known."""
     times, config = context.times.get(name), getattr(context.stage(name), "checkpoint", None)
@@ -161,3 +177,4 @@ def _slurm_seconds(context: Context) -> int | None:
 
 
 CHECKS: tuple[StageCheck, ...] = (watched, loses_little, stops_in_time, advances)
+OF_RECIPE: tuple[RecipeCheck, ...] = (restarts_suffice,)
