@@ -7,10 +7,12 @@ beside the models. Numbers of rows are global ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ministral_jax.distributed.placement import Rules
+from jax.sharding import Mesh
+
+from ministral_jax.distributed.placement import Placement, Rules
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
@@ -46,8 +48,9 @@ class Read:
 
     patches: of a row's images, 0 without any. chunk: tokens of a device whose logits are there at once.
     taps: whether every layer's activations are observed, as calibration does.
-    targets: bytes of what was recorded of a teacher for a row. streamed: whether the next batch is put on the devices
-    while this one is read.
+    taught: whose logits are made beside this model's, for a `kl`: of states read before, or recorded. targets: bytes of
+    what was recorded of a teacher for a row. streamed: whether the next batch is put on the devices while this one is
+    read. at_once: rows of a batch, or as many more as the devices share evenly; 0 where microbatches say it.
     """
 
     model: Held
@@ -60,8 +63,18 @@ class Read:
     chunk: int = DEFAULT_CHUNK
     learns: bool = False
     taps: bool = False
+    taught: Held | None = None
     targets: int = 0
     streamed: bool = True
+    at_once: int = 0
+
+    def on(self, mesh: Mesh) -> Read:
+        """With the batches that rows `at_once` make on a mesh, the last one padded."""
+        if not self.at_once:
+            return self
+        count = Placement(mesh, self.model.rules).even(self.at_once)
+        batches = -(-self.rows // count)
+        return replace(self, rows=count * batches, microbatches=batches, at_once=0)
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,9 @@ class Phase:
     times: float = 1
     beside: bool = False
 
+    def on(self, mesh: Mesh) -> Phase:
+        return replace(self, work=tuple(each.on(mesh) if isinstance(each, Read) else each for each in self.work))
+
 
 @dataclass(frozen=True)
 class StageWork:
@@ -126,6 +142,10 @@ class StageWork:
     held: tuple[Held, ...]
     phases: tuple[Phase, ...]
     keep: int = 0
+
+    def on(self, mesh: Mesh) -> StageWork:
+        """With rows as the devices of a mesh share them."""
+        return replace(self, phases=tuple(phase.on(mesh) for phase in self.phases))
 
     def phase(self, name: str) -> Phase | None:
         return next((phase for phase in self.phases if phase.name == name), None)

@@ -94,11 +94,13 @@ def _loop(stage: Looped, spec: ModelSpec, graph: Graph, frozen: tuple[str, ...] 
     seen = _rows(stage, student, head, chunk=DEFAULT_CHUNK)
     taught, shown = (step,), (seen,)
     if teacher is not None and isinstance(recorder, Record):
-        kept = {
-            split: _row_bytes(stage, teacher.spec, *how) for split, how in recorder.kept(TokenIds().control).items()
-        }
-        taught, shown = (replace(step, targets=kept["train"]),), (replace(seen, targets=kept["held_out"]),)
+        kept = recorder.kept(TokenIds().control)
+        taught, shown = (
+            (_told(stage, step, teacher, *kept["train"]),),
+            (_told(stage, seen, teacher, *kept["held_out"]),),
+        )
     elif teacher is not None:
+        step, seen = replace(step, taught=teacher), replace(seen, taught=teacher)
         taught, shown = (_rows(stage, teacher, "none", count), step), (_rows(stage, teacher, "none"), seen)
     rounds = _evaluations(stage) * -(-stage.evaluate.rows // stage.batch.sequences)
     phases = Phase("step", taught, stage.steps), Phase("evaluate", shown, rounds, beside=True)
@@ -155,7 +157,7 @@ def _(stage: Prune, spec: ModelSpec, graph: Graph) -> StageWork:
     cuts = sum(getattr(source.spec, size) != getattr(spec, size) for size in ("layers", "width", "mlp_width"))
     passes = max(1, cuts) if stage.options.recollect else 1
     calibrate = replace(_rows(stage, source, "none"), taps=True)
-    seen = (_rows(stage, source, "none"), _rows(stage, pruned, "kl"))
+    seen = (_rows(stage, source, "none"), replace(_rows(stage, pruned, "kl"), taught=source))
     rounds = (cuts + 1) * -(-stage.evaluate.rows // stage.batch.sequences)
     phases = (
         Phase("calibrate", (calibrate,), passes * stage.calibration),
@@ -215,6 +217,12 @@ def _teacher(stage: Any, graph: Graph) -> Held:
     return Held("teacher", untied, recorder.compute.dtype, rules, only=("decoder/head",))
 
 
+def _told(stage: Any, read: Read, teacher: Held, codec: codecs.Codec, forced: tuple[int, ...]) -> Read:
+    """With what was recorded of a teacher, whose logits are made anew where hidden states were."""
+    taught = teacher if isinstance(codec, codecs.HiddenCodec) else None
+    return replace(read, taught=taught, targets=_row_bytes(stage, teacher.spec, codec, forced))
+
+
 def _row_bytes(stage: Any, teacher: ModelSpec, codec: codecs.Codec, forced: tuple[int, ...]) -> int:
     """Of what is recorded of a row, as it is stored and, but for counts of few bytes, as a batch has it."""
     arrays = codecs.layout(codec, stage.batch.length, teacher.width, teacher.vocab, forced)
@@ -269,10 +277,9 @@ def _judge(stage: Any, graph: Graph) -> tuple[tuple[Held, ...], tuple[Phase, ...
 
 
 def _judging(model: Held, compute: Compute, questions: int, longest: int) -> Read:
-    """Questions, of which a batch of `ROWS` is read at once; the words they are put in are not counted."""
+    """The words that questions are put in are not counted."""
     length = bucket(max(min(longest, model.spec.context), compute.shortest_row))
-    batches = -(-questions // ROWS)
-    return Read(model, ROWS * batches, length, compute, batches, head="choice", streamed=False)
+    return Read(model, questions, length, compute, head="choice", streamed=False, at_once=ROWS)
 
 
 def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Phase, ...]:

@@ -45,7 +45,7 @@ def compiled(patches: int, mesh: dict[str, int], **compute) -> tuple[Module, lis
     with jax.set_mesh(placed):
         program = stage.programs(Job("x", stage, specs[0], graph, Path("none"), placed))["step"].lower().compile()
     work = stage_work(stage, specs[0], graph).phases[0].work
-    counted = [c for w in work for c in costs(w, work, Layout(placed, w.model.rules), 1, Assumptions())]
+    counted = [c for w in work for c in costs(w, Layout(placed, w.model.rules), 1, Assumptions())]
     return Module.read(program.as_text()), counted, placed
 
 
@@ -87,10 +87,8 @@ def distilling(machine: str, rows: int, length: int, microbatches: int, patches:
     student, teacher = PRESETS["ministral-3-14b"], PRESETS["mistral-small-3.1-24b"]
     shape = dict(rows=rows, length=length, compute=BF16, microbatches=microbatches, patches=patches, chunk=4096)
     learner = Held("student", student, "float32", Rules(), True, ("vision",))
-    reads = (
-        Read(Held("teacher", teacher, "bfloat16", Rules()), **shape),
-        Read(learner, **shape, head="kl", learns=True),
-    )
+    taught = Held("teacher", teacher, "bfloat16", Rules())
+    reads = (Read(taught, **shape), Read(learner, **shape, head="kl", learns=True, taught=taught))
     on = parse_machine(machine)
     return stage_time(StageWork((), (Phase("step", reads),)), on.mesh(MeshConfig(**mesh)), on)
 

@@ -1,11 +1,17 @@
 """What stages of the shipped recipe do, as records."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
-from paths import ROOT
+from paths import ROOT, TESTS
 
+from ministral_jax.distributed.placement import MeshConfig
 from ministral_jax.models.spec import PRESETS
+from ministral_jax.planning.machine import parse_machine
+from ministral_jax.planning.memory.stage import stage_memory
+from ministral_jax.planning.records import StageWork
+from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph
@@ -27,3 +33,51 @@ def work_of(stage, *overrides):
 )
 def test_evaluations_come_beside_steps_and_judging_a_steps_answers_with_them(stage, beside):
     assert {phase.name for phase in work_of(stage).phases if phase.beside} == beside
+
+
+@pytest.mark.parametrize(
+    ("machine", "mesh", "batches", "rows"), [("v5p:4x4x4", {}, 4, 64), ("v6e:16x16", {"fsdp": 256}, 1, 256)]
+)
+def test_a_judge_reads_batches_that_the_devices_share_evenly(machine, mesh, batches, rows):
+    """128 prompts of two answers are 256 questions, in both orders."""
+    machine = parse_machine(machine)
+    placed = machine.mesh(MeshConfig(**mesh))
+    found = work_of("14b-instruct", "stages.14b-instruct.prompts=128").on(placed)
+    (read,) = found.phase("judge").work
+    assert (read.microbatches, read.rows) == (batches, batches * rows)
+
+
+def test_more_devices_hold_less_of_a_judges_questions():
+    work = work_of("14b-instruct", "stages.14b-instruct.prompts=128")
+    needs = {}
+    for shape in ("8x8", "16x16"):
+        machine = parse_machine(f"v6e:{shape}")
+        memory = stage_memory(work, machine.mesh(MeshConfig(fsdp=machine.devices)), machine.hosts)
+        needs[shape] = next(phase for phase in memory.phases if phase.phase == "judge")
+    activations = {shape: sum(i.bytes for i in p.items if i.name == "activations") for shape, p in needs.items()}
+    assert activations["16x16"] <= activations["8x8"]
+
+
+def test_a_head_makes_a_teachers_logits_anew_of_recorded_states_alone():
+    """Held-out rows are always recorded as hidden states, training rows where the codec says so."""
+    machine = parse_machine("v5p:2x2x1")
+    for codec, anew in (("{kind: hidden}", True), ("{kind: topk, entries: 16}", False)):
+        recipe = load_recipe(TESTS / "micro_stored.yaml", [f"stages.logits.codec={codec}"])
+        specs = resolve_specs(recipe, ["short"])
+        work = stage_work(recipe.stages["short"], specs["short"], Graph(recipe.stages, specs))
+        mesh = machine.mesh(MeshConfig())
+        (step,), (seen,) = work.phase("step").work, work.phase("evaluate").work
+        assert (step.taught is not None, seen.taught is not None) == (anew, True)
+        bare = StageWork(work.held, tuple(replace(p, work=(replace(p.work[0], taught=None),)) for p in work.phases))
+        for place, counted in ((0, anew), (1, True)):
+            heads = [_heads(stage_memory(each, mesh, 1).phases[place]) for each in (work, bare)]
+            times = [_head_seconds(stage_time(each, mesh, machine).phases[place]) for each in (work, bare)]
+            assert (heads[0] > heads[1], times[0] > times[1]) == (counted, counted)
+
+
+def _heads(phase):
+    return sum(item.bytes for item in phase.items)
+
+
+def _head_seconds(phase):
+    return sum(part.seconds for part in phase.parts if part.name == "loss head")

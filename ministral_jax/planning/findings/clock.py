@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ministral_jax.alignment.judge import ROWS
 from ministral_jax.planning.findings.finding import Context, Finding, RecipeCheck, StageCheck, counted, error, warning
 from ministral_jax.planning.work import Draw, Read, Work
 from ministral_jax.recipe.launch import SlurmLaunch
@@ -29,9 +28,9 @@ def watched(context: Context, name: str) -> Iterator[Finding]:
     """
     if context.machine.hosts == 1 or (times := context.times.get(name)) is None:
         return
-    slow, work = context.recipe.limits.slow, context.work.get(name)
+    slow, work = context.recipe.limits.slow, context.work[name].on(context.jobs[name].mesh)
     for phase in times.phases:
-        found = work.phase(phase.phase) if work is not None else None
+        found = work.phase(phase.phase)
         pieces = sum(_pieces(one) for one in found.work) if found is not None else 0
         seconds, what = phase.seconds / max(1, pieces), f"{'a part of ' if pieces else ''}{phase.phase!r}"
         if seconds > slow:
@@ -52,7 +51,7 @@ def _pieces(work: Work) -> int:
     """Between which a job says that it goes on: chunks of tokens, and a judge's batches; 0 of all else."""
     if isinstance(work, Draw):
         return math.ceil(work.completion / SamplingOptions().chunk)
-    return work.rows // ROWS if isinstance(work, Read) and work.head == "choice" else 0
+    return work.microbatches if isinstance(work, Read) and work.head == "choice" else 0
 
 
 def loses_little(context: Context, name: str) -> Iterator[Finding]:

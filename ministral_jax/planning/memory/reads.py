@@ -62,7 +62,7 @@ def step_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
     kept += learner.residuals + learner.angles
     for teacher in teachers:  # whose states may be made before the learner's or after them
         yield together(always, {"activations": kept + 2 * learner.stream + teacher.layer})
-    yield together(always, {"activations": states + kept + learner.stream, "loss head": _loss_head(learner, teachers)})
+    yield together(always, {"activations": states + kept + learner.stream, "loss head": _loss_head(learner)})
     gradient = _gradient(learner)
     yield together(always, {"activations": kept + learner.layer_backward, "gradients": gradient})
     # the cotangents of the embedding's rows in float32, before and after they are sent to where its columns lie
@@ -84,12 +84,13 @@ def _accumulated(rows: Rows) -> int:
     return rows.shards.size(without=(*frozen, "decoder/head")) * FLOAT + rows.head(FLOAT)
 
 
-def _loss_head(rows: Rows, teachers: list[Rows]) -> int:
+def _loss_head(rows: Rows) -> int:
     """Logits of a chunk and their gradient; the learner's head in float32 as it was gathered and cast, its gradient,
     the teacher's head; states cut into chunks and the gradient in them."""
-    logits = rows.logits(FLOAT * (1 + len(teachers)) + rows.width)
-    heads = rows.head(2 * FLOAT + rows.width) + sum(each.head(each.width) for each in teachers)
-    return logits + heads + 2 * rows.stream + sum(each.stream for each in teachers)
+    found = rows.logits(FLOAT + rows.width) + rows.head(2 * FLOAT + rows.width) + 2 * rows.stream
+    if (teacher := rows.taught) is not None:
+        found += rows.logits(FLOAT) + teacher.head(teacher.width) + teacher.stream
+    return found
 
 
 # ---- reading alone ---------------------------------------------------------------------------------------------------
@@ -108,8 +109,9 @@ def read_moments(reads: tuple[Read, ...], mesh: Mesh) -> Iterator[Moment]:
             yield together(batch, {"activations": fixed + moment})
         states += rows.stream
     last = every[-1]
-    logits = last.logits(FLOAT * (len(every) + (last.read.head == "logprobs")))
-    heads = sum(rows.head(rows.width) for rows in every) if last.read.head != "none" else 0
+    readers = [rows for rows in (last, last.taught) if rows is not None]
+    logits = last.logits(FLOAT * (len(readers) + (last.read.head == "logprobs")))
+    heads = sum(rows.head(rows.width) for rows in readers) if last.read.head != "none" else 0
     # figures of every position, whole on every device
     told = 11 * 4 * last.read.rows * last.read.length if last.read.head in ("kl", "ce") else 0
     yield together(batch, {"activations": states, "loss head": logits + heads + told})

@@ -59,6 +59,7 @@ class StageMemory:
 
 def stage_memory(work: StageWork, mesh: Mesh, hosts: int) -> StageMemory:
     """Of a stage on a mesh of devices on so many hosts. Temporaries were held against libtpu's, see the tests."""
+    work = work.on(mesh)
     held = together(*(_held(model, mesh) for model in work.held))
     phases = tuple(_phase(phase, held, mesh) for phase in work.phases)
     return StageMemory(phases, _host(work, mesh, hosts), _written(work))

@@ -10,7 +10,7 @@ do so after the loop that accumulates it, until when each has all of it: the hea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jax.sharding import Mesh
@@ -42,6 +42,12 @@ class Rows:
     @cached_property
     def shards(self) -> Shards:
         return Shards(self.read.model.spec, self.read.model.rules, self.mesh)
+
+    @cached_property
+    def taught(self) -> Rows | None:
+        """The same rows of the model whose logits are made beside this one's."""
+        model = self.read.taught
+        return None if model is None else Rows(replace(self.read, model=model, taught=None), self.mesh)
 
     @property
     def spec(self) -> ModelSpec:

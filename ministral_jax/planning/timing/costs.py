@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,11 +23,10 @@ ADDED = 12
 """Bytes for each parameter to add a microbatch's gradient to the sum."""
 
 
-def costs(work: Work, beside: Sequence[Work], layout: Layout, hosts: int, assume: Assumptions) -> list[Cost]:
-    """Of one pass of `work`; `beside` is all work of its phase, where a teacher is found."""
+def costs(work: Work, layout: Layout, hosts: int, assume: Assumptions) -> list[Cost]:
+    """Of one pass of `work`."""
     if isinstance(work, Read):
-        teacher = next((w.model.spec for w in beside if isinstance(w, Read) and w is not work and not w.learns), None)
-        return Reading(work, layout, assume, teacher).costs()
+        return Reading(work, layout, assume).costs()
     if isinstance(work, Draw):
         return draw_costs(work, layout, assume)
     return _moved(work, layout, hosts, assume)
@@ -35,12 +34,11 @@ def costs(work: Work, beside: Sequence[Work], layout: Layout, hosts: int, assume
 
 @dataclass(frozen=True)
 class Reading:
-    """A `Read` on a device; `teacher` is the model whose final states are read beside it, for a head of `kl`."""
+    """A `Read` on a device."""
 
     read: Read
     layout: Layout
     assume: Assumptions
-    teacher: ModelSpec | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -109,7 +107,7 @@ class Reading:
         V = tuple(axis for axis in layout.axes(spec.vocab, "vocab") if axis not in layout.batch)
         table = spec.vocab / layout.parts(V) * spec.width
         tokens = self.rows * (1 if read.head == "choice" else self.tower.tokens)
-        sides = [spec.width] if self.teacher is None or read.head != "kl" else [spec.width, self.teacher.width]
+        sides = [model.spec.width for model in (read.model, read.taught) if model is not None]
         again = 1 if read.head == "logprobs" and read.learns else 0
         products = sum(sides) + spec.width * ((2 if read.learns else 0) + again)
         flops = 2 * tokens * spec.vocab / layout.parts(V) * products

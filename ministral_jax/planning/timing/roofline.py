@@ -97,7 +97,7 @@ def stage_time(
     assume: Assumptions = Assumptions(),  # noqa: B008
 ) -> StageTime:
     """Predicted time of every phase of a stage that does `work` on `mesh` of `machine`."""
-    links = Links(mesh, machine, assume)
+    links, work = Links(mesh, machine, assume), work.on(mesh)
     step = work.phase("step")
     tokens = sum(w.rows * w.length for w in step.work if isinstance(w, Read) and w.learns) if step else 0
     return StageTime(tuple(phase_time(phase, links) for phase in work.phases), tokens)
@@ -109,7 +109,7 @@ def phase_time(phase: Phase, links: Links) -> PhaseTime:
     for work in phase.work:
         model = work.source if isinstance(work, Cut) else work.model
         layout = Layout(links.mesh, model.rules)
-        found += costs(work, phase.work, layout, links.machine.hosts, links.assume)
+        found += costs(work, layout, links.machine.hosts, links.assume)
     wide = any(getattr(getattr(w, "compute", None), "dtype", "") == "float32" for w in phase.work)
     busy = list(_busy(found, links, wide))
     sent = [transfer for cost in found for transfer in cost.sent]
