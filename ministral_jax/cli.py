@@ -192,20 +192,16 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("recipe", help="YAML file")
     plan.add_argument("rest", nargs="*", metavar="STAGE | FILE.yaml | key=value", help="as of run")
     plan.add_argument("--on", required=True, metavar="CHIP:SHAPE", help="v5p:4x4x8, v6e:16x16, h100:32, .. or here")
-    plan.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices joined by a network")
+    plan.add_argument("--slices", type=int, metavar="N", help="TPU slices joined by a network")
     plan.add_argument("--price", type=float, metavar="P", help="of a chip for an hour, in any currency")
     plan.add_argument("--all", action="store_true", help="the recipe's optional stages too")
     pairs: Any = dict(action="append", default=[])
     plan.add_argument("--sizes", **pairs, metavar="STAGE=PRESET", help="sizes of an import that is not here")
     plan.add_argument("--assume", **pairs, metavar="NAME=VALUE", help="another figure of the model, see docs/plan.md")
     plan.add_argument("--search", action="store_true", help="find meshes, microbatches and remat that are faster")
-    plan.add_argument(
-        "--compile", action="store_true", help="ask XLA's compiler too, of the stages named; minutes each"
-    )
+    plan.add_argument("--compile", action="store_true", help="ask XLA's compiler, of the stages named; minutes each")
     plan.add_argument("--run-dir", type=_directory, help="with --on here, where the run would be written")
-    plan.add_argument(
-        "--output", type=Path, metavar="FILE.json | FILE.html", help="all figures, or a page with pictures"
-    )
+    plan.add_argument("--output", type=Path, metavar="FILE.json|FILE.html", help="all figures, or a page with pictures")
     plan.set_defaults(command=_plan)
 
 

@@ -12,6 +12,7 @@ from ministral_jax.explain import suggest
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.planning.findings.find import find
 from ministral_jax.planning.findings.finding import Context, Finding
+from ministral_jax.planning.findings.site import room
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.memory.stage import StageMemory, stage_memory
 from ministral_jax.planning.timing.assumptions import Assumptions
@@ -72,9 +73,9 @@ class Plan:
         return sum(stage.seconds for stage in self.stages)
 
     @property
-    def written(self) -> int:
-        """Bytes on disk if nothing is cleaned."""
-        return sum(stage.memory.written for stage in self.stages if stage.memory is not None)
+    def disk(self) -> int:
+        """Bytes on disk at the most: what all stages leave, and the states of the one that runs."""
+        return room(self.context)
 
     @property
     def errors(self) -> int:
@@ -186,6 +187,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "chip_hours": plan.chip_hours(plan.seconds),
         "cost": plan.cost(plan.seconds),
+        "disk": plan.disk,
         "findings": [asdict(finding) for finding in plan.findings],
         "stages": {stage.name: _stage_json(plan, stage) for stage in plan.stages},
     }

@@ -3,7 +3,7 @@ lengths and steps are the recipe's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args, get_type_hints
@@ -11,7 +11,8 @@ from typing import Any, get_args, get_type_hints
 from ministral_jax.distributed.placement import MeshConfig
 from ministral_jax.errors import UserError
 from ministral_jax.models.block import Compute
-from ministral_jax.planning.findings.finding import Context
+from ministral_jax.planning.findings import layout
+from ministral_jax.planning.findings.finding import Context, Finding
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.memory.stage import StageMemory, stage_memory
 from ministral_jax.planning.plan import StagePlan
@@ -22,6 +23,8 @@ from ministral_jax.stages import Job
 
 FREE = 0.08
 """Share of a device's memory that must be left: the compiler's choices and other programs of the job."""
+CLEARLY = 0.1
+"""Share of a stage's time below which two predictions are taken for the same."""
 REMAT = get_args(get_type_hints(Compute)["remat"])
 MICROBATCHES = tuple(2**n for n in range(10))
 
@@ -33,17 +36,27 @@ class Choice:
     plan: StagePlan
     settings: Mapping[str, Any]
     """What differs from the recipe, by dotted key below the stage."""
+    warnings: tuple[str, ...] = ()
+    """What the layout of this one brings that the recipe's does not have."""
 
     @property
     def overrides(self) -> list[str]:
         """Words for the command line."""
         return [f"stages.{self.plan.name}.{key}={value}" for key, value in self.settings.items()]
 
+    def to_json(self) -> dict[str, Any]:
+        """Seconds, and bytes of one device."""
+        memory, time = self.plan.memory, self.plan.time
+        found: dict[str, Any] = {"overrides": self.overrides, "mesh": self.plan.mesh, "seconds": self.plan.seconds}
+        found["step_seconds"] = None if time is None else time.step_seconds
+        return found | {"peak": None if memory is None else memory.peak.total, "warnings": self.warnings}
+
 
 def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
     """For every mesh and every remat the fewest microbatches with which the stage fits with `FREE` to spare, by the
     predicted time of the whole stage; of two as fast, the one that needs less memory. More microbatches gather weights
-    more often and are never faster.
+    more often and are never faster. Of those less than `CLEARLY` slower than the fastest, the ones whose layout brings
+    no warning come first.
 
     Raises:
         UserError: nothing fits.
@@ -63,7 +76,23 @@ def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
             f"stages.{name}: no mesh, microbatches and remat fit {machine.name} with {FREE:.0%} of memory to spare; "
             "take more chips, or shorter or fewer rows"
         )
-    return sorted(found, key=_rank)
+    found.sort(key=_rank)
+    near = [choice for choice in found if choice.plan.seconds <= (1 + CLEARLY) * found[0].plan.seconds]
+    known = {finding.text for finding in _warnings(context, name, stage)}
+    warned = [replace(choice, warnings=_brings(context, choice, known)) for choice in near]
+    return [*sorted(warned, key=lambda choice: bool(choice.warnings)), *found[len(near) :]]
+
+
+def _brings(context: Context, choice: Choice, known: Set[str]) -> tuple[str, ...]:
+    found = _warnings(context, choice.plan.name, choice.plan.stage)
+    return tuple(finding.text for finding in found if finding.text not in known)
+
+
+def _warnings(context: Context, name: str, stage: Any) -> list[Finding]:
+    """What is found of the layout of `stage` in the place of `name`."""
+    recipe = context.recipe.model_copy(update={"stages": {**context.recipe.stages, name: stage}})
+    changed = replace(context, recipe=recipe, names=(name,))
+    return [finding for check in layout.CHECKS for finding in check(changed, name)]
 
 
 def _fitting(context: Context, name: str, stage: Any) -> tuple[StageWork, Job[Any], StageMemory] | None:

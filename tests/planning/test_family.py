@@ -5,6 +5,7 @@ from paths import ROOT
 
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.plan import make_plan
+from ministral_jax.planning.table import duration, mesh_text
 from ministral_jax.recipe.load import load_recipe, order
 
 MACHINES = {
@@ -26,8 +27,16 @@ def test_every_stage_fits_with_room_at_four_million_tokens_a_step(name):
     plan = make_plan(recipe, order(recipe), parse_machine(MACHINES[name]))
     assert plan.is_possible, [str(finding) for finding in plan.findings]
     assert len(plan.stages) == 13 and min(plan.free(stage) for stage in plan.stages) >= 0.08
-    page, rows = ROOT.joinpath("docs/plan.md").read_text(), [s for s in plan.stages if s.stage.do == "distill"]
-    for stage, length in zip(rows, (16_384, 262_144) * 3, strict=True):
+    rows, said = [s for s in plan.stages if s.stage.do == "distill"], table_rows(f"`{MACHINES[name]}`, {name}.yaml")
+    for stage, length, row in zip(rows, (16_384, 262_144) * 3, said, strict=True):
         assert stage.stage.batch.length == length and stage.time.tokens >= 4_000_000
-        assert f"{stage.memory.peak.total / 2**30:.1f} | {plan.free(stage):.0%}" in page
-        assert f"| {plan.mfu(stage):.1%} |" in page
+        figures = [f"{stage.memory.peak.total / 2**30:.1f}", f"{plan.free(stage):.0%}"]
+        figures += [duration(stage.time.step_seconds), f"{plan.mfu(stage):.1%}", f"{stage.seconds / 86400:.1f}"]
+        assert row == [stage.name, mesh_text(stage.mesh), *figures]
+
+
+def table_rows(machine):
+    """Cells of the six rows of a machine in docs/plan.md, the first of which names it."""
+    lines = ROOT.joinpath("docs/plan.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {machine} |"))
+    return [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[first : first + 6]]

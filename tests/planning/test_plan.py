@@ -73,10 +73,36 @@ def test_assumptions_are_named_numbers():
         "matmull=0.5": "did you mean matmul",
         "matmul=fast": "must be a number",
         "fused=1": "must be true or false",
+        "link=0": "must be a number above 0 to 1",
+        "matmul=3": "must be a number above 0 to 1",
+        "disk=0": "must be a number above 0 on",
+        "overlap=2": "must be a number from 0 to 1",
+        "trip=-1": "must be a number from 0 on",
+        "trip=.nan": "must be a number from 0 on",
+        "near=.inf": "must be a number from 0 on",
     }
     for word, said in {**cases, "matmul": "must be NAME=VALUE"}.items():
         with pytest.raises(UserError, match=said):
             parse_assumptions([word])
+
+
+@pytest.mark.parametrize(
+    ("on", "option", "value", "said"),
+    [
+        ("v5p:4x4x4", "--price", "-1", "--price -1 must be a number from 0 on"),
+        ("v5p:4x4x4", "--price", "nan", "--price nan must be"),
+        ("v5p:4x4x4", "--slices", "0", "--slices 0 must be at least 1"),
+        ("here", "--slices", "3", "--slices 3 goes with a TPU's shape"),
+        ("v5p:4x4x4", "--run-dir", "mine", "--run-dir mine goes with --on here"),
+        ("v5p:4x4x4", "--output", "plan.txt", "must end in .json"),
+        ("v5p:4x4x4", "--output", "nowhere/plan.json", "there is no directory nowhere"),
+        ("v5p:4x4x4", "--output", "gs://bucket/plan.json", "is a URL"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused_before_anything_is_planned(on, option, value, said, capsys):
+    assert main(["plan", RECIPE, "--on", on, option, value]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and not shown.out
 
 
 def test_larger_tiles_and_then_one_kernel_make_a_faster_plan(plan):
@@ -105,6 +131,43 @@ def test_a_search_that_finds_nothing_says_so():
     small = make_plan(recipe, order(recipe, ["14b-short"]), machine)
     with pytest.raises(UserError, match=r"stages\.14b-short: no mesh, microbatches and remat fit v5e:2x2 with 8%"):
         search(small.context, "14b-short", Assumptions())
+
+
+def test_a_search_goes_on_after_a_stage_for_which_nothing_fits(tmp_path, capsys):
+    path, small = tmp_path / "plan.json", ["defaults.distill.batch.length=1024", "data.patches=4096"]
+    words = ["plan", RECIPE, "3b-short", *small, "--on", "h100:4", "--search", "--output", str(path)]
+    assert main(words) == 2  # the mesh is that of 64 chips
+    shown, found = capsys.readouterr().out, json.loads(path.read_text())["found"]
+    assert "stages.14b-short: no mesh, microbatches and remat fit h100:4" in shown and found["14b-short"] == []
+    assert " ".join(found["3b-short"][0]["overrides"]) in " ".join(shown.split())
+
+
+def test_a_search_prefers_a_layout_without_warnings_to_one_that_is_hardly_faster():
+    plan = planned(on=("configs/machines/v5p-128.yaml", "v5p:4x4x4"))
+    best, *others = search(plan.context, "14b-short", Assumptions())
+    faster = [other for other in others if other.plan.seconds < best.plan.seconds]
+    assert faster and not best.warnings and all(other.warnings for other in faster)
+    assert best.plan.seconds < 1.1 * min(other.plan.seconds for other in faster)
+
+
+def test_disk_holds_what_stages_leave_and_the_states_of_one():
+    plan = planned(stages=("14b-base",))
+    kept = 4 * sum(stage.spec.parameters for stage in plan.stages)
+    assert plan.stages[-1].memory.written < plan.disk < kept + max(stage.memory.written for stage in plan.stages)
+    assert plan.disk < sum(stage.memory.written for stage in plan.stages)
+
+
+def test_no_figure_is_cut_at_120_columns():
+    plan = planned(stages=("14b-base", "3b-base"))
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(plan_view(plan))
+    for stage in plan.stages:
+        row = next(line for line in shown.get().splitlines() if line.startswith(stage.name))
+        figures = [f"{stage.memory.peak.total / 2**30:.1f}", duration(stage.seconds), f"{plan.free(stage):.0%}"]
+        figures.append(f"{plan.cost(stage.seconds):,.0f}")
+        assert all(f" {figure} " in row for figure in figures), row
+        assert "…" not in row
 
 
 def test_a_bar_is_as_long_whatever_its_shares():

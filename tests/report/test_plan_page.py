@@ -45,7 +45,7 @@ def test_verdict_and_findings_stand_first_errors_before_warnings(plan, page):
     text = plain(text_of(parse(page)))
     assert plan.title in text and f"{plan.errors} error" in text and "it fits" not in text
     assert f"cost {plain(count(plan.cost(plan.seconds)))} at 4.0 a chip-hour" in text
-    assert f"disk {plain(count(plan.written, 'B', 'si'))}" in text and plain(duration(plan.seconds)) in text
+    assert f"disk {plain(count(plan.disk, 'B', 'si'))}" in text and plain(duration(plan.seconds)) in text
     told = next(node for node in parse(page).iter("ul") if "findings" in (node.get("class") or ""))
     levels = [text_of(item[0]) for item in told]
     assert levels == sorted(levels) and set(levels) == {"error", "warning"}

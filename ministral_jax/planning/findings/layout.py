@@ -309,7 +309,7 @@ def enough_tokens(context: Context, name: str) -> Iterator[Finding]:
             yield warning(
                 name,
                 f"stages.{name}.{setting}: {read.rows} rows of {read.length} tokens{micro} leave {tokens:,.0f} tokens "
-                f"to a device, fewer than the {need:,.0f} that keep a {chip.name} computing; take more rows, fewer "
+                f"to a device, fewer than the {need:,.0f} that keep {chip.name} computing; take more rows, fewer "
                 "microbatches, or more `tensor`",
             )
             return
