@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -71,8 +72,8 @@ class Machine:
         for number in range(self.devices):
             of_slice, within = divmod(number, each)
             place, core = divmod(within, self.chip.cores)
-            host = number // self.chip.per_host
             if gpu:  # XLA takes every node for a slice
+                host = number // self.chip.per_host
                 found.append(Device(number, "gpu", self.chip.kinds[0], host, host, (place, 0, 0)))
                 continue
             coords = []
@@ -80,8 +81,17 @@ class Machine:
                 place, at = divmod(place, side)
                 coords.append(at)
             coords += [0] * (3 - len(coords))
+            host = self._host(number, of_slice, coords)
             found.append(Device(number, "tpu", self.chip.kinds[0], host, of_slice, tuple(coords), core))
         return found
+
+    def _host(self, number: int, of_slice: int, place: Sequence[int]) -> int:
+        """Of a TPU's device: a host has 2 x 2 chips in x and y where these sides allow it, and the next one is in x,
+        then in y, as libtpu numbers its processes."""
+        (x, y, z), (wide, high, *deep) = place, self.shape
+        if wide % 2 or high % 2:
+            return number // self.chip.per_host
+        return x // 2 + wide // 2 * (y // 2 + high // 2 * (z + of_slice * math.prod(deep)))
 
     def mesh(self, config: MeshConfig) -> Mesh:
         """The mesh of a stage. Raises `UserError`: the sizes do not fit the devices."""

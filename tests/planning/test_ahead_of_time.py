@@ -38,6 +38,17 @@ def compiled(planned, tmp_path_factory):
     return step
 
 
+@pytest.mark.parametrize("name", ["v5p:4x4x8", "v6e:8x16", "tpu7x:4x4x4", "v5p:2x2x4"])
+def test_processes_have_the_chips_that_are_described(name):
+    prepare_environment()
+    machine = parse_machine(name)
+    ours, theirs = (
+        {(tuple(d.coords), d.core_on_chip): d.process_index for d in devices}
+        for devices in (machine.described, target_of(machine).devices)
+    )
+    assert ours == theirs
+
+
 def test_a_step_takes_the_memory_that_is_predicted(planned, compiled):
     stage, graph, machine = planned
     work = stage_work(stage, graph.specs[STAGE], graph)

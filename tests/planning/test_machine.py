@@ -28,6 +28,23 @@ def test_a_machine_has_its_devices_once_each_and_its_hosts(text, slices, devices
     assert machine.name == text
 
 
+@pytest.mark.parametrize(
+    ("text", "slices", "hosts"),
+    [
+        ("v5p:4x4x4", 1, {0: (0, 0, 0), 1: (2, 0, 0), 2: (0, 2, 0), 3: (2, 2, 0), 4: (0, 0, 1), 15: (2, 2, 3)}),
+        ("v6e:8x16", 1, {3: (6, 0, 0), 4: (0, 2, 0), 31: (6, 14, 0)}),
+        ("tpu7x:4x4x4", 1, {1: (2, 0, 0)}),
+        ("v5p:2x2x4", 2, {3: (0, 0, 3), 4: (0, 0, 0)}),
+    ],
+)
+def test_a_tpus_host_has_a_square_of_chips(text, slices, hosts):
+    """As libtpu numbers the processes of these topologies; `make aot` asks it."""
+    machine = parse_machine(text, slices)
+    for host, (x, y, z) in hosts.items():
+        places = {d.coords for d in machine.described if d.process_index == host}
+        assert places == {(x + i, y + j, z) for i in (0, 1) for j in (0, 1)}
+
+
 def test_a_mesh_of_described_devices():
     mesh = parse_machine("v5p:4x4x4").mesh(MeshConfig(data=-1, fsdp=16, tensor=4))
     assert mesh.shape["data"] == 1 and mesh.size == 64
