@@ -93,13 +93,13 @@ class Machine:
             return number // self.chip.per_host
         return x // 2 + wide // 2 * (y // 2 + high // 2 * (z + of_slice * math.prod(deep)))
 
-    def mesh(self, config: MeshConfig) -> Mesh:
-        """The mesh of a stage. Raises `UserError`: the sizes do not fit the devices."""
-        return _mesh(self, config)
+    def mesh(self, config: MeshConfig, where: str = "mesh") -> Mesh:
+        """The mesh of a stage; `where` is its setting. Raises `UserError`: the sizes do not fit the devices."""
+        return _mesh(self, config, where)
 
 
-def _make(machine: Machine, config: MeshConfig) -> Mesh:
-    return make_mesh(config, list(machine.described))
+def _make(machine: Machine, config: MeshConfig, where: str) -> Mesh:
+    return make_mesh(config, list(machine.described), where)
 
 
 _mesh: Any = lru_cache(maxsize=256)(_make)  # Any: a type checker takes frozen models for unhashable

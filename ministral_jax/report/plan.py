@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from ministral_jax.distributed.torus import Side, torus_sides
-from ministral_jax.planning.findings.models import SPARE
+from ministral_jax.planning.findings.memory import SPARE
 from ministral_jax.planning.plan import Plan, StagePlan
 from ministral_jax.planning.table import KINDS, SAID, by_kind, mesh_text
 from ministral_jax.planning.timing.assumptions import Assumptions, meanings

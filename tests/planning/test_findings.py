@@ -1,92 +1,41 @@
 """What is found wrong with a recipe on a machine: each fault planted as a setting, and nothing said without it."""
 
-from dataclasses import replace
-
 import pytest
+from finding_cases import (
+    GRPO,
+    H100,
+    LONG,
+    NODES,
+    ODPO,
+    SHORT,
+    TEACHERS,
+    TORUS,
+    V5P,
+    found,
+    holding,
+    new,
+    of_stage,
+    planted,
+    taking,
+)
 from paths import ROOT
 
-from ministral_jax import yaml12
-from ministral_jax.models.spec import PRESETS
 from ministral_jax.planning.findings.find import find, impossible
 from ministral_jax.planning.findings.finding import Context, Finding, merged
 from ministral_jax.planning.findings.site import needed
 from ministral_jax.planning.machine import parse_machine
-from ministral_jax.planning.memory.stage import Item, PhaseMemory, StageMemory, stage_memory
-from ministral_jax.planning.timing.roofline import Part, PhaseTime, StageTime, stage_time
-from ministral_jax.recipe.load import load_recipe, order, resolve_specs
-from ministral_jax.recipe.types import Recipe
+from ministral_jax.recipe.load import load_recipe, order
 
-TEACHERS = dict.fromkeys(
-    ("parent", "teacher", "instruct-teacher", "reasoning-teacher"), PRESETS["mistral-small-3.1-24b"]
-)
-
-
-def taking(step: float, **phases: float) -> StageTime:
-    """Seconds of one pass of phases."""
-    given = {"step": step, **phases}.items()
-    parts = {name: (Part("matmul", "matmul", seconds),) for name, seconds in given}
-    rare = {"step": 1.0} | dict.fromkeys(phases, 1e-9)
-    return StageTime(tuple(PhaseTime(name, rare[name], each, 0, 0, {}) for name, each in parts.items()), 0)
-
-
-def holding(phase: str, weights: float, other: float, host: float = 0, written: float = 0) -> StageMemory:
-    """In GB."""
-    items = (Item("student: weights", int(weights * 1e9)), Item("activations", int(other * 1e9)))
-    phases = (PhaseMemory("evaluate", items[:1]), PhaseMemory(phase, items))
-    return StageMemory(phases, int(host * 1e9), int(written * 1e9))
-
-
-@pytest.fixture(scope="module")
-def family():
-    """The recipe of the real family, with the sizes that its imports have."""
-    recipe = load_recipe(ROOT / "configs" / "ministral3.yaml", made=lambda name: TEACHERS)
-    return recipe, resolve_specs(recipe, order(recipe), TEACHERS)
-
-
-def planted(recipe: Recipe, settings: list[str]) -> Recipe:
-    """The recipe with `key=value` of stages, `limits` or `launch`; only what they are of is validated anew."""
-    changed: dict[tuple[str, ...], dict] = {}
-    for setting in settings:
-        key, _, text = setting.partition("=")
-        path = key.split(".")
-        count = 2 if path[0] == "stages" else 1
-        place = tuple(path[:count])
-        part = recipe.stages[place[1]] if count == 2 else getattr(recipe, place[0])
-        node = changed.setdefault(place, part.model_dump(mode="json", by_alias=True))
-        for step in path[count:-1]:
-            node = node[step]
-        node[path[-1]] = yaml12.load(text)
-    stages = {
-        place[1]: type(recipe.stages[place[1]]).model_validate(raw) for place, raw in changed.items() if place[1:]
-    }
-    others = {
-        place[0]: type(getattr(recipe, place[0])).model_validate(raw) for place, raw in changed.items() if not place[1:]
-    }
-    return recipe.model_copy(update={"stages": {**recipe.stages, **stages}, **others})
-
-
-def found(family, machine, stage, settings=(), memory=None, times=None, slices=1):
-    recipe, specs = family
-    recipe = planted(recipe, settings)
-    if any(".model." in setting for setting in settings):
-        specs = {**specs, stage: recipe.stages[stage].resolve(Context(recipe, specs, (), None).graph, "")}
-    of_stage = lambda given: {} if given is None else {stage: given}
-    on = parse_machine(machine, slices)
-    return find(Context(recipe, specs, (stage,), on, of_stage(memory), of_stage(times)))
-
-
-LONG, SHORT, GRPO, ODPO = "14b-base", "14b-short", "14b-stem", "14b-instruct"
-V5P, TORUS, H100 = "v5p:4x4x4", "v5p:4x4x8", "h100:32"
-NODES = ("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1")
 PLANTS = {
     # name: machine, stage, what is there before, what is planted, level, words of the finding
     "a side is split": (
         TORUS, SHORT, ["mesh.fsdp=32"], ["mesh.fsdp=16"],
-        "warning", [".mesh on v5p:4x4x8 splits a side", "fsdp 16 has 2 of the 4 places of side y", "whole ones"],
+        "warning", [".mesh on v5p:4x4x8 splits a side", "fsdp 16 has 2 of the 4 places of side y",
+                    "tensor: 4, context: 1} has whole ones"],
     ),
     "both sides of a flat torus are split": (
         "v6e:16x16", SHORT, ["mesh.tensor=16"], ["mesh.tensor=4"],
-        "warning", ["tensor 4 has 4 of the 16 places of side", "{fsdp: 16, tensor: 16} has whole"],
+        "warning", ["tensor 4 has 4 of the 16 places of side", "no sizes with whole ones are better"],
     ),
     "gathers over three sides": (
         V5P, SHORT, [], ["mesh.fsdp=64", "mesh.tensor=1"], "warning", [".mesh on v5p:4x4x4 gathers", "over fsdp 64"],
@@ -95,7 +44,12 @@ PLANTS = {
         V5P, LONG, ["sharding.embed=[fsdp]"], ["sharding.embed=[fsdp, context]"],
         "warning", ["fsdp 4 * context 16", ".sharding.embed"],
     ),
-    "sizes do not multiply": (V5P, SHORT, [], ["mesh.fsdp=24"], "error", [".mesh {data: -1, fsdp: 24", "64 devices"]),
+    "sizes do not multiply": (V5P, SHORT, [], ["mesh.fsdp=24"], "error", [".mesh {data: -1, fsdp: 24", "64 devices",
+                                                       "{slice: 1, data: 2, fsdp: 8, tensor: 4, context: 1} fits"]),
+    "slices that are not there": (
+        V5P, SHORT, [], ["mesh={slice: 2, data: 1, fsdp: 16, tensor: 4}"],
+        "error", [".mesh {slice: 2, fsdp: 16, tensor: 4} does not fit 64 devices", "with --slices 2 it fits"],
+    ),
     "a slice too many": (V5P, SHORT, ["mesh.fsdp=4"], ["mesh.slice=4"], "warning", [".mesh.slice = 4 on one slice"]),
     "tensor over nodes": (
         H100, SHORT, ["mesh.fsdp=2", "mesh.context=2", "data.patches=24192"], ["mesh.context=4"],
@@ -186,49 +140,6 @@ PLANTS = {
 }  # fmt: skip
 
 
-PREDICTED = {
-    # of real models of memory and time: stage, what is there before, what is planted, words of the finding
-    "GRPO's caches": (
-        GRPO,
-        [
-            *("max_prompt_length=2048", "max_completion_length=1024"),
-            *("evaluate.max_completion_length=1024", "evaluate.completions=0"),
-        ],
-        ["max_completion_length=32768"],
-        ["14b-stem needs", "in phase 'sample' (cache", "lower stages.14b-stem.max_completion_length"],
-    ),
-    "a long step and the watchdog": (
-        LONG, [], ["limits.slow=300"], ["limits.slow = 300 ends stages.14b-base, of which 'step' takes"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PREDICTED)
-def test_predicted_memory_and_time_are_held_against_the_machine(family, name):
-    stage, before, plant, words = PREDICTED[name]
-    without = predicted(family, stage, of_stage(stage, before))
-    told = [one for one in predicted(family, stage, of_stage(stage, before + plant)) if one.level == "error"]
-    assert [one.text for one in without if one.level == "error"] == []
-    assert any(all(word in one.text for word in words) for one in told), told
-
-
-def predicted(family, stage, settings):
-    recipe, specs = family
-    context = Context(planted(recipe, settings), specs, (stage,), parse_machine(V5P))
-    work, mesh = context.work[stage], context.jobs[stage].mesh
-    memory = {stage: stage_memory(work, mesh, context.machine.hosts)}
-    times = {stage: stage_time(work, mesh, context.machine)}
-    return find(replace(context, memory=memory, times=times))
-
-
-def of_stage(stage: str, settings: list[str]) -> list[str]:
-    return [word if word.startswith(("launch.", "limits.")) else f"stages.{stage}.{word}" for word in settings]
-
-
-def new(before: list[Finding], after: list[Finding]) -> list[Finding]:
-    return [finding for finding in after if finding not in before]
-
-
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_fault_is_found_and_nothing_else(family, name):
     machine, stage, before, plant, level, words = PLANTS[name]
@@ -300,32 +211,11 @@ def test_one_process_has_no_watchdog_and_sampling_may_stop_between_chunks(family
     assert not any("limits" in one.text for one in found(family, "v5p:2x2x1", GRPO, times=taking(5000)))
 
 
-@pytest.mark.parametrize(
-    ("stage", "memory", "level", "words"),
-    [
-        (
-            SHORT,
-            holding("step", 60, 60),
-            "error",
-            ["120.0 GB of the 102.0 GB", "activations 60.0", "batch.microbatches"],
-        ),
-        (SHORT, holding("step", 60, 37), "warning", ["97.0 GB", "less than 8% is spare"]),
-        (GRPO, holding("sample", 20, 90), "error", ["phase 'sample'", "lower stages.14b-stem.max_completion_length"]),
-        (GRPO, holding("examine", 20, 90), "error", ["lower stages.14b-stem.evaluate.max_completion_length"]),
-        ("14b-pruned", holding("calibrate", 20, 90), "error", ["lower stages.14b-pruned.batch.sequences"]),
-        (GRPO, holding("step", 20, 20, host=500), "error", ["500 GB of the 481 GB of a host", "14b-stem.prompts"]),
-    ],
-)
-def test_what_does_not_fit_into_memory_is_told_with_its_largest_items(family, stage, memory, level, words):
-    enough = found(family, V5P, stage, memory=holding("step", 50, 40, host=100))
-    told = new(enough, found(family, V5P, stage, memory=memory))
-    assert [finding.level for finding in told] == [level] and all(word in told[0].text for word in words), told
-
-
 def test_slices_of_the_recipe_are_those_of_the_machine(family):
     told = found(family, V5P, SHORT, slices=2)
     assert [one.text for one in told if one.level == "error"] == [
-        "stages.14b-short.mesh.slice = 1 but the devices form 2 slices; they must be equal"
+        "stages.14b-short.mesh.slice = 1 but the devices form 2 slices; they must be equal; "
+        "{slice: 2, data: 1, fsdp: 16, tensor: 4, context: 1} fits"
     ]
     assert not any(
         one.level == "error" for one in found(family, V5P, SHORT, [f"stages.{SHORT}.mesh.slice=2"], slices=2)

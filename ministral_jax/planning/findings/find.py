@@ -9,7 +9,7 @@ from dataclasses import replace
 from ministral_jax.distributed.chips import CHIPS
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.planning.findings import clock, layout, models, site
+from ministral_jax.planning.findings import clock, layout, memory, models, site
 from ministral_jax.planning.findings.finding import Context, Finding, error, merged
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.memory.stage import stage_memory
@@ -18,7 +18,9 @@ from ministral_jax.recipe.load import order
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.stages.base import Graph
 
-OF_STAGES = (*layout.CHECKS, *models.CHECKS, *clock.CHECKS)
+OF_ROWS = (*layout.CHECKS, *models.CHECKS)
+"""What can be said of a stage whose rows its devices do not share."""
+OF_STAGES = (*OF_ROWS, *memory.CHECKS, *clock.CHECKS)
 
 
 def find(context: Context) -> list[Finding]:
@@ -39,9 +41,9 @@ def impossible(
     fitting = {name: work for name, work in context.work.items() if name in context.jobs}
     if machine.chip.name in CHIPS:
         meshes = {name: context.jobs[name].mesh for name in fitting}
-        memory = {name: stage_memory(work, meshes[name], machine.hosts) for name, work in fitting.items()}
+        needed = {name: stage_memory(work, meshes[name], machine.hosts) for name, work in fitting.items()}
         times = {name: stage_time(work, meshes[name], machine) for name, work in fitting.items()}
-        context = replace(context, memory=memory, times=times)
+        context = replace(context, memory=needed, times=times)
     wanted = (fault for fault in faults if fault.stage in names)
     found = merged([*wanted, *_of_stages(context), *clock.restarts_suffice(context)])
     return [finding for finding in found if is_error(finding)]
@@ -49,7 +51,8 @@ def impossible(
 
 def _of_stages(context: Context) -> Iterator[Finding]:
     for name in context.names:
-        for check in OF_STAGES:
+        refused = name in context.jobs and layout.rows_fault(context.jobs[name]) is not None
+        for check in OF_ROWS if refused else OF_STAGES:
             yield from check(context, name)
 
 

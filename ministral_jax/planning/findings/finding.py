@@ -85,7 +85,7 @@ class Context:
     def job(self, stage: Stage, name: str) -> Job[Any] | None:
         """A stage on the devices of the machine."""
         try:
-            mesh = self.machine.mesh(stage.mesh)
+            mesh = self.machine.mesh(stage.mesh, f"stages.{name}.mesh")
         except UserError:
             return None
         spec: Any = self.specs.get(name)

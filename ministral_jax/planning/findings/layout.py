@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ministral_jax.alignment.judge import ROWS
@@ -15,6 +17,7 @@ from ministral_jax.distributed.torus import SIDES, Side, torus_sides
 from ministral_jax.errors import UserError
 from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, error, warning
 from ministral_jax.planning.machine import Machine
+from ministral_jax.planning.timing.links import wraps
 from ministral_jax.planning.work import Draw, Held, Read
 from ministral_jax.sampling.engine import by_rows
 from ministral_jax.stages.base import Job
@@ -28,9 +31,9 @@ def mesh_fits(context: Context, name: str) -> Iterator[Finding]:
     """The sizes multiply to the devices, and `slice` is the number of slices."""
     stage, machine = context.stage(name), context.machine
     try:
-        machine.mesh(stage.mesh)
+        machine.mesh(stage.mesh, f"stages.{name}.mesh")
     except UserError as fault:
-        yield error(name, str(fault).replace("mesh", f"stages.{name}.mesh", 1))
+        yield error(name, f"{fault}{_mend_mesh(machine, stage.mesh)}")
         return
     if machine.chip.platform == "tpu" and stage.mesh.slice > machine.slices == 1:
         yield warning(
@@ -38,6 +41,27 @@ def mesh_fits(context: Context, name: str) -> Iterator[Finding]:
             f"stages.{name}.mesh.slice = {stage.mesh.slice} on one slice makes copies of the parameters, as `data` "
             f"does; plan with --slices {stage.mesh.slice}, or set it to 1",
         )
+
+
+def _mend_mesh(machine: Machine, mesh: MeshConfig) -> str:
+    """The slices that the mesh is for, else the nearest sizes that multiply to the devices."""
+    if machine.chip.platform == "tpu" and machine.slices == 1 < mesh.slice:
+        each = replace(machine, slices=mesh.slice)
+        with suppress(UserError):
+            each.mesh(mesh)
+            return f"; with --slices {mesh.slice} it fits"
+    slices = machine.slices if machine.chip.platform == "tpu" else 1
+    left, sizes = machine.devices // slices, {"slice": slices}
+    for axis in ("tensor", "context", "fsdp"):  # what lies nearest is kept as it is, if it can be
+        given = getattr(mesh, axis)
+        sizes[axis] = left if given == -1 else math.gcd(given, left)
+        left //= sizes[axis]
+    return f"; {_full(MeshConfig(**sizes, data=left))} fits"
+
+
+def _full(config: MeshConfig) -> str:
+    """All axes, since a recipe or its stage may have set those that are 1."""
+    return "{" + ", ".join(f"{axis}: {getattr(config, axis)}" for axis in AXES) + "}"
 
 
 def whole_sides(context: Context, name: str) -> Iterator[Finding]:
@@ -52,11 +76,13 @@ def whole_sides(context: Context, name: str) -> Iterator[Finding]:
     ]
     if shared:
         better = _unsplit(context, job)
-        mend = f"{{{_sizes(better)}}} has whole ones" if better else "no other sizes have whole ones"
+        mend = f"{_full(better)} has whole ones" if better else "no sizes with whole ones are better"
+        lengths = [side.whole for axis in ("fsdp", "tensor", "context") for side in sides[axis] if side.is_split]
+        rings = any(wraps(context.machine, length) for length in lengths)
         yield warning(
             name,
-            f"stages.{name}.mesh on {context.machine.name} splits a side of the torus: {', '.join(shared)}, without "
-            f"a ring there, at half the speed; {mend}",
+            f"stages.{name}.mesh on {context.machine.name} splits a side of the torus: {', '.join(shared)}"
+            f"{', without a ring there, at half the speed' if rings else ''}; {mend}",
         )
 
 
@@ -121,17 +147,26 @@ def _unsplit(context: Context, job: Job[Any]) -> MeshConfig | None:
         found[MeshConfig(**sizes)] = distance
     for config in sorted(found, key=lambda config: found[config]):
         other = context.job(stage.model_copy(update={"mesh": config}), job.name)
-        if other is not None and _rows_fault(other) is None:
+        if other is not None and rows_fault(other) is None and not _is_worse(context, job, other):
             return config
     return None
 
 
+def _is_worse(context: Context, job: Job[Any], other: Job[Any]) -> bool:
+    """Whether another mesh for a stage brings findings that it does not have now."""
+    checks = (within_two_sides, answers_divide, padded_questions, idle_samplers, parameters_divide, patches_divide)
+
+    def told(one: Job[Any]) -> int:
+        recipe = context.recipe
+        there = recipe.model_copy(update={"stages": {**recipe.stages, job.name: one.stage}})
+        moved = replace(context, recipe=there)
+        return sum(1 for check in checks for _ in check(moved, job.name))
+
+    return told(other) > told(job)
+
+
 def _torus(machine: Machine) -> tuple[int, ...]:
     return (*machine.shape, machine.chip.cores)
-
-
-def _sizes(config: MeshConfig) -> str:
-    return ", ".join(f"{axis}: {size}" for axis in AXES if (size := getattr(config, axis)) != 1)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -140,11 +175,11 @@ def _sizes(config: MeshConfig) -> str:
 def rows_divide(context: Context, name: str) -> Iterator[Finding]:
     """What the stage itself refuses when it begins."""
     job = context.jobs.get(name)
-    if job is not None and (fault := _rows_fault(job)) is not None:
+    if job is not None and (fault := rows_fault(job)) is not None:
         yield error(name, f"{fault}{_mend_rows(job)}")
 
 
-def _rows_fault(job: Job[Any]) -> str | None:
+def rows_fault(job: Job[Any]) -> str | None:
     try:
         job.stage.check_mesh(job)
     except UserError as fault:
@@ -155,17 +190,25 @@ def _rows_fault(job: Job[Any]) -> str | None:
 def _mend_rows(job: Job[Any]) -> str:
     """Settings that are near and do divide, where there are some."""
     stage, shards = job.stage, job.placement.row_shards
-    if isinstance(stage, RowStage):
-        micro, rows, setting = stage.batch.microbatches, stage.batch.sequences, f"{job.where}.batch.microbatches"
-    else:
-        micro = getattr(stage, "microbatches", 1)
-        rows, setting = (
-            getattr(stage, "prompts", 0) // getattr(stage, "updates_per_step", 1),
-            f"{job.where}.microbatches",
-        )
-        rows = rows * getattr(stage, "answers_per_prompt", 1)
+    micro, rows = update_microbatches(stage), update_rows(stage)
     fewer = [count for count in range(1, micro) if rows and rows % (shards * count) == 0]
-    return f"; set {setting} to {fewer[-1]}" if fewer else "; a mesh with more `tensor` or `context` splits into fewer"
+    if fewer:
+        return f"; set {job.where}.{'batch.' * isinstance(stage, RowStage)}microbatches to {fewer[-1]}"
+    if isinstance(stage, RowStage) and (need := shards * micro) < 2 * rows and rows % need:
+        return f"; set {job.where}.batch.sequences to {need * max(1, round(rows / need))}"
+    return "; a mesh with more `tensor` or `context` splits into fewer"
+
+
+def update_microbatches(stage: Any) -> int:
+    return stage.batch.microbatches if isinstance(stage, RowStage) else getattr(stage, "microbatches", 1)
+
+
+def update_rows(stage: Any) -> int:
+    """Of one update; 0 of a stage that makes none."""
+    if isinstance(stage, RowStage):
+        return stage.batch.sequences
+    each = getattr(stage, "prompts", 0) // getattr(stage, "updates_per_step", 1)
+    return each * getattr(stage, "answers_per_prompt", 1)
 
 
 def answers_divide(context: Context, name: str) -> Iterator[Finding]:

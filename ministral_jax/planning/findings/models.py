@@ -1,23 +1,14 @@
-"""Whether the models of stages fit each other and memory: contexts, positions, and what lies on a device or a host."""
+"""Whether the models of stages fit each other: contexts and positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ministral_jax.errors import UserError
 from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, error, warning
-from ministral_jax.planning.work import Draw
 from ministral_jax.stages.base import Graph
 from ministral_jax.stages.looped import Looped
 from ministral_jax.stages.online import AnsweringStage
-
-SPARE = 0.08
-"""Of a device's memory, below which a plan is not to be trusted: fragments, and buffers of collectives."""
-_SHOWN = 3
-GB = 1e9
-
-# ---- contexts --------------------------------------------------------------------------------------------------------
 
 
 def sizes_fit(context: Context, name: str) -> Iterator[Finding]:
@@ -108,66 +99,10 @@ def positions_are_used(context: Context, name: str) -> Iterator[Finding]:
         )
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def fits_memory(context: Context, name: str) -> Iterator[Finding]:
-    """What lies on a device at the most."""
-    needed = context.memory.get(name)
-    if needed is None or not needed.phases:
-        return
-    peak, has = needed.peak, context.machine.chip.hbm
-    total = peak.total
-    largest = sorted(peak.items, key=lambda item: -item.bytes)[:_SHOWN]
-    items = ", ".join(f"{item.name} {item.bytes / GB:.1f}" for item in largest)
-    chip = f"{has / GB:.1f} GB of a {context.machine.chip.name}"
-    told = f"{total / GB:.1f} GB of the {chip} in phase {peak.phase!r} ({items})"
-    mend = _mend_memory(context, name, peak.phase)
-    if total > has:
-        yield error(name, f"stages.{name} needs {told}; {mend}")
-    elif total > (1 - SPARE) * has:
-        yield warning(name, f"stages.{name} needs {told}, less than {SPARE:.0%} is spare; {mend}")
-
-
-def _mend_memory(context: Context, name: str, phase: str) -> str:
-    """Settings that lower the peak of a phase."""
-    stage, where = context.stage(name), f"stages.{name}"
-    work = context.work[name].phase(phase) if name in context.work else None
-    if work is not None and any(isinstance(one, Draw) for one in work.work):
-        part = ("generate." if getattr(stage, "generate", None) else "evaluate.") if phase == "examine" else ""
-        return f"lower {where}.{part}max_completion_length or {where}.{part}prompts, or cut the model by mesh.tensor"
-    more: list[str] = []
-    batch = getattr(stage, "batch", None)
-    if phase == "step":
-        micro = "batch.microbatches" if hasattr(batch, "microbatches") else "microbatches"
-        more += [f"raise {where}.{micro}"]
-        more += [f"set {where}.compute.remat=full"] if stage.compute.remat != "full" else []
-    elif batch is not None:
-        more += [f"lower {where}.batch.sequences"]
-    return ", ".join([*more, f"or cut more by {where}.mesh (fsdp, tensor)"])
-
-
-def fits_host(context: Context, name: str) -> Iterator[Finding]:
-    needed, has = context.memory.get(name), context.machine.chip.host_memory
-    if needed is not None and needed.host > has:
-        yield error(
-            name,
-            f"stages.{name} needs {needed.host / GB:.0f} GB of the {has / GB:.0f} GB of a host's memory; "
-            f"{_mend_host(context.stage(name), f'stages.{name}')}",
-        )
-
-
-def _mend_host(stage: Any, where: str) -> str:
-    batch = getattr(stage, "batch", None)
-    return f"lower {where}.{'batch.sequences' if batch else 'prompts' if hasattr(stage, 'prompts') else 'mesh'}"
-
-
 CHECKS: tuple[StageCheck, ...] = (
     sizes_fit,
     beyond_the_teacher,
     question_fits,
     answers_fit,
     positions_are_used,
-    fits_memory,
-    fits_host,
 )
