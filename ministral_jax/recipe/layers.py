@@ -90,7 +90,7 @@ def _read(file: Path, root: Path, kind: str, above: tuple[Path, ...] = ()) -> di
         return raw
     if not isinstance(extends, str):
         raise UserError(f"{kind} {file}: extends must be the path of one file, got {extends!r}")
-    base = _find(extends, f"{kind}", file.parent, None if root == file.parent.absolute() else root)
+    base = _find(extends, kind, file.parent, None if root == file.parent.absolute() else root)
     return merge(_read(*base, kind, (*above, file)), raw)
 
 

@@ -22,7 +22,7 @@ from paths import ROOT
 
 from ministral_jax.planning.findings.find import find, impossible
 from ministral_jax.planning.findings.finding import Context, Finding, merged
-from ministral_jax.planning.findings.site import needed
+from ministral_jax.planning.findings.site import Need, needed
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.recipe.load import load_recipe, order
 
@@ -226,8 +226,9 @@ def test_the_whole_recipe_on_the_chips_that_it_is_written_for_has_no_error(famil
     recipe, specs = family
     told = find(Context(recipe, specs, tuple(order(recipe)), parse_machine(V5P)))
     assert told and all(one.level == "warning" for one in told), told
-    padded = [one for one in told if "14b-short.evaluate.rows" in one.text]
-    assert [one.others for one in padded] == [("8b-short", "3b-short")]  # said once, of all three
+    assert not any("14b-short.evaluate.rows" in one.text for one in told)
+    beyond = [one for one in told if "14b-base.beyond_teacher" in one.text]
+    assert [one.others for one in beyond] == [("8b-base", "3b-base")]  # said once, of all three
 
 
 def test_a_finding_names_a_few_of_the_stages_that_share_it():
@@ -250,6 +251,14 @@ def test_on_this_machine_what_is_not_there_is_an_error(family, tmp_path):
     missing = [one.text for one in new(elsewhere, here)]
     assert len(missing) == len(needs) + 1 and any("judges:satisfies" in text for text in missing)
     assert any("GB free, and the stages write 1,000,000,000 GB" in text for text in missing)
+
+
+def test_a_path_may_be_a_pattern_or_look_like_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a[1].jsonl").touch()
+    for there in ("a[1].jsonl", "a*.jsonl", f"{tmp_path}/a[1].jsonl", f"{tmp_path}/*.jsonl"):
+        assert Need("path", there, ()).is_here
+    assert not Need("path", "b*.jsonl", ()).is_here and not Need("path", f"{tmp_path}/b", ()).is_here
 
 
 def test_what_is_impossible_needs_no_file(family):

@@ -39,11 +39,8 @@ class Need(NamedTuple):
     def is_here(self) -> bool:
         if ":" in self.what and "/" not in self.what:
             return importlib.util.find_spec(self.what.partition(":")[0].partition(".")[0]) is not None
-        return any(Path().glob(self.what)) if not Path(self.what).is_absolute() else _exists(Path(self.what))
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        path = Path(self.what)
+        return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def needed(recipe: Recipe, names: tuple[str, ...]) -> list[Need]:
