@@ -40,7 +40,8 @@ def checksums(directory: Path, gathering: Gathering, waiting: Callable[[], None]
         files |= json.loads(told)
     # what was renamed a moment ago a network file system may show to the others later
     files |= _digests(directory, [name for name in names if name not in files])
-    return dict(sorted(files.items()))  # of what the others told, too, that this process does not see yet
+    # of what the others told, too, that this process does not see yet; in the order of paths
+    return {name: files[name] for name in sorted(files, key=lambda name: name.split("/"))}
 
 
 def _names(directory: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What process 0 learns of the files that several processes have written."""
 
 import json
+from pathlib import Path
 
 from ministral_jax.files import file_digest
 from ministral_jax.training.checksums import checksums, damage
@@ -25,5 +26,5 @@ def test_what_a_peer_wrote_is_kept_though_process_0_does_not_see_it_yet(tmp_path
     peers = Peers({"ocdbt.process_1/d/unseen": unseen["ocdbt.process_1/d/unseen"]}, unseen)
     files = checksums(tmp_path, peers, lambda: None)
     here = {name: [len(name), file_digest(tmp_path / name)] for name in ("manifest", "ocdbt.process_1/d/seen")}
-    assert files == here | unseen and list(files) == sorted(files)
+    assert files == here | unseen and [Path(name) for name in files] == sorted(map(Path, files))
     assert damage(tmp_path, files) == "ocdbt.process_2/d/unseen is missing"
