@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.planning.booking import booking
 from ministral_jax.planning.findings.find import impossible
+from ministral_jax.planning.findings.finding import Context
+from ministral_jax.planning.findings.site import starts_on_its_hosts
 from ministral_jax.planning.plan import published
 from ministral_jax.recipe.launch import GkeLaunch, Launch, LaunchConfig, SlurmLaunch, TpuVmLaunch
 from ministral_jax.recipe.types import Recipe
@@ -21,6 +24,8 @@ def refuse_misfit(
     recipe: Recipe, names: Sequence[str], job: Launch, made: Mapping[str, ModelSpec] | None = None
 ) -> None:
     """Look at the stages `names` on what `job` asks for; of a job without accelerators nothing is known.
+
+    What a TPU VM would lack is said on stderr, and no fault.
 
     Args:
         made: sizes of finished stages, for those whose checkpoint is not here; others have those of their names, where
@@ -36,6 +41,8 @@ def refuse_misfit(
     alone = recipe.model_copy(update={"launch": LaunchConfig().model_copy(update={_BLOCKS[type(job)]: job})})
     if found := impossible(alone, names, asked.machine, {**known, **(made or {})}):
         raise UserError("\n".join(f"{asked.setting}: {finding}" for finding in found))
+    for finding in starts_on_its_hosts(Context(alone, {}, (), asked.machine)):
+        print(f"warning: {finding}", file=sys.stderr)
 
 
 def unfinished(names: Sequence[str], run_dir: Path) -> list[str]:

@@ -105,11 +105,29 @@ def _make(machine: Machine, config: MeshConfig, where: str) -> Mesh:
 _mesh: Any = lru_cache(maxsize=256)(_make)  # Any: a type checker takes frozen models for unhashable
 
 
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+"""Shapes of two sides that can be booked, as Google Cloud's pages say."""
+SMALL = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Shapes of three sides that are less than a cube of 4 chips a side, whichever side is which."""
+
+
+def _check_torus(text: str, sides: tuple[int, ...]) -> None:
+    if len(sides) == 2:
+        if sides not in FLAT:
+            known = ", ".join("x".join(map(str, shape)) for shape in FLAT)
+            raise UserError(f"--on {text}: no such machine can be booked; its shape must be one of {known}")
+    elif tuple(sorted(sides)) not in SMALL and any(side % 4 for side in sides):
+        raise UserError(
+            f"--on {text}: no such machine can be booked; its shape must be 2x2x1, 2x2x2, 2x2x4, 2x4x4 or have sides "
+            "that are multiples of 4"
+        )
+
+
 def parse_machine(text: str, slices: int = 1) -> Machine:
     """A machine from `CHIP:SIDExSIDE..` or, of GPUs, `CHIP:COUNT`.
 
     Raises:
-        UserError: an unknown chip, sides that its torus does not have, or GPUs that do not fill nodes.
+        UserError: an unknown chip, a torus that cannot be booked, or GPUs that do not fill nodes.
     """
     name, _, shape = text.partition(":")
     if name not in CHIPS:
@@ -123,6 +141,7 @@ def parse_machine(text: str, slices: int = 1) -> Machine:
     if chip.platform == "tpu":
         if len(sides) != chip.sides:
             raise UserError(f"--on {text}: a {name} has a torus of {chip.sides} sides, {shape} has {len(sides)}")
+        _check_torus(text, sides)
         return Machine(chip, sides, slices)
     count = math.prod(sides)
     if slices > 1:

@@ -16,6 +16,7 @@ from ministral_jax.settings import Rooted, merge
 
 PACKAGED_CONFIGS = Path(__file__).parents[1] / "configs"
 """Where a wheel keeps the recipes of the repository's `configs/`."""
+_CONFIGS = (PACKAGED_CONFIGS, Path(__file__).parents[2] / "configs")
 
 
 def is_overlay(word: str) -> bool:
@@ -67,16 +68,17 @@ def _find(path: str | Path, kind: str, below: Path = Path(), root: Path | None =
     if file.is_file():
         return file, root or file.parent.absolute()
     if path.parts[:1] == ("configs",):
-        for packaged in (PACKAGED_CONFIGS, Path(__file__).parents[2] / "configs"):
+        for packaged in _CONFIGS:
             if (file := packaged.joinpath(*path.parts[1:])).is_file():
                 return file, Path.cwd()
-    raise UserError(f"{kind} {str(path)!r} is not a file (packaged ones: {_PACKAGED[kind]})")
+    raise UserError(f"{kind} {str(path)!r} is not a file (packaged ones: {', '.join(_packaged(kind))})")
 
 
-_PACKAGED = {
-    "recipe": "configs/tiny.yaml, configs/ministral3_base.yaml, configs/ministral3.yaml",
-    "overlay": ", ".join(f"configs/machines/{name}.yaml" for name in ("v5p-128", "v5p-256", "v6e-256", "h100-32")),
-}
+def _packaged(kind: str) -> list[str]:
+    """Recipes in the order in which one meets them; overlays are all of `configs/machines/`."""
+    if kind == "recipe":
+        return ["configs/tiny.yaml", "configs/ministral3_base.yaml", "configs/ministral3.yaml"]
+    return sorted(f"configs/machines/{file.name}" for root in _CONFIGS for file in root.glob("machines/*.yaml"))
 
 
 def _read(file: Path, root: Path, kind: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:

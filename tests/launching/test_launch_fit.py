@@ -90,6 +90,14 @@ def test_memory_and_times_are_predicted_of_imports_that_are_not_here(capsys, wor
     assert captured.out == "" and all(text in captured.err for text in told), captured.err
 
 
+def test_what_hosts_of_a_tpu_vm_lack_is_said(capsys):
+    render("tpu-vm", V5P, recipe=BASE)
+    told = capsys.readouterr().err
+    assert "launch.tpu_vm.bucket is not set, and 16 hosts" in told and "launch.tpu_vm.setup is not set" in told
+    render("tpu-vm", V5P, "launch.tpu_vm.bucket=b", "launch.tpu_vm.setup=pip install x", recipe=BASE)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [

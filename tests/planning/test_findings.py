@@ -26,6 +26,8 @@ from ministral_jax.planning.findings.site import Need, needed
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.recipe.load import load_recipe, order
 
+TPU_VM = "launch.tpu_vm={zone: z, accelerator_type: %s, runtime_version: r, bucket: b, setup: s, spot: false}"
+BARE = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: false, %s}"
 PLANTS = {
     # name: machine, stage, what is there before, what is planted, level, words of the finding
     "a side is split": (
@@ -125,13 +127,25 @@ PLANTS = {
         "warning", [".batch.length = 16384 is within model.rope.original_context = 16384", "yarn_factor = 16"],
     ),
     "chips of a TPU VM": (
-        V5P, SHORT, [], ["launch.tpu_vm={zone: z, accelerator_type: v5p-256, runtime_version: r}"],
-        "error", ["launch.tpu_vm.accelerator_type = v5p-256 asks for 128 chips", "64 of v5p:4x4x4"],
+        V5P, SHORT, [TPU_VM % "v5p-128"], [TPU_VM % "v5p-256"],
+        "error", ["launch.tpu_vm.accelerator_type = v5p-256 asks for the 128 chips of v5p:4x4x8", "64 chips of v5p"],
     ),
     "chips of GKE": (
         V5P, SHORT, [],
         ["launch.gke={image: i, volume: {bucket: b}, tpu: {type: v5p, topology: 2x4x4, slices: 1}}"],
-        "error", ["launch.gke.tpu.topology = 2x4x4 asks for 32 chips"],
+        "error", ["launch.gke.tpu.topology = 2x4x4 asks for the 32 chips of v5p:2x4x4"],
+    ),
+    "another kind of TPU": (
+        "v4:4x4x4", SHORT, [TPU_VM % "v4-128"], [TPU_VM % "v5p-128"],
+        "error", ["v5p-128 asks for the 64 chips of v5p:4x4x4, but the plan is for the 64 chips of v4:4x4x4"],
+    ),
+    "no directory for all hosts": (
+        V5P, SHORT, [TPU_VM % "v5p-128"], [BARE % "setup: s"],
+        "warning", ["launch.tpu_vm.bucket is not set, and 16 hosts need"],
+    ),
+    "nothing is installed": (
+        V5P, SHORT, [TPU_VM % "v5p-128"], [BARE % "bucket: b"],
+        "warning", ["launch.tpu_vm.setup is not set, and a host"],
     ),
     "GPUs of SLURM": (
         H100, SHORT, [*NODES], ["launch.slurm={nodes: 2, gpus_per_node: 8}"],
@@ -152,7 +166,7 @@ def test_a_planted_fault_is_found_and_nothing_else(family, name):
         assert not any(word in finding.text for finding in without)
 
 
-SPOT = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: true}"
+SPOT = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, bucket: b, setup: s, spot: true}"
 RESTARTS = "launch.slurm={nodes: 4, gpus_per_node: 8, time: '15:00', restarts: %d}"
 SLURM = "launch.slurm={nodes: 4, gpus_per_node: 8, time: '%s'}"
 TIMED = {
@@ -168,6 +182,10 @@ TIMED = {
     "hours between checkpoints": (
         V5P, LONG, taking(200), ["checkpoint.minutes=null", "checkpoint.every=9"], ["checkpoint.every=100"],
         "warning", [".checkpoint.every = 100 saves every 5.6 hours", "9 is half an hour"],
+    ),
+    "no checkpoint before the end": (
+        V5P, LONG, taking(135), ["checkpoint.minutes=null", "checkpoint.every=9", "steps=50"], ["checkpoint.every=100"],
+        "warning", [".checkpoint.every = 100 saves nothing before its end after 1.9 hours", "13 is half an hour"],
     ),
     "hours between checkpoints by minutes": (
         V5P, LONG, taking(200), ["checkpoint.every=100"], ["checkpoint.minutes=90"],
@@ -235,6 +253,15 @@ def test_a_finding_names_a_few_of_the_stages_that_share_it():
     same = [Finding("warning", name, f"stages.{name}.mesh is odd") for name in "abcdef"]
     told = merged([*same, Finding("error", None, "x")])
     assert [str(one) for one in told] == ["stages.a.mesh is odd (the same in 5 more stages: b, c, d, ..)", "x"]
+
+
+def test_a_setting_of_all_stages_is_told_once_with_the_largest_need(family):
+    recipe, specs = family
+    times = {SHORT: taking(250), LONG: taking(900), "8b-base": taking(700)}
+    context = Context(planted(recipe, ["limits.slow=800"]), specs, tuple(times), parse_machine(V5P), times=times)
+    (told,) = (one for one in find(context) if "limits.slow" in one.text)
+    assert (told.level, told.stage, told.others) == ("error", LONG, (SHORT, "8b-base"))
+    assert "set it to 2400" in told.text and "(so it is in 2 more stages: " in str(told)
 
 
 def test_on_this_machine_what_is_not_there_is_an_error(family, tmp_path):

@@ -5,7 +5,9 @@ import pytest
 from ministral_jax.distributed.chips import CHIPS, chip_of
 from ministral_jax.distributed.placement import MeshConfig
 from ministral_jax.errors import UserError
+from ministral_jax.planning.booking import booking
 from ministral_jax.planning.machine import parse_machine
+from ministral_jax.recipe.launch import TpuVmLaunch
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,10 @@ def test_a_mesh_of_described_devices():
         ("v5p", 1, "comes the shape"),
         ("v5p:4x0x4", 1, "comes the shape"),
         ("v6e:4x4x4", 1, "torus of 2 sides, 4x4x4 has 3"),
+        ("v5p:5x7x3", 1, "multiples of 4"),
+        ("v5p:2x4x8", 1, "multiples of 4"),
+        ("v6e:3x5", 1, "one of 1x1, 2x2, 2x4"),
+        ("v6e:100x100", 1, "8x16, 16x16"),
         ("h100:12", 1, "12 GPUs do not fill nodes of 8"),
         ("h100:16", 2, "GPUs have no slices"),
         ("v5p:4x4x4", 0, "--slices 0"),
@@ -65,6 +71,18 @@ def test_a_mesh_of_described_devices():
 def test_what_is_no_machine_is_one_sentence(text, slices, said):
     with pytest.raises(UserError, match=said.replace("[", r"\[")):
         parse_machine(text, slices)
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "name"),
+    [
+        *(("v5p-8", "v5p:2x2x1"), ("v5p-32", "v5p:2x2x4"), ("v5p-256", "v5p:4x4x8"), ("v5p-3072", "v5p:8x12x16")),
+        *(("v6e-8", "v6e:2x4"), ("v6e-256", "v6e:16x16"), ("v5litepod-128", "v5e:8x16")),
+    ],
+)
+def test_an_accelerator_type_is_the_most_even_torus(accelerator_type, name):
+    asked = booking(TpuVmLaunch(zone="z", accelerator_type=accelerator_type, runtime_version="r"))
+    assert asked.machine.name == name
 
 
 def test_every_device_kind_is_its_own_chip():

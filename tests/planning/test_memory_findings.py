@@ -83,3 +83,20 @@ def test_rows_that_do_not_divide_are_all_that_is_said_of_a_stage(family):
     rows = of_stage(SHORT, ["batch={sequences: 250, length: 16384, microbatches: 2}"])
     (told,) = (x for x in found(family, V5P, SHORT, rows, memory=holding("step", 60, 60)) if x.level == "error")
     assert "batch.sequences = 250 must be a multiple of 32" in told.text and "batch.sequences to 256" in told.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("{}", ["MEM_FRACTION is not set, so that JAX takes 0.75 of a GPU, 60.0 GB", "set it to 0.92"]),
+        ("{XLA_PYTHON_CLIENT_MEM_FRACTION: '0.8'}", ["MEM_FRACTION is 0.8 of a GPU, 64.0 GB", "needs 70.0"]),
+        ("{XLA_PYTHON_CLIENT_MEM_FRACTION: '0.92'}", []),
+        ("{XLA_PYTHON_CLIENT_PREALLOCATE: 'false'}", []),
+    ],
+)
+def test_jax_takes_as_much_of_a_gpu_as_a_stage_needs(family, environment, words):
+    settings = [f"launch.slurm={{nodes: 4, gpus_per_node: 8, environment: {environment}}}"]
+    settings += of_stage(SHORT, ["mesh.fsdp=-1", "mesh.data=1", "mesh.tensor=1"])
+    told = found(family, "h100:32", SHORT, settings, memory=holding("step", 40, 30))
+    errors = [one.text for one in told if one.level == "error"]
+    assert len(errors) == bool(words) and all(word in text for text in errors for word in words), errors

@@ -38,12 +38,16 @@ def watched(context: Context, name: str) -> Iterator[Finding]:
                 name,
                 f"limits.slow = {slow:g} ends stages.{name}, of which {what} takes {seconds:,.0f} s: its processes are "
                 f"taken for hanging, each time anew; set it to {2 * seconds + COMPILING:.0f}",
+                "limits.slow",
+                seconds,
             )
         elif seconds + COMPILING > slow:
             yield warning(
                 name,
                 f"limits.slow = {slow:g} leaves {slow - seconds:,.0f} s for compiling {what} of stages.{name}, which "
                 f"takes {seconds:,.0f} s itself; set it to {2 * seconds + COMPILING:.0f}",
+                "limits.slow",
+                seconds,
             )
 
 
@@ -60,22 +64,23 @@ def loses_little(context: Context, name: str) -> Iterator[Finding]:
         return
     saves = context.stage(name).checkpoint
     which = "every" if saves.minutes is None or seconds < 60 * saves.minutes else "minutes"
-    value = getattr(saves, which)
-    setting = f"stages.{name}.checkpoint.{which} = {value:g}"
-    fitting = max(1, int(value * LONG / seconds))
+    setting = f"checkpoint.{which} = {getattr(saves, which):g}"
+    # a stage that is shorter than that has no state but its last
+    often = (
+        f"saves every {_lasting(seconds)}"
+        if which == "minutes" or saves.every < context.stage(name).steps
+        else (f"saves nothing before its end after {_lasting(seconds)}")
+    )
+    step = context.times[name].step_seconds
+    fitting = LONG // 60 if which == "minutes" else max(1, int(LONG / step))
     spot = _spot(context)
-    if seconds > HOUR:
-        yield warning(
-            name,
-            f"{setting} saves every {seconds / HOUR:.1f} hours, all of which a failure loses; {fitting} is "
-            "half an hour",
-        )
-    elif spot is not None and seconds > LONG:
-        yield warning(
-            name,
-            f"{setting} saves every {seconds / 60:.0f} minutes, and {spot} = true takes machines away "
-            f"without notice; {fitting} is half an hour",
-        )
+    why = "all of which a failure loses" if seconds > HOUR else f"and {spot} = true takes machines away without notice"
+    if seconds > HOUR or (spot is not None and seconds > LONG):
+        yield warning(name, f"stages.{name}.{setting} {often}, {why}; {fitting} is half an hour", setting, seconds)
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds / HOUR:.1f} hours" if seconds > HOUR else f"{seconds / 60:.0f} minutes"
 
 
 def stops_in_time(context: Context, name: str) -> Iterator[Finding]:
@@ -97,6 +102,8 @@ def stops_in_time(context: Context, name: str) -> Iterator[Finding]:
                 f"a save of {_saved(context, name) / 1e9:,.0f} GB by {counted(context.machine.hosts, 'host')} "
                 f"({saving:,.0f} s), so being stopped loses what was done since the last; raise it where the "
                 "scheduler allows",
+                setting,
+                times.step_seconds + saving,
             )
 
 
@@ -111,6 +118,8 @@ def advances(context: Context, name: str) -> Iterator[Finding]:
             f"launch.slurm.time = {context.recipe.launch.slurm.time} ends before stages.{name} has compiled "
             f"({COMPILING} s) and come to a checkpoint (after {between:,.0f} s), so the job may never "
             "advance; ask for more, or save more often",
+            "launch.slurm.time",
+            between,
         )
 
 

@@ -28,18 +28,22 @@ class Finding:
 
     level: `error` is what stops the run, or never lets it end; `warning` what slows it or wastes something.
     stage: None where it is of the whole recipe. others: stages in which it is the same.
+    setting: what all stages share, of which the finding with the largest `need` stands for all.
     """
 
     level: Level
     stage: str | None
     text: str
     others: tuple[str, ...] = ()
+    setting: str = ""
+    need: float = 0
 
     def __str__(self) -> str:
         if not self.others:
             return self.text
         more = ", ".join(self.others[:_NAMED]) + (", .." if len(self.others) > _NAMED else "")
-        return f"{self.text} (the same in {counted(len(self.others), 'more stage')}: {more})"
+        same = "so it is" if self.setting else "the same"
+        return f"{self.text} ({same} in {counted(len(self.others), 'more stage')}: {more})"
 
 
 @dataclass(frozen=True)
@@ -96,24 +100,27 @@ StageCheck = Callable[[Context, str], Iterable[Finding]]
 RecipeCheck = Callable[[Context], Iterable[Finding]]
 
 
-def error(stage: str | None, text: str) -> Finding:
-    return Finding("error", stage, text)
+def error(stage: str | None, text: str, setting: str = "", need: float = 0) -> Finding:
+    return Finding("error", stage, text, (), setting, need)
 
 
-def warning(stage: str | None, text: str) -> Finding:
-    return Finding("warning", stage, text)
+def warning(stage: str | None, text: str, setting: str = "", need: float = 0) -> Finding:
+    return Finding("warning", stage, text, (), setting, need)
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that differ in the stage alone as one, which names the first of them."""
-    first: dict[tuple[Level, str], Finding] = {}
+    """Those that differ in the stage alone as one, which names the first of them; and those of one setting as the one
+    of largest need."""
+    first: dict[tuple[str, str], Finding] = {}
     for finding in findings:
         general = finding.text if finding.stage is None else finding.text.replace(f"stages.{finding.stage}.", "")
-        key = finding.level, general
+        key = ("", finding.setting) if finding.setting else (finding.level, general)
         if (known := first.get(key)) is None:
             first[key] = finding
         elif finding.stage is not None:
-            first[key] = replace(known, others=(*known.others, finding.stage))
+            most = finding if finding.need > known.need else known
+            names = dict.fromkeys(name for name in (known.stage, *known.others, finding.stage) if name)
+            first[key] = replace(most, others=tuple(name for name in names if name != most.stage))
     return list(first.values())
 
 

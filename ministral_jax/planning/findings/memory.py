@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -173,6 +173,42 @@ def _word(name: str, dotted: str, value: Any) -> str:
     return f"stages.{name}.{dotted}={value}"
 
 
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_TAKEN = 0.75
+
+
+def within_its_share(context: Context, name: str) -> Iterator[Finding]:
+    """JAX takes three quarters of a GPU's memory when it begins, and no more, unless the environment says otherwise
+    (JAX's page on GPU memory allocation)."""
+    needed, has, launch = context.memory.get(name), context.machine.chip.hbm, context.recipe.launch
+    if needed is None or context.machine.chip.platform != "gpu":
+        return
+    asked = launch.gke is not None and launch.gke.gpu is not None and not launch.slurm.gpus_per_node
+    gke = launch.gke if asked else None
+    environment = (gke or launch.slurm).environment
+    setting = f"launch.{'slurm' if gke is None else 'gke'}.environment.{FRACTION}"
+    share, total = _share(environment), needed.peak.total
+    if share * has < total <= has:
+        yield error(
+            name,
+            f"{setting} is {environment.get(FRACTION, f'not set, so that JAX takes {_TAKEN}')} of a GPU, "
+            f"{share * has / GB:.1f} GB, of which stages.{name} needs {total / GB:.1f}; set it to {1 - SPARE:g}",
+            setting,
+            total,
+        )
+
+
+def _share(environment: Mapping[str, str]) -> float:
+    if environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
+        return 1
+    try:
+        return float(environment.get(FRACTION, _TAKEN))
+    except ValueError:
+        return _TAKEN
+
+
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 
 
@@ -191,4 +227,4 @@ def _mend_host(stage: Any, where: str) -> str:
     return f"lower {where}.{'batch.sequences' if batch else 'prompts' if hasattr(stage, 'prompts') else 'mesh'}"
 
 
-CHECKS: tuple[StageCheck, ...] = (fits_memory, fits_host)
+CHECKS: tuple[StageCheck, ...] = (fits_memory, within_its_share, fits_host)

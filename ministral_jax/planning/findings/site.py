@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ministral_jax.distributed.chips import CHIPS
 from ministral_jax.planning.booking import booking
-from ministral_jax.planning.findings.finding import Context, Finding, RecipeCheck, error, warning
+from ministral_jax.planning.findings.finding import Context, Finding, RecipeCheck, counted, error, warning
+from ministral_jax.planning.machine import Machine
 from ministral_jax.recipe.types import Recipe
 
 
@@ -20,12 +22,42 @@ def asks_for_the_machine(context: Context) -> Iterator[Finding]:
         asked = None if job is None else booking(job)
         if asked is None or asked.machine.chip.platform != machine.chip.platform:
             continue
-        if asked.machine.chips != machine.chips:
+        of_kind = asked.machine.chip.name in CHIPS and asked.machine.chip.name != machine.chip.name
+        shaped = machine.chip.platform == "tpu" and sorted(asked.machine.shape) != sorted(machine.shape)
+        if of_kind or shaped or (asked.machine.chips, asked.machine.slices) != (machine.chips, machine.slices):
             yield error(
                 None,
-                f"{asked.setting} asks for {asked.machine.chips} chips, but the plan is for the {machine.chips} of "
-                f"{machine.name}; make them the same",
+                f"{asked.setting} asks for {_described(asked.machine)}, but the plan is for {_described(machine)}; "
+                "make them the same",
             )
+
+
+def _described(machine: Machine) -> str:
+    if machine.chip.name not in CHIPS:
+        return f"{machine.chips} chips"
+    slices = f" x {counted(machine.slices, 'slice')}" if machine.slices > 1 else ""
+    return f"the {counted(machine.chips, 'chip')} of {machine.name}{slices}"
+
+
+def starts_on_its_hosts(context: Context) -> Iterator[Finding]:
+    """Machines that are made for a job have nothing on them: hosts share no directory, and the package is not there."""
+    job = context.recipe.launch.tpu_vm
+    if job is None or context.machine.chip.platform != "tpu":
+        return
+    hosts = context.machine.hosts
+    if job.bucket is None and hosts > 1:
+        yield warning(
+            None,
+            f"launch.tpu_vm.bucket is not set, and {hosts} hosts need a directory that all see at {job.mount} "
+            "(launch.tpu_vm.mount), without which the job ends at once; name a bucket, or mount one in "
+            "launch.tpu_vm.setup",
+        )
+    if job.setup is None:
+        yield warning(
+            None,
+            "launch.tpu_vm.setup is not set, and a host that is made for the job has no ministral-jax; set it to a "
+            "command that installs it",
+        )
 
 
 class Need(NamedTuple):
@@ -107,4 +139,4 @@ def room(context: Context) -> int:
     return most
 
 
-CHECKS: tuple[RecipeCheck, ...] = (asks_for_the_machine, is_there, fits_disk)
+CHECKS: tuple[RecipeCheck, ...] = (asks_for_the_machine, starts_on_its_hosts, is_there, fits_disk)
