@@ -60,6 +60,7 @@ def alone(path):
 
 
 def damage(path):
+    barrier(f"whole {path}")  # the other may be reading it
     if is_first():
         file = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         file.write_bytes(file.read_bytes()[:-1])
