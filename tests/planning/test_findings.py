@@ -261,7 +261,7 @@ def test_a_setting_of_all_stages_is_told_once_with_the_largest_need(family):
     context = Context(planted(recipe, ["limits.slow=800"]), specs, tuple(times), parse_machine(V5P), times=times)
     (told,) = (one for one in find(context) if "limits.slow" in one.text)
     assert (told.level, told.stage, told.others) == ("error", LONG, (SHORT, "8b-base"))
-    assert "set it to 2400" in told.text and "(so it is in 2 more stages: " in str(told)
+    assert "set it to 2400" in told.text and "(less so in 2 more stages: " in str(told)
 
 
 def test_on_this_machine_what_is_not_there_is_an_error(family, tmp_path):

@@ -42,7 +42,7 @@ class Finding:
         if not self.others:
             return self.text
         more = ", ".join(self.others[:_NAMED]) + (", .." if len(self.others) > _NAMED else "")
-        same = "so it is" if self.setting else "the same"
+        same = "less so" if self.setting else "the same"
         return f"{self.text} ({same} in {counted(len(self.others), 'more stage')}: {more})"
 
 

@@ -189,26 +189,16 @@ def rows_fault(job: Job[Any]) -> str | None:
 
 def _mend_rows(job: Job[Any]) -> str:
     """Settings that are near and do divide, where there are some."""
-    stage, shards = job.stage, job.placement.row_shards
-    micro, rows = update_microbatches(stage), update_rows(stage)
-    fewer = [count for count in range(1, micro) if rows and rows % (shards * count) == 0]
-    if fewer:
-        return f"; set {job.where}.{'batch.' * isinstance(stage, RowStage)}microbatches to {fewer[-1]}"
-    if isinstance(stage, RowStage) and (need := shards * micro) < 2 * rows and rows % need:
-        return f"; set {job.where}.batch.sequences to {need * max(1, round(rows / need))}"
+    stage, rows = job.stage, isinstance(job.stage, RowStage)
+    micro = stage.batch.microbatches if rows else getattr(stage, "microbatches", 1)
+    for fewer in range(micro - 1, 0, -1):
+        update = {"batch": stage.batch.model_copy(update={"microbatches": fewer})} if rows else {"microbatches": fewer}
+        if rows_fault(replace(job, stage=stage.model_copy(update=update))) is None:
+            return f"; set {job.where}.{'batch.' * rows}microbatches to {fewer}"
+    need = job.placement.row_shards * micro
+    if rows and need < 2 * stage.batch.sequences and stage.batch.sequences % need:
+        return f"; set {job.where}.batch.sequences to {need * max(1, round(stage.batch.sequences / need))}"
     return "; a mesh with more `tensor` or `context` splits into fewer"
-
-
-def update_microbatches(stage: Any) -> int:
-    return stage.batch.microbatches if isinstance(stage, RowStage) else getattr(stage, "microbatches", 1)
-
-
-def update_rows(stage: Any) -> int:
-    """Of one update; 0 of a stage that makes none."""
-    if isinstance(stage, RowStage):
-        return stage.batch.sequences
-    each = getattr(stage, "prompts", 0) // getattr(stage, "updates_per_step", 1)
-    return each * getattr(stage, "answers_per_prompt", 1)
 
 
 def answers_divide(context: Context, name: str) -> Iterator[Finding]:
