@@ -26,9 +26,7 @@ CHECKED = {
     "ministral-jax export runs/tiny/parent parent": "test_own_model.py exports a parent",
     "ministral-jax sweep": "makes a family several times",
     "ministral-jax launch local": "two processes that make a family",
-    "ministral-jax plan configs/ministral3_base.yaml configs/machines/v5p-128.yaml 14b-short --on v5p:4x4x4 --compile": (
-        "compiles for minutes, with libtpu"
-    ),
+    "ministral-jax plan configs/ministral3_base.yaml configs/machines/v5p-128.yaml 14b-short": "compiles for minutes",
     "python -m ministral_jax run": "runs recipes of the tests at two commits",
     "python benchmarks/": "measures for minutes",
     "pip install": "needs a network",
@@ -130,8 +128,7 @@ def test_tests_that_are_named_are_there():
 
 
 def test_what_make_runs_is_checked_or_run_elsewhere():
-    """Of the targets that docs name, CI runs those that are no convenience and not too long; the one of the cascade runs the
-    recipe."""
+    """Of the targets that docs name, CI runs those that are no convenience and not long; that of the cascade runs the recipe."""
     made = {word for command in ALL if command.startswith("make ") for word in words(command.split("&&")[0])[1:]}
     ci = {word for line in re.findall(r"^make (.*)", (ROOT / ".ci/run").read_text(), re.M) for word in line.split()}
     assert made - ci <= {"chaos", "format", "plan"}
