@@ -128,7 +128,7 @@ def test_tests_that_are_named_are_there():
 
 
 def test_what_make_runs_is_checked_or_run_elsewhere():
-    """Of the targets that docs name, CI runs all but conveniences and long ones; that of the cascade runs the recipe."""
+    """Of the targets that docs name, CI runs all but conveniences and long ones; the cascade is the recipe."""
     made = {word for command in ALL if command.startswith("make ") for word in words(command.split("&&")[0])[1:]}
     ci = {word for line in re.findall(r"^make (.*)", (ROOT / ".ci/run").read_text(), re.M) for word in line.split()}
     assert made - ci <= {"chaos", "format", "plan"}
