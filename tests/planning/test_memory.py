@@ -1,7 +1,7 @@
 """What stages hold, against what XLA's compiler for TPUs allots to the programs of the shipped recipe.
 
-`golden/compiled.json` holds its figures per device: `memory_analysis()` of what `compiler.compile.compile_stage` makes of
-the stage's programs, with libtpu 0.0.52 and all layers; `make aot` does so anew with a few. A program that does not
+`golden/compiled.json` holds its figures per device: `memory_analysis()` of what `compiler.compile.compile_stage` makes
+of the stage's programs, with libtpu 0.0.52 and all layers; `make aot` does so anew with a few. A program that does not
 fit is refused with the size of its temporaries alone.
 """
 
