@@ -9,6 +9,7 @@ all the time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GB, GIB = 10**9, 2**30
 
@@ -44,44 +45,54 @@ class Chip:
         return "tpu" if self.sides else "cpu" if "cpu" in self.kinds else "gpu"
 
 
-def _tpu(
-    name: str,
-    kinds: tuple[str, ...],
-    flops: float,
-    hbm: float,
-    bandwidth: float,
-    sides: int,
-    links: float,
-    network: float,
-    per_host: int,
-    host: float,
-    cores: int = 1,
-) -> Chip:
-    """Of a chip's figures in TFLOP/s, GiB, GB/s (`links`: of all, both directions), Gbit/s and GiB, a device's."""
-    link = links * GB / (2 * 2 * sides)
-    each = (int(hbm * GIB) // cores, bandwidth * GB / cores)
-    shares = (link / cores, network * GB / 8 / cores)
-    return Chip(name, kinds, flops * 1e12 / cores, *each, sides, *shares, per_host * cores, int(host * GIB), cores)
+class _Sheet(NamedTuple):
+    """What a data sheet says of a chip: TFLOP/s, memory in GiB (of GPUs GB) and GB/s, all its links together in both
+    directions in GB/s, its share of the network in Gbit/s; and of a host, how many chips and memory."""
 
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    hbm: float
+    bandwidth: float
+    links: float
+    network: float
+    sides: int = 0
+    per_host: int = 8
+    host: float = 2000
+    cores: int = 1
 
-def _gpu(name: str, kind: str, flops: float, hbm: float, bandwidth: float, nvlink: float, network: float) -> Chip:
-    """Of TFLOP/s, GB, GB/s (`nvlink`: both directions) and Gbit/s, in nodes of eight with 2 TB of memory."""
-    rates = (nvlink * GB / 2, network * GB / 8)
-    return Chip(name, (kind,), flops * 1e12, int(hbm * GB), bandwidth * GB, 0, *rates, 8, 2000 * GB)
+    @property
+    def chip(self) -> Chip:
+        """Of one device. A torus has two links for each of its sides."""
+        unit = GIB if self.sides else GB
+        each = 1 / self.cores
+        return Chip(
+            self.name,
+            self.kinds,
+            flops=self.flops * 1e12 * each,
+            hbm=int(self.hbm * unit) // self.cores,
+            hbm_bandwidth=self.bandwidth * GB * each,
+            sides=self.sides,
+            link=self.links * GB / 2 / max(1, 2 * self.sides) * each,
+            network=self.network * GB / 8 * each,
+            per_host=self.per_host * self.cores,
+            host_memory=int(self.host * unit),
+            cores=self.cores,
+        )
 
 
 CHIPS = {
-    chip.name: chip
-    for chip in (
-        _tpu("v4", ("TPU v4",), 275, 32, 1200, 3, 600, 50, 4, 400),
-        _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819, 2, 400, 25, 4, 188),
-        _tpu("v5p", ("TPU v5",), 459, 95, 2765, 3, 1200, 50, 4, 448),
-        _tpu("v6e", ("TPU v6",), 918, 32, 1638, 2, 800, 100, 4, 720),
-        _tpu("tpu7x", ("TPU7x", "TPU v7"), 2307, 192, 7380, 3, 1200, 100, 4, 960, cores=2),
-        _gpu("a100", "NVIDIA A100", 312, 80, 2039, 600, 200),
-        _gpu("h100", "NVIDIA H100", 989, 80, 3350, 900, 400),
-        _gpu("h200", "NVIDIA H200", 989, 141, 4800, 900, 400),
-        _gpu("b200", "NVIDIA B200", 2250, 180, 8000, 1800, 400),
+    sheet.name: sheet.chip
+    for sheet in (
+        _Sheet("v4", ("TPU v4",), 275, 32, 1200, 600, 50, sides=3, per_host=4, host=400),
+        _Sheet("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819, 400, 25, sides=2, per_host=4, host=188),
+        _Sheet("v5p", ("TPU v5",), 459, 95, 2765, 1200, 50, sides=3, per_host=4, host=448),
+        _Sheet("v6e", ("TPU v6",), 918, 32, 1638, 800, 100, sides=2, per_host=4, host=720),
+        _Sheet("tpu7x", ("TPU7x", "TPU v7"), 2307, 192, 7380, 1200, 100, sides=3, per_host=4, host=960, cores=2),
+        _Sheet("a100", ("NVIDIA A100",), 312, 80, 2039, 600, 200),
+        _Sheet("h100", ("NVIDIA H100",), 989, 80, 3350, 900, 400),
+        _Sheet("h200", ("NVIDIA H200",), 989, 141, 4800, 900, 400),
+        _Sheet("b200", ("NVIDIA B200",), 2250, 180, 8000, 1800, 400),
     )
 }
 """By the names that `plan --on` takes."""
