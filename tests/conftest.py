@@ -7,10 +7,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # most of the suite's time is compiling programs that run for a moment
-flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # a later one does not know the flag any more, and ends the process
-    flags = f"--xla_cpu_use_fusion_emitters=false {flags}"
-os.environ.setdefault("XLA_FLAGS", flags)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    # a jaxlib from 0.11 on does not know the first one any more, and ends the process
+    ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
+    + "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
+)
 
 import jax
 import pytest
