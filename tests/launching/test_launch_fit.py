@@ -18,6 +18,12 @@ BASE, V5P, H100 = (
 ROWS = "stages.parent.batch.sequences = 8 must be a multiple of 16, over which the mesh splits it (fsdp 16)"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Where no run has made stages, of which a job makes no more."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
