@@ -13,6 +13,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.block import Compute
 from ministral_jax.planning.findings import layout
 from ministral_jax.planning.findings.finding import Context, Finding
+from ministral_jax.planning.findings.memory import SPARE
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.memory.stage import StageMemory, stage_memory
 from ministral_jax.planning.plan import StagePlan
@@ -21,8 +22,6 @@ from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import StageWork, stage_work
 from ministral_jax.stages import Job
 
-FREE = 0.08
-"""Share of a device's memory that must be left: the compiler's choices and other programs of the job."""
 CLEARLY = 0.1
 """Share of a stage's time below which two predictions are taken for the same."""
 REMAT = get_args(get_type_hints(Compute)["remat"])
@@ -53,7 +52,7 @@ class Choice:
 
 
 def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
-    """For every mesh and every remat the fewest microbatches with which the stage fits with `FREE` to spare, by the
+    """For every mesh and every remat the fewest microbatches with which the stage fits with `SPARE` to spare, by the
     predicted time of the whole stage; of two as fast, the one that needs less memory. More microbatches gather weights
     more often and are never faster. Of those less than `CLEARLY` slower than the fastest, the ones whose layout brings
     no warning come first.
@@ -73,7 +72,7 @@ def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
                 break
     if not found:
         raise UserError(
-            f"stages.{name}: no mesh, microbatches and remat fit {machine.name} with {FREE:.0%} of memory to spare; "
+            f"stages.{name}: no mesh, microbatches and remat fit {machine.name} with {SPARE:.0%} of memory to spare; "
             "take more chips, or shorter or fewer rows"
         )
     found.sort(key=_rank)
@@ -106,7 +105,7 @@ def _fitting(context: Context, name: str, stage: Any) -> tuple[StageWork, Job[An
         return None
     work = stage_work(stage, job.spec, context.graph)
     memory = stage_memory(work, job.mesh, machine.hosts)
-    fits = memory.peak.total <= (1 - FREE) * machine.chip.hbm and memory.host <= machine.chip.host_memory
+    fits = memory.peak.total <= (1 - SPARE) * machine.chip.hbm and memory.host <= machine.chip.host_memory
     return (work, job, memory) if fits else None
 
 

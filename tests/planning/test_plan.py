@@ -8,9 +8,10 @@ from rich.console import Console
 from ministral_jax.cli import main
 from ministral_jax.errors import UserError
 from ministral_jax.planning.command import parse_assumptions
+from ministral_jax.planning.findings.memory import SPARE
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.plan import make_plan, presumed_sizes
-from ministral_jax.planning.search import FREE, search
+from ministral_jax.planning.search import search
 from ministral_jax.planning.table import bar, duration, plan_view
 from ministral_jax.planning.timing.assumptions import Assumptions
 from ministral_jax.recipe.load import load_recipe, order
@@ -122,7 +123,7 @@ def test_a_search_finds_a_mesh_that_fits_and_is_no_slower(plan):
     words = load_recipe(RECIPE, [V5P[0], "defaults.distill.batch.length=4096", *best.overrides])
     taken = make_plan(words, order(words, ["3b-short"]), machine)
     assert taken.stages[-1].mesh == best.plan.mesh and taken.stages[-1].time == best.plan.time
-    assert taken.stages[-1].memory == best.plan.memory and taken.free(taken.stages[-1]) >= FREE
+    assert taken.stages[-1].memory == best.plan.memory and taken.free(taken.stages[-1]) >= SPARE
     assert all(best.plan.seconds <= other.plan.seconds + 1e-3 for other in others)
 
 

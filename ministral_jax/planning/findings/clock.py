@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ministral_jax.planning.findings.finding import Context, Finding, RecipeCheck, StageCheck, counted, error, warning
+from ministral_jax.planning.memory.stage import state_bytes
 from ministral_jax.planning.work import Draw, Read, Work
 from ministral_jax.recipe.launch import SlurmLaunch
 from ministral_jax.sampling.engine import SamplingOptions
@@ -16,8 +17,6 @@ DISK = 1e9
 """Bytes/s that a host is assumed to write."""
 DAY, HOUR, LONG = 86400, 3600, 1800
 """Of these, what a failure may lose: an hour is worth a warning, on spot machines half of one."""
-_STATE = 12
-"""Bytes of a saved state for each parameter that learns: itself and two moments, in float32."""
 
 
 def watched(context: Context, name: str) -> Iterator[Finding]:
@@ -150,12 +149,7 @@ def interval(context: Context, name: str) -> float | None:
 
 def _saved(context: Context, name: str) -> float:
     """Bytes of a training state."""
-    learning = [held for held in context.work[name].held if held.learns] if name in context.work else []
-    frozen = {"vision": "vision tower"}
-    return sum(
-        _STATE * (held.spec.parameters - sum(held.spec.components.get(frozen[part], 0) for part in held.frozen))
-        for held in learning
-    )
+    return sum(state_bytes(held) for held in context.work[name].held if held.learns) if name in context.work else 0
 
 
 def _spot(context: Context) -> str | None:

@@ -120,7 +120,7 @@ def _largest(model: Held) -> int:
 def _host(work: StageWork, mesh: Mesh, hosts: int) -> int:
     """Batches in flight, and what is being written or read: the host's share of a state or of a model, as a copy."""
     batches = [AHEAD * _host_batch(each, mesh) for phase in work.phases for each in phase.work]
-    shares = [_state(model) // hosts for model in work.held if model.learns]
+    shares = [state_bytes(model) // hosts for model in work.held if model.learns]
     for phase in work.phases:
         for each in phase.work:
             if isinstance(each, Cut):
@@ -146,7 +146,7 @@ def _share(read: Read, mesh: Mesh) -> float:
     return float((processes == processes.flat[0]).any(axis=axes).mean())
 
 
-def _state(model: Held) -> int:
+def state_bytes(model: Held) -> int:
     """Parameters that learn with two moments, float32: what a state to go on from holds."""
     return 3 * FLOAT * _parameters(model, model.frozen)
 
@@ -160,7 +160,7 @@ def _written(work: StageWork) -> int:
     total = 0
     for model in work.held:
         if model.learns:  # a state counts once it is whole, and then the oldest goes
-            total += _parameters(model) * FLOAT + (work.keep + 1) * _state(model)
+            total += _parameters(model) * FLOAT + (work.keep + 1) * state_bytes(model)
     for phase in work.phases:
         for each in phase.work:
             if isinstance(each, Cut):
