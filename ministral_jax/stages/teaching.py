@@ -135,7 +135,8 @@ def distillation(
 
     def loss(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
         constants, counted, labels = dict(frozen), batch["loss_mask"], batch["labels"]
-        taught = targets(constants.pop("teacher"), batch)
+        with jax.named_scope("teacher"):
+            taught = targets(constants.pop("teacher"), batch)
         states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
         mask = counted if beyond is None else counted * (batch["positions"] < beyond.context)
         total, metrics = heads.distillation_loss(states, head, taught, labels, mask, options)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ministral_jax.distributed.chips import chip_of
 from ministral_jax.settings import Frozen
+from ministral_jax.training.profiling import write_table
 
 
 def peak_flops() -> float | None:
@@ -121,29 +122,39 @@ class Speed:
 
 
 class ProfileConfig(Frozen):
-    """A trace of `steps` steps from step `start` on (counted from 1), by `jax.profiler`, in `<stage>/profile`."""
+    """A trace of `steps` steps from step `start` on (counted from 1), by `jax.profiler`, in `<stage>/profile`, and in
+    `<stage>/profile/scopes.json` where their time went."""
 
     start: int = Field(default=5, ge=1)
     steps: int = Field(default=3, ge=1)
 
 
 class Profiler:
-    """Takes the trace that was asked for."""
+    """Takes the trace that was asked for, and tells where the time of its steps went."""
 
-    def __init__(self, config: ProfileConfig | None, directory: Path):
-        self._config, self._directory, self._tracing = config, directory / "profile", False
+    def __init__(self, config: ProfileConfig | None, directory: Path, say: Callable[[str], None]):
+        self._config, self._directory, self._say, self._steps = config, directory / "profile", say, 0
+        self._tracing = False
 
     def before(self, step: int) -> None:
         if self._config is not None and step == self._config.start:
-            jax.profiler.start_trace(str(self._directory))
-            self._tracing = True
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it would slow down what is measured
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
+            self._tracing, self._steps = True, 0
 
     def after(self, step: int, state: Any) -> None:
-        if self._tracing and self._config is not None and step >= self._config.start + self._config.steps - 1:
-            jax.block_until_ready(state)  # else the trace would end before what it is of
-            self.close()
+        if self._tracing and self._config is not None:
+            self._steps += 1
+            if step >= self._config.start + self._config.steps - 1:
+                jax.block_until_ready(state)  # else the trace would end before what it is of
+                self.close()
 
     def close(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+        if not self._tracing:
+            return
+        self._tracing = False
+        jax.profiler.stop_trace()
+        if jax.process_index() == 0 and (table := write_table(self._directory, max(self._steps, 1))) is not None:
+            for line in table.lines():
+                self._say(f"profile: {line}")

@@ -81,17 +81,23 @@ def make_step(
         split = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=microbatches), batch)
         shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], split))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, frozen, part)), None)
+
+        def add(total: Tree, part: Tree) -> tuple[Tree, None]:
+            found = gradient(params, frozen, part)
+            with jax.named_scope("gradient_sums"):
+                return jax.tree.map(jnp.add, total, found), None
+
         return jax.lax.scan(add, zeros, split)[0]
 
     def step(state: State, frozen: Tree, batch: Tree) -> tuple[State, Metrics]:
         grads, metrics = accumulated(state["params"], frozen, batch)
         count = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
-        told = {"gradient_norm": optax.tree.norm(grads), "learning_rate": rate(state["step"])}
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            told = {"gradient_norm": optax.tree.norm(grads), "learning_rate": rate(state["step"])}
         metrics |= {name: (jnp.asarray(value), jnp.ones(())) for name, value in told.items()}
-        params = optax.apply_updates(state["params"], updates)
         return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics
 
     if shardings is None:

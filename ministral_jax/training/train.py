@@ -149,7 +149,8 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         before = at.seconds - begun  # and with the time of day, the seconds of all attempts
         figures: dict[str, float] = {}
-        profiler, attempt = Profiler(config.profile, directory), _Attempt(learner, config, directory, clock)
+        attempt = _Attempt(learner, config, directory, clock)
+        profiler = Profiler(config.profile, directory, lambda text: attempt.line.say(text))
         attempt.begin(at, saved)
         due = Due(config.checkpoint, config.steps, grows_from, saved)
         try:

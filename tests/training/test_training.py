@@ -452,9 +452,14 @@ def test_goodput_counts_what_was_done_again_as_lost():
     assert goodput([]) == {}
 
 
-def test_a_profile_is_a_trace_of_the_steps_that_were_asked_for(tmp_path, params):
+def test_a_profile_tells_where_the_time_of_the_steps_that_were_asked_for_went(tmp_path, params, capsys):
     run(tmp_path, params, profile=ProfileConfig(start=2, steps=2))
     assert list((tmp_path / "stage" / "profile").rglob("*.xplane.pb"))
+    table = json.loads((tmp_path / "stage" / "profile" / "scopes.json").read_text())
+    assert (table["steps"], table["devices"]) == (2, 1)
+    found = {(row["scope"], row["part"]) for row in table["rows"]}
+    assert found >= {("attend", "forward"), ("mlp", "backward"), ("loss head", "forward"), ("optimizer", "")}
+    assert "profile: 2 steps of " in capsys.readouterr().err
 
 
 class Service:
