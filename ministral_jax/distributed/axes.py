@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -10,6 +11,14 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 Axes = tuple[str, ...]
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the devices of the mesh that is set, which need not be there, else of the default
+    device."""
+    config: Any = jax.config
+    device = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device or jax.devices()[0]
+    return device if isinstance(device, str) else device.platform
 
 
 def dividing_axes(size: int, axes: Iterable[str], mesh: Mapping[str, int], multiple_of: int = 1) -> Axes:

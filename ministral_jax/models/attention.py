@@ -1,4 +1,5 @@
-"""Scaled dot-product attention over packed documents: all scores at once, or tile by tile in memory linear in T.
+"""Scaled dot-product attention over packed documents: all scores at once, tile by tile in memory linear in T, or by a
+kernel of the platform (`models.kernels`).
 
 Letters: K key-value heads, G = H/K query heads for each of them, t queries, s keys, h head width, n and m tiles.
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,10 +22,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-KEEP = "keep"
+from ministral_jax.distributed.axes import platform
+from ministral_jax.errors import UserError
+from ministral_jax.models.kernels import KEEP, splash
+
 Queries = Float[Array, "B T H h"]
 KeyValues = Float[Array, "B T K h"]
-Implementation = Literal["auto", "xla", "blockwise"]
+Implementation = Literal["auto", "xla", "blockwise", "splash"]
+KERNELS: dict[Implementation, tuple[str, ModuleType]] = {"splash": ("tpu", splash)}
+"""The platform of each kernel, and its module; "auto" takes the first of a platform that serves the shapes."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,10 @@ class AttentionSpec:
     """What sees what, and how it is computed.
 
     `implementation`: "xla" holds the T x T scores of every head, "blockwise" one `block` x `block` tile of them at a
-    time and skips the tiles above the diagonal; "auto" is blockwise once T > block. On a mesh (`attend_on_mesh`):
-    `context` says how the tokens of a row meet where it is cut, `heads` is the logical axis of the query heads, and the
-    length is cut into multiples of `multiple_of`.
+    time and skips the tiles above the diagonal, "splash" is the kernel of TPUs; "auto" is the kernel of the platform
+    where it serves, else blockwise once T > block. On a mesh (`attend_on_mesh`): `context` says how the tokens of a row
+    meet where it is cut, `heads` is the logical axis of the query heads, and the length is cut into multiples of
+    `multiple_of`.
     """
 
     causal: bool = True
@@ -107,9 +115,13 @@ class Part(NamedTuple):
 
 def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Part, spec: AttentionSpec) -> Queries:
     """`attend` for tokens of one sequence and others whose keys are given in ascending order."""
-    K = k.shape[2]
+    K, chunk = k.shape[2], q.shape[1] // len(queries.starts)
     q = q * q.shape[-1] ** -0.5
-    if chosen_implementation(spec, k.shape[1]) == "xla":
+    chosen = chosen_implementation(spec, platform(), k.shape[1], chunk, q.shape[-1])
+    if chosen in KERNELS:
+        own, every = (jnp.broadcast_to(part.segments, x.shape[:2]) for part, x in ((queries, q), (keys, k)))
+        return KERNELS[chosen][1].attend(q, k, v, (own, every), queries.indices.reshape(-1, chunk), spec.causal)
+    if chosen == "xla":
         q = rearrange(q, "B t (K G) h -> B K G t h", K=K)
         k, v = (rearrange(x, "B s K h -> B K s h") for x in (k, v))
         visible = _visible(queries.segments, keys.segments, queries.indices, keys.indices, spec.causal)
@@ -119,10 +131,28 @@ def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Pa
     return from_tiles(out, q.shape[1], len(queries.starts))
 
 
-def chosen_implementation(spec: AttentionSpec, keys: int) -> Implementation:
-    """What "auto" is for this many keys."""
+def chosen_implementation(spec: AttentionSpec, platform: str, keys: int, chunk: int, head_width: int) -> Implementation:
+    """What "auto" is for so many keys on devices of a platform, queries lying in chunks of `chunk` tokens.
+
+    Raises:
+        UserError: a kernel is asked for that does not serve this.
+    """
+    around = spec.context == "ring" and chunk < keys
+    if spec.implementation in KERNELS:
+        its, kernel = KERNELS[spec.implementation]
+        wanted = f"{its} devices" if its != platform else kernel.unserved(chunk, head_width)
+        wanted = "compute.context: all_gather" if around and not wanted else wanted
+        if wanted:
+            raise UserError(
+                f"compute.attention = {spec.implementation} needs {wanted}; here are {platform} devices, chunks of "
+                f"{chunk} tokens and compute.context: {spec.context}, which compute.attention: auto serves"
+            )
     if spec.implementation != "auto":
         return spec.implementation
+    for name in () if around else KERNELS:
+        its, kernel = KERNELS[name]
+        if its == platform and not kernel.unserved(chunk, head_width):
+            return name
     return "blockwise" if spec.block < keys else "xla"
 
 

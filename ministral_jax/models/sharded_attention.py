@@ -19,9 +19,10 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from ministral_jax.distributed.axes import Axes, sharded_axes
+from ministral_jax.distributed.axes import Axes, platform, sharded_axes
 from ministral_jax.models import attention
 from ministral_jax.models.attention import (
+    KERNELS,
     AttentionSpec,
     KeyGradients,
     Keys,
@@ -55,12 +56,16 @@ def attend_on_mesh(
     whole, and each device picks those of its query heads.
     """
     batch, length, cut = sharded_axes(q.shape[:3], ("batch", "length", spec.heads), spec.multiple_of)
-    if not (batch or length or cut):
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = mesh.shape
+    chunk = q.shape[1] // (math.prod(sizes[axis] for axis in length) * (2 if length and spec.causal else 1))
+    chosen = replace(spec, implementation=chosen_implementation(spec, platform(), q.shape[1], chunk, q.shape[-1]))
+    kernel = chosen.implementation in KERNELS
+    # XLA's partitioner stops at a kernel, also where nothing is cut.
+    if not (batch or length or cut or (kernel and mesh.size > 1)):
         return attend(q, k, v, segments, spec)
     segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
     segments = jnp.broadcast_to(segments, q.shape[:2])
-    chosen = replace(spec, implementation=chosen_implementation(spec, q.shape[1]))
-    sizes = jax.sharding.get_abstract_mesh().shape
     with_keys = k.shape[2] % math.prod(sizes[axis] for axis in cut) == 0
     group, every = q.shape[2] // k.shape[2], (*batch, *length, *cut)
 
@@ -69,9 +74,9 @@ def attend_on_mesh(
         if not with_keys:
             k, v = (_own_heads(x, q.shape[2], group, cut) for x in (k, v))
         if not length:
-            return attend(q, k, v, segments, spec)
+            return attend(q, k, v, segments, chosen)
         own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], spec.causal))
-        tiled = replace(chosen, block=min(spec.block, q.shape[1] // len(own.starts)))
+        tiled = replace(chosen, block=min(spec.block, chunk))
         if spec.context == "ring":
             return _ring_attend(q, k, v, own, length, tiled)
         k, v, all_segments = (_gather(x, length, spec.causal) for x in (k, v, segments))
@@ -79,8 +84,9 @@ def attend_on_mesh(
 
     by_head = P(batch, length, cut, None)
     by_key = by_head if with_keys else P(batch, length, None, None)
-    mapped = jax.shard_map(local, in_specs=(by_head, by_key, by_key, P(batch, length)), out_specs=by_head)
-    return mapped(q, k, v, segments)
+    specs = by_head, by_key, by_key, P(batch, length)
+    # Kernels do not say over which axes their results vary.
+    return jax.shard_map(local, in_specs=specs, out_specs=by_head, check_vma=not kernel)(q, k, v, segments)
 
 
 def _varying(x: Array, axes: Axes) -> Array:

@@ -131,8 +131,11 @@ class Tower:
 
     @cached_property
     def implementation(self) -> str:
-        c = self.compute
-        return chosen_implementation(AttentionSpec(self.causal, c.attention, c.attention_block), self.length)
+        c, cut = self.compute, self.parts("T")
+        spec = AttentionSpec(self.causal, c.attention, c.attention_block, c.context)
+        chunk = self.length // (cut * (2 if cut > 1 and self.causal else 1))
+        platform = self.layout.mesh.devices.flat[0].platform
+        return chosen_implementation(spec, platform, self.length, chunk, self.head_width)
 
     # ---- costs of a microbatch ----
 
@@ -166,7 +169,7 @@ class Tower:
     def _attention(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:
         heads, h, block = self.heads / self.parts("H"), self.head_width, self.compute.attention_block
         remat = self.compute.remat
-        tiled = self.implementation == "blockwise"
+        tiled = self.implementation != "xla"
         if tiled or assume.fused:
             chunks = (2 if self.causal else 1) if self.parts("T") > 1 else 1
             block = min(block, max(1, int(self.tokens) // chunks))

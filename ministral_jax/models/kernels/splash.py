@@ -1,0 +1,111 @@
+"""Attention on TPUs by JAX's splash kernels: no scores in memory, and no work for blocks that no document crosses.
+
+There are three kernels: forward, and two backward ones (d_q; d_k and d_v) that compute the scores again from each row's
+log-sum-exp. The library's fused backward kernel writes a d_q for every block of keys, so it is not used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from ministral_jax.models.kernels import KEEP
+
+LANES = 128
+"""Of a TPU's vector register: blocks are multiples of it."""
+LARGEST, LARGEST_COMPUTED = 1024, 512
+"""Tokens of a block, and keys multiplied at once within one; twice as many do not fit the 16 MiB of vector memory that
+a kernel has by default."""
+
+
+def unserved(chunk: int, head_width: int) -> str:
+    """What is wrong with rows of equal chunks of `chunk` tokens, "" where nothing is. Every head width serves."""
+    del head_width
+    return "" if chunk % LANES == 0 else f"rows, or the chunks of one that is cut, of a multiple of {LANES} tokens"
+
+
+def block_of(chunk: int) -> int:
+    """Tokens of a block: as many as divide the chunk, `LARGEST` at most."""
+    return next(block for block in range(LARGEST, 0, -LANES) if chunk % block == 0)
+
+
+def attend(
+    q: Float[Array, "B t H h"],
+    k: Float[Array, "B s K h"],
+    v: Float[Array, "B s K h"],
+    segments: tuple[Int[Array, "B t"], Int[Array, "B s"]],
+    index: Int[Array, "c t/c"],
+    causal: bool,
+    interpret: bool = False,
+) -> Float[Array, "B t H h"]:
+    """softmax(q kᵀ) v of each query over the keys of its segment, with `causal` only those not after it.
+
+    A query's own key must be among the keys. `index` of the queries by the chunks in which they lie, ascending in each;
+    key s is the token s. `interpret`: on a CPU, slowly.
+    """
+    # Only where it is used, since it takes a third of a second to load.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+    block = block_of(index.shape[1])
+    flat: Any = index.reshape(-1)
+    computed = next(size for size in range(LARGEST_COMPUTED, 0, -LANES) if block % size == 0)
+    blocks = library.BlockSizes(block, block, computed, block, block, computed, block, block)
+
+    def row(q: Array, k: Array, v: Array, own: Array, every: Array) -> Array:
+        crossed = visited(own, every, flat if causal else None, block)[None]
+        by_query, by_key = (
+            MaskInfo(_fetched(crossed, axis), None, crossed.astype(jnp.int8), None, flat if causal else None)
+            for axis in (2, 1)
+        )
+        kernel: Any = library.SplashAttentionKernel(
+            by_query,
+            by_query,
+            by_key,
+            block_sizes=blocks,
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=library.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=None,
+            residual_checkpoint_name=KEEP,
+            mask_function=_not_after if causal else None,
+            interpret=interpret,
+        )
+        return kernel(q, k, v, library.SegmentIds(own, every))
+
+    q, k, v = (rearrange(x, "B t H h -> B H t h") for x in (q, k, v))
+    return rearrange(jax.vmap(row)(q, k, v, *segments), "B H t h -> B t H h")
+
+
+def _not_after(query: Array, key: Array) -> Array:
+    """A function of the module, since the kernels are compiled once for each mask function."""
+    return query >= key
+
+
+def visited(
+    own: Int[Array, " t"], every: Int[Array, " s"], index: Int[Array, " t"] | None, block: int
+) -> Bool[Array, "n m"]:
+    """Which blocks of keys each block of queries meets: those that share a range of segments with it and, with the
+    queries' index, do not begin after its end.
+
+    Padding, segment 0, counts as the last segment, which it is: a block in which it begins does not span all others.
+    """
+    last = jnp.iinfo(jnp.int32).max
+    own, every = (jnp.where(x == 0, last, x).reshape(-1, block) for x in (own, every))
+    met = (own.min(1)[:, None] <= every.max(1)) & (own.max(1)[:, None] >= every.min(1))
+    if index is None:
+        return met
+    return met & (index.reshape(-1, block)[:, -1:] >= jnp.arange(len(every)) * block)
+
+
+def _fetched(crossed: Bool[Array, "1 n m"], axis: int) -> Int[Array, "1 n m"]:
+    """The block along `axis` to have at each step: its own where it works, else the next that does, else the last."""
+    blocks = lax.broadcasted_iota(jnp.int32, crossed.shape, axis)
+    last = jnp.max(jnp.where(crossed, blocks, 0), axis, keepdims=True)
+    following = lax.cummin(jnp.where(crossed, blocks, crossed.shape[axis]), axis, reverse=True)
+    return jnp.minimum(following, last).astype(jnp.int16)
