@@ -15,29 +15,37 @@ from jaxtyping import Float, Int
 
 from ministral_jax.distributed.axes import constrain
 from ministral_jax.models.attention import KEEP, AttentionSpec, Implementation, attend_cached, keep
+from ministral_jax.models.quantized import fp8_linear
 from ministral_jax.models.rope import Angles, apply_rope
 from ministral_jax.models.sharded_attention import attend_on_mesh
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model is evaluated; none of it changes what is computed.
+    """How a model is evaluated; but for `matmul`, none of it changes what is computed.
 
-    `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `remat`: what the
-    backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"), everything
-    ("full"). `unroll`: layers unrolled in each step of the layer scan, 0 for all. `attention`, `attention_block`: see
-    `AttentionSpec`. `context`: how the tokens of a row meet where a mesh cuts it. `shortest_row`: tokens to which rows
-    of one document (prompts, answers, questions to a judge) are padded at least; the higher, the fewer programs are
-    compiled.
+    `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `matmul`: "fp8" rounds
+    what the decoder's linear layers multiply, see `fp8_linear`; embedding, attention and head stay as they are.
+    `remat`: what the backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"),
+    everything ("full"). `unroll`: layers unrolled in each step of the layer scan, 0 for all. `attention`,
+    `attention_block`: see `AttentionSpec`. `context`: how the tokens of a row meet where a mesh cuts it.
+    `shortest_row`: tokens to which rows of one document (prompts, answers, questions to a judge) are padded at least;
+    the higher, the fewer programs are compiled.
     """
 
     dtype: str = "float32"
+    matmul: Literal["fp8"] | None = None
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
     attention: Implementation = "auto"
     attention_block: int = 128
     context: Literal["all_gather", "ring"] = "all_gather"
     shortest_row: int = 32
+
+    @property
+    def linear(self) -> Callable[[Array, Array], Array]:
+        """What multiplies the tokens with a layer's matrix."""
+        return linear if self.matmul is None else fp8_linear
 
 
 Past = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]
@@ -133,9 +141,9 @@ class BlockSpec:
     multiple_of: int
 
 
-def into_heads(x: Float[Array, "B T D"], kernel: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
+def into_heads(x: Float[Array, "B T D"], kernel: Float[Array, "D H h"], compute: Compute) -> Float[Array, "B T H h"]:
     """`x` times `kernel`."""
-    flat = linear(x, rearrange(kernel, "D H h -> D (H h)"))
+    flat = compute.linear(x, rearrange(kernel, "D H h -> D (H h)"))
     return rearrange(flat, "B T (H h) -> B T H h", H=kernel.shape[1])
 
 
@@ -157,7 +165,7 @@ class Attention(nn.Module):
         w_v = weight(self, "v", (s.width, s.kv_heads, s.head_width), (D, K, h), std)
         w_o = weight(self, "o", (s.heads, s.head_width, s.width), (H, h, D), out_std)
 
-        q, k, v = (into_heads(x, w) for w in (w_q, w_k, w_v))
+        q, k, v = (into_heads(x, w, self.compute) for w in (w_q, w_k, w_v))
         q, k = apply_rope(q, tokens.angles), apply_rope(k, tokens.angles)
         if tokens.position_scale is not None:
             q = q * tokens.position_scale[:, :, None, None].astype(q.dtype)
@@ -167,7 +175,8 @@ class Attention(nn.Module):
                 mixed = attend_cached(q, k, v, past, tokens.segments)
             else:
                 mixed = attend_on_mesh(q, k, v, tokens.segments, self._attention())
-        return linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D")), (k, v)
+        out = self.compute.linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D"))
+        return out, (k, v)
 
     def _attention(self) -> AttentionSpec:
         s, c = self.spec, self.compute
@@ -188,6 +197,7 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", (s.width, s.mlp_width), (D, F), std)
         up = weight(self, "up", (s.width, s.mlp_width), (D, F), std)
         down = weight(self, "down", (s.mlp_width, s.width), (F, D), out_std)
+        linear = self.compute.linear
         hidden = jax.nn.silu(linear(x, gate)) * linear(x, up)
         return linear(hidden, down), hidden
 

@@ -22,6 +22,7 @@ from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading
 from ministral_jax.losses.head import LossHead
+from ministral_jax.models.quantized import check_matmul
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute, placed_params
 from ministral_jax.settings import Frozen
@@ -127,6 +128,7 @@ class RowStage(Stage):
         job.placement.check_batch(self.batch.sequences, self.batch.length, job.where, self.batch.microbatches)
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
+        check_matmul(self.compute.matmul, job.where)
         packing.rows(job)
 
 

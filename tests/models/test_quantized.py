@@ -1,0 +1,75 @@
+"""Linear layers in FP8: what is rounded, how far, and what training makes of it."""
+
+import importlib.util
+import re
+
+import fp8_loss
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import vlm
+
+from ministral_jax.errors import UserError
+from ministral_jax.models.quantized import check_matmul, fp8_linear
+from ministral_jax.models.vlm import VLM, Compute, abstract_params
+
+SPEC = vlm()
+
+FP8 = Compute(dtype="bfloat16", matmul="fp8")
+
+
+def products(program: str) -> list[tuple[str, str]]:
+    """The element types that each product of a lowered program multiplies."""
+    pair = re.compile(r"dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)")
+    return [found.groups() for line in program.splitlines() if (found := pair.search(line))]
+
+
+def test_the_decoders_linear_layers_and_nothing_else_multiply_numbers_of_eight_bits():
+    def total(params, tokens, images):
+        return VLM(SPEC, FP8).apply({"params": params}, tokens, images=images).sum()
+
+    tokens, grid = jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    patches = jax.ShapeDtypeStruct((1, 4, SPEC.vision.patch_width), jnp.float32)
+    images = dict(patches=patches, patch_image=grid, patch_row=grid, patch_col=grid, image_slot=tokens)
+    program = jax.jit(jax.grad(total)).lower(abstract_params(SPEC), tokens, images).as_text()
+    found = products(program)
+    e4m3, e5m2 = "f8E4M3FN", "f8E5M2"
+    # q, k, v, o, gate, up, down; in one loop over layers forward, in one backward, which makes six of them once more
+    assert found.count((e5m2, e4m3)) == 14
+    assert 7 <= found.count((e4m3, e4m3)) <= 14
+    rest = [pair for pair in found if pair not in ((e5m2, e4m3), (e4m3, e4m3))]
+    assert rest and not any(kind in (e4m3, e5m2) for pair in rest for kind in pair)
+
+
+def test_products_and_gradients_are_those_of_rounded_operands():
+    rng = np.random.default_rng(0)
+    x, kernel, d_y = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((64, 96), (96, 80), (64, 80)))
+    x = x * jnp.exp(3 * jnp.asarray(rng.normal(size=(64, 1)), jnp.float32))  # tokens of very different size
+    value, pull = jax.vjp(fp8_linear, x, kernel)
+    d_x, d_kernel = pull(d_y)
+    # Rounding to m bits moves a number by at most 2^-(m+1) of it, evenly spread; e4m3 has 3 and e5m2 2. A product's
+    # error is that of both operands, by row, as every token has its own scale.
+    bound = lambda *bits: np.sqrt(sum(4.0 ** -(m + 1) for m in bits))
+    for ours, exact, most in (
+        (value, x @ kernel, bound(3, 3)),
+        (d_x, d_y @ kernel.T, bound(2, 3)),
+        (d_kernel, x.T @ d_y, bound(2, 3)),
+    ):
+        error = np.linalg.norm(ours - exact, axis=1) / np.linalg.norm(exact, axis=1)
+        assert 0.01 < error.max() < most
+    assert fp8_linear(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_training_loses_as_little_as_the_documentation_says():
+    bf16, fp8 = (fp8_loss.train(compute, 0, 60) for compute in fp8_loss.ARMS.values())
+    assert abs(fp8 / bf16 - 1) < 0.05
+    assert fp8 != bf16
+
+
+def test_without_qwix_one_sentence_says_what_to_install(monkeypatch):
+    check_matmul("fp8", "stages.a")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_matmul(None, "stages.a")
+    with pytest.raises(UserError, match=r"stages\.a\.compute\.matmul = fp8 needs qwix, .*'ministral-jax\[fp8\]'"):
+        check_matmul("fp8", "stages.a")
