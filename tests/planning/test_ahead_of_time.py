@@ -1,10 +1,19 @@
 """Programs of the shipped recipe compiled for a TPU that is not there, at true widths, against what is predicted."""
 
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
 import pytest
+from model_cases import CASES
 from paths import ROOT
 from test_memory import in_program
 
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules
 from ministral_jax.models.spec import PRESETS
+from ministral_jax.models.vlm import VLM, Compute, placed_params
+from ministral_jax.planning.compiler import compile as compiling
 from ministral_jax.planning.compiler.compile import compile_stage, prepare_environment, target_of
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.memory.stage import stage_memory
@@ -31,11 +40,20 @@ def planned():
 
 
 @pytest.fixture(scope="module")
-def compiled(planned, tmp_path_factory):
+def with_text(planned, tmp_path_factory):
+    """What the compiler says of the step, and its text."""
     stage, graph, machine = planned
     job = Job(STAGE, stage, graph.specs[STAGE], graph, tmp_path_factory.mktemp("none"), machine.mesh(stage.mesh))
-    (step,) = compile_stage(job, target_of(machine), tmp_path_factory.mktemp("cache"), ["step"])
-    return step
+    texts, read = [], compiling.Module.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling.Module, "read", lambda text, unknown: texts.append(text) or read(text, unknown))
+        (step,) = compile_stage(job, target_of(machine), tmp_path_factory.mktemp("cache"), ["step"])
+    return step, texts[0]
+
+
+@pytest.fixture(scope="module")
+def compiled(with_text):
+    return with_text[0]
 
 
 @pytest.mark.parametrize("name", ["v5p:4x4x8", "v6e:8x16", "tpu7x:4x4x4", "v5p:2x2x4"])
@@ -69,3 +87,34 @@ def test_a_step_computes_and_sends_what_the_mesh_makes_it(planned, compiled):
     assert compiled.traffic[0][:2] == (("tensor",), "all-reduce")
     gathered = sum(t.sent for t in compiled.traffic if t.axes == ("fsdp",) and t.op != "all-reduce")
     assert gathered > compiled.arguments
+
+
+def kernels(text: str) -> Counter[str]:
+    """Attention's kernels in a program, by what they make; those that also give the log-sum-exp are apart."""
+    found = Counter(re.findall(r"%splash_mha_(fwd|dq|dkv)_segmented_(?:no_)?residuals[.\d]* = ", text))
+    return found + Counter(re.findall(r"%splash_mha_fwd_segmented_(residuals)[.\d]* = ", text))
+
+
+def test_attention_of_a_step_is_kernels_and_no_array_has_a_row_twice(planned, with_text):
+    """Forward in the student (again for its backward pass, with remat: full), in the teacher and in two towers."""
+    stage, (_, text) = planned[0], with_text
+    assert stage.compute.remat == "full"
+    assert kernels(text) == {"fwd": 5, "residuals": 2, "dq": 1, "dkv": 1}
+    for length in (stage.batch.length, 24320):
+        assert not re.search(rf"\[(\d+,)*{length},{length}\b", text)
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("full", 2)])
+def test_the_forward_kernel_runs_once_where_its_results_are_kept(remat, forward):
+    """A row that four chips share, in zig-zag order."""
+    prepare_environment()
+    devices = target_of(parse_machine("v5p:2x2x1")).devices
+    place = Placement(compiling.make_mesh(MeshConfig(fsdp=len(devices) // 4, context=4), devices), Rules())
+    spec = CASES["text"].spec
+    ids = place.described(dict.fromkeys(("tokens", "segments"), ((len(devices) // 4, 4096), jnp.int32)))
+    step = jax.grad(
+        lambda p, ids: jnp.sum(VLM(spec, Compute(remat=remat)).apply({"params": p}, **ids, method="hidden"))
+    )
+    with jax.set_mesh(place.mesh), place.rules.active():
+        text = jax.jit(step).lower(placed_params(spec, place), ids).compile().as_text()
+    assert kernels(text) == {"fwd": forward, "residuals": forward, "dq": 1, "dkv": 1}
