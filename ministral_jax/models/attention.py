@@ -26,6 +26,8 @@ from ministral_jax.distributed.axes import platform
 from ministral_jax.errors import UserError
 from ministral_jax.models.kernels import KEEP, splash
 
+PADDING = 2**30  # what the segments of padding begin with
+BEYOND = -1  # the segment of what fills a chunk's last tile
 Queries = Float[Array, "B T H h"]
 KeyValues = Float[Array, "B T K h"]
 Implementation = Literal["auto", "xla", "blockwise", "splash"]
@@ -38,10 +40,10 @@ class AttentionSpec:
     """What sees what, and how it is computed.
 
     `implementation`: "xla" holds the T x T scores of every head, "blockwise" one `block` x `block` tile of them at a
-    time and skips the tiles above the diagonal, "splash" is the kernel of TPUs; "auto" is the kernel of the platform
-    where it serves, else blockwise once T > block. On a mesh (`attend_on_mesh`): `context` says how the tokens of a row
-    meet where it is cut, `heads` is the logical axis of the query heads, and the length is cut into multiples of
-    `multiple_of`.
+    time, from the first tile that holds a document of the queries on, to the diagonal or the last one that does;
+    "splash" is the kernel of TPUs; "auto" is the kernel of the platform where it serves, else blockwise once T > block.
+    On a mesh (`attend_on_mesh`): `context` says how the tokens of a row meet where it is cut, `heads` is the logical
+    axis of the query heads, and the length is cut into multiples of `multiple_of`.
     """
 
     causal: bool = True
@@ -67,10 +69,10 @@ def attend(
     """softmax(q kᵀ / √h) v within a segment, softmax in float32 or wider; in q's dtype.
 
     K divides H: query head n reads key head n // (H/K). `segments` are >= 0, or None for one segment per row. Token t
-    sees the tokens of its own segment, with `spec.causal` only those at index <= t. It always sees itself, so padding
-    rows stay finite.
+    sees the tokens of its own segment, with `spec.causal` only those at index <= t. Padding, segment 0, sees itself
+    alone: it stays finite and costs no more than its length.
     """
-    segments = jnp.zeros((1, q.shape[1]), jnp.int32) if segments is None else segments
+    segments = jnp.ones((1, q.shape[1]), jnp.int32) if segments is None else segments
     whole = Part(segments, np.zeros(1, np.int32))
     return attend_parts(q, k, v, whole, whole, spec)
 
@@ -112,6 +114,11 @@ class Part(NamedTuple):
         """Of every token in the whole sequence."""
         return rearrange(_every(self.starts, self.segments.shape[1] // len(self.starts), 1), "c t -> (c t)")
 
+    @property
+    def apart(self) -> Int[Array, "B T"]:
+        """The segments, still ascending, where each token of padding has one of its own."""
+        return jnp.where(self.segments > 0, self.segments, PADDING + self.indices)
+
 
 def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Part, spec: AttentionSpec) -> Queries:
     """`attend` for tokens of one sequence and others whose keys are given in ascending order."""
@@ -119,12 +126,12 @@ def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Pa
     q = q * q.shape[-1] ** -0.5
     chosen = chosen_implementation(spec, platform(), k.shape[1], chunk, q.shape[-1])
     if chosen in KERNELS:
-        own, every = (jnp.broadcast_to(part.segments, x.shape[:2]) for part, x in ((queries, q), (keys, k)))
+        own, every = (jnp.broadcast_to(part.apart, x.shape[:2]) for part, x in ((queries, q), (keys, k)))
         return KERNELS[chosen][1].attend(q, k, v, (own, every), queries.indices.reshape(-1, chunk), spec.causal)
     if chosen == "xla":
         q = rearrange(q, "B t (K G) h -> B K G t h", K=K)
         k, v = (rearrange(x, "B s K h -> B K s h") for x in (k, v))
-        visible = _visible(queries.segments, keys.segments, queries.indices, keys.indices, spec.causal)
+        visible = _visible(queries.apart, keys.apart, queries.indices, keys.indices, spec.causal)
         p = jax.nn.softmax(_scores(q, k, visible))
         return keep(rearrange(jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v), "B K G t h -> B t (K G) h"))
     out: Array = _tiles(*into_tiles(q, k, v, queries, keys, spec.block), spec.causal)
@@ -157,10 +164,12 @@ def chosen_implementation(spec: AttentionSpec, platform: str, keys: int, chunk: 
 
 
 class Tiles(NamedTuple):
-    """Tiles of a `Part`: their segments, -1 where a tile goes past its chunk, and where each begins."""
+    """Tiles of a `Part`: the segments `apart`, where each tile begins, and its first and last segment."""
 
     segments: Int[Array, "n B t"]
     starts: Int[Array, " n"]
+    first: Int[Array, "n B"]
+    last: Int[Array, "n B"]
 
 
 QueryTiles = Float[Array, "n B K G t h"]
@@ -180,8 +189,11 @@ def into_tiles(
         return rearrange(x, "B c (n t) ... -> (c n) B t ...", t=block)
 
     def tiles(part: Part) -> Tiles:
-        segments = cut(part.segments, part, -1)
-        return Tiles(segments, _every(part.starts, len(segments) // len(part.starts), block).reshape(-1))
+        segments = cut(part.apart, part, BEYOND)
+        starts = _every(part.starts, len(segments) // len(part.starts), block).reshape(-1)
+        real = segments != BEYOND
+        first = jnp.min(segments, axis=-1, where=real, initial=jnp.iinfo(segments.dtype).max)
+        return Tiles(segments, starts, first, jnp.max(segments, axis=-1, where=real, initial=BEYOND))
 
     q = rearrange(cut(q, queries, 0), "n B t (K G) h -> n B K G t h", K=k.shape[2])
     k, v = (rearrange(cut(x, keys, 0), "n B s K h -> n B K s h") for x in (k, v))
@@ -291,7 +303,7 @@ def attend_row(softmax: OnlineSoftmax, q: QueryTile, queries: Tiles, keys: Keys,
         gain = jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v[j], preferred_element_type=out.dtype)
         return out * shrink + gain, new, total * shrink + jnp.sum(p, axis=-1, keepdims=True)
 
-    return lax.fori_loop(0, _visited(queries, tiles, causal), tile, softmax)
+    return lax.fori_loop(*_visited(queries, tiles, causal), tile, softmax)
 
 
 def attend_row_backward(
@@ -311,7 +323,7 @@ def attend_row_backward(
         d_v_j = jnp.einsum("BKGth,BKGts->BKhs", d_out, p.astype(q.dtype), preferred_element_type=wide)
         return d_q, d_k.at[j].add(d_k_j), d_v.at[j].add(d_v_j)
 
-    d_q, d_k, d_v = lax.fori_loop(0, _visited(queries, tiles, causal), tile, (jnp.zeros_like(q, wide), *sums))
+    d_q, d_k, d_v = lax.fori_loop(*_visited(queries, tiles, causal), tile, (jnp.zeros_like(q, wide), *sums))
     return (d_k, d_v), d_q
 
 
@@ -331,8 +343,12 @@ def _tile_visible(queries: Tiles, keys: Tiles, j: Array, causal: bool) -> Bool[A
     return _visible(queries.segments, keys.segments[j], queries.starts - keys.starts[j] + index, index, causal)
 
 
-def _visited(queries: Tiles, keys: Tiles, causal: bool) -> Array | int:
-    """How many key tiles one tile of queries visits: with `causal`, those that begin before its end."""
-    if not causal:
-        return keys.segments.shape[0]
-    return jnp.sum(keys.starts < queries.starts + queries.segments.shape[-1], dtype=jnp.int32)
+def _visited(queries: Tiles, keys: Tiles, causal: bool) -> tuple[Array, Array]:
+    """From which key tile to before which one tile of queries visits them: those that share a range of segments with it
+    in any row and, with `causal`, begin before its end."""
+    visited = jnp.any((keys.first <= queries.last) & (queries.first <= keys.last), axis=-1)
+    if causal:
+        visited &= keys.starts < queries.starts + queries.segments.shape[-1]
+    index = jnp.arange(len(visited), dtype=jnp.int32)
+    begin = jnp.min(index, where=visited, initial=len(visited))
+    return begin, jnp.max(index + 1, where=visited, initial=0)

@@ -12,7 +12,8 @@ from flax import linen as nn
 from model_cases import CASES, TEXT, YARN, Case, inputs, loss_and_grads, pack, random_params, relative
 
 from ministral_jax.errors import UserError
-from ministral_jax.models.attention import AttentionSpec, attend
+from ministral_jax.models import attention
+from ministral_jax.models.attention import AttentionSpec, Part, attend
 from ministral_jax.models.block import linear, rms_norm
 from ministral_jax.models.rope import apply_rope, axial_angles, position_scale, rope_angles, yarn_frequencies
 from ministral_jax.models.spec import PRESETS, RopeSpec
@@ -75,22 +76,29 @@ def test_even_frequencies_turn_with_the_row_and_odd_ones_with_the_column(x64):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def naive_attention(q, k, v, segments, causal):
-    out = np.zeros_like(q)
+def naive_attention(q, k, v, weight, segments, causal):
+    """The mixture, and the gradients in q, k and v of its product with `weight`, token by token."""
+    out, d_q, d_k, d_v = (np.zeros_like(x) for x in (q, q, k, v))
     B, T, H, h = q.shape
     for b, t, n in np.ndindex(B, T, H):
         g = n // (H // k.shape[2])
         seen = [s for s in range(T) if segments[b, s] == segments[b, t] and (s <= t or not causal)]
+        seen = seen if segments[b, t] else [t]
         w = np.exp(k[b, seen, g] @ q[b, t, n] * h**-0.5)
-        out[b, t, n] = w @ v[b, seen, g] / w.sum()
-    return out
+        p, d_out = w / w.sum(), weight[b, t, n]
+        out[b, t, n] = p @ v[b, seen, g]
+        d_s = p * ((v[b, seen, g] - out[b, t, n]) @ d_out) * h**-0.5
+        d_q[b, t, n] = d_s @ k[b, seen, g]
+        d_k[b, seen, g] += np.outer(d_s, q[b, t, n])
+        d_v[b, seen, g] += np.outer(p, d_out)
+    return [out, d_q, d_k, d_v]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_agrees_with_loops_in_every_implementation_and_its_gradients_too(x64, causal):
     random = np.random.default_rng(0)
-    q, k, v, weight = (random.standard_normal((2, 13, n, 4)) for n in (6, 2, 2, 6))
-    segments = np.array([[1] * 4 + [2] * 6 + [0] * 3, [1] * 13])
+    q, k, v, weight = (random.standard_normal((3, 21, n, 4)) for n in (6, 2, 2, 6))
+    segments = np.array([[1] * 4 + [2] * 6 + [3] * 3 + [0] * 8, [1] * 21, [1] + [2] * 13 + [3] * 7])
 
     def run(implementation, block):
         def f(q, k, v):
@@ -100,12 +108,25 @@ def test_attention_agrees_with_loops_in_every_implementation_and_its_gradients_t
         (_, out), grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return [out, *grads]
 
-    plain = run("xla", 5)
-    assert relative(plain[0], naive_attention(q, k, v, segments, causal)) < EXACT
-    for block in (5, 13, 16):
-        assert max(map(relative, run("blockwise", block), plain)) < EXACT
+    want = naive_attention(q, k, v, weight, segments, causal)
+    for implementation, block in (("xla", 5), ("blockwise", 2), ("blockwise", 5), ("blockwise", 32)):
+        assert max(map(relative, run(implementation, block), want)) < EXACT, (implementation, block)
     without = attend(q, k, v, None, AttentionSpec(causal, "blockwise", 5))
-    assert relative(without[1], plain[0][1]) < EXACT
+    assert relative(without[1], want[0][1]) < EXACT
+
+
+def test_a_tile_of_queries_visits_the_tiles_of_its_documents_and_of_padding_only_its_own():
+    segments = jnp.array([[1] * 8 + [2] * 8 + [0] * 8, [1] * 12 + [2] * 4 + [0] * 8])
+    part = Part(segments, np.zeros(1, np.int32))
+    nothing = jnp.zeros((2, 24, 1, 1))
+    *_, tiles = attention.into_tiles(nothing, nothing, nothing, part, part, 4)
+
+    def visits(causal):
+        bounds = [attention._visited(attention.Tiles(*tile), tiles, causal) for tile in zip(*tiles, strict=True)]
+        return [(int(begin), int(end)) for begin, end in bounds]
+
+    assert visits(True) == [(0, 1), (0, 2), (0, 3), (2, 4), (4, 5), (5, 6)]
+    assert visits(False) == [(0, 3), (0, 3), (0, 4), (2, 4), (4, 5), (5, 6)]
 
 
 def test_auto_attention_takes_blocks_once_there_are_several():
