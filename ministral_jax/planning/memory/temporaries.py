@@ -180,7 +180,7 @@ class Rows:
     def _scores(self) -> int:
         """Scores of every query with every key, float32 and as probabilities, where they are not made by tiles."""
         compute = self.read.compute
-        tiled = compute.attention == "blockwise" or (
+        tiled = compute.attention not in ("auto", "xla") or (
             compute.attention == "auto" and self.read.length > compute.attention_block
         )
         if tiled:
