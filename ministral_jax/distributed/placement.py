@@ -207,19 +207,21 @@ class Placement:
         """The next number of rows that the devices share evenly."""
         return -(-rows // self.row_shards) * self.row_shards
 
-    def check_batch(self, sequences: int, length: int, where: str, microbatches: int = 1) -> None:
-        """Raise `UserError` when a global batch does not split evenly."""
+    def check_batch(
+        self, sequences: int, length: int, where: str, microbatches: int = 1, setting: str = "mesh"
+    ) -> None:
+        """Raise `UserError` when a global batch does not split evenly; `setting` says which mesh it is."""
         rows = self.row_shards
         if sequences % (rows * microbatches):
             parts = " * ".join(f"{a} {self.mesh.shape[a]}" for a in self.rules.batch if self.mesh.shape[a] > 1)
             micro = f" * microbatches {microbatches}" if microbatches > 1 else ""
             raise UserError(
                 f"{where}.batch.sequences = {sequences} must be a multiple of {rows * microbatches}, "
-                f"over which the mesh splits it ({parts or 'one device'}{micro})"
+                f"over which the {setting} splits it ({parts or 'one device'}{micro})"
             )
         if self._context > 1 and length % (2 * self._context):
             raise UserError(
-                f"{where}.batch.length = {length} must be a multiple of {2 * self._context}, twice mesh.context"
+                f"{where}.batch.length = {length} must be a multiple of {2 * self._context}, twice {setting}.context"
             )
 
     def rows(self, count: int) -> Int[np.ndarray, " rows"]:

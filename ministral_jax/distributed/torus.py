@@ -32,15 +32,20 @@ class Side(NamedTuple):
 
 
 def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices of one TPU slice as an array of `shape`, whose last axes talk most.
+    """The devices of one TPU slice, or some of them, as an array of `shape`, whose last axes talk most.
 
     Where JAX's own search finds no whole sides of the torus for each axis, because it never goes back on a choice, all
-    ways are tried; a side is split between axes only where there is none.
+    ways are tried; a side is split between axes only where there is none. Some chips of every host form a torus too,
+    with others between its places, unless they are too many for that: then they come as they are listed.
     """
     try:
-        return mesh_utils.create_device_mesh(shape, devices)
+        if devices[0].platform != "tpu" or _is_block(devices):
+            return mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
-        torus = _torus(devices)
+        pass
+    torus = _torus(devices)
+    if torus.size != len(devices):
+        return np.array(devices, object).reshape(shape)
     parts = _whole(torus.shape, shape) or _split(torus.shape, shape)
     places = [(axis, side) for side in range(torus.ndim) for axis in range(len(shape))]
     # Of the axes that share a side, the last has its neighbours next to each other.
@@ -74,12 +79,19 @@ def _coords(device: Any) -> tuple[int, ...]:
     return (*device.coords, *(0,) * (3 - len(device.coords)), device.core_on_chip)
 
 
-def _torus(devices: Sequence[Any]) -> np.ndarray:
-    """The devices by their places, of the sides longer than one."""
+def _is_block(devices: Sequence[Any]) -> bool:
+    """Whether nothing is missing between the devices."""
     coords = np.array([_coords(device) for device in devices])
-    shape = coords.max(0) - coords.min(0) + 1
+    return math.prod(int(side) for side in coords.max(0) - coords.min(0) + 1) == len(devices)
+
+
+def _torus(devices: Sequence[Any]) -> np.ndarray:
+    """The devices by their places among those that any of them has, of the sides longer than one."""
+    coords = np.array([_coords(device) for device in devices])
+    places = np.stack([np.unique(side, return_inverse=True)[1].reshape(-1) for side in coords.T], axis=1)
+    shape = places.max(0) + 1
     torus = np.empty(shape, object)
-    for device, place in zip(devices, coords - coords.min(0), strict=True):
+    for device, place in zip(devices, places, strict=True):
         torus[tuple(place)] = device
     return torus.reshape([size for size in shape if size > 1])
 

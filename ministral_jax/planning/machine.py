@@ -97,6 +97,12 @@ class Machine:
         """The mesh of a stage; `where` is its setting. Raises `UserError`: the sizes do not fit the devices."""
         return _mesh(self, config, where)
 
+    def meshes(self, stage: Any, where: str) -> tuple[Mesh, Mesh | None]:
+        """The mesh of a stage, and its teacher's own one. Raises `UserError`, as `Stage.meshes` does."""
+        if getattr(stage, "teacher_mesh", None) is None:
+            return self.mesh(stage.mesh, f"{where}.mesh"), None
+        return stage.meshes(self.described, where)
+
 
 def _make(machine: Machine, config: MeshConfig, where: str) -> Mesh:
     return make_mesh(config, list(machine.described), where)

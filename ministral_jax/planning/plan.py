@@ -145,8 +145,8 @@ def _stage_plan(context: Context, name: str, assume: Assumptions) -> StagePlan:
     stage, work, machine = context.stage(name), context.work[name], context.machine
     if (job := context.jobs.get(name)) is None:
         return StagePlan(name, stage, context.specs[name], None, None, None)
-    memory = stage_memory(work, job.mesh, machine.hosts)
-    time = stage_time(work, job.mesh, machine, assume)
+    memory = stage_memory(work, job.mesh, machine.hosts, job.teacher_mesh)
+    time = stage_time(work, job.mesh, machine, assume, job.teacher_mesh)
     return StagePlan(name, stage, context.specs[name], dict(job.mesh.shape), memory, time)
 
 

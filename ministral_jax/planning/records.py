@@ -49,7 +49,8 @@ class Read:
     patches: of a row's images, 0 without any. chunk: tokens of a device whose logits are there at once.
     taps: whether every layer's activations are observed, as calibration does.
     taught: whose logits are made beside this model's, for a `kl`: of states read before, or recorded. targets: bytes of
-    what was recorded of a teacher for a row. streamed: whether the next batch is put on the devices while this one is
+    what was recorded of a teacher for a row. handed: bytes that a teacher on a mesh of its own hands over for it, for
+    this batch and the next. streamed: whether the next batch is put on the devices while this one is
     read. at_once: rows of a batch, or as many more as the devices share evenly; 0 where microbatches say it.
     """
 
@@ -65,6 +66,7 @@ class Read:
     taps: bool = False
     taught: Held | None = None
     targets: int = 0
+    handed: int = 0
     streamed: bool = True
     at_once: int = 0
 
@@ -142,6 +144,8 @@ class StageWork:
     held: tuple[Held, ...]
     phases: tuple[Phase, ...]
     keep: int = 0
+    apart: Phase | None = None
+    """What a teacher on a mesh of its own does for every step."""
 
     def on(self, mesh: Mesh) -> StageWork:
         """With rows as the devices of a mesh share them."""

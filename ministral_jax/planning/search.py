@@ -66,7 +66,7 @@ def search(context: Context, name: str, assume: Assumptions) -> list[Choice]:
         for settings, changed in _variants(stage, mesh, remat):
             if (fitting := _fitting(context, name, changed)) is not None:
                 work, job, memory = fitting
-                time = stage_time(work, job.mesh, machine, assume)
+                time = stage_time(work, job.mesh, machine, assume, job.teacher_mesh)
                 plan = StagePlan(name, changed, spec, dict(job.mesh.shape), memory, time)
                 found.append(Choice(plan, settings))
                 break
@@ -104,7 +104,7 @@ def _fitting(context: Context, name: str, stage: Any) -> tuple[StageWork, Job[An
     except UserError:
         return None
     work = stage_work(stage, job.spec, context.graph)
-    memory = stage_memory(work, job.mesh, machine.hosts)
+    memory = stage_memory(work, job.mesh, machine.hosts, job.teacher_mesh)
     fits = memory.peak.total <= (1 - SPARE) * machine.chip.hbm and memory.host <= machine.chip.host_memory
     return (work, job, memory) if fits else None
 

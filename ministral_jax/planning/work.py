@@ -13,6 +13,7 @@ from ministral_jax.data.batch import bucket
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.planning.memory.shards import ITEMSIZE
 from ministral_jax.planning.records import Cut, Draw, Head, Held, Move, Phase, Read, StageWork, Work
 from ministral_jax.stages.base import Graph, Stage, TokenIds
 from ministral_jax.stages.distill import Distill
@@ -101,10 +102,25 @@ def _loop(stage: Looped, spec: ModelSpec, graph: Graph, frozen: tuple[str, ...] 
         )
     elif teacher is not None:
         step, seen = replace(step, taught=teacher), replace(seen, taught=teacher)
+        if stage.teacher_mesh is not None:
+            return _taught_apart(stage, student, teacher, step, seen)
         taught, shown = (_rows(stage, teacher, "none", count), step), (_rows(stage, teacher, "none"), seen)
+    return StageWork((student, *(() if teacher is None else (teacher,))), _loop_phases(stage, taught, shown))
+
+
+def _loop_phases(stage: Looped, taught: tuple[Read, ...], shown: tuple[Read, ...]) -> tuple[Phase, ...]:
     rounds = _evaluations(stage) * -(-stage.evaluate.rows // stage.batch.sequences)
-    phases = Phase("step", taught, stage.steps), Phase("evaluate", shown, rounds, beside=True)
-    return StageWork((student, *(() if teacher is None else (teacher,))), phases)
+    return Phase("step", taught, stage.steps), Phase("evaluate", shown, rounds, beside=True)
+
+
+def _taught_apart(stage: Any, student: Held, teacher: Held, step: Read, seen: Read) -> StageWork:
+    """With a teacher on a mesh of its own, of which the student's has the output matrix and what it hands over."""
+    head = replace(teacher, role="teacher's head", only=("decoder/embed" if teacher.spec.tied else "decoder/head",))
+    handed = stage.batch.length * teacher.spec.width * ITEMSIZE[stage.compute.dtype]
+    step, seen = replace(step, taught=head, handed=handed), replace(seen, taught=head, handed=handed)
+    read = _rows(stage, teacher, "none", stage.batch.microbatches)
+    phases = _loop_phases(stage, (step,), (seen,))
+    return StageWork((student, head), phases, apart=Phase("teacher", (read,), stage.steps))
 
 
 # ---- loops over answers ----------------------------------------------------------------------------------------------

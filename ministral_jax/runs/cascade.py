@@ -15,7 +15,6 @@ from pydantic import TypeAdapter
 
 from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_then_all, from_first, is_first
-from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.distributed.processes import poll, poll_alone
 from ministral_jax.files import append_jsonl, write_json
 from ministral_jax.models.spec import ModelSpec
@@ -100,8 +99,8 @@ def _origin(place: Path) -> str:
 def make_job(recipe: Recipe, name: str, specs: Mapping[str, ModelSpec], run_dir: Path) -> Job[Stage]:
     """A stage on the devices that there are."""
     stage = recipe.stages[name]
-    mesh = make_mesh(stage.mesh, where=f"stages.{name}.mesh")
-    return Job(name, stage, specs[name], Graph(recipe.stages, specs), run_dir, mesh)
+    meshes = stage.meshes(jax.devices(), f"stages.{name}")
+    return Job(name, stage, specs[name], Graph(recipe.stages, specs), run_dir, *meshes)
 
 
 def _prepare(jobs: Jobs, run_dir: Path) -> None:

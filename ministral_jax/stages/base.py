@@ -9,7 +9,7 @@ reports stages learns of a verb from here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
-from ministral_jax.distributed.placement import MeshConfig, Placement, Rules
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.distributed.processes import saving
 from ministral_jax.errors import UserError
 from ministral_jax.explain import explain, suggest
@@ -43,16 +43,22 @@ ModelRef = str | dict[str, Any]
 
 class Program(NamedTuple):
     """A jitted function and the arguments it is compiled for: shapes, dtypes and where they lie. `rules`: those under
-    which the stage calls it, where it has none of its own."""
+    which the stage calls it, where it has none of its own; `mesh`: the one it runs on where that is not the stage's.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
     static: Mapping[str, Any] = {}
     rules: Rules | None = None
+    mesh: Mesh | None = None
 
     def lower(self) -> Any:
         """`jax.stages.Lowered`; nothing is allocated, and the devices need not be there."""
-        with self.rules.active() if self.rules is not None else nullcontext():
+        with ExitStack() as stack:
+            if self.rules is not None:
+                stack.enter_context(self.rules.active())
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
             return self.function.lower(*self.arguments, **self.static)
 
 
@@ -73,8 +79,8 @@ class Stage(Frozen):
     distils: ClassVar[bool] = False
     """Whether its tokens and its KL are those of the family's recovery from pruning."""
     incidental: ClassVar[frozenset[str]] = frozenset(
-        {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "optional", "workers", "track", "profile"}
-        | {"microbatches", "batch.microbatches", "loss.chunk"}
+        {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "teacher_mesh", "optional"}
+        | {"workers", "track", "profile", "microbatches", "batch.microbatches", "loss.chunk"}
     )
     """Settings that say where and how a result is computed, and do not make it another one, beyond rounding."""
 
@@ -131,6 +137,11 @@ class Stage(Frozen):
                     f"{where}.model.{key} = {getattr(spec, key)} differs from the {getattr(source, key)} of its source "
                     f"{self.source!r}; only a prune stage changes sizes"
                 )
+
+    def meshes(self, devices: list[Any], where: str) -> tuple[Mesh, Mesh | None]:
+        """The stage's mesh on a job's devices, and that of its teacher where this has one of its own. Raises
+        `UserError`: naming `where`, the sizes do not fit the devices."""
+        return make_mesh(self.mesh, devices, f"{where}.mesh"), None
 
     def check_mesh(self, job: Job[Any]) -> None:
         """Raise `UserError` when the stage's batches do not fit its mesh."""
@@ -190,6 +201,7 @@ class Job(Generic[S]):
     graph: Graph
     run_dir: Path
     mesh: Mesh
+    teacher_mesh: Mesh | None = None
     tokens: TokenIds = TokenIds()
 
     @property
@@ -218,8 +230,13 @@ class Job(Generic[S]):
 
     @cached_property
     def teacher_placement(self) -> Placement:
-        """On the same mesh, by its own rules where it has some."""
+        """What the student's mesh has of a teacher, by the teacher's own rules where it has some."""
         return Placement(self.mesh, getattr(self.stage, "teacher_sharding", None) or self.stage.sharding)
+
+    @cached_property
+    def teacher_apart(self) -> Placement | None:
+        """Where a teacher lies that has a mesh of its own."""
+        return None if self.teacher_mesh is None else replace(self.teacher_placement, mesh=self.teacher_mesh)
 
     def with_tokens(self, tokenizer: Tokenizer) -> Job[S]:
         """The job of a run, whose programs are made for the ids of its tokenizer."""

@@ -14,6 +14,7 @@ from ministral_jax.stages import rows
 from ministral_jax.stages.base import Job, Params, Program, Result
 from ministral_jax.stages.figures import told
 from ministral_jax.stages.image_answers import write_samples
+from ministral_jax.teachers.apart import READ, Apart
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
 from ministral_jax.training.log import check_tracker
@@ -69,10 +70,17 @@ def loop_programs(job: Job[Looped], objective: Objective) -> dict[str, Program]:
     constants = {**fixed, "teacher": teacher.constants if teacher else None}
     batch = rows.abstract_batch(job) | (teacher.train_arrays if teacher else {})
     step = update_program(job, objective.loss, trainable, stage.steps, stage.batch.microbatches)
-    return {
+    taught = {} if teacher is None or teacher.apart is None else {"teacher": _reading(job, teacher.apart)}
+    return taught | {
         "step": Program(step.function, (*step.arguments, constants, batch)),
         **rows.evaluation_programs(job, job.spec, teacher),
     }
+
+
+def _reading(job: Job[Looped], apart: Apart) -> Program:
+    """What a teacher on a mesh of its own does for a batch."""
+    batch = {name: one for name, one in rows.abstract_batch(job, apart.own).items() if name in READ}
+    return Program(apart.read, (apart.params, batch), mesh=apart.own.mesh)
 
 
 def update_program(job: Job[Any], loss: LossFn, trainable: Params, updates: int, microbatches: int) -> Program:
@@ -107,7 +115,12 @@ class RowLearner:
         """By the last evaluation."""
 
     def batches(self, first: int) -> rows.Batches:
-        return rows.train_batches(self.job, self.data, first, join=self.teacher.join if self.teacher else None)
+        join = self.teacher.join if self.teacher else None
+        return self._taught(rows.train_batches(self.job, self.data, first, join=join))
+
+    def _taught(self, batches: rows.Batches) -> rows.Batches:
+        """With what a teacher on a mesh of its own hands over."""
+        return batches if self.teacher is None or self.teacher.apart is None else self.teacher.apart.taught(batches)
 
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self.update(state, {**self.fixed, "teacher": self.constants}, batch)
@@ -115,7 +128,7 @@ class RowLearner:
     def evaluate(self, state: State) -> dict[str, float]:
         params = {**state["params"], **self.fixed}
         join = self.teacher.held_out_join if self.teacher else None
-        batches = rows.held_out_batches(self.job, self.data, join)
+        batches = self._taught(rows.held_out_batches(self.job, self.data, join))
         self.found, self.predictions = self.evaluator(params, self.constants, batches)
         return self.found.figures | (self.examine(params) if self.examine else {})
 

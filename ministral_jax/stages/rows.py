@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
+from jaxtyping import Int
 from pydantic import Field, field_validator
 
-from ministral_jax.data.batch import shapes
+from ministral_jax.data.batch import Batch, shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.pipeline import ENDLESS, Join, Order, batches, held_out
@@ -28,6 +30,7 @@ from ministral_jax.models.vlm import Compute, placed_params
 from ministral_jax.settings import Frozen
 from ministral_jax.stages.base import Graph, Job, Params, Program, Stage
 from ministral_jax.stages.manifest import read_manifest
+from ministral_jax.teachers.apart import READ, TWIN
 from ministral_jax.teachers.teacher import Teacher
 
 Batches = Iterator[dict[str, Any]]
@@ -190,23 +193,39 @@ def train_batches(
 ) -> Batches:
     """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
     count, steps = job.stage.batch.sequences, range(start, stop or ENDLESS.stop)
-    rows = batches(data, count, order_of(job), steps, job.placement.rows(count), join)
-    return _placed(job.placement, rows, count)
+    rows = batches(data, count, order_of(job), steps, _rows(job, count), join)
+    return _placed(job, rows, count)
 
 
 def held_out_batches(job: Job[Any], data: PackedData, join: Join | None = None) -> Batches:
     """A pass over the held-out rows, at which a job may stop."""
     count = job.stage.batch.sequences
-    rows = held_out(data, count, job.stage.evaluate.rows, job.placement.rows(count), join)
-    return polled(_placed(job.placement, rows, count), "evaluating batch")
+    rows = held_out(data, count, job.stage.evaluate.rows, _rows(job, count), join)
+    return polled(_placed(job, rows, count), "evaluating batch")
 
 
-def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
-    """The next batch goes to the devices, in a thread, while they work on this one."""
+def _rows(job: Job[Any], count: int) -> Int[np.ndarray, " rows"]:
+    """Which rows of a global batch this host reads, ascending: those of its devices, of the student or of a teacher."""
+    rows = job.placement.rows(count)
+    return rows if job.teacher_apart is None else np.union1d(rows, job.teacher_apart.rows(count))
+
+
+def _placed(job: Job[Any], rows: Iterator[Any], count: int) -> Batches:
+    """The next batch goes to the devices, in a thread, while they work on this one; what a teacher on a mesh of its
+    own reads of it goes there too, under `TWIN`."""
+    read = _rows(job, count)
+
+    def place(batch: Batch, placement: Placement) -> dict[str, Any]:
+        mine = np.isin(read, placement.rows(count))
+        return placement.place({name: array[mine] for name, array in batch.items()}, count)
 
     def fetch() -> dict[str, Any] | None:
-        batch = next(rows, None)
-        return None if batch is None else placement.place(batch, count)
+        if (batch := next(rows, None)) is None:
+            return None
+        if job.teacher_apart is None:
+            return job.placement.place(batch, count)
+        twin = {name: batch[name] for name in READ if name in batch}
+        return place(batch, job.placement) | {TWIN: place(twin, job.teacher_apart)}
 
     try:
         with ThreadPoolExecutor(1, "placing") as ahead:
@@ -218,11 +237,12 @@ def _placed(placement: Placement, rows: Iterator[Any], count: int) -> Batches:
         getattr(rows, "close", lambda: None)()
 
 
-def abstract_batch(job: Job[Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch of the stage as `data.pipeline.batches` gives it: shapes, dtypes and where they lie."""
+def abstract_batch(job: Job[Any], placement: Placement | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch of the stage as `data.pipeline.batches` gives it: shapes, dtypes and where they lie, by the job's
+    placement or another one."""
     batch, floats = job.stage.batch, ("loss_mask", "answer_mask", "text_bytes")
     rows = shapes(batch.sequences, batch.length, floats, job.stage.data.patches, job.spec.vision)
-    return job.placement.described(rows)
+    return (placement or job.placement).described(rows)
 
 
 def evaluation_programs(job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None) -> dict[str, Program]:

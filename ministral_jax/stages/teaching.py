@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from pydantic import Discriminator, Tag
 
 from ministral_jax.data.prepare import PackedData
+from ministral_jax.distributed.handing import handed, shared_out
+from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
 from ministral_jax.losses.evaluation import hidden
@@ -25,8 +28,9 @@ from ministral_jax.stages.looped import FROZEN, Looped
 from ministral_jax.stages.manifest import digest, finished
 from ministral_jax.stages.record import Record, recorded_teacher
 from ministral_jax.stages.rows import Packing
+from ministral_jax.teachers.apart import STATES, Apart, TeacherMesh, head_of, states_program
 from ministral_jax.teachers.store import Store
-from ministral_jax.teachers.teacher import Teacher, online, stored
+from ministral_jax.teachers.teacher import Teacher, online, online_apart, stored
 from ministral_jax.training.state import LossFn
 
 
@@ -51,6 +55,9 @@ class Taught(Looped):
     """A stage that may learn from a teacher. The vision tower is frozen."""
 
     teacher: AnyTeacher | None = None
+    teacher_mesh: TeacherMesh | None = None
+    """A mesh that the teacher has for itself; None: it runs within the student's step. Its head lies on the student's
+    mesh, so that KL is exact."""
     loss: LossOptions = LossOptions()
     beyond_teacher: Literal["refuse", "mask", "labels"] = "refuse"
     """Of rows longer than the teacher's context: refuse them, leave positions beyond it out of the loss, or learn the
@@ -69,6 +76,9 @@ class Taught(Looped):
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
+        if self.teacher_mesh is not None and not isinstance(self.teacher, str):
+            found = "no teacher" if self.teacher is None else f"a stored one, {self.teacher.store!r}"
+            raise UserError(f"{where}.teacher_mesh is for a teacher that runs beside the student; there is {found}")
         if (name := self.teacher_stage) is None:
             return
         teacher = graph.stages[name]
@@ -93,6 +103,20 @@ class Taught(Looped):
                 f"teacher {name!r}; set {where}.beyond_teacher to `labels` (cross-entropy there) or `mask` (nothing), "
                 "or use shorter rows"
             )
+
+    def meshes(self, devices: list[Any], where: str) -> tuple[Mesh, Mesh | None]:
+        if (own := self.teacher_mesh) is None:
+            return super().meshes(devices, where)
+        ours, theirs = devices, devices
+        if own.devices is not None:
+            ours, theirs = shared_out(devices, own.devices, f"{where}.teacher_mesh.devices")
+        return make_mesh(self.mesh, ours, f"{where}.mesh"), make_mesh(own, theirs, f"{where}.teacher_mesh")
+
+    def check_mesh(self, job: Job[Any]) -> None:
+        super().check_mesh(job)
+        if (own := job.teacher_apart) is not None:
+            batch = self.batch
+            own.check_batch(batch.sequences, batch.length, job.where, batch.microbatches, "teacher_mesh")
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         """A student must read the rows that are, or will be, in the store."""
@@ -167,7 +191,12 @@ def described_teacher(job: Job[Any]) -> Teacher:
     if isinstance(recorder, Record):
         return recorded_teacher(job, recorder)
     spec, placement = job.graph.specs[name], job.teacher_placement
-    params = placed_params(spec, placement, jnp.dtype(stage.compute.dtype))
+    dtype = jnp.dtype(stage.compute.dtype)
+    params = placed_params(spec, placement, dtype)
+    if (own := job.teacher_apart) is not None:
+        return online_apart(
+            spec, head_of(params), _programs(job, spec, placed_params(spec, own, dtype)), _states(job, spec)
+        )
     return online(spec, params, stage.compute, placement, stage.batch.length)
 
 
@@ -194,8 +223,28 @@ def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
         )
         return stored(store, placement, job.graph.specs[stage.teacher.store].context)
     # In the dtype it computes in: the parameters would be cast to that at every use.
-    spec, params = load_stage(directory, jnp.dtype(stage.compute.dtype), placement)
+    dtype = jnp.dtype(stage.compute.dtype)
+    if (own := job.teacher_apart) is not None:
+        spec, params = load_stage(directory, dtype, own)
+        head = jax.tree.map(handed, head_of(params), head_of(param_shardings(spec, placement)))
+        return online_apart(spec, head, _programs(job, spec, params), _states(job, spec))
+    spec, params = load_stage(directory, dtype, placement)
     return online(spec, params, stage.compute, placement, stage.batch.length)
+
+
+def _programs(job: Job[Any], spec: ModelSpec, params: Params) -> Apart:
+    """Of a teacher with a mesh of its own; its arrays may be abstract."""
+    stage, own = job.stage, job.teacher_apart
+    assert own is not None
+    read = states_program(spec, stage.compute, own, job.placement, stage.batch.microbatches)
+    return Apart(read, params, own, job.placement)
+
+
+def _states(job: Job[Any], spec: ModelSpec) -> jax.ShapeDtypeStruct:
+    """What such a teacher hands over of a global batch."""
+    batch, dtype = job.stage.batch, jnp.dtype(job.stage.compute.dtype)
+    shape = (batch.sequences, batch.length, spec.width)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=job.placement.batch_sharding(STATES, 3))
 
 
 def _teacher_directory(job: Job[Any]) -> Path:

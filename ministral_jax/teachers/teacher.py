@@ -20,6 +20,7 @@ from ministral_jax.losses.evaluation import TeacherFn, as_teacher, hidden
 from ministral_jax.losses.targets import Hidden, Targets
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
+from ministral_jax.teachers.apart import STATES, Apart
 from ministral_jax.teachers.codecs import Codec, exact, targets, unpack
 from ministral_jax.teachers.store import Store
 
@@ -50,6 +51,8 @@ class Teacher:
     """What `join` adds to a global batch, as shapes; and"""
     held_out_arrays: Batch = field(default_factory=dict)
     """what `held_out_join` adds."""
+    apart: Apart | None = None
+    """Where it has a mesh of its own: what adds its states to a batch before the step."""
 
 
 def online(spec: ModelSpec, params: Params, compute: Compute, placement: Placement, length: int) -> Teacher:
@@ -63,6 +66,17 @@ def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[
     """`(parameters, batch) -> Hidden`, to be traced within a step."""
     model, taught = VLM(spec, compute), rules.scoped(hidden)
     return lambda params, batch: Hidden(taught(model, params, batch), head_matrix(params))
+
+
+def online_apart(spec: ModelSpec, head: Params, programs: Apart, states: jax.ShapeDtypeStruct) -> Teacher:
+    """A model that runs on a mesh of its own; the student's has a copy of its output matrix, see `apart.head_of`.
+    `states`: what it hands over, of a global batch."""
+    taught = lambda constants, batch: Hidden(batch[STATES], head_matrix(constants))
+    whole = lambda constants, batch: (batch[STATES], constants)
+    flops, arrays = spec.flops_per_token(states.shape[1]), {STATES: states}
+    return Teacher(
+        spec.context, head, taught, whole, flops, train_arrays=arrays, held_out_arrays=arrays, apart=programs
+    )
 
 
 def stored(store: Store, placement: Placement, context: int) -> Teacher:

@@ -23,7 +23,6 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, file_digest, write_text
 from ministral_jax.planning.compiler import hlo, traffic
@@ -139,14 +138,16 @@ def compile_stage(
     Raises:
         UserError: the stage's mesh or batches do not fit the devices.
     """
-    mesh = make_mesh(job.stage.mesh, target.devices)
-    job = replace(job, mesh=mesh)
+    mesh, theirs = job.stage.meshes(list(target.devices), job.where)
+    job = replace(job, mesh=mesh, teacher_mesh=theirs)
     job.stage.check_mesh(job)
     block, found = job.stage.compute.attention_block if hasattr(job.stage, "compute") else 1, []
     for name, program in job.stage.programs(job).items():
         if not wanted or name in wanted:
             say(f"compiling {name} of {job.name} for {target.name}")
-            found.append(compile_program(name, program, mesh, _visited(program, block), (target.name, cache)))
+            found.append(
+                compile_program(name, program, program.mesh or mesh, _visited(program, block), (target.name, cache))
+            )
     return found
 
 

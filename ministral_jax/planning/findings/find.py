@@ -40,9 +40,13 @@ def impossible(
     context = Context(recipe, specs, tuple(names), machine)
     fitting = {name: work for name, work in context.work.items() if name in context.jobs}
     if machine.chip.name in CHIPS:
-        meshes = {name: context.jobs[name].mesh for name in fitting}
-        needed = {name: stage_memory(work, meshes[name], machine.hosts) for name, work in fitting.items()}
-        times = {name: stage_time(work, meshes[name], machine) for name, work in fitting.items()}
+        meshes = {name: (job.mesh, job.teacher_mesh) for name in fitting if (job := context.jobs[name])}
+        needed = {
+            name: stage_memory(work, meshes[name][0], machine.hosts, meshes[name][1]) for name, work in fitting.items()
+        }
+        times = {
+            name: stage_time(work, meshes[name][0], machine, apart=meshes[name][1]) for name, work in fitting.items()
+        }
         context = replace(context, memory=needed, times=times)
     wanted = (fault for fault in faults if fault.stage in names)
     found = merged([*wanted, *_of_stages(context), *clock.restarts_suffice(context)])

@@ -89,11 +89,11 @@ class Context:
     def job(self, stage: Stage, name: str) -> Job[Any] | None:
         """A stage on the devices of the machine."""
         try:
-            mesh = self.machine.mesh(stage.mesh, f"stages.{name}.mesh")
+            meshes = self.machine.meshes(stage, f"stages.{name}")
         except UserError:
             return None
         spec: Any = self.specs.get(name)
-        return Job(name, stage, spec, self.graph, Path(), mesh)
+        return Job(name, stage, spec, self.graph, Path(), *meshes)
 
 
 StageCheck = Callable[[Context, str], Iterable[Finding]]

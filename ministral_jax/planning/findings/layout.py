@@ -31,7 +31,7 @@ def mesh_fits(context: Context, name: str) -> Iterator[Finding]:
     """The sizes multiply to the devices, and `slice` is the number of slices."""
     stage, machine = context.stage(name), context.machine
     try:
-        machine.mesh(stage.mesh, f"stages.{name}.mesh")
+        machine.meshes(stage, f"stages.{name}")
     except UserError as fault:
         yield error(name, f"{fault}{_mend_mesh(machine, stage.mesh)}")
         return

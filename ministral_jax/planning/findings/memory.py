@@ -158,7 +158,7 @@ def _size(context: Context, name: str, stage: Any, phase: str) -> float:
         work = stage_work(stage, job.spec, context.graph)
     except UserError:
         return math.inf
-    phases = stage_memory(work, job.mesh, context.machine.hosts).phases
+    phases = stage_memory(work, job.mesh, context.machine.hosts, job.teacher_mesh).phases
     return next((one.total for one in phases if one.phase == phase), math.inf)
 
 

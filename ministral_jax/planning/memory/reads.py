@@ -29,7 +29,8 @@ def placed(rows: Rows) -> int:
     """A batch on a device, over all microbatches; and the next one, which is put there meanwhile."""
     count, tokens = Rows(replace(rows.read, microbatches=1), rows.mesh).shape
     of_tokens, of_patches = row_bytes(rows.read)
-    return (1 + rows.read.streamed) * count * (of_tokens * tokens // rows.read.length + of_patches)
+    whole = 1 + rows.read.streamed
+    return whole * count * ((of_tokens + rows.read.handed) * tokens // rows.read.length + of_patches)
 
 
 def _patches(rows: Rows) -> int:

@@ -57,12 +57,19 @@ class StageMemory:
         return max(self.phases, key=lambda phase: phase.total, default=PhaseMemory("", ()))
 
 
-def stage_memory(work: StageWork, mesh: Mesh, hosts: int) -> StageMemory:
-    """Of a stage on a mesh of devices on so many hosts. Temporaries were held against libtpu's, see the tests."""
+def stage_memory(work: StageWork, mesh: Mesh, hosts: int, apart: Mesh | None = None) -> StageMemory:
+    """Of a stage on a mesh of devices on so many hosts; `apart`: its teacher's own one. Temporaries were held against
+    libtpu's, see the tests."""
     work = work.on(mesh)
     held = together(*(_held(model, mesh) for model in work.held))
+    theirs: tuple[PhaseMemory, ...] = ()
+    if work.apart is not None and apart is not None:
+        weights = together(*(_held(read.model, apart) for read in work.apart.work if isinstance(read, Read)))
+        shares = apart.devices.flat[0] in mesh.devices
+        held = together(held, weights) if shares else held
+        theirs = (_phase(work.apart, held if shares else weights, apart),)
     phases = tuple(_phase(phase, held, mesh) for phase in work.phases)
-    return StageMemory(phases, _host(work, mesh, hosts), _written(work))
+    return StageMemory((*theirs, *phases), _host(work, mesh, hosts), _written(work))
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -95,12 +95,25 @@ def stage_time(
     mesh: Mesh,
     machine: Machine,
     assume: Assumptions = Assumptions(),  # noqa: B008
+    apart: Mesh | None = None,
 ) -> StageTime:
-    """Predicted time of every phase of a stage that does `work` on `mesh` of `machine`."""
+    """Predicted time of every phase of a stage that does `work` on `mesh` of `machine`; `apart`: its teacher's own
+    mesh."""
     links, work = Links(mesh, machine, assume), work.on(mesh)
     step = work.phase("step")
     tokens = sum(w.rows * w.length for w in step.work if isinstance(w, Read) and w.learns) if step else 0
-    return StageTime(tuple(phase_time(phase, links) for phase in work.phases), tokens)
+    phases = tuple(phase_time(phase, links) for phase in work.phases)
+    if work.apart is not None and apart is not None:
+        theirs = phase_time(work.apart, Links(apart, machine, assume))
+        hides = apart.devices.flat[0] not in mesh.devices
+        phases = (_beyond(theirs, phases[0].seconds) if hides else theirs, *phases)
+    return StageTime(phases, tokens)
+
+
+def _beyond(phase: PhaseTime, hidden: float) -> PhaseTime:
+    """What is left of a phase when so many seconds of it pass while other devices work."""
+    left = max(0.0, 1 - hidden / phase.seconds) if phase.seconds else 0.0
+    return replace(phase, parts=tuple(replace(part, seconds=part.seconds * left) for part in phase.parts))
 
 
 def phase_time(phase: Phase, links: Links) -> PhaseTime:
