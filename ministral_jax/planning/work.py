@@ -102,7 +102,7 @@ def _loop(stage: Looped, spec: ModelSpec, graph: Graph, frozen: tuple[str, ...] 
         )
     elif teacher is not None:
         step, seen = replace(step, taught=teacher), replace(seen, taught=teacher)
-        if stage.teacher_mesh is not None:
+        if getattr(stage, "teacher_mesh", None) is not None:
             return _taught_apart(stage, student, teacher, step, seen)
         taught, shown = (_rows(stage, teacher, "none", count), step), (_rows(stage, teacher, "none"), seen)
     return StageWork((student, *(() if teacher is None else (teacher,))), _loop_phases(stage, taught, shown))
