@@ -72,7 +72,7 @@ def test_packed_documents_and_images_have_the_values_and_gradients_of_all_scores
     arrays = case(ROWS, width)
     want = exact(arrays, causal)
     first = [x[:1, :128] for x in arrays]
-    assert relative(want[0][:1, :128], naive_attention(*first[:3], first[4], causal)) < 1e-12
+    assert max(map(relative, [x[:1, :128] for x in want], naive_attention(*first, causal))) < 1e-12
     kernel = partial(attend, spec=AttentionSpec(causal))
     assert max(map(relative, value_and_gradients(kernel, arrays, jnp.float32), want)) < FLOAT32
     if causal:
