@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 Axes = tuple[str, ...]
+Names = tuple[str | None, ...]
+"""The logical axis of every dimension."""
 
 
 def platform() -> str:
@@ -32,24 +35,51 @@ def dividing_axes(size: int, axes: Iterable[str], mesh: Mapping[str, int], multi
     return tuple(chosen)
 
 
-def sharded_axes(shape: tuple[int, ...], names: tuple[str | None, ...], multiple_of: int = 1) -> tuple[Axes, ...]:
-    """Mesh axes of every dimension, () for whole: those the rules name while they divide it (`length` into multiples of
-    `multiple_of`). All () without a mesh or rules."""
+def sharded_axes(shape: tuple[int, ...], names: Names, multiple_of: int = 1) -> tuple[Axes, ...]:
+    """Mesh axes of every dimension, () for whole: those the rules name while they divide it (tokens into multiples of
+    `multiple_of`) and no earlier dimension has taken them. All () without a mesh or rules."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     rules = dict(nn.get_logical_axis_rules())
-
-    def cut(size: int, name: str | None) -> Axes:
+    found: list[Axes] = []
+    for size, name in zip(shape, names, strict=True):
         entry = (rules.get(name) if name else None) or ()
-        axes = (entry,) if isinstance(entry, str) else entry
-        return dividing_axes(size, axes, sizes, multiple_of if name == "length" else 1)
+        free = [axis for axis in ((entry,) if isinstance(entry, str) else entry) if not any(axis in f for f in found)]
+        found.append(dividing_axes(size, free, sizes, multiple_of if name in ("length", "residual") else 1))
+    return tuple(found)
 
-    return tuple(cut(size, name) for size, name in zip(shape, names, strict=True))
 
-
-def constrain(x: Array, names: tuple[str | None, ...], multiple_of: int = 1) -> Array:
+def constrain(x: Array, names: Names, multiple_of: int = 1) -> Array:
     """`x`, kept on the mesh as the rules say; the identity without rules, and without a mesh of several devices."""
+    spec = _spec(x, names, multiple_of)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def relaid(x: Array, names: Names, cotangent: Names, multiple_of: int = 1) -> Array:
+    """`constrain` whose cotangent is laid by other names: to gather what is scattered on the way back, or the reverse.
+    The transpose of `constrain` would first sum all of a cotangent everywhere."""
+    spec, back = (_spec(x, way, multiple_of) for way in (names, cotangent))
+    return x if spec is None or back is None else _relaid(x, spec, back)
+
+
+def _spec(x: Array, names: Names, multiple_of: int) -> PartitionSpec | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not nn.get_logical_axis_rules():
-        return x
-    axes = sharded_axes(x.shape, names, multiple_of)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a or None for a in axes)))
+        return None
+    return PartitionSpec(*(axes or None for axes in sharded_axes(x.shape, names, multiple_of)))
+
+
+# The rules are not active any more when a backward pass is traced: where the cotangent lies is known before.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relaid(x: Array, spec: PartitionSpec, back: PartitionSpec) -> Array:
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _relaid_forward(x: Array, spec: PartitionSpec, back: PartitionSpec) -> tuple[Array, None]:
+    return jax.lax.with_sharding_constraint(x, spec), None
+
+
+def _relaid_backward(spec: PartitionSpec, back: PartitionSpec, _: None, d_x: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(d_x, back),)
+
+
+_relaid.defvjp(_relaid_forward, _relaid_backward)

@@ -73,13 +73,15 @@ class Rules(Frozen):
 
     FSDP cuts the width D of every matrix and gathers it again when its layer runs; devices that share a row's tokens
     take part in that, since each would hold the same copy. Tensor parallelism cuts what a matrix product reads or
-    writes next to it (heads, feed-forward, vocabulary). The vision tower and the projector are cut alike. Where an axis
-    does not divide the dimension (8 key-value heads over 16 devices), that axis is left out. The same rules serve every
-    backend; what differs there is how large the mesh's axes should be.
+    writes next to it (heads, feed-forward, vocabulary). Between such products the tokens of the residual stream are cut
+    by it too, within their shard of `length` (sequence parallelism, arXiv 2205.05198). The vision tower and the
+    projector are cut alike. Where an axis does not divide the dimension (8 key-value heads over 16 devices), that axis
+    is left out. The same rules serve every backend; what differs there is how large the mesh's axes should be.
     """
 
     batch: tuple[str, ...] = ("slice", "data", "fsdp")
     length: tuple[str, ...] = ("context",)
+    residual: tuple[str, ...] = ("context", "tensor")
     embed: tuple[str, ...] = ("fsdp", "context")
     vocab: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)

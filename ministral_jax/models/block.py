@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Int
 
-from ministral_jax.distributed.axes import constrain
+from ministral_jax.distributed.axes import constrain, relaid
 from ministral_jax.models.attention import KEEP, AttentionSpec, Implementation, attend_cached, keep
 from ministral_jax.models.quantized import fp8_linear
 from ministral_jax.models.rope import Angles, apply_rope
@@ -116,9 +116,22 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> 
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
+_STREAM, _WHOLE = ("batch", "residual", None), ("batch", "length", None)
+
+
 def residual(x: Float[Array, "B T D"], multiple_of: int) -> Float[Array, "B T D"]:
     """The residual stream, kept on the mesh as the rules say."""
-    return constrain(x, ("batch", "length", None), multiple_of)
+    return constrain(x, _STREAM, multiple_of)
+
+
+def gathered(x: Float[Array, "B T D"], multiple_of: int) -> Float[Array, "B T D"]:
+    """What a product cut over heads, feed-forward or vocabulary reads: all tokens of a row's shard."""
+    return relaid(x, _WHOLE, _STREAM, multiple_of)
+
+
+def scattered(x: Float[Array, "B T D"], multiple_of: int) -> Float[Array, "B T D"]:
+    """What such products sum up to, added to the stream: each device sums its own tokens."""
+    return relaid(x, _STREAM, _WHOLE, multiple_of)
 
 
 @dataclass(frozen=True)
@@ -218,13 +231,13 @@ class Block(nn.Module):
         mlp_gain = weight(self, "mlp_norm", (s.width,), (D,), None)
 
         with jax.named_scope("attention"):
-            mixed, (key, value) = Attention(s, self.compute, name="attention")(
-                rms_norm(x, attention_gain, s.norm_eps), tokens, past
-            )
-            middle = residual(x + mixed, s.multiple_of)
+            normed = gathered(rms_norm(x, attention_gain, s.norm_eps), s.multiple_of)
+            mixed, (key, value) = Attention(s, self.compute, name="attention")(normed, tokens, past)
+            middle = residual(x + scattered(mixed, s.multiple_of), s.multiple_of)
         with jax.named_scope("mlp"):
-            out, hidden = SwiGLU(s, self.compute, name="mlp")(rms_norm(middle, mlp_gain, s.norm_eps))
-            out = residual(middle + out, s.multiple_of)
+            normed = gathered(rms_norm(middle, mlp_gain, s.norm_eps), s.multiple_of)
+            out, hidden = SwiGLU(s, self.compute, name="mlp")(normed)
+            out = residual(middle + scattered(out, s.multiple_of), s.multiple_of)
         if tap is None:
             return out, None
         seen = {"attention_norm_in": x, "key": key, "value": value, "mlp_norm_in": middle, "mlp_hidden": hidden}

@@ -20,9 +20,10 @@ from ministral_jax.models.block import (
     Segments,
     Tap,
     Tokens,
+    gathered,
     narrowed,
-    residual,
     rms_norm,
+    scattered,
     stacked,
     stored,
     weight,
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The tokens' rows of the embedding."""
-        return residual(token_rows(self.embed, tokens, self.compute), ZIGZAG)
+        return scattered(token_rows(self.embed, tokens, self.compute), ZIGZAG)
 
     def __call__(
         self,
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
         angles = rope.rope_angles(positions, s.rope, s.head_width, wide)
         tokens = Tokens(angles, rope.position_scale(positions, s.rope, wide), segments)
         x, taps = self.layers(x, tokens, tap, past)
-        return rms_norm(x, self.norm, s.norm_eps), taps
+        return gathered(rms_norm(x, self.norm, s.norm_eps), ZIGZAG), taps
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 or wider."""

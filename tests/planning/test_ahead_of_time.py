@@ -78,13 +78,17 @@ def test_a_step_takes_the_memory_that_is_predicted(planned, compiled):
 
 def test_a_step_computes_and_sends_what_the_mesh_makes_it(planned, compiled):
     """Products of both decoders and heads at least, and no more than as much again: attention, the vision towers and
-    what is computed twice. Weights are gathered along fsdp, activations summed along tensor, which moves most."""
+    what is computed twice. Weights are gathered along fsdp, activations gathered and scattered along tensor, which
+    moves most, and no residual stream is summed whole."""
     stage, graph, machine = planned
     tokens = stage.batch.sequences * stage.batch.length / machine.devices
     student, teacher = graph.specs[STAGE], graph.specs[stage.teacher]
     least = (3 * student.flops_per_token(0) + teacher.flops_per_token(0)) * tokens
     assert least < compiled.flops < 2.5 * least
-    assert compiled.traffic[0][:2] == (("tensor",), "all-reduce")
+    sent = {t[:2]: t.sent for t in compiled.traffic}
+    assert compiled.traffic[0][:2] == (("tensor",), "all-gather")
+    assert sent[("tensor",), "reduce-scatter"] > sent[("tensor",), "all-gather"] / 2
+    assert sent.get((("tensor",), "all-reduce"), 0) < sent[("tensor",), "all-gather"] / 20
     gathered = sum(t.sent for t in compiled.traffic if t.axes == ("fsdp",) and t.op != "all-reduce")
     assert gathered > compiled.arguments
 

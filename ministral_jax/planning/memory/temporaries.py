@@ -77,6 +77,13 @@ class Rows:
         return self.tokens * self.spec.width * self.width
 
     @property
+    def between(self) -> int:
+        """[B, T, D] as it lies between blocks, cut over the axes of tensor parallelism too."""
+        shape = (self.read.rows // self.read.microbatches, self.read.length)
+        found = local_shape(shape, ("batch", "residual"), self.read.model.rules, self.mesh)
+        return math.prod(found) * self.spec.width * self.width
+
+    @property
     def hidden(self) -> int:
         """[B, T, F] of the feed-forward."""
         return self.tokens * self.shards.cut(self.spec.mlp_width, "mlp") * self.width
@@ -193,9 +200,9 @@ class Rows:
         """What is kept of every layer for its backward pass: its input alone with remat "full"; also the matrix
         products' results but for the last one's, which nothing but the next layer's input needs, with "dots"; and the
         attention's with "none"."""
-        kept = self.stream
+        kept = self.between
         if self.read.compute.remat != "full":
-            kept += self.stream + 2 * self.hidden + self.queries + 2 * self.keys
+            kept += self.between + 2 * self.hidden + self.queries + 2 * self.keys
         if self.read.compute.remat == "none":
             kept += self.queries
         return self.spec.layers * kept

@@ -103,12 +103,15 @@ class Tower:
 
     @cached_property
     def cut(self) -> dict[str, Axes]:
-        """Mesh axes of D, H, K, F and T."""
+        """Mesh axes of D, H, K, F and T, and those that cut a shard of T between blocks."""
         D, H, K, _, F = self.names
         at = self.layout.axes
         sizes = {"D": (self.width, D), "H": (self.heads, H), "K": (self.kv_heads, K), "F": (self.mlp, F)}
         found = {letter: at(*given) for letter, given in sizes.items()}
-        return found | {"T": at(self.length, "length", self.multiple_of)}
+        found["T"] = at(self.length, "length", self.multiple_of)
+        taken = {*self.layout.batch, *found["T"]}
+        within = tuple(a for a in at(self.length, "residual", self.multiple_of) if a not in taken)
+        return found | {"residual": within}
 
     def parts(self, letter: str) -> int:
         return self.layout.parts(self.cut[letter])
@@ -216,15 +219,23 @@ class Tower:
         return tuple(t for t in found if t.axes)
 
     def _activations(self, rows: int, passes: Passes) -> tuple[Transfer, ...]:
-        """Tensor parallelism: a sum after attention and after the feed-forward, and of both inputs' gradients."""
+        """Tensor parallelism: a sum after attention and after the feed-forward, and of both inputs' gradients. Where
+        the stream between is cut, its tokens are gathered before and the sums scattered; what a product read is
+        gathered once more for its weight's gradient, and so is the gradient of what it made."""
         whole = rows * self.tokens * self.width * self.bytes
         full = passes.again if self.compute.remat == "full" else 0
-        counts = {"H": passes.forward + full + passes.backward, "F": passes.forward + passes.backward}
-        return tuple(
-            Transfer("reduce", self.cut[letter], whole, count, waits=True)
-            for letter, count in counts.items()
-            if self.cut[letter]
-        )
+        sums = {"H": passes.forward + full + passes.backward, "F": passes.forward + passes.backward}
+        read = passes.forward + passes.again + passes.backward
+        found: list[Transfer] = []
+        for letter, count in sums.items():
+            if (cut := self.cut[letter]) and self.cut["residual"] == cut:
+                found += [
+                    Transfer("scatter", cut, whole, count, waits=True),
+                    Transfer("gather", cut, whole, read, waits=True),
+                ]
+            elif cut:
+                found.append(Transfer("reduce", cut, whole, count, waits=True))
+        return tuple(found)
 
     def _keys(self, rows: int, passes: Passes) -> tuple[Transfer, ...]:
         """Context parallelism: keys and values meet, also when scores are made again; their gradients go back."""
