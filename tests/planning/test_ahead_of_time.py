@@ -95,8 +95,8 @@ def test_a_step_computes_and_sends_what_the_mesh_makes_it(planned, compiled):
 
 def kernels(text: str) -> Counter[str]:
     """Attention's kernels in a program, by what they make; those that also give the log-sum-exp are apart."""
-    found = Counter(re.findall(r"%splash_mha_(fwd|dq|dkv)_segmented_(?:no_)?residuals[.\d]* = ", text))
-    return found + Counter(re.findall(r"%splash_mha_fwd_segmented_(residuals)[.\d]* = ", text))
+    found = Counter(re.findall(r"%splash_mqa_(fwd|dq|dkv)_segmented_(?:no_)?residuals[.\d]* = ", text))
+    return found + Counter(re.findall(r"%splash_mqa_fwd_segmented_(residuals)[.\d]* = ", text))
 
 
 def test_attention_of_a_step_is_kernels_and_no_array_has_a_row_twice(planned, with_text):

@@ -45,8 +45,8 @@ def attend(
 ) -> Float[Array, "B t H h"]:
     """softmax(q kᵀ) v of each query over the keys of its segment, with `causal` only those not after it.
 
-    A query's own key must be among the keys. `index` of the queries by the chunks in which they lie, ascending in each;
-    key s is the token s. `interpret`: on a CPU, slowly.
+    A query's own key must be among the keys. The more the segments ascend, the fewer blocks are visited. `index` of the
+    queries by the chunks in which they lie, ascending in each; key s is the token s. `interpret`: on a CPU, slowly.
     """
     # Only where it is used, since it takes a third of a second to load.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
@@ -68,7 +68,7 @@ def attend(
             by_query,
             by_key,
             block_sizes=blocks,
-            is_mqa=False,
+            is_mqa=True,
             save_residuals=False,
             mask_value=library.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
@@ -76,10 +76,15 @@ def attend(
             mask_function=_not_after if causal else None,
             interpret=interpret,
         )
-        return kernel(q, k, v, library.SegmentIds(own, every))
+        # The library leaves its backward kernels to one of the two cores of a v4 or v5p; a mapped axis is shared.
+        return jax.vmap(kernel, (0, 0, 0, None))(q, k, v, library.SegmentIds(own, every))
 
-    q, k, v = (rearrange(x, "B t H h -> B H t h") for x in (q, k, v))
-    return rearrange(jax.vmap(row)(q, k, v, *segments), "B H t h -> B t H h")
+    q = rearrange(q, "B t (K G) h -> B K G t h", K=k.shape[2])
+    k, v = (rearrange(x, "B s K h -> B K s h") for x in (k, v))
+    # Rows have tables of their own, so that mapping makes a loop of them; one row needs none.
+    alone = len(q) == 1
+    out = row(*(x[0] for x in (q, k, v, *segments)))[None] if alone else jax.vmap(row)(q, k, v, *segments)
+    return rearrange(out, "B K G t h -> B t (K G) h")
 
 
 def _not_after(query: Array, key: Array) -> Array:
@@ -91,12 +96,8 @@ def visited(
     own: Int[Array, " t"], every: Int[Array, " s"], index: Int[Array, " t"] | None, block: int
 ) -> Bool[Array, "n m"]:
     """Which blocks of keys each block of queries meets: those that share a range of segments with it and, with the
-    queries' index, do not begin after its end.
-
-    Padding, segment 0, counts as the last segment, which it is: a block in which it begins does not span all others.
-    """
-    last = jnp.iinfo(jnp.int32).max
-    own, every = (jnp.where(x == 0, last, x).reshape(-1, block) for x in (own, every))
+    queries' index, do not begin after its end."""
+    own, every = (x.reshape(-1, block) for x in (own, every))
     met = (own.min(1)[:, None] <= every.max(1)) & (own.max(1)[:, None] >= every.min(1))
     if index is None:
         return met
