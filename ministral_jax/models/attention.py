@@ -24,14 +24,18 @@ from jaxtyping import Bool, Float, Int
 
 from ministral_jax.distributed.axes import platform
 from ministral_jax.errors import UserError
-from ministral_jax.models.kernels import KEEP, splash
+from ministral_jax.models.kernels import KEEP, PADDING, Asked, cudnn, mosaic, splash, triton
 
-PADDING = 2**30  # what the segments of padding begin with
 BEYOND = -1  # the segment of what fills a chunk's last tile
 Queries = Float[Array, "B T H h"]
 KeyValues = Float[Array, "B T K h"]
-Implementation = Literal["auto", "xla", "blockwise", "splash"]
-KERNELS: dict[Implementation, tuple[str, ModuleType]] = {"splash": ("tpu", splash)}
+Implementation = Literal["auto", "xla", "blockwise", "splash", "cudnn", "mosaic", "triton"]
+KERNELS: dict[Implementation, tuple[str, ModuleType]] = {
+    "splash": ("tpu", splash),
+    "cudnn": ("gpu", cudnn),
+    "mosaic": ("gpu", mosaic),
+    "triton": ("gpu", triton),
+}
 """The platform of each kernel, and its module; "auto" takes the first of a platform that serves the shapes."""
 
 
@@ -41,9 +45,10 @@ class AttentionSpec:
 
     `implementation`: "xla" holds the T x T scores of every head, "blockwise" one `block` x `block` tile of them at a
     time, from the first tile that holds a document of the queries on, to the diagonal or the last one that does;
-    "splash" is the kernel of TPUs; "auto" is the kernel of the platform where it serves, else blockwise once T > block.
-    On a mesh (`attend_on_mesh`): `context` says how the tokens of a row meet where it is cut, `heads` is the logical
-    axis of the query heads, and the length is cut into multiples of `multiple_of`.
+    "splash" is the kernel of TPUs, "cudnn", "mosaic" and "triton" are those of GPUs; "auto" is the first kernel of the
+    platform that serves, else blockwise once T > block. On a mesh (`attend_on_mesh`): `context` says how the tokens of
+    a row meet where it is cut, `heads` is the logical axis of the query heads, and the length is cut into multiples of
+    `multiple_of`.
     """
 
     causal: bool = True
@@ -124,7 +129,7 @@ def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Pa
     """`attend` for tokens of one sequence and others whose keys are given in ascending order."""
     K, chunk = k.shape[2], q.shape[1] // len(queries.starts)
     q = q * q.shape[-1] ** -0.5
-    chosen = chosen_implementation(spec, platform(), k.shape[1], chunk, q.shape[-1])
+    chosen = chosen_implementation(spec, platform(), Asked(chunk, k.shape[1], q.shape[-1], q.dtype.name))
     if chosen in KERNELS:
         own, every = (jnp.broadcast_to(part.apart, x.shape[:2]) for part, x in ((queries, q), (keys, k)))
         return KERNELS[chosen][1].attend(q, k, v, (own, every), queries.indices.reshape(-1, chunk), spec.causal)
@@ -138,29 +143,29 @@ def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Pa
     return from_tiles(out, q.shape[1], len(queries.starts))
 
 
-def chosen_implementation(spec: AttentionSpec, platform: str, keys: int, chunk: int, head_width: int) -> Implementation:
-    """What "auto" is for so many keys on devices of a platform, queries lying in chunks of `chunk` tokens.
+def chosen_implementation(spec: AttentionSpec, platform: str, asked: Asked) -> Implementation:
+    """What "auto" is on devices of a platform.
 
     Raises:
         UserError: a kernel is asked for that does not serve this.
     """
-    around = spec.context == "ring" and chunk < keys
+    around = spec.context == "ring" and asked.chunk < asked.keys
     if spec.implementation in KERNELS:
         its, kernel = KERNELS[spec.implementation]
-        wanted = f"{its} devices" if its != platform else kernel.unserved(chunk, head_width)
+        wanted = f"{its} devices" if its != platform else kernel.unserved(asked)
         wanted = "compute.context: all_gather" if around and not wanted else wanted
         if wanted:
             raise UserError(
                 f"compute.attention = {spec.implementation} needs {wanted}; here are {platform} devices, chunks of "
-                f"{chunk} tokens and compute.context: {spec.context}, which compute.attention: auto serves"
+                f"{asked.chunk} tokens and compute.context: {spec.context}, which compute.attention: auto serves"
             )
     if spec.implementation != "auto":
         return spec.implementation
     for name in () if around else KERNELS:
         its, kernel = KERNELS[name]
-        if its == platform and not kernel.unserved(chunk, head_width):
+        if its == platform and not kernel.unserved(asked):
             return name
-    return "blockwise" if spec.block < keys else "xla"
+    return "blockwise" if spec.block < asked.keys else "xla"
 
 
 class Tiles(NamedTuple):

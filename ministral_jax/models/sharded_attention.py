@@ -40,6 +40,7 @@ from ministral_jax.models.attention import (
     chosen_implementation,
     keep,
 )
+from ministral_jax.models.kernels import Asked
 
 
 def attend_on_mesh(
@@ -59,7 +60,8 @@ def attend_on_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     sizes = mesh.shape
     chunk = q.shape[1] // (math.prod(sizes[axis] for axis in length) * (2 if length and spec.causal else 1))
-    chosen = replace(spec, implementation=chosen_implementation(spec, platform(), q.shape[1], chunk, q.shape[-1]))
+    asked = Asked(chunk, q.shape[1], q.shape[-1], q.dtype.name)
+    chosen = replace(spec, implementation=chosen_implementation(spec, platform(), asked))
     kernel = chosen.implementation in KERNELS
     # XLA's partitioner stops at a kernel, also where nothing is cut.
     if not (batch or length or cut or (kernel and mesh.size > 1)):

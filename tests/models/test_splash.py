@@ -16,7 +16,7 @@ from ministral_jax.distributed.placement import MeshConfig, zigzag
 from ministral_jax.errors import UserError
 from ministral_jax.models import attention
 from ministral_jax.models.attention import AttentionSpec, Part, attend, chosen_implementation
-from ministral_jax.models.kernels import splash
+from ministral_jax.models.kernels import Asked, splash
 from ministral_jax.models.rope import apply_rope, rope_angles
 from ministral_jax.models.sharded_attention import attend_on_mesh
 from ministral_jax.models.spec import PRESETS
@@ -152,7 +152,7 @@ def test_the_platform_is_that_of_the_mesh_which_need_not_be_there():
     ],
 )
 def test_what_auto_is_on_each_platform(platform, keys, chunk, spec, expected):
-    assert chosen_implementation(spec, platform, keys, chunk, 128) == expected
+    assert chosen_implementation(spec, platform, Asked(chunk, keys, 128, "bfloat16")) == expected
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_what_auto_is_on_each_platform(platform, keys, chunk, spec, expected):
 def test_a_kernel_that_cannot_serve_is_refused(platform, chunk, context, needs):
     spec = AttentionSpec(implementation="splash", context=context)
     with pytest.raises(UserError, match=f"compute.attention = splash needs .*{needs}"):
-        chosen_implementation(spec, platform, 256, chunk, 128)
+        chosen_implementation(spec, platform, Asked(chunk, 256, 128, "bfloat16"))

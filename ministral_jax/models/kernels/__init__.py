@@ -1,11 +1,25 @@
 """Attention as one kernel of an accelerator, a module for each, all called alike.
 
-`unserved(chunk, head_width)` says which shapes a module does not take, and `attend(q, k, v, segments, index, causal)`
-is `attention.attend_parts` of queries that are scaled: `segments` of queries and keys, `index` of the queries in the
-whole sequence, in which the keys are the tokens 0, 1, ... in order.
+`unserved(asked)` says what a module lacks for what it is asked, "" where it serves, and
+`attend(q, k, v, segments, index, causal)` is `attention.attend_parts` of queries that are scaled: `segments` of queries
+and keys, `index` of the queries in the whole sequence, in which the keys are the tokens 0, 1, ... in order.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+PADDING = 2**30
+"""What the segments of padding begin with; each token of it has one of its own."""
 KEEP = "keep"
 """Name of results that are worth their memory until the backward pass."""
+
+
+class Asked(NamedTuple):
+    """What a kernel is asked to do: queries in chunks of so many tokens, of as many keys; a chunk is smaller where a
+    mesh cuts the row."""
+
+    chunk: int
+    keys: int
+    head_width: int
+    dtype: str

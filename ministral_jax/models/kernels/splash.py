@@ -14,7 +14,7 @@ from einops import rearrange
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from ministral_jax.models.kernels import KEEP
+from ministral_jax.models.kernels import KEEP, Asked
 
 LANES = 128
 """Of a TPU's vector register: blocks are multiples of it."""
@@ -23,10 +23,11 @@ LARGEST, LARGEST_COMPUTED = 1024, 512
 a kernel has by default."""
 
 
-def unserved(chunk: int, head_width: int) -> str:
-    """What is wrong with rows of equal chunks of `chunk` tokens, "" where nothing is. Every head width serves."""
-    del head_width
-    return "" if chunk % LANES == 0 else f"rows, or the chunks of one that is cut, of a multiple of {LANES} tokens"
+def unserved(asked: Asked) -> str:
+    """What it lacks, "" where it serves. Every head width does."""
+    return (
+        "" if asked.chunk % LANES == 0 else f"rows, or the chunks of one that is cut, of a multiple of {LANES} tokens"
+    )
 
 
 def block_of(chunk: int) -> int:

@@ -18,6 +18,7 @@ from ministral_jax.distributed.placement import AXES, Rules
 from ministral_jax.models import decoder, vision
 from ministral_jax.models.attention import AttentionSpec, chosen_implementation
 from ministral_jax.models.block import Compute
+from ministral_jax.models.kernels import Asked
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.planning.memory.shards import ITEMSIZE, Shards
 from ministral_jax.planning.timing.assumptions import Assumptions
@@ -138,7 +139,7 @@ class Tower:
         spec = AttentionSpec(self.causal, c.attention, c.attention_block, c.context)
         chunk = self.length // (cut * (2 if cut > 1 and self.causal else 1))
         platform = self.layout.mesh.devices.flat[0].platform
-        return chosen_implementation(spec, platform, self.length, chunk, self.head_width)
+        return chosen_implementation(spec, platform, Asked(chunk, self.length, self.head_width, c.dtype))
 
     # ---- costs of a microbatch ----
 
