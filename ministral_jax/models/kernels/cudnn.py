@@ -47,13 +47,14 @@ def attend(
     starts, lengths = packed(begins, jnp.sum(~padding, axis=1), most)
 
     def fused(q: Array, k: Array, v: Array) -> Array:
-        from jax._src.cudnn import fused_attention_stablehlo as library
+        from jax._src.cudnn import fused_attention_stablehlo as library  # the public function takes no sequences
 
-        mask = library.MaskType.PADDING_CAUSAL if causal else library.MaskType.PADDING
-        more: Any = dict(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts)
+        mask: Any = library.MaskType.PADDING_CAUSAL if causal else library.MaskType.PADDING
+        more = dict(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts, mask_type=mask, scale=1.0)
         # Of padding, which is in no sequence, results and gradients are whatever stood in memory.
         clear = (jnp.where(padding[..., None, None], 0, x) for x in (q, k, v))
-        out: Any = library.dot_product_attention(*clear, **more, scale=1.0, mask_type=mask)
+        kernel: Any = library.dot_product_attention
+        out = kernel(*clear, **more)
         return jnp.where(padding[..., None, None], jnp.repeat(v, q.shape[2] // k.shape[2], axis=2), out)
 
     def other(q: Array, k: Array, v: Array) -> Array:
