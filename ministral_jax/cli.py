@@ -181,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--jsonl", type=Path, metavar="IN", help='rows of {"prompt", "images"} or {"messages"}')
     generate.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="rows that cannot be used")
     generate.add_argument("--output", type=Path, metavar="OUT", help="the rows with their completions")
+    generate.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of parameters (default: bfloat16, on a CPU float32)"
+    )
     generate.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
     generate.set_defaults(command=_generate)
     return parser
@@ -358,9 +361,10 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.stages.export import export_stage
 
-    export_stage(args.checkpoint, args.destination, args.dtype)
+    export_stage(args.checkpoint, args.destination, args.dtype, Placement(make_mesh(MeshConfig()), Rules()))
     say(f"{args.destination}: written in {args.dtype}")
 
 

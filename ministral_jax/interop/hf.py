@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ministral_jax.data.digests import Digests
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
@@ -248,23 +249,41 @@ def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None 
     for name, slot in wanted.items():  # layers ascending
         stacks.setdefault(slot.path, []).append((slot, tensors[name]))
 
-    def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any = None) -> Any:
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None = None) -> Any:
         parts = stacks["/".join(key.key for key in path)]
-
-        def part(index: Any) -> np.ndarray:
-            shape = np.broadcast_to(np.empty(()), leaf.shape)[index].shape
-            out, layered = np.empty(shape, jnp.dtype(dtype)), parts[0][0].layer is not None
-            chosen, rest = (parts[index[0]], index[1:]) if layered else (parts, index)
-            for n, (slot, tensor) in enumerate(chosen):
-                out[n if layered else ...] = slot.view(tensor.read())[rest]
-            return out
-
-        if sharding is None:
-            return part((slice(None),) * leaf.ndim)
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
+        if sharding is not None:
+            return _placed(parts, leaf.shape, jnp.dtype(dtype), sharding)
+        if parts[0][0].layer is None:
+            return _read(*parts[0], jnp.dtype(dtype))
+        out = np.empty(leaf.shape, jnp.dtype(dtype))
+        for n, part in enumerate(parts):
+            out[n] = _read(*part, out.dtype)
+        return out
 
     trees = (abstract_params(spec),) if shardings is None else (abstract_params(spec), shardings)
     return spec, jax.tree_util.tree_map_with_path(read, *trees)
+
+
+def _read(slot: Slot, tensor: safetensors.Tensor, dtype: Any, index: Any = ...) -> np.ndarray:
+    return safetensors.packed(slot.view(tensor.read())[index], dtype)
+
+
+def _placed(
+    parts: list[tuple[Slot, safetensors.Tensor]], shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
+) -> jax.Array:
+    """A leaf where `sharding` says. Of layers one at a time is on the host, and goes into the stack in place."""
+
+    def placed(part: tuple[Slot, safetensors.Tensor], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(shape, sharding, lambda index: _read(*part, dtype, index))
+
+    if parts[0][0].layer is None:
+        return placed(parts[0], shape, sharding)
+    alone = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    put = jax.jit(partial(jax.lax.dynamic_update_index_in_dim, axis=0), donate_argnums=0, out_shardings=sharding)
+    for n, part in enumerate(parts):
+        stack = put(stack, placed(part, shape[1:], alone), n).block_until_ready()  # before the next one is read
+    return stack
 
 
 _BUFFER = re.compile(r"(rotary_emb|patch_positional_embedding)\.((original_)?inv_freq|(cos|sin)_cached)$")

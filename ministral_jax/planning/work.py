@@ -168,8 +168,9 @@ def _(stage: Pairs, spec: ModelSpec, graph: Graph) -> StageWork:
 
 @_work.register
 def _(stage: Prune, spec: ModelSpec, graph: Graph) -> StageWork:
-    source = Held("source", graph.specs[stage.source], "float32", stage.sharding)
-    pruned = Held("pruned", spec, "float32", stage.sharding)
+    dtype = stage.stored_dtype(graph.stages)
+    source = Held("source", graph.specs[stage.source], dtype, stage.sharding)
+    pruned = Held("pruned", spec, dtype, stage.sharding)
     cuts = sum(getattr(source.spec, size) != getattr(spec, size) for size in ("layers", "width", "mlp_width"))
     passes = max(1, cuts) if stage.options.recollect else 1
     calibrate = replace(_rows(stage, source, "none"), taps=True)
@@ -200,7 +201,7 @@ def _(stage: Evaluate, spec: ModelSpec, graph: Graph) -> StageWork:
 
 @_work.register
 def _(stage: Export, spec: ModelSpec, graph: Graph) -> StageWork:
-    model = Held("model", spec, "float32", stage.sharding)
+    model = Held("model", spec, stage.dtype, stage.sharding)
     return StageWork((), (Phase("export", (Move(model, whole=True, dtype=stage.dtype),)),))
 
 

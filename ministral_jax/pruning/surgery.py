@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ministral_jax.distributed.collectives import agreed
@@ -147,16 +148,30 @@ class Surgery:
         return report.model_copy(update={"steps": (*report.steps, step), "kl": report.kl | kl})
 
     def _apply(self, transform: Callable[..., Params], spec: ModelSpec, *arguments: Any) -> Model:
-        return Model(self._compiled(transform, spec)(*arguments), spec)
-
-    def _compiled(self, transform: Callable[..., Params], spec: ModelSpec) -> Callable[..., Params]:
-        """`transform`, which makes parameters of `spec`, computed part by part where they will lie."""
+        """`transform` of parameters, whose leaves that it leaves as they are the result shares."""
         if self.placement is None:
-            return transform
-        return jax.jit(transform, out_shardings=param_shardings(spec, self.placement))
+            return Model(transform(*arguments), spec)
+        made = self._compiled(transform, spec, *arguments)(*arguments)
+        kept = lambda path, new, where: jax.device_put(_at(arguments[0], path), where) if new is None else new
+        shardings = param_shardings(spec, self.placement)
+        return Model(jax.tree_util.tree_map_with_path(kept, made, shardings, is_leaf=_is_none), spec)
 
-    def programs(self, spec: ModelSpec) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        """The cuts that lead from a model of `spec` to the target, each compiled function with abstract arguments.
+    def _compiled(self, transform: Callable[..., Params], spec: ModelSpec, *arguments: Any) -> Any:
+        """`transform`, which makes parameters of `spec`, computed part by part where they will lie: those that it
+        changes, and None for the others."""
+        assert self.placement is not None, "there is nowhere to lie"
+
+        def changed(params: Params, *more: Any) -> Params:
+            given = {id(leaf) for leaf in jax.tree.leaves(params)}
+            return jax.tree.map(lambda new: None if id(new) in given else new, transform(params, *more))
+
+        made, shardings = jax.eval_shape(changed, *arguments), param_shardings(spec, self.placement)
+        lie = jax.tree.map(lambda new, where: where if new is not None else None, made, shardings, is_leaf=_is_none)
+        return jax.jit(changed, out_shardings=lie)
+
+    def programs(self, spec: ModelSpec, dtype: DTypeLike) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """The cuts that lead from a model of `spec`, its parameters of `dtype`, to the target, each compiled function
+        with abstract arguments.
 
         Which layers and neurons are kept stands in a program as constants; here the first ones are.
         """
@@ -166,8 +181,8 @@ class Surgery:
 
         def then(name: str, transform: Callable[..., Params], change: dict[str, Any], *more: Any) -> None:
             nonlocal spec
-            before, spec = placed_params(spec, placement), spec.model_copy(update=change)
-            found[f"cut/{name}"] = (self._compiled(transform, spec), (before, *more))
+            before, spec = placed_params(spec, placement, dtype), spec.model_copy(update=change)
+            found[f"cut/{name}"] = (self._compiled(transform, spec, before, *more), (before, *more))
 
         target, first = self.target, np.arange
         if target.layers < spec.layers:
@@ -287,6 +302,14 @@ def _project(params: Params, basis: Float[Array, "D D'"], gains: Gains) -> Param
     rest = cut(layers, gains)  # its layers are unused, hence never computed
     cut_layers = jax.lax.map(cut_one, (layers, gains.attention, gains.mlp))
     return {**rest, "decoder": {**rest["decoder"], "layers": cut_layers}}
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _at(params: Params, path: tuple[Any, ...]) -> Any:
+    return reduce(lambda node, key: node[key.key], path, params)
 
 
 def _fresh_projector(spec: ModelSpec, params: Params, key: Array) -> Params:

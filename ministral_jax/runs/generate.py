@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import numpy as np
 from pydantic import ValidationError
 
@@ -62,7 +64,7 @@ def run_generate(args: Namespace) -> None:
 
     rows = _usable(prepared, len(given), args.on_bad_row == "skip")
     prompts = [prompt for _, prompt in rows]
-    sample = _sampler(args.checkpoint, options)
+    sample = _sampler(args.checkpoint, spec, options, args.dtype)
     if args.jsonl:
         _write(args.output, [row for row, _ in rows], prompts, sample, tokenizer)
     else:
@@ -102,10 +104,14 @@ def _options(args: Namespace, tokenizer: Tokenizer) -> SamplingOptions:
         raise UserError(f"{flag} {first['input']}: {message[0].lower()}{message[1:]}") from None
 
 
-def _sampler(path: Path, options: SamplingOptions) -> Sample:
-    """The checkpoint on all devices, ready to go on from prompts."""
-    placement = Placement(make_mesh(MeshConfig()), Rules())
-    model, params = load(path, placement=placement)
+def _sampler(path: Path, spec: ModelSpec, options: SamplingOptions, dtype: str | None) -> Sample:
+    """The checkpoint on all devices, ready to go on from prompts. Heads are cut as far as there are key-value heads:
+    what fsdp cuts would be gathered again for every token."""
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    mesh = make_mesh(MeshConfig(tensor=gcd(len(jax.devices()), spec.kv_heads)))
+    placement = Placement(mesh, Rules())
+    model, params = load(path, dtype, placement)
     return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
 
 

@@ -112,6 +112,10 @@ class Stage(Frozen):
         """Whether the checkpoint that the stage reads from outside of the run is not there (any more)."""
         return False
 
+    def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
+        """Of the parameters that it writes, in a recipe of these stages."""
+        return "float32"
+
     def contents(self, root: Path) -> dict[str, str | None]:
         """By setting, the digest of everything outside of the run that makes the result what it is: wherever it lies,
         whatever it is called. None where it cannot be read. `root`: where packed data lies."""

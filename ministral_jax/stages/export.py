@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal
 
+import jax.numpy as jnp
 from pydantic import Field
 
 from ministral_jax.data.tokenizer import export_tokenizer
@@ -30,7 +31,7 @@ class Export(Stage):
 
 def export_stage(stage_directory: Path, destination: Path, dtype: str, placement: Placement | None = None) -> None:
     """Export a finished stage, with the tokenizer its data was made with. All processes call it, the first writes."""
-    spec, params = load_stage(stage_directory, placement=placement)
+    spec, params = load_stage(stage_directory, jnp.dtype(dtype), placement)
     tokenizer = stage_tokenizer(stage_directory)
     with TemporaryDirectory() as scratch:
         files = []

@@ -28,6 +28,9 @@ class Import(Stage):
     def is_gone(self) -> bool:
         return not (Path(self.path) / "config.json").is_file()
 
+    def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
+        return self.dtype
+
     def contents(self, root: Path) -> dict[str, str | None]:
         return {"path": None if self.is_gone else checkpoint_digest(Path(self.path), root)}
 

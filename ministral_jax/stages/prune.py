@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import jax.numpy as jnp
 from pydantic import Field
 
 from ministral_jax.distributed.processes import polled
@@ -14,7 +16,7 @@ from ministral_jax.models.vlm import VLM, placed_params
 from ministral_jax.pruning.statistics import batch_sums, calibrated
 from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.stages import rows
-from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, load_stage
+from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, Stage, load_stage
 from ministral_jax.stages.figures import Figure
 from ministral_jax.teachers.teacher import online
 from ministral_jax.training.progress import ProgressLine
@@ -38,25 +40,31 @@ class Prune(rows.RowStage):
     def rows_read(self) -> int:
         return self.calibration * self.batch.sequences
 
+    def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
+        """That of its source where no wider one is computed in: else parameters would be rounded before their time."""
+        dtype = stages[self.source].stored_dtype(stages)
+        return dtype if dtype == self.compute.dtype else "float32"
+
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         check_target(graph.specs[self.source], spec, where)
         self.check_length(spec, where)
 
     def programs(self, job: Job[Prune]) -> dict[str, Program]:
-        source = job.graph.specs[self.source]
-        params = placed_params(source, job.placement)
+        source, dtype = job.graph.specs[self.source], jnp.dtype(self.stored_dtype(job.graph.stages))
+        params = placed_params(source, job.placement, dtype)
         teacher = online(source, params, self.compute, job.placement, self.batch.length)
         batch, weighted = rows.abstract_batch(job), self.options.width_weight == "token"
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
         calibrate = batch_sums, (VLM(source, self.compute), True, weighted, params, calibrated(batch))
-        ours = {"calibrate": calibrate, **surgery.programs(source)}
+        ours = {"calibrate": calibrate, **surgery.programs(source, dtype)}
         return {
             **{name: Program(*program)._replace(rules=job.placement.rules) for name, program in ours.items()},
-            **rows.evaluation_programs(job, job.spec, teacher),
+            **rows.evaluation_programs(job, job.spec, teacher, dtype),
         }
 
     def run(self, job: Job[Prune]) -> Result:
-        spec, params = load_stage(job.source, placement=job.placement)
+        dtype = jnp.dtype(self.stored_dtype(job.graph.stages))
+        spec, params = load_stage(job.source, dtype, job.placement)
         data = rows.open_data(job)
 
         def measure(pruned: Params, pruned_spec: ModelSpec) -> HeldOut:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Int
 from pydantic import Field, field_validator
 
@@ -245,10 +247,13 @@ def abstract_batch(job: Job[Any], placement: Placement | None = None) -> dict[st
     return (placement or job.placement).described(rows)
 
 
-def evaluation_programs(job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None) -> dict[str, Program]:
-    """What `losses.evaluation.make_evaluate` compiles for a model of `spec`: its states, and what is read off them."""
+def evaluation_programs(
+    job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None, dtype: DTypeLike = jnp.float32
+) -> dict[str, Program]:
+    """What `losses.evaluation.make_evaluate` compiles for a model of `spec` with parameters of `dtype`: its states, and
+    what is read off them."""
     placement = job.placement
-    params, batch = placed_params(spec, placement), abstract_batch(job)
+    params, batch = placed_params(spec, placement, dtype), abstract_batch(job)
     batch["document"] = batch["segments"]
     run, targets = forward(spec, job.stage.compute, placement), None
 

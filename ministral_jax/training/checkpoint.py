@@ -25,6 +25,7 @@ from ministral_jax.files import write_json
 from ministral_jax.lazy import Lazy
 from ministral_jax.settings import Frozen
 from ministral_jax.training.checksums import Files, damage
+from ministral_jax.training.streaming import streaming
 from ministral_jax.training.writing import FAILED, TEMPORARY, Writing, discard, reason
 
 if TYPE_CHECKING:
@@ -61,7 +62,12 @@ def save_params(directory: Path, params: Tree) -> Files:
         directory.parent.mkdir(parents=True, exist_ok=True)
     barrier(f"save {directory}")
     files: Files = {}
-    writing = Writing(directory, lambda: ocp.save_async(str(directory.absolute()), params), files.update)
+
+    def begin() -> Any:
+        with streaming(params):
+            return ocp.save_async(str(directory.absolute()), params)
+
+    writing = Writing(directory, begin, files.update)
     if (problem := writing.outcome()) is not None:
         if is_first():
             discard(directory)
@@ -84,10 +90,13 @@ def load_params(directory: Path, abstract: Tree, files: Files | None = None) -> 
     problem = None if directory.is_dir() else f"{directory} is not a checkpoint: there is no such directory"
     if files is not None and first_problem(problem) is None and (found := damage(directory, files)) is not None:
         raise UserError(f"{directory}: {found}; delete {directory.parent} to have the stage made again")
-    if (problem := first_problem(problem or _misfit(directory, abstract))) is not None:
+    stored, unread = (None, problem) if problem else _stored(directory)
+    if (problem := first_problem(unread or _difference(stored, abstract, directory))) is not None:
         raise UserError(problem)
+    placed = _placed(abstract)
     try:
-        return ocp.load(str(directory.absolute()), _placed(abstract))
+        with streaming(placed, stored):
+            return ocp.load(str(directory.absolute()), placed)
     except RuntimeError:  # the connection to other processes
         raise
     except Exception as error:  # Orbax has no type of its own for what it cannot read
@@ -96,12 +105,12 @@ def load_params(directory: Path, abstract: Tree, files: Files | None = None) -> 
         ) from error
 
 
-def _misfit(directory: Path, abstract: Tree) -> str | None:
+def _stored(directory: Path) -> tuple[Tree, str | None]:
+    """What Orbax says of the arrays of a checkpoint, or why it cannot."""
     try:
-        stored = ocp.metadata(str(directory.absolute())).metadata
+        return ocp.metadata(str(directory.absolute())).metadata, None
     except Exception as error:
-        return f"{directory} is not a readable checkpoint: {reason(error)}"
-    return _difference(stored, abstract, directory)
+        return None, f"{directory} is not a readable checkpoint: {reason(error)}"
 
 
 def _difference(stored: Tree, abstract: Tree, directory: Path, exact: bool = False) -> str | None:

@@ -12,9 +12,10 @@ import pytest
 from model_cases import relative
 from pruning_cases import SPEC, WRITERS, logits, make_batch, params32, params64
 
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS, RopeSpec
-from ministral_jax.models.vlm import abstract_params, check_params, init_params
+from ministral_jax.models.vlm import abstract_params, check_params, init_params, param_shardings
 from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.pruning.transforms import edit
 
@@ -213,3 +214,18 @@ def test_the_presets_form_a_cascade(prefix):
     names = [parent, *(f"{prefix}-{size}" for size in ("14b", "8b", "3b"))]
     for source, target in pairwise(names):
         check_target(PRESETS[source], PRESETS[target], target)
+
+
+def test_a_cut_shares_what_it_leaves_as_it_is():
+    """Source and child are both there: only what differs is there twice, in the dtype that it had."""
+    place = Placement(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), Rules())
+    whole = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params32(FAMILY["24b"]))
+    placed = jax.device_put(whole, param_shardings(FAMILY["24b"], place))
+    small, *_ = Surgery(FAMILY["14b"], calibration, placement=place).run(placed, FAMILY["24b"])
+    parts = lambda leaf: [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
+    same = jax.tree.map(lambda a, b: parts(a) == parts(b), small, placed)
+    changed = [jax.tree_util.keystr(path) for path, shared in jax.tree_util.tree_leaves_with_path(same) if not shared]
+    assert changed == [f"['decoder']['layers']['mlp']['{name}']" for name in ("down", "gate", "up")]
+    assert {leaf.dtype for leaf in jax.tree.leaves(small)} == {jnp.dtype(jnp.bfloat16)}
+    alone, *_ = Surgery(FAMILY["14b"], calibration).run(whole, FAMILY["24b"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, small, alone))

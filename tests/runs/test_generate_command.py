@@ -124,6 +124,20 @@ def test_a_checkpoint_is_loaded_onto_a_mesh(checkpoint):
     assert len(cut["decoder"]["embed"].sharding.device_set) == 2
 
 
+@pytest.mark.parametrize(
+    "backend, given, dtype",
+    [("cpu", [], "float32"), ("tpu", [], "bfloat16"), ("cpu", ["--dtype", "bfloat16"], "bfloat16")],
+)
+def test_it_runs_on_all_devices_in_bfloat16_but_on_a_cpu(checkpoint, monkeypatch, backend, given, dtype):
+    loaded = []
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr("ministral_jax.runs.generate.load", lambda *found: loaded.append(found) or load(*found))
+    assert main(["generate", str(checkpoint / "hf"), "--prompt", "import", "--max-tokens", "2", *given]) == 0
+    ((_, found, place),) = loaded
+    sizes = {axis: size for axis, size in place.mesh.shape.items() if size > 1}
+    assert (found, sizes) == (dtype, {"fsdp": 4, "tensor": TEXTS.kv_heads})
+
+
 def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "neither a finished stage (manifest.json) nor a Hugging Face directory" in capsys.readouterr().err

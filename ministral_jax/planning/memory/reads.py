@@ -9,7 +9,7 @@ from dataclasses import replace
 from jax.sharding import Mesh
 
 from ministral_jax.data.batch import shapes
-from ministral_jax.planning.memory.shards import Shards
+from ministral_jax.planning.memory.shards import ITEMSIZE, Shards
 from ministral_jax.planning.memory.temporaries import FLOAT, Moment, Rows, together
 from ministral_jax.planning.records import Cut, Read
 
@@ -131,11 +131,11 @@ def _observed(rows: Rows) -> int:
 
 
 def cut_moments(cut: Cut, mesh: Mesh) -> Iterator[Moment]:
-    """The source stays as it is; a step makes a model of another one, no larger than the source, in float32. Neurons
+    """The source stays as it is; a step makes a model of another one, no larger than the source. Neurons
     are taken along an axis that is cut, and come whole in it: three matrices, and the one that they are put in."""
     source, target = (Shards(model.spec, model.rules, mesh) for model in (cut.source, cut.target))
     spec, D = cut.target.spec, cut.source.spec.width
-    taken = 0
+    size, taken = ITEMSIZE[cut.source.dtype], 0
     if spec.mlp_width != cut.source.spec.mlp_width:
-        taken = 4 * spec.layers * spec.mlp_width * target.cut(spec.width, "embed") * FLOAT
-    yield {"surgery": (source.size() + target.size()) * FLOAT + taken, "basis": D * D * FLOAT}
+        taken = 4 * spec.layers * spec.mlp_width * target.cut(spec.width, "embed") * size
+    yield {"surgery": (source.size() + target.size()) * size + taken, "basis": D * D * FLOAT}

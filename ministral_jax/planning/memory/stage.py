@@ -131,7 +131,7 @@ def _host(work: StageWork, mesh: Mesh, hosts: int) -> int:
     for phase in work.phases:
         for each in phase.work:
             if isinstance(each, Cut):
-                shares.append(_parameters(each.target) * FLOAT // hosts)
+                shares.append(_parameters(each.target) * ITEMSIZE[each.target.dtype] // hosts)
             elif isinstance(each, Move):
                 share = _parameters(each.model) * ITEMSIZE[each.model.dtype] // hosts
                 # one tensor is fetched, in the file's layout, while another one is written
@@ -171,7 +171,7 @@ def _written(work: StageWork) -> int:
     for phase in work.phases:
         for each in phase.work:
             if isinstance(each, Cut):
-                total += _parameters(each.target) * FLOAT
+                total += _parameters(each.target) * ITEMSIZE[each.target.dtype]
             elif isinstance(each, Move):
                 total += _parameters(each.model) * ITEMSIZE[each.dtype or each.model.dtype]
             elif isinstance(each, Read) and phase.name == "record":
