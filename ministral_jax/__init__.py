@@ -13,8 +13,8 @@ __version__ = "0.2.0"
 
 
 def load(path: str | Path, dtype: Any = "float32", placement: Placement | None = None) -> tuple[VLM, dict[str, Any]]:
-    """A model and its parameters, from a finished stage's directory or a Hugging Face directory; whole, or cut over a
-    mesh as `placement` says.
+    """A model and its parameters, from a finished stage's directory or a Hugging Face directory, at gs:// too, and that
+    at s3://; whole, or cut over a mesh as `placement` says.
 
     `model.apply({"params": params}, tokens, positions=..., segments=..., images=...)` gives logits `[B, T, V]`; see
     `ministral_jax.models.vlm.VLM` for the layout of the batch.
@@ -27,12 +27,14 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
     from ministral_jax.errors import UserError
     from ministral_jax.interop.hf import import_hf, read_spec
     from ministral_jax.models.vlm import VLM, Compute, param_shardings
+    from ministral_jax.places import fetched, place
     from ministral_jax.stages.base import load_stage
 
-    path = Path(path)
+    path = place(path, "checkpoint")
     if (path / "manifest.json").is_file():
         spec, params = load_stage(path, jnp.dtype(dtype), placement)
     elif (path / "config.json").is_file():
+        path = fetched(path)
         shardings = param_shardings(read_spec(path), placement) if placement is not None else None
         spec, params = import_hf(path, dtype, shardings)
     else:

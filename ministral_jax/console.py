@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
-_log: IO[str] | None = None
+from ministral_jax.places import Lines
+
+_log: Lines | None = None
 
 
 def log_to(path: Path) -> None:
     """Append all that is said from now on to a file."""
     global _log
-    _log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    _log = Lines(path)
+    atexit.register(flush)
+
+
+def flush() -> None:
+    """All of the log is written."""
+    if _log is not None:
+        with suppress(OSError):
+            _log.flush()
 
 
 def say(text: str) -> None:
@@ -26,4 +36,4 @@ def log(text: str) -> None:
     """To the log alone, with the time of day: for what the terminal shows in another way."""
     if _log is not None:
         with suppress(OSError):  # a full disk ends a run where its results cannot be written, not here
-            _log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            _log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")

@@ -8,9 +8,6 @@ import hashlib
 import json
 import lzma
 import os
-import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,17 +31,9 @@ _REFUSED = {
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-
-
-def refuse_url(path: str | Path, what: str) -> None:
-    """Raises `UserError`: `path`, which is `what` in the message, is a URL. As a `Path`, which keeps one slash of two,
-    it would be a directory called `gs:` below the working one."""
-    if (match := _URL.match(str(path))) is not None:
-        raise UserError(
-            f"{what} {path} is a URL, and {match[1]}: is neither read nor written; give a directory of a file system "
-            "that is mounted here"
-        )
+def is_remote(path: Path) -> bool:
+    """Whether it lies in an object store (a `buckets.BucketPath`), where objects are written whole."""
+    return not isinstance(path, Path)
 
 
 def refuse_pointer(path: Path, what: str = "") -> None:
@@ -66,7 +55,7 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
         head = file.read(8)
     opened = next((opened for magic, opened in _COMPRESSED.items() if head.startswith(magic)), None)
     try:
-        with (opened or open)(path, "rb") as file:
+        with path.open("rb") as packed, opened(packed, "rb") if opened else packed as file:
             head = file.read(8)
             for magic, why in _REFUSED.items():
                 if head.startswith(magic):
@@ -83,26 +72,6 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
         if opened is None or error.errno is not None:
             raise
         raise UserError(f"{path} is damaged or cut short ({error})") from None  # bzip2 says it so
-
-
-@contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A draft directory that is renamed to `final` on success and removed on failure.
-
-    When another process finishes `final` first its result stays: names hold a digest of the content, so they are equal.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        try:
-            os.rename(draft, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def digest_of(record: Any) -> str:
@@ -135,6 +104,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, never meets half of it."""
+    if is_remote(path):
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     with temporary.open("rb") as file:
@@ -154,5 +126,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """For few lines: in a bucket the whole file is written anew; see `places.Lines`."""
+    line = json.dumps(record) + "\n"
+    if is_remote(path):
+        write_text(path, (path.read_text(encoding="utf-8") if path.is_file() else "") + line)
+        return
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(line)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def _shown(
     """The tokens that stand for an image, and its resized picture."""
     if vision is None:
         raise UserError(f"{where}: has an image but the model has no vision; use a model that has, or drop it")
-    image = open_image(image, where) if isinstance(image, Path) else image
+    image = open_image(image, where) if isinstance(image, PurePath) else image
     return image_tokens(*token_grid(*image.size, vision), tokenizer.image_ids), resize(image, vision)
 
 
@@ -188,6 +188,6 @@ def _ordered(message: Message) -> list[Part]:
             parts.append(part)
     if message.role == "assistant" and len(parts) == 1 and isinstance(parts[0], str):
         return [parts[0].rstrip(" ")]
-    if len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], (Path, Image.Image)):
+    if len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], (PurePath, Image.Image)):
         return [parts[1], parts[0]]
     return parts

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from ministral_jax.errors import UserError
+from ministral_jax.places import place
 
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight"}
 _NEXT = {
@@ -201,7 +202,7 @@ def as_openai(messages: tuple[Message, ...]) -> tuple[dict[str, Any], ...]:
 
 def spell(message: Message, thinking: bool = True) -> str:
     """A message as one text: images as `[image]`, reasoning, if wanted, and calls as in the template."""
-    parts = ["[image]" if isinstance(part, (Path, Image.Image)) else part for part in message.parts]
+    parts = ["[image]" if isinstance(part, (PurePath, Image.Image)) else part for part in message.parts]
     texts = [
         f"[THINK]{p.text}[/THINK]" if isinstance(p, Thought) else p for p in parts if thinking or isinstance(p, str)
     ]
@@ -227,14 +228,17 @@ def dump(value: Any) -> str:
 
 def image_path(value: Any, base: Path, where: str) -> Path:
     """Path of an image named in a row, relative to `base`: a string, or an object that has it as `path` or `url`.
-    Raises `UserError`: neither, or a URL that is not a local file."""
+    Raises `UserError`: neither, or a URL that is not read."""
     value = _named(value)
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: an image must be the path of a file, got {value!r}")
     scheme, separator, rest = value.partition("://")
+    if scheme in ("gs", "s3") and separator:
+        return place(value, f"{where}: image")
     if value.startswith("data:") or (separator and scheme != "file"):
         raise UserError(f"{where}: image {value[:60]!r} is not a local file; save it and give its path")
-    return base / (rest if separator else value)
+    path = Path(rest if separator else value)
+    return path if path.is_absolute() else base / path
 
 
 def _named(image: Any) -> Any:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ministral_jax.files import append_jsonl, file_digest, read_jsonl
+from ministral_jax.files import append_jsonl, file_digest, is_remote, read_jsonl
+from ministral_jax.places import cache_directory
 
 SETTLED = 2.0
 """Seconds for which a file must have been left alone: it may change again within a tick of its clock."""
@@ -23,7 +24,8 @@ class Digests:
     """
 
     def __init__(self, root: Path | None):
-        self._path = None if root is None else root / "digests.jsonl"
+        place = cache_directory() if root is not None and is_remote(root) else root
+        self._path = None if place is None else place / "digests.jsonl"
         self._kept = {r.get("of"): r for r in read_jsonl(self._path)} if self._path is not None else {}
 
     def of(self, what: str, files: Iterable[Path], compute: Callable[[], Any]) -> Any:

@@ -26,13 +26,15 @@ from ministral_jax.data.images import MOST_PIXELS, to_patches
 from ministral_jax.data.sources import Source, read_rows
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, mix, new_directory, stable_key, write_json
+from ministral_jax.files import digest_of, mix, stable_key, write_json
 from ministral_jax.models.spec import VisionSpec
+from ministral_jax.places import is_complete, new_directory, on_disk
 
 Progress = Callable[[str, int], None]
 """Called as (what, how many so far)."""
 
 _FORMAT = 5
+_LAST = "documents.safetensors"
 _DRAW = 2**32  # a salt that no pass of packing reaches
 _KNOWN = {"answer", "chosen", "rejected", "probability", "score_chosen", "score_rejected", "tokens", "image", "images"}
 """Columns that are learnt all the same."""
@@ -99,9 +101,10 @@ def tokenise(
     digest = documents_digest(source.digest, tokenizer.digest, vision)
     digest = digest_of([digest, "pairs"]) if pairs else digest
     directory = root / digest[:16]
-    if not directory.is_dir():
-        with new_directory(directory) as draft:
+    if not is_complete(directory, _LAST):
+        with new_directory(directory, _LAST) as draft:
             _write(draft, source, tokenizer, vision, progress, pairs)
+    directory = on_disk(directory)
     tokens, flags, patches = (
         _map(directory / f"{name}.bin", dtype)
         for name, dtype in (("tokens", np.uint32), ("flags", np.uint8), ("patches", np.uint8))
@@ -109,7 +112,7 @@ def tokenise(
     patches = patches.reshape(-1, vision.patch_width if vision is not None else 1)
     left_out: LeftOut = json.loads((directory / "left_out.json").read_text(encoding="utf-8"))
     settle(left_out, source.name, source.config)  # the same rows may have been read by other settings
-    arrays = load_file(directory / "documents.safetensors")
+    arrays = load_file(directory / _LAST)
     return Documents(directory, digest, tokens, flags, patches, **arrays, left_out=left_out)
 
 
@@ -181,7 +184,7 @@ def _write(
         plain=np.array(plain, bool),
         **({"margins": np.array(margins, np.float32)} if pairs else {}),
     )
-    save_file(arrays, directory / "documents.safetensors")
+    save_file(arrays, directory / _LAST)
 
 
 def _render(document: Document, tokenizer: Tokenizer, vision: VisionSpec | None) -> Rendered:

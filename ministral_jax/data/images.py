@@ -20,7 +20,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import refuse_pointer
+from ministral_jax.files import is_remote, refuse_pointer
 from ministral_jax.models.spec import VisionSpec
 
 MOST_PIXELS = 89_478_485
@@ -46,9 +46,10 @@ def open_image(path: Path, where: str) -> Image.Image:
     larger than `MOST_PIXELS`; begins with `where`."""
     try:
         refuse_pointer(path, f"{where}: image {path}")
-        with Image.open(path) as file:
+        content = io.BytesIO(path.read_bytes()) if is_remote(path) else path
+        with Image.open(content) as file:
             file.verify()  # of a damaged PNG, whose pixels may be decoded all the same
-        with Image.open(path) as file:
+        with Image.open(content) as file:
             width, height = file.size
             if width * height > MOST_PIXELS:
                 raise UserError(

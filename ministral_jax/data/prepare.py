@@ -18,10 +18,12 @@ from ministral_jax.data.rows import encode_row
 from ministral_jax.data.sources import open_source
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, new_directory
+from ministral_jax.files import digest_of
 from ministral_jax.models.spec import VisionSpec
+from ministral_jax.places import is_complete, new_directory, on_disk
 
 SPLITS = ("train", "held_out")
+_LAST = "index.json"
 _FORMAT = 5
 
 
@@ -85,10 +87,11 @@ def prepare(
     inputs = [[name, sources[name].digest, source.weight] for name, source in config.sources.items()]
     digest = digest_of([_FORMAT, inputs, config.held_out, length, config.patches, tokenizer.digest])
     directory = root / digest[:16]
-    if not directory.is_dir():
-        with new_directory(directory) as draft:
+    if not is_complete(directory, _LAST):
+        with new_directory(directory, _LAST) as draft:
             _write(draft, config, sources, tokenizer.bos, length, progress)
-    counts = json.loads((directory / "index.json").read_text())
+    directory = on_disk(directory)
+    counts = json.loads((directory / _LAST).read_text())
     for name, source in config.sources.items():
         settle(counts["left_out"][name], name, source)
     return PackedData(directory, digest, tokenizer, vision, length, config.patches, counts, pairs)
@@ -136,7 +139,7 @@ def _write(
         used = {name: {**asdict(tally), "share": tally.tokens / max(tokens, 1)} for name, tally in tallies.items()}
         padding = 1 - tokens / max(written * length, 1)
         counts[split] = dict(rows=written, tokens=tokens, padding=padding, sources=used)
-    (directory / "index.json").write_text(json.dumps(counts, indent=1) + "\n")
+    (directory / _LAST).write_text(json.dumps(counts, indent=1) + "\n")
 
 
 def _unjudged(sources: dict[str, Documents]) -> dict[str, str]:

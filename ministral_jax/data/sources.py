@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import TextIOWrapper
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ministral_jax.data.bad_rows import Unusable, say_once
@@ -23,7 +23,8 @@ from ministral_jax.data.digests import Digests
 from ministral_jax.data.jsonl import lines_of, parse_row
 from ministral_jax.data.tasks import KINDS, read_task, task_digest
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, file_digest, open_plain, refuse_url, stable_key
+from ministral_jax.files import digest_of, file_digest, is_remote, open_plain, stable_key
+from ministral_jax.places import place
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}
@@ -133,7 +134,7 @@ def _list_files(name: str, config: SourceConfig) -> tuple[tuple[str, Path], ...]
             )
     else:
         paths = _match(name, config)
-        root = Path(os.path.commonpath([p.parent for p in paths]))
+        root = type(paths[0])(os.path.commonpath([PurePath(*p.parent.parts) for p in paths]))
     files = [(p.relative_to(root).as_posix(), p) for p in paths]
     if config.kind == "python-library":
         return tuple(sorted(files, key=lambda file: (stable_key(file[0]), file[0]))[: config.limit])
@@ -149,12 +150,11 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 def _match(name: str, config: SourceConfig) -> list[Path]:
     """The files of a source; what lies beside them and is not read is said."""
-    refuse_url(config.path or "", f"data.sources.{name}.path =")
-    pattern = Path(config.path or "").expanduser()
+    pattern = place(config.path or "", f"data.sources.{name}.path =").expanduser()
     whole, endings = pattern.is_dir(), tuple(s + packed for s in _SUFFIXES[config.kind] for packed in _PACKED)
-    found = pattern.rglob("*") if whole else [pattern] if pattern.is_file() else glob.glob(str(pattern), recursive=True)
+    found = pattern.rglob("*") if whole else [pattern] if pattern.is_file() else _glob(pattern)
     paths, rest = [], Counter[str]()
-    for path in map(Path, found):
+    for path in found:
         hidden = whole and any(part.startswith(".") for part in path.relative_to(pattern).parts)
         if path.is_dir():  # a link to one is not followed, which might never end
             rest["directory" if not whole else "linked directory"] += not whole or (path.is_symlink() and not hidden)
@@ -179,6 +179,12 @@ def _match(name: str, config: SourceConfig) -> list[Path]:
     if left:
         say_once(f"data.sources.{name}: of {pattern} is not read: {left}")
     return paths
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    if is_remote(pattern):
+        return pattern.parent.glob(pattern.name)
+    return map(Path, glob.glob(str(pattern), recursive=True))
 
 
 def _is_library(path: Path) -> bool:
@@ -238,7 +244,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, list[Path]]]:
 def _pictures(documents: tuple[Document, ...]) -> Iterator[Path]:
     for document in documents:
         parts = chain(document.parts, *(message.parts for message in document.messages))
-        yield from (part for part in parts if isinstance(part, Path))
+        yield from (part for part in parts if isinstance(part, PurePath))
 
 
 def _check_pictures(documents: tuple[Document, ...], where: str) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.errors import UserError
-from ministral_jax.files import new_directory, refuse_pointer
+from ministral_jax.files import refuse_pointer
 from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec, VisionSpec
+from ministral_jax.places import new_directory, on_disk, place
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers import base
@@ -110,6 +111,7 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """A file that `load_tokenizer` kept."""
+    path = on_disk(path.parent) / path.name
     return Tokenizer(path, _sha256(path.read_bytes()), tekken_file.Tekkenizer.from_file(path))
 
 
@@ -121,7 +123,7 @@ def tokenizer_digest(config: TokenizerConfig, cache_dir: Path) -> str | None:
 
 
 def _kept_file(config: TokenizerConfig, cache_dir: Path) -> Path:
-    source = _bundled() if config.file == "bundled" else Path(config.file).expanduser()
+    source = _bundled() if config.file == "bundled" else place(config.file, "data.tokenizer.file =").expanduser()
     if not source.is_file():
         raise UserError(
             f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
@@ -133,7 +135,7 @@ def _kept_file(config: TokenizerConfig, cache_dir: Path) -> Path:
     if path is None:
         cut = _cut(content, config)
         final = cache_dir / f"tokenizer-{request}-{_sha256(cut)[:16]}"
-        with new_directory(final) as draft:
+        with new_directory(final, "tekken.json") as draft:
             (draft / "tekken.json").write_bytes(cut)
         path = final / "tekken.json"
     return path

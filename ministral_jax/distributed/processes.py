@@ -26,6 +26,7 @@ import jax
 from jax.experimental import multihost_utils
 from pydantic import Field
 
+from ministral_jax import console
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
@@ -357,4 +358,5 @@ def leave(code: int, together: bool) -> int:
         goodbye.join(_LEAVE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
+    console.flush()
     os._exit(code)

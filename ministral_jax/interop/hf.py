@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -21,11 +22,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ministral_jax.data.digests import Digests
 from ministral_jax.distributed.collectives import barrier, fetch, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, open_plain, write_json
+from ministral_jax.files import digest_of, is_remote, open_plain, write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params, abstract_params, check_params
+from ministral_jax.places import place, put_files, remove_tree
 
 SHARD_BYTES = 5_000_000_000
 WRITER = "ministral_jax"
@@ -135,7 +137,6 @@ def export_hf(
         UserError: parameters that do not fit `spec`, an unknown dtype, a missing tokenizer file, or a `directory` that
             holds something else.
     """
-    directory = Path(directory)
     check_params(params, spec, "export")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"export dtype is {dtype!r}; float32 and bfloat16 can be written")
@@ -156,6 +157,13 @@ def export_hf(
 
 
 def _write(directory: Path, params: Params, spec: ModelSpec, config: dict[str, Any], files: list[Path]) -> None:
+    if is_remote(directory):  # by way of a disk; without its config.json what is there is no model
+        with TemporaryDirectory() as scratch:
+            _write(Path(scratch, "hf"), params, spec, config, files)
+            (directory / "config.json").unlink(missing_ok=True)
+            remove_tree(directory)
+            put_files(Path(scratch, "hf"), directory, last="config.json")
+        return
     draft = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -214,7 +222,7 @@ def _disk_name(name: str, spec: ModelSpec) -> str:
 def read_spec(directory: Path) -> ModelSpec:
     """Sizes of a Hugging Face model directory; no weights are read. Raises `UserError`: no such model, another
     architecture, or damaged files."""
-    directory = Path(directory)
+    directory = place(directory, "directory")
     config, where = load_config(directory), str(directory / "config.json")
     from_config(config, where, True)  # another architecture is refused, whatever its weights are
     return from_config(config, where, "lm_head.weight" in _tensors(directory))
@@ -234,7 +242,7 @@ def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None 
     Raises:
         UserError: as `read_spec`; also tensors that are missing, unexpected, or of another shape.
     """
-    directory = Path(directory)
+    directory = place(directory, "directory")
     spec, tensors = read_spec(directory), _tensors(directory)
     wanted = {slot.name: slot for slot in slots(spec)}
     _require(directory, "lacks", wanted.keys() - tensors.keys())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import is_remote
 from ministral_jax.launching import gke, local, slurm, tpu_vm
 from ministral_jax.launching.fit import refuse_misfit, unfinished
 from ministral_jax.recipe.launch import Launch
@@ -71,7 +72,10 @@ def launch(
     name = job.name or settings.name
     text = kind.render(job, name, command)
     there = run_dir or Path("runs") / settings.name
-    refuse_misfit(settings, unfinished(names, there), job, made_specs(there))
+    if is_remote(there):  # who may read it there need not be who writes the job
+        refuse_misfit(settings, names, job, {})
+    else:
+        refuse_misfit(settings, unfinished(names, there), job, made_specs(there))
     if output is not None:
         _write(text, output / f"{name}{kind.suffix}" if output.is_dir() else output, executable=not kind.submit)
     elif not submit:

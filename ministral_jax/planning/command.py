@@ -13,7 +13,8 @@ from typing import Any
 
 from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest
-from ministral_jax.files import refuse_url, write_json, write_text
+from ministral_jax.files import write_json, write_text
+from ministral_jax.places import refuse_url
 from ministral_jax.planning.machine import Machine, parse_machine
 from ministral_jax.planning.plan import Plan, make_plan, to_json
 from ministral_jax.planning.table import choices_view, plan_view

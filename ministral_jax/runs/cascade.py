@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_then_all, from_first, is_first
 from ministral_jax.distributed.processes import poll, poll_alone
-from ministral_jax.files import append_jsonl, write_json
+from ministral_jax.files import append_jsonl, is_remote, write_json
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.identity import identity
@@ -69,7 +69,7 @@ def run_cascade(
     for position, plan in enumerate(plans, 1):
         at = f"[{position}/{len(plans)}] {plan.name}"
         if not plan.is_made:
-            found = "finished already" if plan.state == "finished" else f"taken from {_origin(run_dir / plan.name)}"
+            found = "finished already" if plan.state == "finished" else f"taken from {_origin(plan.place)}"
             _say(f"{at}: {found}")
             continue
         goes_on = f", goes on from step {plan.step}" if plan.step is not None else ""
@@ -93,7 +93,7 @@ def _say(text: str) -> None:
 
 
 def _origin(place: Path) -> str:
-    return os.path.relpath(os.path.realpath(place))
+    return str(place) if is_remote(place) else os.path.relpath(os.path.realpath(place))
 
 
 def make_job(recipe: Recipe, name: str, specs: Mapping[str, ModelSpec], run_dir: Path) -> Job[Stage]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import is_remote
+from ministral_jax.places import remove_tree
 from ministral_jax.runs.reading import Run, read_run
 from ministral_jax.runs.survey import is_taken
 from ministral_jax.runs.sweep_run import read_record
@@ -55,6 +57,9 @@ def size(path: Path) -> int:
 
 def remove(path: Path) -> None:
     try:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if is_remote(path) and path.is_dir():
+            remove_tree(path)
+        else:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         raise UserError(f"{error.filename} cannot be removed: {error.strerror}") from None

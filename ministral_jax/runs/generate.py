@@ -27,6 +27,7 @@ from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf import read_spec
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.places import fetched, refuse_url
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
 from ministral_jax.stages.base import stage_tokenizer
 from ministral_jax.stages.manifest import finished, refuse_export
@@ -48,6 +49,8 @@ def run_generate(args: Namespace) -> None:
         raise UserError("give --prompt TEXT with or without --image FILE, or --jsonl IN with --output OUT")
     if args.think and not args.chat and not args.jsonl:
         raise UserError("--think needs --chat: reasoning stands in an answer")
+    if args.output:
+        refuse_url(args.output, "--output")
     if args.output and args.output.exists():
         raise UserError(f"{args.output} is there already; give another --output or delete it")
     if args.seed < 0:
@@ -79,6 +82,7 @@ def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
         if tokenizer is None:
             raise UserError(f"{path} is not a finished stage that has a model and the tokenizer of its data")
     elif (path / "config.json").is_file():
+        path = fetched(path)
         spec = read_spec(path)
         if not (path / "tekken.json").is_file():
             raise UserError(f"{path} has no tekken.json, the tokenizer; put the one that belongs to the model there")

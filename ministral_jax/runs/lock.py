@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ministral_jax.errors import UserError
+from ministral_jax.files import is_remote, write_text
 
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0
@@ -77,7 +78,7 @@ def _take(place: Path, directory: Path) -> Path:
                 raise UserError(_refusal(directory, said))
         own = place / f"{int(newest.name) + 1 if newest else 1:06d}"
         try:
-            os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            _create(own)
         except FileExistsError:
             time.sleep(0.1)  # somebody was faster; who that is will stand there in a moment
             continue
@@ -116,6 +117,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, said: dict[str, Any]) -> None:
     """Say it, or on a full disk leave nothing: a file that says nothing is waited for."""
+    if is_remote(path):
+        write_text(path, json.dumps(said))
+        return
     try:
         with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(said))
@@ -124,6 +128,22 @@ def _write(path: Path, said: dict[str, Any]) -> None:
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+def _create(path: Path) -> None:
+    """Make the file, which only one can. An object store does it for a write on condition that no object is there."""
+    if is_remote(path):
+        cast(Any, path).create(b"")
+    else:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+
+
+def _touch(path: Path) -> None:
+    """A sign of life: the file's time of change, for which an object is written anew."""
+    if is_remote(path):
+        path.write_bytes(path.read_bytes())
+    else:
+        os.utime(path)
 
 
 def _self() -> dict[str, Any]:
@@ -195,4 +215,4 @@ def _beat(own: Path, over: threading.Event) -> None:
                 said = _read(newest)
                 print(f"ministral-jax: {_refusal(own.parent.parent, said)}", file=sys.stderr, flush=True)
                 os._exit(LOST)
-            os.utime(own)
+            _touch(own)

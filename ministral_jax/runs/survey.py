@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainSerializer, PlainValidator
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import append_jsonl, read_jsonl
+from ministral_jax.files import append_jsonl, is_remote, read_jsonl
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.places import copy_tree, place
 from ministral_jax.recipe.load import order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.identity import OTHER_CONTENT, Identity, begun, differences, identity
@@ -28,7 +31,7 @@ class Planned:
     spec: ModelSpec
     identity: Identity
     state: Literal["finished", "taken", "grows", "resumes", "begins"]
-    place: Path
+    place: Annotated[Any, PlainValidator(lambda text: place(text, "")), PlainSerializer(str)]
     """Its directory; of one that is "taken", the other run's."""
     step: int | None = None
     """Of the saved state from which it goes on."""
@@ -198,13 +201,13 @@ def _same(wanted: Wanted, inputs: Mapping[str, Planned], shelves: Sequence[Path]
         return None
     needed = {role: digest(plan.place) for role, plan in inputs.items()}
     for shelf in shelves:
-        for place in _called(wanted.name, shelf):
-            manifest, old = read_manifest(place), begun(place)
+        for found in _called(wanted.name, shelf):
+            manifest, old = read_manifest(found), begun(found)
             if manifest is None or old is None or differences(old, wanted.identity):
                 continue
             made_from = {role: other.digest for role, other in manifest.inputs.items()}
             if old["contents"] == wanted.identity["contents"] and made_from == needed:
-                return place
+                return found
     return None
 
 
@@ -224,6 +227,8 @@ def _owned_place(directory: Path) -> Path:
 def _refuse_link(directory: Path) -> None:
     """Raise `UserError` where what is to be written would be written into another run."""
     place = _owned_place(directory)
+    if is_remote(place):  # where there are no links
+        return
     refuse_gone(place)
     real = Path(os.path.realpath(place))
     is_run = (real.parent / "recipe.json").exists() or (real.parent.parent / "sweep.json").exists()
@@ -241,7 +246,11 @@ def refuse_gone(place: Path) -> None:
 
 
 def take(plan: Planned, run_dir: Path) -> None:
-    """Make a link to another run's stage in the place of what is not made here, and leave a note of it there."""
+    """Make a link to another run's stage in the place of what is not made here, and leave a note of it there; where one
+    of them lies in an object store, a copy without the states to go on from."""
+    if is_remote(run_dir) or is_remote(plan.place):
+        copy_tree(plan.place, run_dir / plan.name, last="manifest.json", spare="state")
+        return
     place, real = _owned_place(run_dir / plan.name), os.path.realpath(plan.place)
     target = os.path.relpath(real, os.path.realpath(place.parent))
     temporary = place.with_name(f".{place.name}.link")

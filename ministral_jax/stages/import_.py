@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from ministral_jax.interop.hf import checkpoint_digest, import_hf, read_spec
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import param_shardings
+from ministral_jax.places import fetched, place
 from ministral_jax.settings import Place
 from ministral_jax.stages.base import Graph, Job, Result, Stage
 from ministral_jax.stages.evaluate import Evaluate, evaluation_name
@@ -25,14 +26,18 @@ class Import(Stage):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
+    def directory(self) -> Path:
+        return place(self.path, "path =")
+
+    @property
     def is_gone(self) -> bool:
-        return not (Path(self.path) / "config.json").is_file()
+        return not (self.directory / "config.json").is_file()
 
     def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
         return self.dtype
 
     def contents(self, root: Path) -> dict[str, str | None]:
-        return {"path": None if self.is_gone else checkpoint_digest(Path(self.path), root)}
+        return {"path": None if self.is_gone else checkpoint_digest(fetched(self.directory), root)}
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
         """Its evaluation, on the longest rows within its context that the stages that are made from it or taught by it
@@ -53,8 +58,8 @@ class Import(Stage):
 
     def resolve(self, graph: Graph, where: str) -> ModelSpec:
         """Read from its `config.json`."""
-        return read_spec(Path(self.path))
+        return read_spec(self.directory)
 
     def run(self, job: Job[Import]) -> Result:
-        _, params = import_hf(Path(self.path), self.dtype, param_shardings(job.spec, job.placement))
+        _, params = import_hf(fetched(self.directory), self.dtype, param_shardings(job.spec, job.placement))
         return Result(files=job.save(params))

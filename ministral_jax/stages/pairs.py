@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from hashlib import sha256
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -172,7 +173,10 @@ def _written(row: Row, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
     prompt, chosen, rejected, probability = row
     answers = {"chosen": chosen, "rejected": rejected}
     parts = [part for message in prompt.messages for part in message.parts]
-    images, shown = iter([part for part in parts if isinstance(part, (Path, Image.Image))]), as_openai(prompt.messages)
+    images, shown = (
+        iter([part for part in parts if isinstance(part, (PurePath, Image.Image))]),
+        as_openai(prompt.messages),
+    )
     for chunk in (chunk for message in shown if isinstance(message["content"], list) for chunk in message["content"]):
         if chunk["type"] == "image":
             chunk["image"] = _place(next(images), directory)
@@ -183,11 +187,13 @@ def _written(row: Row, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
 
 
 def _place(image: Path | Image.Image, directory: Path) -> str:
-    if isinstance(image, Path):
+    if isinstance(image, PurePath):
         return str(image.absolute())
     name = f"images/{sha256(image.tobytes() + str(image.size).encode()).hexdigest()[:32]}.png"
     (directory / "images").mkdir(exist_ok=True)
-    image.save(directory / name)
+    content = BytesIO()
+    image.save(content, "PNG")
+    (directory / name).write_bytes(content.getvalue())
     return name
 
 

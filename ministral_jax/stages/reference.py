@@ -23,7 +23,8 @@ from ministral_jax.data.prepare import PackedData
 from ministral_jax.data.rows import pairs_per_row
 from ministral_jax.distributed.collectives import barrier, from_first, is_first
 from ministral_jax.distributed.processes import poll
-from ministral_jax.files import append_jsonl, digest_of, read_jsonl, write_text
+from ministral_jax.files import digest_of, read_jsonl, write_text
+from ministral_jax.places import Lines
 from ministral_jax.stages.base import Job, Params
 from ministral_jax.stages.manifest import digest
 from ministral_jax.stages.rows import order_of
@@ -44,17 +45,20 @@ def reference_logprobs(job: Job[Any], data: PackedData, read: Read, params: Para
     known = {(split, tuple(rows)) for split, rows in from_first(_begin(path, made_of) if is_first() else [])}
     todo = [key for key in plan if key not in known]
     line, count = ProgressLine(f"{job.name} reference", len(plan), len(plan) - len(todo)), job.stage.batch.sequences
+    kept = Lines(path) if is_first() else None
     try:
         for number, (key, batch) in enumerate(_batches(job, data, todo), 1):
             poll(f"reference batch {number}", slow=number == 1)
             found = np.asarray(read(params, job.placement.place(batch, count)))
-            if is_first():
+            if kept is not None:
                 hashes = row_hashes(data, *key)
                 values = [_trimmed(row) for row in found[: len(hashes)]]
-                append_jsonl(path, _line(made_of, key, [h.hex() for h in hashes], values))
+                kept.add(json.dumps(_line(made_of, key, [h.hex() for h in hashes], values)))
             line.update(len(plan) - len(todo) + number, "")
     finally:
         line.close()
+        if kept is not None:
+            kept.close()
     barrier("reference log-probabilities")
     size, values = 2 * pairs_per_row(data.length), dict[bytes, np.ndarray]()
     for one in _lines(path, made_of):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -184,9 +185,8 @@ class Files:
 
     def __init__(self, root: str):
         self.root = root.rstrip("/")
-        spec = f"{self.root}/" if "://" in root else {"driver": "file", "path": f"{Path(root).absolute()}/"}
         with as_user_error(f"{root} is not a place for a logit store"):
-            self.kvstore = ts.KvStore.open(spec).result()
+            self.kvstore = ts.KvStore.open(_spec(self.root)).result()
 
     @property
     def local(self) -> Path | None:
@@ -254,6 +254,19 @@ class Files:
             with self.fault(f"{name}/zarr.json does not serve"):
                 handles[name] = future.result()
         return handles
+
+
+def _spec(root: str) -> Any:
+    """TensorStore's name of a place. Its S3 driver does not read the variables that name another endpoint than
+    Amazon's, as other clients do."""
+    if "://" not in root:
+        return {"driver": "file", "path": f"{Path(root).absolute()}/"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not root.startswith("s3://") or not endpoint:
+        return f"{root}/"
+    bucket, _, path = root.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"driver": "s3", "bucket": bucket, "path": f"{path}/", "endpoint": endpoint, "aws_region": region}
 
 
 @contextmanager

@@ -1,16 +1,14 @@
 """All of Orbax, behind two functions and a class: finished parameters, and the states a stage goes on from.
 
-All processes of a job call the same things at the same points; the directory lies on a file system they share.
-Process 0 alone renames, removes and records checksums, which each process computes of what it wrote. What a killed or a
-full machine leaves behind is recognised by checksums that are written last: a state without them, or with a file that
-differs, is not used.
+All processes of a job call the same things at the same points; the directory lies on a file system or in a bucket that
+they share. Process 0 alone renames, removes and records checksums, which each process computes of what it wrote. What a
+killed or a full machine leaves behind is recognised by checksums that are written last: a state without them, or with a
+file that differs, is not used.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,9 @@ from pydantic import Field
 from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, first_problem, from_first, is_first
 from ministral_jax.errors import UserError
-from ministral_jax.files import write_json
+from ministral_jax.files import is_remote, write_json
 from ministral_jax.lazy import Lazy
+from ministral_jax.places import move, remove_tree
 from ministral_jax.settings import Frozen
 from ministral_jax.training.checksums import Files, damage
 from ministral_jax.training.streaming import streaming
@@ -236,7 +235,7 @@ class ResumeStore:
         if not is_first():
             return
         if self._pinned is None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove_tree(self.directory)
             return
         for step in set(self._steps()) - {self._pinned}:
             self._forget(step)
@@ -294,9 +293,13 @@ class ResumeStore:
         torn = []
         for path in self.directory.iterdir():
             if path.name.endswith((TEMPORARY, FAILED)):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
             if path.name.endswith(TEMPORARY) and (step := path.name.removesuffix(TEMPORARY)).isdecimal():
                 torn.append(int(step))
+        if is_remote(self.directory):  # where a state is written in its place
+            torn += [step for step in self._steps() if not self._record(step).is_file()]
+            for step in torn:
+                self._forget(step)
         return torn
 
     def _problem(self, step: int) -> str | None:
@@ -305,10 +308,10 @@ class ResumeStore:
 
     def _set_aside(self, step: int) -> str:
         place = self.directory / "damaged" / str(step)
-        shutil.rmtree(place, ignore_errors=True)
+        remove_tree(place)
         try:
             place.parent.mkdir(exist_ok=True)
-            os.replace(self._path(step), place)
+            move(self._path(step), place)
         except OSError:  # a full disk may have no room even for a directory
             self._forget(step)
             return "removed"

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ministral_jax.distributed.collectives import Gathering, first_problem
-from ministral_jax.files import file_digest
+from ministral_jax.files import file_digest, is_remote
 
 Files = dict[str, Any]
 """Relative path -> [size in bytes, SHA-256 in hex]; survives JSON unchanged."""
@@ -89,4 +89,6 @@ def _difference(directory: Path, name: str, size: int, digest: str) -> str | Non
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
+        if is_remote(path):  # of the network, which says nothing of the file
+            raise
         return f"{name} cannot be read: {error.strerror}"

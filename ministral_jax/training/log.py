@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any, Literal, Protocol
 import jax
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import read_jsonl, write_text
+from ministral_jax.files import is_remote, read_jsonl, write_text
+from ministral_jax.places import Lines, put_files
 
 Track = Literal["tensorboard", "wandb", "trackio"]
 
@@ -30,23 +33,36 @@ class Tracker(Protocol):
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in `<stage>/events`."""
+    """Event files in `<stage>/events`; in a bucket, to which no event can be added, as they are at each `flush`."""
 
     def __init__(self, directory: Path, resume_step: int | None):
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(directory / "events"), purge_step=(resume_step or 0) + 1)
+        self._place = directory / "events"
+        local = Path(tempfile.mkdtemp()) if is_remote(directory) else self._place
+        self._local = local
+        self._events = SummaryWriter(str(local), purge_step=(resume_step or 0) + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
+    def flush(self) -> None:
+        if self._local != self._place:
+            self._events.flush()
+            put_files(self._local, self._place)
+
     def close(self) -> None:
         self._events.close()
+        if self._local != self._place:
+            put_files(self._local, self._place)
+            shutil.rmtree(self._local, ignore_errors=True)
 
 
 class Service:
@@ -58,11 +74,15 @@ class Service:
         place = directory.absolute()
         settings: dict[str, Any] = {"project": place.parent.name, "name": place.name, "resume": "allow"}
         if module == "wandb":
-            settings |= {"id": hashlib.sha256(str(place).encode()).hexdigest()[:16], "dir": str(place)}
+            here = {} if is_remote(place) else {"dir": str(place)}
+            settings |= {"id": hashlib.sha256(str(place).encode()).hexdigest()[:16], **here}
         self._module.init(**settings)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._module.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._module.finish()
@@ -81,7 +101,7 @@ class StageLog:
 
     def __init__(self, directory: Path, resume_step: int | None, evaluated: bool = True, track: Track = "tensorboard"):
         self._path = directory / "metrics.jsonl"
-        self._file: Any = None
+        self._file: Lines | None = None
         known = read_jsonl(self._path)
         self.attempts = max((r["attempt"] for r in known if r["kind"] == "time"), default=0)
         if jax.process_index() != 0:
@@ -89,7 +109,7 @@ class StageLog:
         stands = (-1, False) if resume_step is None else (resume_step, evaluated)
         kept = [r for r in known if r["kind"] == "time" or (r["step"], r["kind"] == "eval") <= stands]
         write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = Lines(self._path)
         board = track == "tensorboard"
         self._tracker: Tracker = TensorBoard(directory, resume_step) if board else Service(track, directory)
 
@@ -104,10 +124,16 @@ class StageLog:
             self._add({"kind": "time", "at": round(time.time(), 3), **record})
 
     def _add(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        assert self._file is not None
+        self._file.add(json.dumps(record))
+
+    def flush(self) -> None:
+        """What was written is where it stays if the process ends now."""
+        if self._file is not None:
+            self._file.flush()
+            self._tracker.flush()
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
             self._tracker.close()
+            self._file.close()

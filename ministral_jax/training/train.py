@@ -322,6 +322,7 @@ class _Attempt:
 
     def save(self, state: State, at: Position, store: ResumeStore) -> None:
         self.clock.switch("checkpoint")
+        self.log.flush()  # before the state counts that is gone on from
         store.save(at.step, state, replace(at, guard=self.guard.note()).note())
         self._back_to_steps()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,8 @@ from typing import Any
 import jax
 
 from ministral_jax.distributed.collectives import Gathering, first_problem, from_first
+from ministral_jax.files import is_remote
+from ministral_jax.places import remove_tree
 from ministral_jax.training.checksums import Files, checksums
 
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -79,6 +80,8 @@ class Writing(threading.Thread):
         if jax.process_count() > 1:
             with suppress(OSError):  # not even room for a name: the others find out when their wait here ends
                 self._mark.mkdir(parents=True, exist_ok=True)
+                if is_remote(self._mark):  # where a directory is nothing until something lies in it
+                    (self._mark / "here").write_bytes(b"")
 
     def outcome(self) -> str | None:
         """Wait for the end; why it failed, or None. The same on every process, all of which must ask.
@@ -112,7 +115,7 @@ def reason(error: BaseException) -> str:
 def discard(path: Path) -> None:
     """Remove a checkpoint and everything an attempt to write it left."""
     for leftover in (path, _beside(path, TEMPORARY), _beside(path, FAILED)):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove_tree(leftover)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -392,7 +392,7 @@ def test_a_directory_says_what_it_leaves_out(tmp_path, capfd):
         (["empty.jsonl"], "empty.jsonl", 0, "what is there is not read: 1 empty"),
         (["a.jsonl", "../linked/b.jsonl"], "", 1, "is not read: 1 linked directory"),
         (["a.jsonl"], "/dev/null", 0, "/dev/null is no file that can be read again"),
-        (["a.jsonl"], "s3://bucket/a.jsonl", 0, "s3: is neither read nor written"),
+        (["a.jsonl"], "hdfs://bucket/a.jsonl", 0, "hdfs: is neither read nor written"),
     ],
 )
 def test_what_of_a_directory_is_read_and_what_is_said(tmp_path, capfd, files, path, read, said):

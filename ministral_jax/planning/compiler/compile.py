@@ -23,6 +23,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from ministral_jax import places
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of, file_digest, write_text
 from ministral_jax.planning.compiler import hlo, traffic
@@ -92,8 +93,7 @@ def prepare_environment() -> None:
 
 def cache_directory() -> Path:
     """Where what the compiler said is kept, by a digest of the program."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ministral_jax" / "plan"
+    return places.cache_directory() / "plan"
 
 
 class Target(NamedTuple):
