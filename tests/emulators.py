@@ -1,4 +1,4 @@
-"""Object stores on the loopback: fake-gcs-server for gs://, moto for s3://, and the variables that lead clients there."""
+"""Object stores on the loopback: fake-gcs-server for gs://, moto for s3://, and what leads clients there."""
 
 from __future__ import annotations
 
