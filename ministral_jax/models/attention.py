@@ -60,7 +60,7 @@ class AttentionSpec:
 
 
 def keep(x: Array) -> Array:
-    """Mark a result that is worth its memory until the backward pass, unlike the elementwise functions around it."""
+    """Mark a result of attention, which `Compute.remat` may keep until the backward pass."""
     return checkpoint_name(x, KEEP)
 
 

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from ministral_jax.distributed.axes import constrain, relaid
-from ministral_jax.models.attention import KEEP, AttentionSpec, Implementation, attend_cached, keep
+from ministral_jax.errors import UserError
+from ministral_jax.models.attention import KEEP, AttentionSpec, Implementation, attend_cached
 from ministral_jax.models.quantized import fp8_linear
 from ministral_jax.models.rope import Angles, apply_rope
 from ministral_jax.models.sharded_attention import attend_on_mesh
+
+PRODUCT, INPUT = "product", "input"
+"""Names of the results of linear layers, and of what a block is given, for what is kept until the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,16 @@ class Compute:
     `dtype`: of matrix products and the residual stream (float64 parameters are never narrowed). `matmul`: "fp8" rounds
     what the decoder's linear layers multiply, see `fp8_linear`; embedding, attention and head stay as they are.
     `remat`: what the backward pass recomputes: elementwise functions and norms only ("none"), attention too ("dots"),
-    everything ("full"). `unroll`: layers unrolled in each step of the layer scan, 0 for all. `attention`,
-    `attention_block`: see `AttentionSpec`. `context`: how the tokens of a row meet where a mesh cuts it.
-    `shortest_row`: tokens to which rows of one document (prompts, answers, questions to a judge) are padded at least;
-    the higher, the fewer programs are compiled.
+    everything but attention ("attention"), everything ("full"); "offload" recomputes what "attention" does, and what it
+    keeps, a block's input among it, waits in the memory of the host. `unroll`: layers unrolled in each step of the
+    layer scan, 0 for all. `attention`, `attention_block`: see `AttentionSpec`. `context`: how the tokens of a row meet
+    where a mesh cuts it. `shortest_row`: tokens to which rows of one document (prompts, answers, questions to a judge)
+    are padded at least; the higher, the fewer programs are compiled.
     """
 
     dtype: str = "float32"
     matmul: Literal["fp8"] | None = None
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "dots", "attention", "offload", "full"] = "none"
     unroll: int = 1
     attention: Implementation = "auto"
     attention_block: int = 128
@@ -90,11 +96,11 @@ def linear(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[A
     Its own backward pass only to choose the order of the kernel gradient's product: the narrower of input and
     cotangent goes to the left, the operand XLA transposes on CPU, where JAX's rule always puts the cotangent.
     """
-    return keep(x @ kernel)
+    return checkpoint_name(x @ kernel, PRODUCT)
 
 
 def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return keep(x @ kernel), (x, kernel)
+    return checkpoint_name(x @ kernel, PRODUCT), (x, kernel)
 
 
 def _linear_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
@@ -226,7 +232,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], tokens: Tokens, tap: Tap | None, past: Past | None
     ) -> tuple[Float[Array, "B T D"], Any]:
         s = self.spec
-        D = s.axes[0]
+        D, x = s.axes[0], checkpoint_name(x, INPUT)
         attention_gain = weight(self, "attention_norm", (s.width,), (D,), None)
         mlp_gain = weight(self, "mlp_norm", (s.width,), (D,), None)
 
@@ -244,11 +250,28 @@ class Block(nn.Module):
         return out, tap({**seen, "out": out})
 
 
+_policies = jax.checkpoint_policies
 _REMAT = {
-    "none": jax.checkpoint_policies.save_only_these_names(KEEP),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": _policies.save_only_these_names(KEEP, PRODUCT),
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names(KEEP),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT, KEEP],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "full": _policies.nothing_saveable,
 }
+
+
+def check_remat(remat: str, platform: str, where: str) -> None:
+    """Raise `UserError` when the devices of a mesh have no other memory for what `where`.compute.remat would keep."""
+    if remat == "offload" and platform == "cpu":
+        raise UserError(
+            f"{where}.compute.remat = offload needs a TPU or GPU, beside which the host's memory is another one; on a "
+            "CPU, attention keeps as much"
+        )
 
 
 def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = None) -> nn.Module:

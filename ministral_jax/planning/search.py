@@ -24,7 +24,8 @@ from ministral_jax.stages import Job
 
 CLEARLY = 0.1
 """Share of a stage's time below which two predictions are taken for the same."""
-REMAT = get_args(get_type_hints(Compute)["remat"])
+REMAT = tuple(name for name in get_args(get_type_hints(Compute)["remat"]) if name != "offload")
+"""Of what goes to the host and back the time is not known."""
 MICROBATCHES = tuple(2**n for n in range(10))
 
 

@@ -22,6 +22,7 @@ from ministral_jax.data.batch import bucket, shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
+from ministral_jax.models.block import check_remat
 from ministral_jax.models.quantized import check_matmul
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
@@ -152,6 +153,7 @@ class OnlineStage(AnsweringStage, Steps):
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         check_tracker(self.track, job.where)
         check_matmul(self.compute.matmul, job.where)
+        check_remat(self.compute.remat, job.mesh.devices.flat[0].platform, job.where)
         check_prompts(job, packing.progress)
 
     def learner(self, *args: Any) -> OnlineLearner:

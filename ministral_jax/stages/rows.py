@@ -26,6 +26,7 @@ from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading
 from ministral_jax.losses.head import LossHead
+from ministral_jax.models.block import check_remat
 from ministral_jax.models.quantized import check_matmul
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute, placed_params
@@ -134,6 +135,7 @@ class RowStage(Stage):
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         check_matmul(self.compute.matmul, job.where)
+        check_remat(self.compute.remat, job.mesh.devices.flat[0].platform, job.where)
         packing.rows(job)
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 PADDING = 2**30
 """What the segments of padding begin with; each token of it has one of its own."""
-KEEP = "keep"
-"""Name of results that are worth their memory until the backward pass."""
+KEEP = "attention"
+"""Name of attention's results, output and log-sum-exp, for what is kept until the backward pass."""
 
 
 class Asked(NamedTuple):

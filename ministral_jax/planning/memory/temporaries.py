@@ -198,14 +198,15 @@ class Rows:
     @property
     def residuals(self) -> int:
         """What is kept of every layer for its backward pass: its input alone with remat "full"; also the matrix
-        products' results but for the last one's, which nothing but the next layer's input needs, with "dots"; and the
-        attention's with "none"."""
-        kept = self.between
-        if self.read.compute.remat != "full":
-            kept += self.between + 2 * self.hidden + self.queries + 2 * self.keys
-        if self.read.compute.remat == "none":
+        products' results but for the last one's, which nothing but the next layer's input needs, with "dots"; the
+        attention's with "attention"; and both with "none". With "offload" what "attention" keeps of two layers, one
+        that is computed and one that is sent to the host or fetched."""
+        remat, kept, products = self.read.compute.remat, self.between, 0
+        if remat in ("none", "dots"):
+            products = self.between + 2 * self.hidden + self.queries + 2 * self.keys
+        if remat in ("none", "attention", "offload"):
             kept += self.queries
-        return self.spec.layers * kept
+        return (2 if remat == "offload" else self.spec.layers) * (kept + products)
 
     def logits(self, width: int) -> int:
         """[tokens of a chunk, V] in values of `width` bytes."""

@@ -26,6 +26,9 @@ from ministral_jax.planning.timing.links import Transfer
 
 Kind = Literal["matmul", "attention", "vision", "head", "memory", "link", "loop"]
 
+ALL_PRODUCTS, ATTENTION_KEPT = ("full", "attention", "offload"), ("none", "attention", "offload")
+"""Values of `Compute.remat` with which the linear layers are computed again, and attention is not."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -163,7 +166,7 @@ class Tower:
         # x of q, k, v and of gate, up is read once each at best; every output is written once.
         moved = (tokens * (4 * self.width + 2 * inner + 3 * mlp) + attention + feed) * self.bytes
         # The last product of a block need not be made again: nothing of the backward pass needs it.
-        full = passes.again if self.compute.remat == "full" else 0
+        full = passes.again if self.compute.remat in ALL_PRODUCTS else 0
         counted = passes.forward + 2 * passes.backward
         flops = 2 * tokens * ((attention + feed) * counted + (attention + feed * 2 / 3) * full)
         # A layer is computed again in the same trip that goes back through it.
@@ -184,9 +187,10 @@ class Tower:
                 scores, tiles = self.tokens * self.length / (2 if self.causal else 1), 0
         else:
             scores, tiles = self.tokens * self.length, 0.0
-        again = passes.again if (tiled and remat != "none") or not tiled else 0
+        kept = remat in ATTENTION_KEPT
+        again = 0 if tiled and kept else passes.again
         products = 2 * passes.forward + 2 * again + (5 if tiled else 4) * passes.backward
-        if not tiled and remat == "none":
+        if not tiled and kept:
             products -= passes.again  # what the scores are multiplied into is kept, they are not
         passed = assume.score_passes * (passes.forward + again) + assume.score_passes_back * passes.backward
         numbers = rows * heads * scores
@@ -224,7 +228,7 @@ class Tower:
         the stream between is cut, its tokens are gathered before and the sums scattered; what a product read is
         gathered once more for its weight's gradient, and so is the gradient of what it made."""
         whole = rows * self.tokens * self.width * self.bytes
-        full = passes.again if self.compute.remat == "full" else 0
+        full = passes.again if self.compute.remat in ALL_PRODUCTS else 0
         sums = {"H": passes.forward + full + passes.backward, "F": passes.forward + passes.backward}
         read = passes.forward + passes.again + passes.backward
         found: list[Transfer] = []
