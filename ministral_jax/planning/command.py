@@ -138,9 +138,8 @@ def parse_assumptions(words: Iterable[str]) -> Assumptions:
         if name not in known:
             raise UserError(f"--assume {name}={text}: no assumption {name!r}{suggest(name, known)}")
         value = read_value(text)
-        if isinstance(known[name], bool) != isinstance(value, bool) or not isinstance(value, int | float):
-            kind = "true or false" if isinstance(known[name], bool) else "a number"
-            raise UserError(f"--assume {name}={text}: must be {kind}, e.g. {json.dumps(known[name])}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"--assume {name}={text}: must be a number, e.g. {json.dumps(known[name])}")
         if (wanted := _range(name, value)) is not None:
             raise UserError(f"--assume {name}={text}: must be a number {wanted}, e.g. {json.dumps(known[name])}")
         changes[name] = value

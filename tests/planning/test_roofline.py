@@ -55,15 +55,25 @@ def test_what_comes_beside_steps_is_in_the_stage_but_in_no_step():
 
 
 def test_trips_of_tiles_are_those_below_the_diagonal():
-    """16,384 tokens in tiles of 128: 8,256 trips of a layer and pass, three passes; none where kernels are fused.
-    Layers themselves take two trips: what is computed again is in that of the backward pass."""
-    one = reading(length=16384)
+    """16,384 tokens in tiles of 128: 8,256 trips of a layer and pass, three passes. Layers themselves take two trips:
+    what is computed again is in that of the backward pass."""
+    one = reading(length=16384, compute=replace(BF16, attention="blockwise"))
     (phase,) = step(one, fsdp=64).phases
     trips = {part.name: part.seconds / Assumptions().trip for part in phase.parts}
     assert trips["loop of attention"] == pytest.approx(8256 * SPEC.layers * 3)
     assert trips["loop of layers"] == pytest.approx(SPEC.layers * 2)
-    (fused,) = step(one, assume=Assumptions(fused=True), fsdp=64).phases
-    assert not any(part.name == "loop of attention" for part in fused.parts)
+
+
+def test_a_kernel_multiplies_whole_blocks_and_its_grid_goes_through_the_others():
+    """16,384 tokens in blocks of 1,024: 136 of 256 are visited; of d_q three products, of d_k and d_v four."""
+    layout = Layout(parse_machine("v5p:4x4x4").mesh(MeshConfig(fsdp=64)), Rules())
+    for remat, forward in (("full", 2), ("none", 1)):
+        read = reading(length=16384, compute=replace(BF16, remat=remat))
+        (cost,) = (c for c in costs(read, layout, 16, Assumptions()) if c.name == "attention")
+        pairs = SPEC.layers * SPEC.heads * 136 * 1024**2
+        assert cost.flops == pytest.approx(2 * pairs * SPEC.head_width * (2 * forward + 7))
+        assert cost.idle == pytest.approx(SPEC.layers * SPEC.heads * 120 * (forward + 2) * Assumptions().idle_step)
+        assert cost.trips == 0
 
 
 @pytest.mark.parametrize(

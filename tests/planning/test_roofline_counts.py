@@ -142,12 +142,12 @@ PUBLISHED = {
 
 
 def tokens_per_second(spec: ModelSpec, name: str, mesh: dict[str, int], rows: int, length: int) -> float:
-    """Of a chip, with fused attention and a forward pass that is computed again."""
+    """Of a chip, with a forward pass that is computed again."""
     machine = parse_machine(name)
     student = Held("student", spec, "float32", Rules(), True)
     read = Read(student, rows * machine.chips, length, BF16, head="ce", learns=True)
     work = StageWork((student,), (Phase("step", (read,)),))
-    time = stage_time(work, machine.mesh(MeshConfig(**mesh)), machine, Assumptions(fused=True))
+    time = stage_time(work, machine.mesh(MeshConfig(**mesh)), machine)
     return time.tokens / time.step_seconds / machine.chips
 
 

@@ -19,6 +19,7 @@ class Assumptions:
         0.5 to 1 microseconds of launch and pipeline. 5 to 20 microseconds on TPUs; nothing was measured here.
     gpu_trip: the same on a GPU, where each operation is a kernel of some 3 microseconds.
     cpu_trip: the same where an operation is a call.
+    idle_step: one step of a TPU kernel's grid in which nothing is read or computed; nothing was measured here.
     hop: seconds from one chip of a torus to its neighbour (How to Scale Your Model, chapter on rooflines).
     launch: one collective within a slice or a node, beside its bytes and hops.
     network_launch: one collective over a network.
@@ -26,7 +27,6 @@ class Assumptions:
     overlap: share of the time of collectives that nothing waits for at once (gathers of the next layer's weights,
         sums of gradients) that hides behind arithmetic; XLA's scheduler starts them early, by default.
     activations: the same of those whose result the next operation needs (tensor parallelism, keys and values).
-    fused: attention is one kernel: no loop of tiles, scores never in memory.
     near: bytes of an intermediate result that stay next to the arithmetic (a TPU's vector memory is 64 to 128 MiB, a
         GPU's second cache 40 to 126 MB, of which programs leave a part); larger ones go to memory and back.
     score_passes, score_passes_back: how often a tile of scores is read or written, in float32, without fusion.
@@ -43,13 +43,13 @@ class Assumptions:
     trip: float = 10e-6
     gpu_trip: float = 30e-6
     cpu_trip: float = 10e-6
+    idle_step: float = 0.5e-6
     hop: float = 1e-6
     launch: float = 5e-6
     network_launch: float = 100e-6
     link: float = 0.9
     overlap: float = 0.8
     activations: float = 0.0
-    fused: bool = False
     near: float = 16 * 2**20
     score_passes: float = 6
     score_passes_back: float = 10

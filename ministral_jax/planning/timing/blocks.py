@@ -23,6 +23,7 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.planning.memory.shards import ITEMSIZE, Shards
 from ministral_jax.planning.timing.assumptions import Assumptions
 from ministral_jax.planning.timing.links import Transfer
+from ministral_jax.planning.timing.scores import Passes, Scores, score_cost
 
 Kind = Literal["matmul", "attention", "vision", "head", "memory", "link", "loop"]
 
@@ -42,11 +43,13 @@ class Cost:
     sent: tuple[Transfer, ...] = ()
     seconds: float = 0.0
     """Spent elsewhere: on disks."""
+    idle: float = 0.0
+    """Seconds of a kernel's steps in which nothing is computed."""
 
     def times(self, count: float) -> Cost:
         sent = tuple(replace(t, times=t.times * count) for t in self.sent)
-        flops, hbm, trips, seconds = (count * x for x in (self.flops, self.hbm, self.trips, self.seconds))
-        return replace(self, flops=flops, hbm=hbm, trips=trips, sent=sent, seconds=seconds)
+        scaled = {name: count * getattr(self, name) for name in ("flops", "hbm", "trips", "seconds", "idle")}
+        return replace(self, sent=sent, **scaled)
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,6 @@ class Layout:
     def rows(self, rows: float) -> int:
         """Of a device, of so many in all."""
         return math.ceil(rows / self.parts(self.batch))
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How often a stack's layers run: forward, forward again for the backward pass, backward."""
-
-    forward: int = 1
-    again: int = 0
-    backward: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,30 +168,12 @@ class Tower:
         return Cost("layers", kind, flops, moved * (counted + full), trips)
 
     def _attention(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:
-        heads, h, block = self.heads / self.parts("H"), self.head_width, self.compute.attention_block
-        remat = self.compute.remat
-        tiled = self.implementation != "xla"
-        if tiled or assume.fused:
-            chunks = (2 if self.causal else 1) if self.parts("T") > 1 else 1
-            block = min(block, max(1, int(self.tokens) // chunks))
-            mine, every = chunks * math.ceil(self.tokens / chunks / block), math.ceil(self.length / block)
-            tiles = mine * (every + 1) / 2 if self.causal else mine * every
-            scores = tiles * block**2
-            if assume.fused:  # kernels skip what is above the diagonal
-                scores, tiles = self.tokens * self.length / (2 if self.causal else 1), 0
-        else:
-            scores, tiles = self.tokens * self.length, 0.0
-        kept = remat in ATTENTION_KEPT
-        again = 0 if tiled and kept else passes.again
-        products = 2 * passes.forward + 2 * again + (5 if tiled else 4) * passes.backward
-        if not tiled and kept:
-            products -= passes.again  # what the scores are multiplied into is kept, they are not
-        passed = assume.score_passes * (passes.forward + again) + assume.score_passes_back * passes.backward
-        numbers = rows * heads * scores
-        at_once = 4 * rows * heads * (block**2 if tiled else scores)
-        moved = 0.0 if assume.fused or at_once <= assume.near else 4 * numbers * passed
-        trips = tiles * (passes.forward + again + passes.backward)
-        return Cost("attention", kind, 2 * numbers * h * products, moved, trips, self._keys(rows, passes))
+        chunks = (2 if self.causal else 1) if self.parts("T") > 1 else 1
+        heads, kept = self.heads / self.parts("H"), self.compute.remat in ATTENTION_KEPT
+        given = Scores(rows, heads, self.head_width, self.tokens, self.length, chunks, self.causal, self.bytes, kept)
+        found = score_cost(given, self.implementation, self.compute.attention_block, passes, assume)
+        sent = self._keys(rows, passes)
+        return Cost("attention", kind, found.flops, found.hbm, found.trips, sent, idle=found.idle)
 
     def _elementwise(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:
         """Norms (x in, x out), residual sums (two in, one out), rotations, the gate: twice as much backward."""

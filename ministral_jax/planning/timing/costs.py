@@ -12,8 +12,9 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.planning.memory.shards import ITEMSIZE
 from ministral_jax.planning.records import Cut, Draw, Move, Read, Work
 from ministral_jax.planning.timing.assumptions import Assumptions
-from ministral_jax.planning.timing.blocks import Cost, Layout, Passes, Tower, decoder_of, vision_of
+from ministral_jax.planning.timing.blocks import Cost, Layout, Tower, decoder_of, vision_of
 from ministral_jax.planning.timing.links import Transfer
+from ministral_jax.planning.timing.scores import Passes
 from ministral_jax.sampling.engine import by_rows
 
 MOMENTS = 32

@@ -150,7 +150,7 @@ def model_flops(work: Any) -> float:
 
 
 def _busy(found: Iterable[Cost], links: Links, wide: bool) -> Iterable[Part]:
-    """Arithmetic or memory, whichever takes longer, and the floors of loops."""
+    """Arithmetic or memory, whichever takes longer, and what loops and grids take beside them."""
     chip, assume = links.machine.chip, links.assume
     peak = chip.flops / (2 if wide and chip.name in TF32 else 1)
     trip = {"tpu": assume.trip, "gpu": assume.gpu_trip}.get(chip.platform, assume.cpu_trip)
@@ -158,7 +158,7 @@ def _busy(found: Iterable[Cost], links: Links, wide: bool) -> Iterable[Part]:
         share = assume.attention if cost.name.endswith("attention") else assume.matmul
         memory = cost.hbm / (chip.hbm_bandwidth * assume.memory)
         yield Part(cost.name, cost.kind, max(cost.flops / (peak * share), memory) + cost.seconds)
-        yield Part(f"loop of {cost.name}", "loop", cost.trips * trip)
+        yield Part(f"loop of {cost.name}", "loop", cost.trips * trip + cost.idle)
 
 
 TF32 = ("a100", "h100", "h200", "b200")
