@@ -34,7 +34,7 @@ PREDICTED = {
         ["of a v5p in phase", "set stages.14b-pruned.mesh={slice: 1, data: 32, fsdp: 2"],
     ),
     "a long step and the watchdog": (
-        LONG, [], ["limits.slow=300"], ["limits.slow = 300 ends stages.14b-base, of which 'step' takes"],
+        LONG, [], ["limits.slow=60"], ["limits.slow = 60 ends stages.14b-base, of which 'step' takes"],
     ),
 }  # fmt: skip
 
