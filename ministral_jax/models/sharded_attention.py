@@ -82,13 +82,28 @@ def attend_on_mesh(
         if spec.context == "ring":
             return _ring_attend(q, k, v, own, length, tiled)
         k, v, all_segments = (_gather(x, length, spec.causal) for x in (k, v, segments))
-        return attend_parts(q, k, v, own, Part(all_segments, np.zeros(1, np.int32)), tiled)
+        whole = Part(all_segments, np.zeros(1, np.int32))
+        if kernel and spec.causal:
+            return _attend_by_chunk(q, k, v, own, whole, tiled)
+        return attend_parts(q, k, v, own, whole, tiled)
 
     by_head = P(batch, length, cut, None)
     by_key = by_head if with_keys else P(batch, length, None, None)
     specs = by_head, by_key, by_key, P(batch, length)
     # Kernels do not say over which axes their results vary.
     return jax.shard_map(local, in_specs=specs, out_specs=by_head, check_vma=not kernel)(q, k, v, segments)
+
+
+def _attend_by_chunk(q: Queries, k: KeyValues, v: KeyValues, own: Part, every: Part, spec: AttentionSpec) -> Queries:
+    """`attend_parts`, each of the two chunks of a shard by a kernel of its own: the first one always lies in the first
+    half of the row, and a kernel's grid goes through all the keys that it is given."""
+    t, half, found = q.shape[1] // 2, k.shape[1] // 2, list[Array]()
+    for c, keys in enumerate((half, 2 * half)):
+        here = slice(c * t, (c + 1) * t)
+        queries = Part(own.segments[:, here], own.starts[c : c + 1])
+        seen = Part(every.segments[:, :keys], every.starts)
+        found.append(attend_parts(q[:, here], k[:, :keys], v[:, :keys], queries, seen, spec))
+    return jnp.concatenate(found, axis=1)
 
 
 def _varying(x: Array, axes: Axes) -> Array:

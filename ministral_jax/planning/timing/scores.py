@@ -93,6 +93,8 @@ def _splash(s: Scores, passes: Passes, assume: Assumptions) -> ScoreCost:
     """
     block = splash.block_of(int(s.queries) // s.chunks)
     visited, grid = _tiles(s, block), math.ceil(s.queries / block) * math.ceil(s.keys / block)
+    if s.causal and s.chunks == 2:  # the first of a shard's chunks meets the first half of the row
+        grid *= 0.75
     passes = passes._replace(again=0) if s.kept else passes
     runs = passes.forward + passes.again
     numbers, heads = s.rows * s.heads * visited * block**2, s.rows * s.heads
