@@ -10,7 +10,7 @@ from model_cases import CASES
 from paths import ROOT
 from test_memory import in_program
 
-from ministral_jax.distributed.placement import MeshConfig, Placement, Rules
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.models.spec import PRESETS
 from ministral_jax.models.vlm import VLM, Compute, placed_params
 from ministral_jax.planning.compiler import compile as compiling
@@ -113,7 +113,7 @@ def test_the_forward_kernel_runs_once_where_its_results_are_kept(remat, forward)
     """A row that four chips share, in zig-zag order: each of a chip's two chunks by kernels of its own."""
     prepare_environment()
     devices = target_of(parse_machine("v5p:2x2x1")).devices
-    place = Placement(compiling.make_mesh(MeshConfig(fsdp=len(devices) // 4, context=4), devices), Rules())
+    place = Placement(make_mesh(MeshConfig(fsdp=len(devices) // 4, context=4), devices), Rules())
     spec = CASES["text"].spec
     ids = place.described(dict.fromkeys(("tokens", "segments"), ((len(devices) // 4, 4096), jnp.int32)))
     step = jax.grad(

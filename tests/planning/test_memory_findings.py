@@ -23,7 +23,7 @@ PREDICTED = {
     ),
     "the loss head": (
         SHORT, ["mesh.tensor=1", "batch.microbatches=1"], ["loss.chunk=65536"],
-        ["in phase 'step' (loss head", "set stages.14b-short.loss.chunk=16384, with which it needs"],
+        ["in phase 'step' (loss head", "set stages.14b-short.loss.chunk=8192, with which it needs"],
     ),
     "activations": (
         SHORT, ["mesh.tensor=1"], ["mesh.tensor=1", "compute.remat=none"],
