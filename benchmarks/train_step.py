@@ -1,6 +1,6 @@
 """One distillation step against a plain transformers + torch loop at the same shapes, interleaved in one run.
 
-    python benchmarks/train_step.py --against transformers [--json FILE]
+    python benchmarks/train_step.py --against transformers [--vocab N] [--json FILE]
 
 Each side is a process of its own that sleeps while the other is measured; rounds alternate, figures are medians.
 Text only, float32, forward KL over the full vocabulary, AdamW, clipped gradient. Memory is the largest resident set of
@@ -22,14 +22,15 @@ from pathlib import Path
 
 from hardware import processor
 
-WIDTH, MLP_TEACHER, MLP_STUDENT, LAYERS, HEADS, KV_HEADS, HEAD_WIDTH, VOCAB = 256, 2048, 1024, 6, 8, 2, 32, 8192
+WIDTH, MLP_TEACHER, MLP_STUDENT, LAYERS, HEADS, KV_HEADS, HEAD_WIDTH = 256, 2048, 1024, 6, 8, 2, 32
 SEQUENCES, LENGTH = 8, 256
 
 
-def ours():
+def ours(vocab: int):
     """A function that runs one step of this project's own training state, loss and update."""
     import numpy as np
 
+    from ministral_jax.distributed.host_memory import trim_after_compiling
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.losses.chunked import LossOptions
     from ministral_jax.losses.head import LossHead
@@ -41,7 +42,8 @@ def ours():
     from ministral_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
     from ministral_jax.training.state import init_state, make_step
 
-    sizes = dict(layers=LAYERS, width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH, vocab=VOCAB)
+    trim_after_compiling()  # as a run does
+    sizes = dict(layers=LAYERS, width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, head_width=HEAD_WIDTH, vocab=vocab)
     student = ModelSpec(mlp_width=MLP_STUDENT, context=LENGTH, vision=None, **sizes)
     teacher = ModelSpec(mlp_width=MLP_TEACHER, context=LENGTH, vision=None, **sizes)
     config = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
@@ -56,7 +58,7 @@ def ours():
 
     def run() -> float:
         nonlocal state
-        tokens = rng.integers(0, VOCAB, (SEQUENCES, LENGTH)).astype(np.int32)
+        tokens = rng.integers(0, vocab, (SEQUENCES, LENGTH)).astype(np.int32)
         positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
         mask = np.ones(tokens.shape, np.float32)
         batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "loss_mask": mask}
@@ -67,7 +69,7 @@ def ours():
     return run
 
 
-def transformers_loop():
+def transformers_loop(vocab: int):
     """A function that runs one step of the loop one would write with transformers and torch."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
@@ -75,7 +77,7 @@ def transformers_loop():
     def model(mlp_width: int) -> MistralForCausalLM:
         return MistralForCausalLM(
             MistralConfig(
-                vocab_size=VOCAB,
+                vocab_size=vocab,
                 hidden_size=WIDTH,
                 intermediate_size=mlp_width,
                 num_hidden_layers=LAYERS,
@@ -92,7 +94,7 @@ def transformers_loop():
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     def run() -> float:
-        tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH))
+        tokens = torch.randint(0, vocab, (SEQUENCES, LENGTH))
         with torch.no_grad():
             target = torch.log_softmax(teacher(tokens).logits, -1)
         ours = torch.log_softmax(student(tokens).logits, -1)
@@ -111,9 +113,9 @@ def transformers_loop():
 SIDES = {"ministral_jax": ours, "transformers": transformers_loop}
 
 
-def worker(side: str, steps: int) -> None:
+def worker(side: str, steps: int, vocab: int) -> None:
     """Answer each line on stdin with the seconds of `steps` steps and the peak resident set in bytes so far."""
-    run = SIDES[side]()
+    run = SIDES[side](vocab)
     for _ in range(2):
         run()
     print("ready", flush=True)
@@ -125,8 +127,8 @@ def worker(side: str, steps: int) -> None:
         print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
 
 
-def start(side: str, steps: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--worker", side, "--steps", str(steps)]
+def start(side: str, steps: int, vocab: int) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--worker", side, "--steps", str(steps), "--vocab", str(vocab)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -142,8 +144,8 @@ def measure(process: subprocess.Popen) -> tuple[float, int]:
     return tuple(json.loads(process.stdout.readline()))
 
 
-def compare(rounds: int, steps: int) -> dict:
-    processes = {side: start(side, steps) for side in SIDES}
+def compare(rounds: int, steps: int, vocab: int) -> dict:
+    processes = {side: start(side, steps, vocab) for side in SIDES}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peak = dict.fromkeys(SIDES, 0)
     for n in range(rounds):
@@ -162,6 +164,7 @@ def compare(rounds: int, steps: int) -> dict:
         "memory_ratio": peak["ministral_jax"] / peak["transformers"],
         "tokens_per_second": speed,
         "peak_bytes": peak,
+        "vocab": vocab,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         "hardware": processor(),
     }
@@ -173,11 +176,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
+    parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.steps)
-    result = compare(args.rounds, args.steps)
+        return worker(args.worker, args.steps, args.vocab)
+    result = compare(args.rounds, args.steps, args.vocab)
     print(f"\n{'':>16}{'tokens/s':>12}{'peak memory':>14}")
     for side in SIDES:
         print(f"{side:>16}{result['tokens_per_second'][side]:12,.0f}{result['peak_bytes'][side] / 1e9:11.2f} GB")

@@ -11,6 +11,7 @@ import jax
 
 from ministral_jax.console import log_to
 from ministral_jax.distributed.collectives import first_then_all, is_first
+from ministral_jax.distributed.host_memory import trim_after_compiling
 from ministral_jax.errors import UserError
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.cascade import run_cascade
@@ -39,6 +40,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, stages: Iterable[str] = (), taken_
     """Run the stages of a recipe in `run_dir`, with the programs that an earlier attempt has compiled; see
     `run_cascade`."""
     cache_compilations(run_dir / "xla")
+    trim_after_compiling()
     return run_cascade(recipe, run_dir, stages, taken_from)
 
 
