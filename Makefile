@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos chaos-short slurm parity aot plan wheel docs notebooks lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short stores slurm parity aot plan wheel docs notebooks lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
 	@echo "make test      the tests"
 	@echo "make multiprocess   jobs of one, two and four processes against each other"
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
+	@echo "make stores    a run in an emulated bucket, killed, against a local one; data, a logit store and an export at s3://"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make aot       a step of the real family compiled for 64 TPU chips that are not there (2 to 5 minutes)"
 	@echo "make plan      what XLA's compiler allots to the real family on TPUs that are not there, beside what is predicted (about 25 minutes on 2 cores, the second time 2)"
@@ -54,6 +55,10 @@ chaos: $(VENV)/installed
 # Every kind of harm, at fewer moments: what the whole check runs.
 chaos-short: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m chaos tests/chaos --kills 9
+
+# A run in an emulated bucket, killed twice, in a network that has nothing but the loopback.
+stores: $(VENV)/installed
+	$(BIN)/python benchmarks/buckets.py --kills 2
 
 slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m slurm tests/slurm

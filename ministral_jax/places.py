@@ -181,7 +181,8 @@ def copy_tree(place: Path, target: Path, last: str, spare: str) -> None:
             fetch_files(place, draft)
         else:
             shutil.copytree(place, draft)
-        shutil.rmtree(draft / spare, ignore_errors=True)
+        if spare:
+            shutil.rmtree(draft / spare, ignore_errors=True)
         if is_remote(target):
             put_files(draft, target, last)
         else:
