@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -14,6 +16,8 @@ import jax
 from pydantic import Field
 
 from ministral_jax.distributed.chips import chip_of
+from ministral_jax.files import is_remote
+from ministral_jax.places import put_files
 from ministral_jax.settings import Frozen
 from ministral_jax.training.profiling import write_table
 
@@ -133,13 +137,14 @@ class Profiler:
     """Takes the trace that was asked for, and tells where the time of its steps went."""
 
     def __init__(self, config: ProfileConfig | None, directory: Path, say: Callable[[str], None]):
-        self._config, self._directory, self._say, self._steps = config, directory / "profile", say, 0
+        self._config, self._say, self._steps, self._place = config, say, 0, directory / "profile"
         self._tracing = False
 
     def before(self, step: int) -> None:
         if self._config is not None and step == self._config.start:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # it would slow down what is measured
+            self._directory = Path(tempfile.mkdtemp()) if is_remote(self._place) else self._place
             jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self._tracing, self._steps = True, 0
 
@@ -158,3 +163,6 @@ class Profiler:
         if jax.process_index() == 0 and (table := write_table(self._directory, max(self._steps, 1))) is not None:
             for line in table.lines():
                 self._say(f"profile: {line}")
+        if is_remote(self._place):
+            put_files(self._directory, self._place)
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -71,6 +71,8 @@ class Need(NamedTuple):
     def is_here(self) -> bool:
         if ":" in self.what and "/" not in self.what:
             return importlib.util.find_spec(self.what.partition(":")[0].partition(".")[0]) is not None
+        if "://" in self.what:  # which is asked when the stage begins
+            return True
         path = Path(self.what)
         return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
