@@ -26,6 +26,6 @@ def trim_after_compiling() -> None:
         jax.monitoring.register_event_duration_secs_listener(_compiled)
 
 
-def _compiled(event: str, seconds: float, **_: Any) -> None:
-    if event == COMPILED and seconds >= _LONG:
+def _compiled(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == COMPILED and duration_secs >= _LONG:
         _trim(0)

@@ -66,7 +66,7 @@ def attend_on_mesh(
     # XLA's partitioner stops at a kernel, also where nothing is cut.
     if not (batch or length or cut or (kernel and mesh.size > 1)):
         return attend(q, k, v, segments, spec)
-    segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
+    segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments
     segments = jnp.broadcast_to(segments, q.shape[:2])
     with_keys = k.shape[2] % math.prod(sizes[axis] for axis in cut) == 0
     group, every = q.shape[2] // k.shape[2], (*batch, *length, *cut)

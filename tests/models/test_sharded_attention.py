@@ -63,6 +63,16 @@ def test_value_and_gradients_equal_those_of_one_device(mesh, causal):
                 assert relative(found, want[:, order]) < EXACT, spec
 
 
+@pytest.mark.parametrize("context", ["all_gather", "ring"])
+def test_without_segments_a_row_is_one_document(context):
+    place, arrays = placement(context=4, devices=4), case()[:3]
+    spec = AttentionSpec(False, block=8, context=context)
+    with jax.enable_x64(True):
+        want = attend(*arrays, jnp.ones((B, T), jnp.int32), spec)
+        with jax.set_mesh(place.mesh), place.rules.active():
+            assert relative(jax.jit(functools.partial(attend_on_mesh, spec=spec))(*arrays), want) < EXACT
+
+
 def test_query_heads_pick_their_key_value_heads_wherever_the_cut_falls():
     """12 query heads of 4 groups over 8 devices are not cut; 12 of 3 over 2 are, in the middle of a group."""
     for heads, kv_heads, sizes in ((12, 4, dict(tensor=8)), (12, 3, dict(fsdp=4, tensor=2))):
