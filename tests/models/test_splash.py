@@ -142,6 +142,8 @@ def test_the_platform_is_that_of_the_mesh_which_need_not_be_there():
     [
         ("tpu", 16384, 16384, AttentionSpec(), "splash"),
         ("tpu", 16384, 512, AttentionSpec(), "splash"),
+        ("tpu", 2**18, 2**18, AttentionSpec(), "splash"),
+        ("tpu", 2**18 + 128, 2**18 + 128, AttentionSpec(), "blockwise"),  # blocks are small, their table is large
         ("tpu", 16384, 64, AttentionSpec(), "blockwise"),  # of a chunk no block is a multiple of 128
         ("tpu", 16384, 512, AttentionSpec(context="ring"), "blockwise"),
         ("tpu", 16384, 16384, AttentionSpec(context="ring"), "splash"),  # nothing is cut

@@ -23,11 +23,18 @@ LARGEST, LARGEST_COMPUTED = 1024, 512
 a kernel has by default."""
 
 
+LARGEST_TABLE = 2**16
+"""Pairs of blocks whose table fits the scalar memory: the most that have been compiled."""
+
+
 def unserved(asked: Asked) -> str:
     """What it lacks, "" where it serves. Every head width does."""
-    return (
-        "" if asked.chunk % LANES == 0 else f"rows, or the chunks of one that is cut, of a multiple of {LANES} tokens"
-    )
+    if asked.chunk % LANES:
+        return f"rows, or the chunks of one that is cut, of a multiple of {LANES} tokens"
+    block = block_of(asked.chunk)
+    if (asked.chunk // block) * (asked.keys // block) > LARGEST_TABLE:
+        return f"at most {LARGEST_TABLE} pairs of blocks of {block} tokens, by a row's length and mesh.context"
+    return ""
 
 
 def block_of(chunk: int) -> int:
