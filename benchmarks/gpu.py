@@ -37,6 +37,8 @@ SECONDS = {  # of each part, in the order in which they run
     "train 8b": 60, "attention": 120, "distil 8b": 55, "train 14b": 45, "distil 14b": 55, "train 3b": 40,
     "distil 3b": 45, "loss head": 30,
 }  # fmt: skip
+LONG_ENOUGH = 4.0
+"""Seconds of runs that one figure is the mean of."""
 USABLE = 0.85
 """Of the memory that JAX takes: the rest is for what the arithmetic leaves out, and fragments."""
 Row = dict[str, Any]
@@ -213,7 +215,7 @@ def attempt(measured: Callable[[], Row]) -> Row:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
-def timed(run: Callable[[], Any], flops: float, least: int = 3, seconds: float = 4.0) -> Row:
+def timed(run: Callable[[], Any], flops: float, least: int = 3) -> Row:
     """Milliseconds of a run, the mean of those after the first two, and what they are of the device's peak."""
     import jax
 
@@ -223,7 +225,7 @@ def timed(run: Callable[[], Any], flops: float, least: int = 3, seconds: float =
     for _ in range(2):
         jax.block_until_ready(run())
     ready, count = time.perf_counter(), 0
-    while count < least or time.perf_counter() - ready < seconds:
+    while count < least or time.perf_counter() - ready < LONG_ENOUGH:
         done = run()
         count += 1
         if count % least == 0:
