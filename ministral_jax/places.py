@@ -38,7 +38,7 @@ def refuse_url(path: str | Path, what: str, accepted: str = "") -> None:
         )
 
 
-def place(text: str | Path, what: str) -> Path:
+def place(text: str | Path, what: str, accepted: str = "gs://bucket/name or s3://bucket/name") -> Path:
     """A path, local or at gs:// or s3://: there a `BucketPath`, passed on as a `Path`, whose methods it has.
 
     Raises:
@@ -48,7 +48,7 @@ def place(text: str | Path, what: str) -> Path:
     if is_remote(cast(Path, text)) and not isinstance(text, str):
         return text
     if not separator or scheme not in _CLIENTS or not rest.strip("/"):
-        refuse_url(text, what, ", or gs://bucket/name or s3://bucket/name")
+        refuse_url(text, what, f", or {accepted}")
         return Path(text)
     client, extra = _CLIENTS[scheme]
     if find_spec(client) is None:
@@ -60,7 +60,7 @@ def place(text: str | Path, what: str) -> Path:
 
 def run_place(text: str | Path, what: str) -> Path:
     """`place` of a run's directory. Raises `UserError`: as there, and at s3://."""
-    found = place(text, what)
+    found = place(text, what, "gs://bucket/name")
     if is_remote(found) and str(found).startswith("s3://"):
         raise UserError(
             f"{what} {text}: a run is not written to s3://, where Orbax saves no state; give a directory of a file "

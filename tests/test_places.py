@@ -47,6 +47,8 @@ def test_any_other_url_is_no_place(text):
 def test_a_run_at_s3_is_refused():
     with pytest.raises(UserError, match=r"^--run-dir s3://bucket/a: a run is not written to s3://, .*; give a direct"):
         run_place("s3://bucket/a", "--run-dir")
+    with pytest.raises(UserError, match=r"that is mounted here, or gs://bucket/name$"):
+        run_place("hdfs://bucket/a", "--run-dir")
     assert str(run_place("gs://bucket/a", "--run-dir")) == "gs://bucket/a"
     assert run_place("runs/a", "--run-dir") == Path("runs/a")
 
