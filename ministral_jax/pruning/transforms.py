@@ -118,17 +118,39 @@ def rotate(params: Params, basis: Float[Array, "D D'"] | Float[np.ndarray, "D D'
     if "head" not in params["decoder"]:
         raise ValueError("rotate needs an untied head: the final norm gain of a tied model cannot be folded")
 
-    def along(axis: int) -> Edit:
-        def rotated(w: Array) -> Array:
-            dtype = jnp.promote_types(w.dtype, jnp.float32)
-            q = jnp.asarray(basis, dtype)
-            product = jnp.tensordot(w.astype(dtype), q, axes=(axis, 0), precision=jax.lax.Precision.HIGHEST)
-            return jnp.moveaxis(product, -1, axis).astype(w.dtype)
-
-        return rotated
-
-    edits = {path: along(axis) for path, axis in RESIDUAL_AXIS.items()}
+    edits: dict[str, Edit] = {path: partial(_in_parts, basis=basis, axis=axis) for path, axis in RESIDUAL_AXIS.items()}
     return edit(params, edits | {path: lambda g: g[..., : basis.shape[1]] for path in NORM_GAINS})
+
+
+WHOLE = 2**28
+"""Values of a leaf that is rotated at once. Of a larger one, the embedding or the head, copies in float32 would be what
+surgery needs most memory for."""
+
+
+def _in_parts(w: Array, basis: Any, axis: int) -> Array:
+    """`_along` of slices of another axis, which are taken `parts` apart, so that each is cut over devices as `w` is."""
+    other = max((n for n in range(w.ndim) if n != axis), key=lambda n: w.shape[n])
+    size = w.shape[other]
+    parts = next(n for n in range(1, size + 1) if size % n == 0 and (w.size <= n * WHOLE or n == size))
+    if parts == 1:
+        return _along(w, basis, axis)
+    split = w.reshape(*w.shape[:other], size // parts, parts, *w.shape[other + 1 :])
+    cut = list(w.shape)
+    cut[axis] = basis.shape[1]
+    made = jnp.zeros((*cut[:other], size // parts, parts, *cut[other + 1 :]), w.dtype)
+
+    def one(n: Array, made: Array) -> Array:
+        part = jax.lax.dynamic_index_in_dim(split, n, other + 1, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(made, _along(part, basis, axis), n, other + 1)
+
+    return jax.lax.fori_loop(0, parts, one, made).reshape(cut)
+
+
+def _along(w: Array, basis: Any, axis: int) -> Array:
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    q = jnp.asarray(basis, dtype)
+    product = jnp.tensordot(w.astype(dtype), q, axes=(axis, 0), precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(product, -1, axis).astype(w.dtype)
 
 
 class Gains(NamedTuple):

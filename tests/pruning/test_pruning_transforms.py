@@ -10,6 +10,7 @@ from model_cases import relative
 from pruning_cases import SPEC, WRITERS, logits, make_batch, params64
 
 from ministral_jax.models.vlm import check_params
+from ministral_jax.pruning import transforms
 from ministral_jax.pruning.transforms import (
     NORM_GAINS,
     RESIDUAL_AXIS,
@@ -48,6 +49,15 @@ def test_full_width_rotation_leaves_the_logits_unchanged():
     for path in RESIDUAL_AXIS:
         stale = edit(rotated, {path: lambda w, path=path: _leaf(folded, path)})
         assert relative(logits(stale, SPEC, batch), source) > 1e-6, path
+
+
+def test_leaves_that_are_large_rotate_part_by_part(monkeypatch):
+    params, basis = params64(SPEC), orthogonal(SPEC.width)[:, : SPEC.width // 2]
+    whole = rotate(params, basis)
+    monkeypatch.setattr(transforms, "WHOLE", SPEC.width * SPEC.mlp_width // 3)
+    parts = rotate(params, basis)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and relative(a, b) < EXACT, parts, whole))
+    assert " scan[" in str(jax.make_jaxpr(rotate)(params, basis))
 
 
 def test_a_tied_model_rotates_once_untied():
