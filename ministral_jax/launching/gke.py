@@ -40,7 +40,7 @@ def render(job: GkeLaunch, name: str, command: tuple[str, ...]) -> str:
         if pods > 1:
             words += ["--coordinator", f"{name}-worker-0-0.{name}:{PORT}", "--process-count", str(pods)]
             words += ["--process-index", "$(JOB_COMPLETION_INDEX)"]
-    environment = {key: _verbatim(value) for key, value in job.environment.items()}
+    environment = {key: _verbatim(value) for key, value in job.variables.items()}
     return fill(
         "jobset.yaml", yaml, job=job, name=name, pods=pods, port=PORT, command=words, environment=environment, **place
     )

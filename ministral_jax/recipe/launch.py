@@ -18,6 +18,30 @@ Count = Annotated[int, Field(ge=1)]
 
 _SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
+XLA_FLAGS = "XLA_FLAGS"
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+ON_GPUS = {
+    # JAX takes three quarters of a GPU by default; what is left is for NCCL, cuDNN and the driver
+    FRACTION: "0.92",
+    XLA_FLAGS: " ".join(
+        (
+            # collectives begin early and end late, behind the products of the same layer
+            "--xla_gpu_enable_latency_hiding_scheduler=true",
+            # .. and behind those of the layer before, from which a loop would otherwise keep them
+            "--xla_gpu_enable_pipelined_all_gather=true",
+            "--xla_gpu_enable_pipelined_reduce_scatter=true",
+            # without which a gather that is one trip ahead is copied into its place
+            "--xla_gpu_enable_while_loop_double_buffering=true",
+            # a layer's matrices travel in a few messages of 128 MiB: larger ones wait for all of a layer
+            "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
+            "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
+            "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
+        )
+    ),
+}
+"""What processes on GPUs find in their environment; jaxlib ends a process at a flag that it does not know. On TPUs
+libtpu has all of it by default."""
+
 
 class Launch(Frozen):
     """What every kind of job has."""
@@ -28,7 +52,8 @@ class Launch(Frozen):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
     """The job's name; the recipe's when none is given."""
     environment: dict[Variable, str] = Field(default_factory=dict)
-    """Variables and their values, which stand in the job for all to read."""
+    """Variables and their values, which stand in the job for all to read. On GPUs they come after those of `ON_GPUS`:
+    flags in XLA_FLAGS are added, of which the later counts, and other values take the place of its own."""
     restarts: int = Field(default=20, ge=0)
     """How often the job is started again after exit code 75 or the death of a process."""
 
@@ -42,6 +67,18 @@ class Launch(Frozen):
             if "\0" in value:
                 raise PydanticCustomError("secret", "{why}", {"why": f"{name} holds a NUL character, which none can"})
         return environment
+
+    @property
+    def on_gpus(self) -> bool:
+        return False
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """All that a process finds in its environment."""
+        if not self.on_gpus:
+            return self.environment
+        flags = " ".join((ON_GPUS[XLA_FLAGS], self.environment.get(XLA_FLAGS, ""))).strip()
+        return ON_GPUS | self.environment | {XLA_FLAGS: flags}
 
 
 class SlurmLaunch(Launch):
@@ -82,6 +119,10 @@ class SlurmLaunch(Launch):
                 "under SLURM a JAX process takes one GPU"
             )
         return self
+
+    @property
+    def on_gpus(self) -> bool:
+        return self.gpus_per_node > 0
 
     @property
     def tasks(self) -> int:
@@ -151,6 +192,10 @@ class GkeLaunch(Launch):
         if (self.tpu is None) == (self.gpu is None):
             raise ValueError("exactly one of tpu and gpu must be given")
         return self
+
+    @property
+    def on_gpus(self) -> bool:
+        return self.gpu is not None
 
 
 class TpuVmLaunch(Launch):

@@ -14,6 +14,7 @@ from ministral_jax.planning.findings.finding import Context, Finding, StageCheck
 from ministral_jax.planning.findings.layout import rows_fault
 from ministral_jax.planning.memory.stage import PhaseMemory, stage_memory
 from ministral_jax.planning.work import Draw, stage_work
+from ministral_jax.recipe.launch import FRACTION
 
 SPARE = 0.08
 """Of a device's memory, below which a plan is not to be trusted: fragments, and buffers of collectives."""
@@ -175,19 +176,18 @@ def _word(name: str, dotted: str, value: Any) -> str:
 
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
 
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _TAKEN = 0.75
 
 
 def within_its_share(context: Context, name: str) -> Iterator[Finding]:
     """JAX takes three quarters of a GPU's memory when it begins, and no more, unless the environment says otherwise
-    (JAX's page on GPU memory allocation)."""
+    (JAX's page on GPU memory allocation), as that of a launched job does."""
     needed, has, launch = context.memory.get(name), context.machine.chip.hbm, context.recipe.launch
     if needed is None or context.machine.chip.platform != "gpu":
         return
     asked = launch.gke is not None and launch.gke.gpu is not None and not launch.slurm.gpus_per_node
     gke = launch.gke if asked else None
-    environment = (gke or launch.slurm).environment
+    environment = (gke or launch.slurm).variables
     setting = f"launch.{'slurm' if gke is None else 'gke'}.environment.{FRACTION}"
     share, total = _share(environment), needed.peak.total
     if share * has < total <= has:
