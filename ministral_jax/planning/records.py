@@ -29,7 +29,8 @@ class Held:
 
     role: what the stage calls it, e.g. `student`.
     dtype: of its parameters.
-    learns: with a gradient and AdamW's two moments, in float32; but for `frozen`, top-level keys of the parameters.
+    learns: with a gradient in float32 and AdamW's two moments in `moments`; but for `frozen`, top-level keys of the
+    parameters.
     """
 
     role: str
@@ -40,6 +41,7 @@ class Held:
     frozen: tuple[str, ...] = ()
     only: tuple[str, ...] = ("",)
     """What is there of it: parameters whose paths begin so, such as `decoder/head`."""
+    moments: str = "float32"
 
 
 @dataclass(frozen=True)

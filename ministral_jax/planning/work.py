@@ -221,7 +221,8 @@ def _with(found: StageWork, more: tuple[Phase, ...]) -> StageWork:
 
 
 def _learner(role: str, spec: ModelSpec, stage: Any, frozen: tuple[str, ...] = FROZEN) -> Held:
-    return Held(role, spec, "float32", stage.sharding, True, frozen if spec.vision is not None else ())
+    fixed, moments = frozen if spec.vision is not None else (), stage.optimizer.moments
+    return Held(role, spec, "float32", stage.sharding, True, fixed, moments=moments)
 
 
 def _teacher(stage: Any, graph: Graph) -> Held:

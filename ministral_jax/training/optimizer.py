@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-from pydantic import Field
+import jax.numpy as jnp
+from pydantic import Field, model_validator
 
 from ministral_jax.lazy import Lazy
 from ministral_jax.settings import Frozen
@@ -16,6 +17,9 @@ else:
     optax = Lazy("optax")
 
 Params = dict[str, Any]
+COARSE_BETA2 = 0.99
+"""The largest with moments in bfloat16: of a second moment only changes of 1/512 count, so it follows squared gradients
+to within 1/512/(1 - beta2) of themselves, here a fifth."""
 
 
 class OptimizerConfig(Frozen):
@@ -33,6 +37,17 @@ class OptimizerConfig(Frozen):
     """Applied to matrices only, never to norm gains."""
     clip: float = Field(default=1.0, gt=0)
     """Global gradient norm above which the gradient is scaled down."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """In which both moments are kept between updates, which compute in float32: 8 or 4 bytes for each parameter."""
+
+    @model_validator(mode="after")
+    def _moments_move(self) -> OptimizerConfig:
+        if self.moments == "bfloat16" and self.beta2 > COARSE_BETA2:
+            raise ValueError(
+                f"beta2 = {self.beta2} lets the second moment change by less than bfloat16 can hold; with moments: "
+                f"bfloat16 it is at most {COARSE_BETA2}"
+            )
+        return self
 
 
 def decay_begins(config: OptimizerConfig, steps: int) -> int | None:
@@ -63,7 +78,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Clip by global norm, then AdamW; weight decay on matrices only."""
     rate = learning_rate(config, steps)
     adamw = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=_is_matrix)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    kept = adamw if config.moments == "float32" else _kept_in(jnp.bfloat16, adamw)
+    return optax.chain(optax.clip_by_global_norm(config.clip), kept)
+
+
+def _kept_in(dtype: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, whose numbers lie in `dtype` between updates; it computes in float32. optax's own `mu_dtype` narrows
+    the first moment alone."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def _is_matrix(params: Params) -> Params:

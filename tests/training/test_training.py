@@ -113,6 +113,30 @@ def test_gains_do_not_decay_and_matrices_do(params):
     np.testing.assert_allclose(updates["decoder"]["layers"]["mlp"]["gate"], -0.1 * 0.5 * gate, rtol=1e-5)
 
 
+def test_moments_in_bfloat16_are_rounded_between_updates_that_compute_in_float32(params):
+    """Rounding moves a moment by 2^-9 of itself at most, and a step, their quotient, by some of these."""
+    kinds = ("float32", "bfloat16")
+    wide, narrow = (make_optimizer(CONFIG.model_copy(update={"moments": kind}), 10) for kind in kinds)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    states, seen = [wide.init(params), narrow.init(params)], []
+    for _ in range(3):
+        found = [o.update(grads, state, params) for o, state in zip((wide, narrow), states, strict=True)]
+        states = [state for _, state in found]
+        seen.append([jax.tree.leaves(updates) for updates, _ in found])
+    first, *_, last = seen
+    for a, b in zip(*first, strict=True):
+        np.testing.assert_array_equal(a, b)
+    steps = [np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in last]
+    assert 0 < np.abs(steps[0] - steps[1]).max() < 2**-7 * np.abs(steps[0]).max()
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim) for state in states]
+    assert sizes[0] == 2 * sizes[1] == 8 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_second_moment_that_bfloat16_cannot_move_is_refused():
+    with pytest.raises(ValueError, match=r"beta2 = 0.999 lets the second moment change .* it is at most 0.99"):
+        OptimizerConfig(moments="bfloat16", beta2=0.999)
+
+
 class Learner:
     """A model of two layers on random batches."""
 

@@ -76,11 +76,11 @@ def stage_memory(work: StageWork, mesh: Mesh, hosts: int, apart: Mesh | None = N
 
 
 def _held(model: Held, mesh: Mesh) -> Moment:
-    """Parameters, and of those that learn AdamW's two moments in float32."""
+    """Parameters, and of those that learn AdamW's two moments."""
     shards = Shards(model.spec, model.rules, mesh)
     found = {f"{model.role}: weights": shards.size(*model.only) * ITEMSIZE[model.dtype]}
     if model.learns:
-        found[f"{model.role}: moments"] = 2 * FLOAT * shards.size(without=model.frozen)
+        found[f"{model.role}: moments"] = 2 * ITEMSIZE[model.moments] * shards.size(without=model.frozen)
     return found
 
 
@@ -154,8 +154,8 @@ def _share(read: Read, mesh: Mesh) -> float:
 
 
 def state_bytes(model: Held) -> int:
-    """Parameters that learn with two moments, float32: what a state to go on from holds."""
-    return 3 * FLOAT * _parameters(model, model.frozen)
+    """Parameters that learn, in float32, with two moments: what a state to go on from holds."""
+    return (FLOAT + 2 * ITEMSIZE[model.moments]) * _parameters(model, model.frozen)
 
 
 def _parameters(model: Held, without: tuple[str, ...] = ()) -> int:

@@ -17,9 +17,9 @@ from ministral_jax.planning.timing.links import Transfer
 from ministral_jax.planning.timing.scores import Passes
 from ministral_jax.sampling.engine import by_rows
 
-MOMENTS = 32
-"""Bytes that AdamW and the gradient's norm read and write for each parameter: it, two moments and the gradient, then
-all but the gradient written, then the gradient once more; float32."""
+UPDATED = 16
+"""Bytes that AdamW and the gradient's norm read and write for each parameter, beside two moments that are read and
+written: it and the gradient, then it written, then the gradient once more; float32."""
 ADDED = 12
 """Bytes for each parameter to add a microbatch's gradient to the sum."""
 
@@ -75,7 +75,7 @@ class Reading:
         if self.read.learns:
             local = layout.shards(spec).size(without=self.read.model.frozen)
             summed = ADDED * self.read.microbatches if self.read.microbatches > 1 else 0
-            yield Cost("optimiser", "memory", hbm=local * (MOMENTS + summed))
+            yield Cost("optimiser", "memory", hbm=local * (UPDATED + 4 * ITEMSIZE[self.read.model.moments] + summed))
             sent.append(Transfer("scatter", D, 4 * table))  # of the loss head's gradient
             copies = tuple(axis for axis in (*layout.batch, *self.tower.cut["T"]) if axis not in D)
             for axes in (tuple(a for a in copies if a != "slice"), tuple(a for a in copies if a == "slice")):
