@@ -26,6 +26,7 @@ from ministral_jax.distributed.axes import platform
 from ministral_jax.errors import UserError
 from ministral_jax.models.kernels import KEEP, PADDING, Asked, cudnn, mosaic, splash, triton
 
+CPU_BLOCK = 64  # the fastest of 64, 128, 256 and 512 in `benchmarks/attention_cpu.py`'s cases: tiles stay in a cache
 BEYOND = -1  # the segment of what fills a chunk's last tile
 Queries = Float[Array, "B T H h"]
 KeyValues = Float[Array, "B T K h"]
@@ -46,9 +47,9 @@ class AttentionSpec:
     `implementation`: "xla" holds the T x T scores of every head, "blockwise" one `block` x `block` tile of them at a
     time, from the first tile that holds a document of the queries on, to the diagonal or the last one that does;
     "splash" is the kernel of TPUs, "cudnn", "mosaic" and "triton" are those of GPUs; "auto" is the first kernel of the
-    platform that serves, else blockwise once T > block. On a mesh (`attend_on_mesh`): `context` says how the tokens of
-    a row meet where it is cut, `heads` is the logical axis of the query heads, and the length is cut into multiples of
-    `multiple_of`.
+    platform that serves, else blockwise once T > block, on CPUs by tiles of at most `CPU_BLOCK`. On a mesh
+    (`attend_on_mesh`): `context` says how the tokens of a row meet where it is cut, `heads` is the logical axis of the
+    query heads, and the length is cut into multiples of `multiple_of`.
     """
 
     causal: bool = True
@@ -139,7 +140,7 @@ def attend_parts(q: Queries, k: KeyValues, v: KeyValues, queries: Part, keys: Pa
         visible = _visible(queries.apart, keys.apart, queries.indices, keys.indices, spec.causal)
         p = jax.nn.softmax(_scores(q, k, visible))
         return keep(rearrange(jnp.einsum("BKGts,BKsh->BKGth", p.astype(v.dtype), v), "B K G t h -> B t (K G) h"))
-    out: Array = _tiles(*into_tiles(q, k, v, queries, keys, spec.block), spec.causal)
+    out: Array = _tiles(*into_tiles(q, k, v, queries, keys, chosen_block(spec, platform())), spec.causal)
     return from_tiles(out, q.shape[1], len(queries.starts))
 
 
@@ -166,6 +167,11 @@ def chosen_implementation(spec: AttentionSpec, platform: str, asked: Asked) -> I
         if its == platform and not kernel.unserved(asked):
             return name
     return "blockwise" if spec.block < asked.keys else "xla"
+
+
+def chosen_block(spec: AttentionSpec, platform: str) -> int:
+    """Tokens of a tile: of "auto" on CPUs at most `CPU_BLOCK`."""
+    return min(spec.block, CPU_BLOCK) if spec.implementation == "auto" and platform == "cpu" else spec.block
 
 
 class Tiles(NamedTuple):

@@ -37,6 +37,7 @@ from ministral_jax.models.attention import (
     Tiles,
     attend,
     attend_parts,
+    chosen_block,
     chosen_implementation,
     keep,
 )
@@ -61,7 +62,8 @@ def attend_on_mesh(
     sizes = mesh.shape
     chunk = q.shape[1] // (math.prod(sizes[axis] for axis in length) * (2 if length and spec.causal else 1))
     asked = Asked(chunk, q.shape[1], q.shape[-1], q.dtype.name)
-    chosen = replace(spec, implementation=chosen_implementation(spec, platform(), asked))
+    block = chosen_block(spec, platform())
+    chosen = replace(spec, implementation=chosen_implementation(spec, platform(), asked), block=block)
     kernel = chosen.implementation in KERNELS
     # XLA's partitioner stops at a kernel, also where nothing is cut.
     if not (batch or length or cut or (kernel and mesh.size > 1)):
@@ -78,7 +80,7 @@ def attend_on_mesh(
         if not length:
             return attend(q, k, v, segments, chosen)
         own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], spec.causal))
-        tiled = replace(chosen, block=min(spec.block, chunk))
+        tiled = replace(chosen, block=min(block, chunk))
         if spec.context == "ring":
             return _ring_attend(q, k, v, own, length, tiled)
         k, v, all_segments = (_gather(x, length, spec.causal) for x in (k, v, segments))

@@ -137,6 +137,12 @@ def test_auto_attention_takes_blocks_once_there_are_several():
     assert "while" in primitives(9) and "while" not in primitives(8)
 
 
+def test_auto_takes_smaller_tiles_on_a_cpu_and_a_setting_is_kept():
+    auto, told = AttentionSpec(block=256), AttentionSpec(implementation="blockwise", block=256)
+    cases = [(auto, "cpu"), (auto, "tpu"), (told, "cpu"), (AttentionSpec(block=16), "cpu")]
+    assert [attention.chosen_block(*case) for case in cases] == [attention.CPU_BLOCK, 256, 256, 16]
+
+
 # ---- whole model ----------------------------------------------------------------------------------------------------
 
 
