@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from ministral_jax.data.bins import binned
+from ministral_jax.distributed.placement import Bins
 from ministral_jax.interop.hf import slots
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 from ministral_jax.models.vlm import VLM, Compute, abstract_params
@@ -95,7 +97,7 @@ def patches(image: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, np.ndarray
 
 def pack(case: Case, padding: int = 3, order: list[int] | None = None) -> dict[str, np.ndarray]:
     """The project's batch: `tokens`, `positions`, `segments` [B, T], and the five image arrays if any document has
-    images. Every row ends in padding."""
+    images, each row's in a bin of its own. Every row ends in padding."""
     rows = [[row[i] for i in order or range(len(row))] for row in case.rows]
     length = max(sum(len(d.tokens) for d in row) for row in rows) + padding
     batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments")}
@@ -127,7 +129,12 @@ def pack(case: Case, padding: int = 3, order: list[int] | None = None) -> dict[s
         for name, parts in zip(names, zip(*arrays, strict=True), strict=False):
             joined = np.concatenate(parts)
             batch[name][b, : len(joined)] = joined
-    return batch | {"image_slot": slot}
+    return batch | {name: batch[name][:, None] for name in names} | {"image_slot": slot}
+
+
+def by_row(batch: dict, vision: VisionSpec) -> dict:
+    """A host's batch whose rows each have their pictures in one bin of their own; no image arrays without any."""
+    return binned(batch, Bins(shards=len(batch["tokens"])), vision)
 
 
 def inputs(batch: dict) -> dict:

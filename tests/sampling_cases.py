@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from model_cases import BREAK, END, IMG, YARN, Case, Document, pack, random_params, vlm
 
-from ministral_jax.data.images import MEAN, STD, to_patches
+from ministral_jax.data.images import to_patches
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.models.vision import MEAN, STD
 from ministral_jax.models.vlm import VLM, Compute, param_shardings
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions
 

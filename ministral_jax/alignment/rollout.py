@@ -144,7 +144,7 @@ def training_rows(episodes: Sequence[Episode], spec: ModelSpec, shortest: int) -
         mask[n, drawn], logprobs[n, drawn] = episode.own, episode.logprobs
     in_prompt = np.arange(batch["tokens"].shape[1]) < begins[:, None]
     is_image = (batch["tokens"] == spec.image_token) & in_prompt
-    images = images_of_rows([e.prompt.images for e in episodes], is_image, spec.vision)
+    images = images_of_rows([e.prompt.images for e in episodes], is_image)
     return batch | {"loss_mask": mask, "old_logprobs": logprobs} | images
 
 

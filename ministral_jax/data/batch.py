@@ -1,17 +1,24 @@
 """The batch that the model reads, for every stage: the one place where its arrays are made.
 
-Shapes are static: B rows of T tokens and P image patches; a row holds documents one after the other.
+Shapes are static: B rows of T tokens; a row holds documents one after the other.
 
 tokens, positions, segments int32 `[B, T]`: segment 0 is padding, documents are 1, 2, ..; positions restart in each.
 labels int32 `[B, T]`: `tokens[t + 1]`.
 loss_mask float32 `[B, T]`: 1 where position t predicts a label that counts.
 
-And where there are images:
+And where rows have pictures:
 
-patches float32 `[B, P, 3pp]`: normalised, in merge-block order, so that `merge**2` neighbours make one merged token.
-patch_image, patch_row, patch_col int32 `[B, P]`: image 0 is padding, the images of a row are 1, 2, ..; row and column
-    in the image's own patch grid.
-image_slot int32 `[B, T]`: which merged token of the row stands at this `[IMG]`, -1 elsewhere.
+images object `[B]`: a row's `ImagePatches`, None without any. Rows may share one.
+image_slot int32 `[B, T]`: which merged token of the row's pictures stands at this `[IMG]`, -1 elsewhere.
+
+On the devices pictures do not lie with their rows but in G bins of P patches for each of S groups of rows, B/S in each;
+`data.bins` puts them there:
+
+patches uint8 `[S, G, P, 3pp]`: pixels in merge-block order, so that `merge**2` neighbours make one merged token.
+patch_image, patch_row, patch_col int32 `[S, G, P]`: the pictures of a bin are numbered ascending, as are those of which
+    its padding is made up; row and column in the picture's own patch grid.
+image_slot int32 `[B, T]`: which merged token of the group's bins, one after the other, stands at this `[IMG]`, -1
+    elsewhere.
 
 What a source or a stage adds stands beside these: see `pipeline.batches` for packed rows, `rollout.training_rows` for
 answers. The functions here are pure and know of one row, or of rows of one document each.
@@ -23,26 +30,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ministral_jax.data.images import ImagePatches, normalise, patch_positions
+from ministral_jax.data.images import ImagePatches
 from ministral_jax.models.spec import VisionSpec
 
 Batch = dict[str, np.ndarray]
 SMALLEST = 32
-"""Tokens to which the shortest row of one document is padded; also the fewest patches."""
+"""Tokens to which the shortest row of one document is padded; also the fewest patches of a bin."""
 
 
 def shapes(
     rows: int, length: int, floats: Sequence[str] = ("loss_mask",), patches: int = 0, vision: VisionSpec | None = None
 ) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and dtype of each array of a batch, with these float32 arrays `[B, T]`; images where there are patches."""
+    """Shape and dtype of each array of a batch, with these float32 arrays `[B, T]`; where there are `patches`, of which
+    a bin holds so many, of one bin of pictures."""
     integers = ["tokens", "positions", "segments", "labels"]
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], type]] = {}
     if patches and vision is not None:
         integers.append("image_slot")
-        found = dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((rows, patches), np.int32))
-        found |= {"patches": ((rows, patches, vision.patch_width), np.float32)}
+        found |= image_shapes((1, 1), patches, vision)
     found |= dict.fromkeys(integers, ((rows, length), np.int32))
     return found | dict.fromkeys(floats, ((rows, length), np.float32))
+
+
+def image_shapes(bins: tuple[int, int], patches: int, vision: VisionSpec) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and dtype of the arrays of pictures in `bins`, S groups of G."""
+    places = dict.fromkeys(("patch_image", "patch_row", "patch_col"), ((*bins, patches), np.int32))
+    return {"patches": ((*bins, patches, vision.patch_width), np.uint8), **places}
 
 
 def bucket(size: int) -> int:
@@ -79,21 +92,6 @@ def text_row(tokens: np.ndarray, sizes: Sequence[int] | np.ndarray, length: int)
     return {key: padded(array, length) for key, array in row.items()}
 
 
-def image_row(images: ImagePatches | None, count: int, vision: VisionSpec) -> Batch:
-    """patches, patch_image, patch_row and patch_col `[P]` of a row with these images, P being `count`."""
-    images = images or ImagePatches(np.zeros((0, 2), np.int32), np.zeros((0, vision.patch_width), np.uint8))
-    counts = images.grids.prod(axis=1) * vision.merge**2
-    places = [patch_positions(rows, columns, vision.merge) for rows, columns in images.grids.tolist()]
-    none = np.zeros(0, np.int32)
-    row = dict(
-        patches=normalise(images.patches),
-        patch_image=np.repeat(np.arange(1, len(counts) + 1, dtype=np.int32), counts),
-        patch_row=np.concatenate([none, *(y for y, _ in places)]),
-        patch_col=np.concatenate([none, *(x for _, x in places)]),
-    )
-    return {key: padded(array, count) for key, array in row.items()}
-
-
 def image_slots(is_image: np.ndarray) -> np.ndarray:
     """image_slot `[.., T]` from where the `[IMG]` tokens of images stand, bool `[.., T]`."""
     return np.where(is_image, np.cumsum(is_image, axis=-1) - 1, -1).astype(np.int32)
@@ -107,11 +105,12 @@ def one_per_row(documents: Sequence[Sequence[int] | np.ndarray], shortest: int =
     return stack([text_row(np.asarray(document, np.int32), [len(document)], length) for document in every])
 
 
-def images_of_rows(images: Sequence[ImagePatches | None], is_image: np.ndarray, vision: VisionSpec | None) -> Batch:
-    """The five arrays of images for rows that hold these, P the bucket of the most patches; none at all when no row
-    has an image. `is_image` `[B, T]` is where their tokens stand; rows beyond `images` have none."""
-    most = max(0 if each is None else len(each.patches) for each in images)
-    if vision is None or not most:
+def images_of_rows(images: Sequence[ImagePatches | None], is_image: np.ndarray) -> Batch:
+    """`images` and `image_slot` of rows that hold these pictures; none at all when no row has one. `is_image` `[B, T]`
+    is where their tokens stand; rows beyond `images` have none."""
+    if not any(images):
         return {}
-    every = [*images, *[None] * (len(is_image) - len(images))]
-    return stack([image_row(each, bucket(most), vision) for each in every]) | {"image_slot": image_slots(is_image)}
+    every = np.full(len(is_image), None)
+    for row, one in enumerate(images):
+        every[row] = one
+    return {"images": every, "image_slot": image_slots(is_image)}

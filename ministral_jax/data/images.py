@@ -27,9 +27,6 @@ MOST_PIXELS = 89_478_485
 """Of an image file, checked before it is decoded; above this Pillow itself suspects a decompression bomb."""
 THUMBNAIL = 256
 """Longest side of a picture in a report, in pixels."""
-# CLIP's pixel statistics, RGB.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class ImagePatches(NamedTuple):
@@ -141,18 +138,12 @@ def patch_positions(rows: int, columns: int, merge: int) -> tuple[np.ndarray, np
     return rearrange(y, blocks, dy=merge, dx=merge), rearrange(x, blocks, dy=merge, dx=merge)
 
 
-def normalise(patches: np.ndarray) -> np.ndarray:
-    """uint8 patches `[..., 3pp]` to float32: / 255, then CLIP's mean and standard deviation per channel."""
-    mean, std = _pixel_statistics(patches)
-    return (patches / np.float32(255) - mean) / std
-
-
-def unpatchify(patches: np.ndarray, row: np.ndarray, column: np.ndarray, patch_size: int) -> np.ndarray:
-    """One image's normalised patches `[n, 3pp]` and their places in its grid `[n]` back to uint8 `[H, W, 3]`."""
-    mean, std = _pixel_statistics(patches)
-    grid = np.zeros((row.max() + 1, column.max() + 1, patches.shape[-1]), np.uint8)
-    grid[row, column] = np.rint((patches * std + mean) * 255)
-    return rearrange(grid, "r q (c y x) -> (r y) (q x) c", c=3, y=patch_size, x=patch_size)
+def unpatchify(patches: np.ndarray, rows: int, columns: int, vision: VisionSpec) -> np.ndarray:
+    """The inverse of `patchify`: a picture's uint8 patches `[P, 3pp]`, of a grid of `rows` x `columns` tokens, as
+    `[H, W, 3]`."""
+    merge, size = vision.merge, vision.patch_size
+    pattern = "(rows columns dy dx) (c y x) -> (rows dy y) (columns dx x) c"
+    return rearrange(patches, pattern, rows=rows, columns=columns, dy=merge, dx=merge, y=size, x=size)
 
 
 def thumbnail(pixels: np.ndarray) -> str:
@@ -161,9 +152,3 @@ def thumbnail(pixels: np.ndarray) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _pixel_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """CLIP's mean and standard deviation of each value of a flattened patch, `[3pp]`."""
-    per_channel = patches.shape[-1] // 3
-    return np.repeat(MEAN, per_channel), np.repeat(STD, per_channel)

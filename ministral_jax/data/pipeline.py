@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ministral_jax.data.batch import Batch, padded, stack
+from ministral_jax.data.batch import Batch, image_slots, padded, stack
+from ministral_jax.data.pictures import Pictures, read_pictures
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.data.rows import content_hash, decode_row
 from ministral_jax.errors import UserError
@@ -49,7 +50,8 @@ def batches(
     Closing the iterator ends its reading threads.
 
     Yields:
-        The arrays of `batch`, images unless `data.patches` is 0, and beside them `[len(rows), T]` float32:
+        The arrays of `batch`, pictures where the global batch has any, with `image_sizes` (see `bins.binned`) of all of
+        its rows, and beside them `[len(rows), T]` float32:
             loss_mask: any token of plain text counts as a label, and what the assistant says in a conversation.
             answer_mask: 1 where position t predicts a token of an answer after an image, without its `</s>` and without
                 reasoning: exact match is argmax equal to the label at all of them within a segment.
@@ -59,12 +61,11 @@ def batches(
     Raises:
         UserError: there are no rows.
     """
-    records, sequence = _open(data, "train"), _order(data, order.seed)
-    wanted = range(batch_size) if rows is None else rows
+    split, sequence = _open(data, "train"), _order(data, order.seed)
 
     def batch(step: int) -> Batch:
         first = order.first + step * batch_size
-        return _batch([records[cast(int, sequence[first + int(i)])] for i in wanted], data, join)
+        return split.batch([cast(int, sequence[first + i]) for i in range(batch_size)], rows, join)[0]
 
     return _prefetched(grain.MapDataset.range(steps.start, steps.stop).map(batch))
 
@@ -84,12 +85,11 @@ def held_out(
     Raises:
         UserError: nothing was held out.
     """
-    records, count = _open(data, "held_out"), data.counts["held_out"]["rows"]
+    split, count = _open(data, "held_out"), data.counts["held_out"]["rows"]
     count = count if limit_rows is None else min(count, limit_rows)
-    wanted = range(batch_size) if rows is None else rows
     for first in range(0, count, batch_size):
-        indices = [first + int(i) for i in wanted]
-        yield _batch([records[i] if i < count else None for i in indices], data, join, documents=True)
+        numbers = [i if i < count else -1 for i in range(first, first + batch_size)]
+        yield split.batch(numbers, rows, join, documents=True)[0]
 
 
 def row_numbers(data: PackedData, order: Order, count: int | None) -> np.ndarray:
@@ -101,44 +101,78 @@ def row_numbers(data: PackedData, order: Order, count: int | None) -> np.ndarray
     return np.array([*dict.fromkeys(cast(int, sequence[i]) for i in read)])
 
 
-def chosen_rows(data: PackedData, split: str, steps: Sequence[Indices]) -> Iterator[tuple[Batch, list[bytes | None]]]:
-    """A batch of the rows that each step names by number, -1 for an empty one, with their content hashes."""
-    records = _open(data, split)
+def chosen_rows(
+    data: PackedData, split: str, steps: Sequence[Indices], rows: Indices | None = None
+) -> Iterator[tuple[Batch, list[bytes | None]]]:
+    """A global batch of the rows that each step names by number, -1 for an empty one, with their content hashes; or of
+    each only `rows`."""
+    opened = _open(data, split)
 
     def batch(step: int) -> tuple[Batch, list[bytes | None]]:
-        chosen = [records[int(i)] if i >= 0 else None for i in steps[step]]
-        return _batch(chosen, data, None), [None if record is None else content_hash(record) for record in chosen]
+        found, records = opened.batch([int(i) for i in steps[step]], rows)
+        return found, [None if record is None else content_hash(record) for record in records]
 
     return _prefetched(grain.MapDataset.range(len(steps)).map(batch))
 
 
 def row_hashes(data: PackedData, split: str, numbers: Indices) -> list[bytes]:
     """Content hashes of the rows of these numbers; -1 is none."""
-    records = _open(data, split)
+    records = _open(data, split).records
     return [content_hash(cast(bytes, records[int(i)])) for i in numbers if i >= 0]
 
 
-def _open(data: PackedData, split: str) -> grain.sources.ArrayRecordDataSource:
+@dataclass(frozen=True)
+class _Split:
+    """The rows of a split, opened."""
+
+    data: PackedData
+    records: Any
+    pictures: Pictures | None
+
+    def batch(
+        self, numbers: list[int], rows: Indices | None, join: Join | None = None, documents: bool = False
+    ) -> tuple[Batch, list[bytes | None]]:
+        """Of a global batch of rows, -1 for an empty one, the arrays of `rows` (None: all), and what they are read
+        from; empty rows are the last ones, and zero in what is joined."""
+        data, own = self.data, range(len(numbers)) if rows is None else rows
+        records = [self.records[numbers[int(i)]] if numbers[int(i)] >= 0 else None for i in own]
+        found, images = zip(*(decode_row(one, data.length, data.tokenizer, data.pairs) for one in records), strict=True)
+        batch = stack(found)
+        if not documents:
+            del batch["document"]
+        if any(sizes := self._sizes(numbers)):
+            every = np.full(len(images), None)
+            for row, one in enumerate(images):
+                every[row] = one
+            slots = image_slots(batch["tokens"] == data.tokenizer.image_ids[0])
+            batch |= {"images": every, "image_slot": slots, "image_sizes": sizes}
+        joined = join([content_hash(record) for record in records if record is not None]) if join else {}
+        return batch | {key: padded(array, len(records)) for key, array in joined.items()}, records
+
+    def _sizes(self, numbers: list[int]) -> Any:
+        """Patches of every picture of each row."""
+        if self.pictures is None or self.data.vision is None:
+            return []
+        block, of = self.data.vision.merge**2, self.pictures.of
+        return [
+            {(place, n): block * size for n, size in enumerate(of(row) if row >= 0 else [])}
+            for place, row in enumerate(numbers)
+        ]
+
+
+def _open(data: PackedData, split: str) -> _Split:
     path = data.directory / f"{split}.array_record"
     if not path.is_file():
         raise UserError(f"{path} is missing; delete {data.directory} to have the data packed again")
     if not data.counts[split]["rows"]:
         raise UserError(f"no document is in the {split} split; change data.held_out or give the sources more documents")
-    return grain.sources.ArrayRecordDataSource([str(path)])
+    records: Any = grain.sources.ArrayRecordDataSource([str(path)])
+    every = (records[row] for row in range(data.counts[split]["rows"]))
+    return _Split(data, records, read_pictures(data.directory, split, every) if data.patches else None)
 
 
 def _order(data: PackedData, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(data.counts["train"]["rows"]).seed(seed).shuffle().repeat()
-
-
-def _batch(records: list[bytes | None], data: PackedData, join: Join | None, documents: bool = False) -> Batch:
-    """The rows' arrays; empty rows are the last ones, and zero in what is joined."""
-    shape = (data.length, data.patches, data.tokenizer, data.vision, data.pairs)
-    batch = stack([decode_row(record, *shape) for record in records])
-    if not documents:
-        del batch["document"]
-    joined = join([content_hash(record) for record in records if record is not None]) if join else {}
-    return batch | {key: padded(array, len(records)) for key, array in joined.items()}
 
 
 def _prefetched(steps: grain.MapDataset) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from ministral_jax.data.bad_rows import added, settle
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Documents, Progress, tokenise
 from ministral_jax.data.packing import Tally, fitting, pack
+from ministral_jax.data.pictures import picture_sizes, write_pictures
 from ministral_jax.data.rows import encode_row
 from ministral_jax.data.sources import open_source
 from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -122,9 +123,10 @@ def _write(
         members = {name: np.flatnonzero(fits[name] & (outside[name] == (split == "held_out"))) for name in sources}
         rows, tallies = pack(sources, members, weights, length, config.patches, spread=split == "held_out")
         writer = ArrayRecordWriter(str(directory / f"{split}.array_record"), "group_size:1")
-        written = 0
+        written, pictures = 0, list[np.ndarray]()
         for row in rows:
             writer.write(encode_row(row, list(sources.values()), bos))
+            pictures.append(picture_sizes(row, list(sources.values())))
             written += 1
             if written % 1000:
                 continue
@@ -133,6 +135,7 @@ def _write(
             if progress is not None:
                 progress(f"pack {split}", written)
         writer.close()
+        write_pictures(directory, split, pictures)
         if split == "train":
             _check_shares(tallies, weights, length, config.patches)
         tokens = sum(tally.tokens for tally in tallies.values())

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors.numpy import load, save
 
-from ministral_jax.data.batch import Batch, following, image_row, image_slots, padded, text_row
+from ministral_jax.data.batch import Batch, following, padded, text_row
 from ministral_jax.data.chat import ANSWER, SECOND, TEXT, TRAINABLE
 from ministral_jax.data.documents import Documents
 from ministral_jax.data.images import ImagePatches
 from ministral_jax.data.packing import Piece
 from ministral_jax.data.tokenizer import Tokenizer
-from ministral_jax.models.spec import VisionSpec
 
 _NONE = np.zeros(0, np.int32)
 _EMPTY = dict(tokens=np.zeros(0, np.uint32), flags=np.zeros(0, np.uint8), sizes=_NONE, documents=_NONE)
@@ -74,12 +73,11 @@ def content_hash(record: bytes) -> bytes:
 def decode_row(
     record: bytes | None,
     length: int,
-    patches: int,
     tokenizer: Tokenizer,
-    vision: VisionSpec | None,
     pairs: bool = False,
-) -> Batch:
-    """Arrays of one row of `pipeline.batches` and `document`, without the leading B; None is an empty row. Of `pairs`
+) -> tuple[Batch, ImagePatches | None]:
+    """Arrays of one row of `pipeline.batches` and `document`, without the leading B, and its pictures; None is an empty
+    row. Of `pairs`
     each conversation is a segment, the chosen ones are the odd segments, and `margin` float32 `[pairs_per_row]` is the
     pairs'."""
     stored = _EMPTY if record is None else load(record)
@@ -94,9 +92,4 @@ def decode_row(
     )
     if pairs:
         row["margin"] = padded(stored.get("margins", np.zeros(0, np.float32)), pairs_per_row(length))
-    if patches:
-        assert vision is not None
-        images = ImagePatches(stored["grids"], stored["patches"]) if "grids" in stored else None
-        row |= image_row(images, patches, vision)
-        row["image_slot"] = image_slots(row["tokens"] == tokenizer.image_ids[0])
-    return row
+    return row, ImagePatches(stored["grids"], stored["patches"]) if "grids" in stored else None

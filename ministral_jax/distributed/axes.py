@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,3 +84,11 @@ def _relaid_backward(spec: PartitionSpec, back: PartitionSpec, _: None, d_x: Arr
 
 
 _relaid.defvjp(_relaid_forward, _relaid_backward)
+
+
+@contextmanager
+def rows_of(name: str) -> Generator[None, None, None]:
+    """Within it `batch` means what the active rules say of the axis `name`, and no other axis is cut."""
+    rules = dict(nn.get_logical_axis_rules())
+    with nn.logical_axis_rules([("batch", rules.get(name))] if rules else []):
+        yield

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -74,9 +74,10 @@ class Rules(Frozen):
     FSDP cuts the width D of every matrix and gathers it again when its layer runs; devices that share a row's tokens
     take part in that, since each would hold the same copy. Tensor parallelism cuts what a matrix product reads or
     writes next to it (heads, feed-forward, vocabulary). Between such products the tokens of the residual stream are cut
-    by it too, within their shard of `length` (sequence parallelism, arXiv 2205.05198). The vision tower and the
-    projector are cut alike. Where an axis does not divide the dimension (8 key-value heads over 16 devices), that axis
-    is left out. The same rules serve every backend; what differs there is how large the mesh's axes should be.
+    by it too, within their shard of `length` (sequence parallelism, arXiv 2205.05198). The vision tower is gathered by
+    all devices, each of which has pictures of its own (`pictures`). Where an axis does not divide the dimension (8
+    key-value heads over 16 devices), that axis is left out. The same rules serve every backend; what differs there is
+    how large the mesh's axes should be.
     """
 
     batch: tuple[str, ...] = ("slice", "data", "fsdp")
@@ -88,9 +89,9 @@ class Rules(Frozen):
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
-    vision_embed: tuple[str, ...] = ("fsdp", "context")
-    vision_heads: tuple[str, ...] = ("tensor",)
-    vision_mlp: tuple[str, ...] = ("tensor",)
+    vision_embed: tuple[str, ...] = ("fsdp", "context", "tensor")
+    vision_heads: tuple[str, ...] = ()
+    vision_mlp: tuple[str, ...] = ()
     projector: tuple[str, ...] = ("tensor",)
     merged_patches: tuple[str, ...] = ()
 
@@ -104,10 +105,21 @@ class Rules(Frozen):
             raise ValueError("length can lie on mesh axis 'context' alone, whose shards take its tokens in turns")
         return self
 
+    @property
+    def bins(self) -> tuple[str, ...]:
+        """Of the bins of pictures that a shard of the rows has: all axes of the mesh but those of the rows."""
+        return tuple(axis for axis in AXES if axis not in self.batch)
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Of all bins of pictures."""
+        return (*self.batch, *self.bins)
+
     @contextmanager
     def active(self) -> Generator[None, None, None]:
         """Within it, the logical axes of a model that is traced mean these (`axes.constrain`)."""
-        with nn.logical_axis_rules([(name, getattr(self, name) or None) for name in type(self).model_fields]):
+        names = (*type(self).model_fields, "bins", "pictures")
+        with nn.logical_axis_rules([(name, getattr(self, name) or None) for name in names]):
             yield
 
     def scoped(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -172,6 +184,14 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules
     return PartitionSpec(*entries)
 
 
+class Bins(NamedTuple):
+    """In which the pictures of a batch lie: `each` for the rows of a microbatch in one of `shards` parts of all."""
+
+    shards: int = 1
+    each: int = 1
+    microbatches: int = 1
+
+
 @dataclass(frozen=True)
 class Placement:
     """A mesh and rules: where the parameters, the optimiser's state and the rows of a batch lie."""
@@ -200,10 +220,21 @@ class Placement:
         entries = [self.rules.batch, length or None, *[None] * (ndim - 2)]
         return NamedSharding(self.mesh, PartitionSpec(*entries[:ndim]))
 
+    def array_sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """`batch_sharding`; bins of pictures lie over all other axes too, as far as these divide their number."""
+        if name not in _PICTURES:
+            return self.batch_sharding(name, len(shape))
+        others = dividing_axes(shape[1], self.rules.bins, self.mesh.shape)
+        return NamedSharding(self.mesh, PartitionSpec(self.rules.batch, others or None))
+
     @cached_property
     def row_shards(self) -> int:
         """Parts into which the rows of a batch are cut."""
         return int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+
+    def bins(self, microbatches: int = 1) -> Bins:
+        """One for each device and microbatch."""
+        return Bins(self.row_shards, self.mesh.size // self.row_shards, microbatches)
 
     def even(self, rows: int) -> int:
         """The next number of rows that the devices share evenly."""
@@ -256,16 +287,17 @@ class Placement:
         return zigzag(length, self._context)
 
     def place(self, batch: Mapping[str, np.ndarray], count: int) -> dict[str, jax.Array]:
-        """A global batch of `count` rows from this process's `rows(count)` of it."""
-        where = np.full(count, -1)
-        where[self.rows(count)] = np.arange(len(self.rows(count)))
-        order = self.order(batch["tokens"].shape[1])
+        """A global batch of `count` rows from this process's `rows(count)` of it, and the pictures of these."""
+        held, order = len(self.rows(count)), self.order(batch["tokens"].shape[1])
 
         def put(name: str, local: np.ndarray) -> jax.Array:
             if self._context > 1 and name not in _NOT_PER_TOKEN and local.ndim > 1:
                 local = local[:, order]
-            shape = (count, *local.shape[1:])
-            sharding = self.batch_sharding(name, local.ndim)
+            total = len(local) * count // held  # groups of pictures are in other numbers than rows
+            where = np.full(total, -1)
+            where[self.rows(total)] = np.arange(len(local))
+            shape = (total, *local.shape[1:])
+            sharding = self.array_sharding(name, shape)
 
             def part(index: Any) -> np.ndarray:
                 return local[(where[index[0]], *index[1:])]
@@ -277,7 +309,7 @@ class Placement:
     def described(self, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
         """A global batch of which shapes and dtypes alone are known, as `place` would put it on the devices."""
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding(name, len(shape)))
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.array_sharding(name, shape))
             for name, (shape, dtype) in shapes.items()
         }
 
@@ -287,7 +319,8 @@ class Placement:
         return self.place({name: array[self.rows(count)] for name, array in batch.items()}, count)
 
 
-_NOT_PER_TOKEN = ("patches", "patch_image", "patch_row", "patch_col", "margin", "reference")
+_PICTURES = ("patches", "patch_image", "patch_row", "patch_col")
+_NOT_PER_TOKEN = (*_PICTURES, "margin", "reference")
 
 
 def zigzag(length: int, shards: int) -> Int[np.ndarray, " T"]:

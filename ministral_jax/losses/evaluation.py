@@ -16,7 +16,7 @@ from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.held_out import HeldOut, document_sums, held_out_figures
 from ministral_jax.losses.targets import Hidden
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, Params, head_matrix
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, Params, head_matrix, image_features
 
 Batch = dict[str, Array]
 TeacherFn = Callable[[Params, Batch], tuple[Float[Array, "B T D'"], Params]]
@@ -29,7 +29,7 @@ _READ_WITH = ("labels", "loss_mask", "answer_mask", "text_bytes", "positions", "
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """The keyword arguments of the model that a batch carries."""
-    images = {key: batch[key] for key in IMAGE_KEYS if key in batch}
+    images = {key: batch[key] for key in (*IMAGE_KEYS, "features") if key in batch}
     return dict(positions=batch["positions"], segments=batch["segments"], images=images or None)
 
 
@@ -37,6 +37,19 @@ def hidden(model: VLM, params: Params, batch: Batch) -> Float[Array, "B T D"]:
     """After the final norm."""
     states: Any = model.apply({"params": params}, batch["tokens"], **model_inputs(batch), method="hidden")
     return states
+
+
+def with_features(model: VLM, params: Params, batch: Batch) -> Batch:
+    """A batch whose pictures the tower of `params` has seen, for all models that have the same one."""
+    if "patches" not in batch:
+        return batch
+    others = {key: array for key, array in batch.items() if key not in IMAGE_KEYS}
+    return others | image_features(model, params["vision"], batch)
+
+
+def with_tower(constants: Params, params: Params) -> Params:
+    """A teacher's parameters; those of the tower are the student's where it has none of its own."""
+    return {**{part: tree for part, tree in params.items() if part == "vision"}, **constants}
 
 
 def _compile(spec: ModelSpec, compute: Compute, placement: Placement) -> Callable[[Params, Batch], Array]:
@@ -91,7 +104,7 @@ def make_evaluate(
         for batch in batches:
             targets = None
             if teacher is not None and constants is not None:
-                their_states, theirs = teacher(constants, batch)
+                their_states, theirs = teacher(with_tower(constants, params), batch)
                 targets = (their_states, head(theirs))
             states = forward(spec, compute, placement)(params, batch)
             read = reading(LossHead(placement, teacher_rules or placement.rules))

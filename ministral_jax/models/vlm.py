@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax import Array
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from ministral_jax.distributed.axes import relaid
 from ministral_jax.distributed.placement import Placement, with_shardings
 from ministral_jax.errors import UserError
 from ministral_jax.models.block import Compute
@@ -39,9 +41,11 @@ class VLM(nn.Module):
 
     positions  restart at 0 in each packed document; None counts the tokens of a row
     segments   the document a token belongs to (0 is padding); None is one document per row
-    images     None or the five arrays named by `IMAGE_KEYS`: `patches` [B, P, 3pp] in merge-block order, `patch_image`,
-               `patch_row`, `patch_col` [B, P] int, and `image_slot` [B, T] int, the merged token that stands at
-               a position, -1 for text
+    images     None or the five arrays named by `IMAGE_KEYS`: `patches` [S, G, P, 3pp] in merge-block order, uint8
+               pixels or normalised floats, `patch_image`, `patch_row`, `patch_col` [S, G, P] int, in G bins for each
+               of S groups of B/S rows, and `image_slot` [B, T] int, the merged token of the group's bins, one after
+               the other, that stands at a position, -1 for text. `features` [S, G, P, Dv], what the tower makes of
+               the patches (`image_features`), may stand in the place of the first four
     """
 
     spec: ModelSpec
@@ -106,27 +110,50 @@ class VLM(nn.Module):
         if images is None:
             return x
         check_images(images, self.spec)
-        with jax.named_scope("vision"):
-            features = self.vision(*(images[k] for k in IMAGE_KEYS[:4]))
+        features = images.get("features")
+        if features is None:
+            with jax.named_scope("vision"):
+                features = self.vision(*(images[k] for k in IMAGE_KEYS[:4]))
         with jax.named_scope("projector"):
-            features = self.projector(features).astype(x.dtype)
-            slot = images["image_slot"][..., None]
-            return jnp.where(slot >= 0, jnp.take_along_axis(features, jnp.maximum(slot, 0), axis=1), x)
+            return spliced(x, self.projector(features).astype(x.dtype), images["image_slot"])
+
+
+def spliced(x: Hidden, merged: Float[Array, "S G n D"], slot: Ids) -> Hidden:
+    """`x` with merged tokens where `slot` points to one; the devices that share rows tell each other theirs."""
+    merged = relaid(rearrange(merged, "S G n D -> S (G n) D"), ("batch", None, None), ("batch", "bins", None))
+    places = rearrange(slot, "(S b) T -> S b T", S=len(merged))
+    found = jax.vmap(lambda tokens, place: tokens[jnp.maximum(place, 0)])(merged, places)
+    return jnp.where(slot[..., None] >= 0, rearrange(found, "S b T D -> (S b) T D"), x)
+
+
+def image_features(model: VLM, tower: Params, images: Images) -> Images:
+    """`images` with the features that the tower's parameters make of them in the place of the patches."""
+    assert model.spec.vision is not None
+    with jax.named_scope("vision"):
+        features: Any = VisionTower(model.spec.vision, model.compute).apply(
+            {"params": tower}, *(images[k] for k in IMAGE_KEYS[:4])
+        )
+    return {"features": features, "image_slot": images["image_slot"]}
 
 
 def check_images(images: Images, spec: ModelSpec) -> None:
     """Raise `UserError` when a batch's image arrays cannot belong to a model of `spec`."""
     if spec.vision is None:
         raise UserError("the batch has images but the model has no vision tower (model.vision is null)")
-    missing = [k for k in IMAGE_KEYS if k not in images]
-    if missing:
-        raise UserError(f"images lack {', '.join(missing)}; expected {', '.join(IMAGE_KEYS)}")
-    *_, count, width = images["patches"].shape
-    block = spec.vision.merge**2
-    if count % block or width != spec.vision.patch_width:
+    groups, rows = len(images.get("features", images.get("patches", ()))), len(images.get("image_slot", ()))
+    if "features" not in images:
+        missing = [k for k in IMAGE_KEYS if k not in images]
+        if missing:
+            raise UserError(f"images lack {', '.join(missing)}; expected {', '.join(IMAGE_KEYS)}")
+        shape, block = images["patches"].shape, spec.vision.merge**2
+        if len(shape) != 4 or shape[2] % block or shape[3] != spec.vision.patch_width:
+            raise UserError(
+                f"images.patches has shape {tuple(shape)}; expected [S, G, P, {spec.vision.patch_width}] "
+                f"with P a multiple of {block}"
+            )
+    if rows % max(groups, 1):
         raise UserError(
-            f"images.patches has shape {tuple(images['patches'].shape)}; expected [B, P, {spec.vision.patch_width}] "
-            f"with P a multiple of {block}"
+            f"images are in {groups} groups, over which {rows} rows of images.image_slot do not fall evenly"
         )
 
 
@@ -142,9 +169,9 @@ _boxed: Any = cache(_trace)
 def _init(spec: ModelSpec) -> Callable[[Array], Any]:
     images = None
     if (v := spec.vision) is not None:
-        grid = jnp.zeros((1, v.merge**2), jnp.int32)
+        grid = jnp.zeros((1, 1, v.merge**2), jnp.int32)
         slot = jnp.full((1, 1), -1, jnp.int32)
-        patches = jnp.zeros((1, v.merge**2, v.patch_width))
+        patches = jnp.zeros((1, 1, v.merge**2, v.patch_width))
         images = {"patches": patches, "patch_image": grid, "patch_row": grid, "patch_col": grid, "image_slot": slot}
 
     def init(key: Array) -> Params:

@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ministral_jax.distributed.axes import constrain
 from ministral_jax.errors import UserError
-from ministral_jax.models.vision import Projector, VisionTower
-from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Images, Params
+from ministral_jax.models.vision import Projector
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Images, Params, image_features
 
 DOMAINS = ("text", "image")
 """The leading axis of every sum."""
@@ -238,12 +239,15 @@ def _projector_sums(
     if images is None or model.spec.vision is None:
         return jnp.zeros((1, len(linear_2)))
     bare = {**params["projector"], "linear_2": jnp.eye(len(linear_2), dtype=linear_2.dtype)}
-    patches = (images[key] for key in IMAGE_KEYS[:4])
-    features: Any = VisionTower(model.spec.vision, model.compute).apply({"params": params["vision"]}, *patches)
+    features = image_features(model, params["vision"], images)["features"]
     hidden: Any = Projector(model.spec, model.compute).apply({"params": bare}, features)
     wide = jnp.abs(hidden).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    wide = rearrange(wide, "S G n D -> S (G n) D")
 
+    slots, counted = (
+        rearrange(x, "(S b) T -> S (b T)", S=len(wide)) for x in (jnp.maximum(images["image_slot"], 0), masks[1])
+    )
     uses = jax.vmap(lambda slot, mask: jnp.zeros(wide.shape[1], wide.dtype).at[slot].add(mask, mode="drop"))
-    times = uses(jnp.maximum(images["image_slot"], 0), masks[1].astype(wide.dtype))  # [B, P / m^2]
+    times = uses(slots, counted.astype(wide.dtype))  # [S, G P / m^2]
     rows = jnp.where(times[..., None] > 0, wide * times[..., None], 0).sum((0, 1))
     return jnp.stack([jnp.zeros_like(rows), rows])

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from ministral_jax.data.batch import Batch, images_of_rows, one_per_row
+from ministral_jax.data.bins import place_whole
 from ministral_jax.data.chat import Rendered
 from ministral_jax.data.images import ImagePatches, to_patches
 from ministral_jax.distributed.placement import Placement
@@ -128,7 +129,7 @@ def stream(
     room, (_, width) = min(SLOTS, options.max_completion_length), batch["tokens"].shape
     with jax.set_mesh(place.mesh):
         lengths = np.maximum(batch["segments"].sum(axis=1, dtype=np.int32), 1)
-        hidden, cache = run.start(params, place.place_whole(batch), lengths)
+        hidden, cache = run.start(params, place_whole(place, batch, spec.vision), lengths)
         hidden, cache = run.fork(hidden, cache, parents, room)
     samples = range(options.completions_per_prompt)
     texts = [Completion(n, sample, [], [], [], None) for n in range(len(prompts)) for sample in samples]
@@ -182,7 +183,7 @@ def _batch(prompts: Sequence[Prompt], model: VLM, count: int) -> Batch:
     rows = one_per_row([prompt.tokens for prompt in prompts], model.compute.shortest_row, count)
     batch = {name: rows[name] for name in ("tokens", "segments")}
     is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
-    return batch | images_of_rows([prompt.images for prompt in prompts], is_image, spec.vision)
+    return batch | images_of_rows([prompt.images for prompt in prompts], is_image)
 
 
 def _rows(prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, total: int) -> tuple[np.ndarray, Rows]:

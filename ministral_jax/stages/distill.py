@@ -66,6 +66,7 @@ class Distill(teaching.Taught):
             params = load_stage(job.source, placement=job.placement)[1]
         else:  # from scratch, around the teacher's vision tower
             params = teaching.vision_of_teacher(job, teacher, fresh_params(job.spec, self.seed, job.placement))
+        teacher = teaching.sharing_tower(job, teacher, params)
         return run_loop(job, data, self.objective(job, teacher), params, clock)
 
 

@@ -121,18 +121,19 @@ class DPO(Looped):
         placement, heads = job.placement, LossHead(job.placement)
         whole = placed_params(job.spec, placement)
         trainable, fixed = split_frozen(whole, FROZEN)
-        batch, size = rows.abstract_batch(job), pairs_per_row(self.batch.length)
-        batch |= placement.described({"margin": ((self.batch.sequences, size), np.float32)})
+        size, microbatches = pairs_per_row(self.batch.length), self.batch.microbatches
+        margin = placement.described({"margin": ((self.batch.sequences, size), np.float32)})
+        batch, split = (rows.abstract_batch(job, m) | margin for m in (1, microbatches))
         read = jax.jit(
             placement.rules.scoped(pair_logprobs(job.spec, self.compute, heads)), out_shardings=placement.replicated
         )
         both = placement.described({"reference": ((self.batch.sequences, 2 * size), np.float32)})
-        step = update_program(job, objective(job, heads), trainable, self.steps, self.batch.microbatches)
+        step = update_program(job, objective(job, heads), trainable, self.steps, microbatches)
         policy = jax.ShapeDtypeStruct(both["reference"].shape, jnp.float32, sharding=placement.replicated)
         figures = jax.jit(lambda policy, batch: pair_loss(self, policy, batch)[1], out_shardings=placement.replicated)
         return generate_programs(job, self.generate) | {
             "read": Program(read, (whole, batch)),
-            "step": Program(step.function, (*step.arguments, {**fixed, "teacher": None}, batch | both)),
+            "step": Program(step.function, (*step.arguments, {**fixed, "teacher": None}, split | both)),
             "figures": Program(figures, (policy, batch | both)),
         }
 
@@ -174,7 +175,9 @@ class _Learner(RowLearner):
         self.reference, self.read, self.figures = reference, programs["read"].function, programs["figures"].function
 
     def batches(self, first: int) -> rows.Batches:
-        return rows.train_batches(self.job, self.data, first, join=self.reference)
+        return rows.train_batches(
+            self.job, self.data, first, join=self.reference, microbatches=self.job.stage.batch.microbatches
+        )
 
     def evaluate(self, state: State) -> dict[str, float]:
         params, found = {**state["params"], **self.fixed}, list[Metrics]()

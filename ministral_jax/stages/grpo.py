@@ -14,6 +14,7 @@ from ministral_jax.alignment.rewards import CHECKABLE, RewardsConfig
 from ministral_jax.alignment.rollout import Answers, Params, joined, seeds, training_rows
 from ministral_jax.alignment.scoring import Scores, together
 from ministral_jax.data.batch import Batch
+from ministral_jax.data.bins import place_whole
 from ministral_jax.data.prompts import PromptRow
 from ministral_jax.distributed.processes import announce
 from ministral_jax.errors import UserError
@@ -85,7 +86,7 @@ class GRPO(online.OnlineStage):
         loss = objective(job.spec, self.compute, self.loss, self.temperature, LossHead(job.placement))
         step = update_program(job, loss, trainable, self.updates, self.microbatches)
         rows = self.prompts * self.num_generations // self.steps_per_generation
-        batch = online.policy_batch(job, rows, ("old_logprobs", "advantages", "weights"))
+        batch = online.policy_batch(job, rows, ("old_logprobs", "advantages", "weights"), self.microbatches)
         return {
             **sampler_programs(job, self.temperature, self.prompts, self.num_generations, self.max_prompt_length),
             "step": Program(step.function, (*step.arguments, fixed, batch)),
@@ -143,7 +144,8 @@ class _Learner(online.OnlineLearner):
         metrics = []
         for number, batch in enumerate(batches * self.stage.num_iterations, 1):
             announce(f"update {number}")
-            state, found = self.programs["step"].function(state, self.fixed, self.job.placement.place_whole(batch))
+            placed = place_whole(self.job.placement, batch, self.job.spec.vision, self.stage.microbatches)
+            state, found = self.programs["step"].function(state, self.fixed, placed)
             metrics.append(found)
         host = {
             **online.reward_metrics(scores),

@@ -68,7 +68,7 @@ def loop_programs(job: Job[Looped], objective: Objective) -> dict[str, Program]:
     stage, teacher = job.stage, objective.teacher
     trainable, fixed = split_frozen(placed_params(job.spec, job.placement), objective.frozen)
     constants = {**fixed, "teacher": teacher.constants if teacher else None}
-    batch = rows.abstract_batch(job) | (teacher.train_arrays if teacher else {})
+    batch = rows.abstract_batch(job, stage.batch.microbatches) | (teacher.train_arrays if teacher else {})
     step = update_program(job, objective.loss, trainable, stage.steps, stage.batch.microbatches)
     taught = {} if teacher is None or teacher.apart is None else {"teacher": _reading(job, teacher.apart)}
     return taught | {
@@ -79,7 +79,8 @@ def loop_programs(job: Job[Looped], objective: Objective) -> dict[str, Program]:
 
 def _reading(job: Job[Looped], apart: Apart) -> Program:
     """What a teacher on a mesh of its own does for a batch."""
-    batch = {name: one for name, one in rows.abstract_batch(job, apart.own).items() if name in READ}
+    batch = rows.abstract_batch(job, job.stage.batch.microbatches, apart.own)
+    batch = {name: one for name, one in batch.items() if name in READ}
     return Program(apart.read, (apart.params, batch), mesh=apart.own.mesh)
 
 
@@ -115,8 +116,8 @@ class RowLearner:
         """By the last evaluation."""
 
     def batches(self, first: int) -> rows.Batches:
-        join = self.teacher.join if self.teacher else None
-        return self._taught(rows.train_batches(self.job, self.data, first, join=join))
+        join, microbatches = self.teacher.join if self.teacher else None, self.job.stage.batch.microbatches
+        return self._taught(rows.train_batches(self.job, self.data, first, join=join, microbatches=microbatches))
 
     def _taught(self, batches: rows.Batches) -> rows.Batches:
         """With what a teacher on a mesh of its own hands over."""

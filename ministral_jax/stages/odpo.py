@@ -4,6 +4,7 @@ a judge prefers becomes more likely, by how sure the judge is."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -15,6 +16,7 @@ from ministral_jax.alignment.examine import Examiner
 from ministral_jax.alignment.rollout import Answers, Params, training_rows
 from ministral_jax.alignment.scoring import resolve
 from ministral_jax.alignment.tools import ToolBox
+from ministral_jax.data.bins import place_whole
 from ministral_jax.distributed.processes import announce
 from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
@@ -59,15 +61,15 @@ class ODPO(JudgedStage, online.OnlineStage):
         loss = objective(job.spec, self.compute, self.loss, heads)
         step = update_program(job, loss, trainable, self.steps, self.microbatches)
         rows = 2 * self.prompts
-        batch = online.policy_batch(job, rows, ("old_logprobs",))
+        batch, split = (online.policy_batch(job, rows, ("old_logprobs",), m) for m in (1, self.microbatches))
         per_row = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=placement.batch_sharding("weights", 1))
-        batch |= {"probability": per_row, "weights": per_row}
+        more = {"probability": per_row, "weights": per_row}
         reference = jax.jit(placement.rules.scoped(answer_logprobs(job.spec, self.compute, heads)))
         theirs = placed_params(job.spec, placement, jnp.dtype(self.compute.dtype))
         return {
             **sampler_programs(job, self.temperature, self.prompts, 2, self.max_prompt_length),
-            "reference": Program(reference, (theirs, batch)),
-            "step": Program(step.function, (*step.arguments, fixed, batch | {"reference": per_row})),
+            "reference": Program(reference, (theirs, batch | more)),
+            "step": Program(step.function, (*step.arguments, fixed, split | more | {"reference": per_row})),
             **self.judge_programs(job),
         }
 
@@ -97,9 +99,12 @@ class _Learner(online.OnlineLearner):
         probability, host = win_probability(self.stage, self.judge, answers, self.scores)
         self.clock.switch("step")
         batch, kept = pairs(answers, probability, self.job.spec, self.stage.compute.shortest_row)
-        placed = self.job.placement.place_whole(batch)
-        placed["reference"] = self.programs["reference"].function(self.reference, placed)
+        place = partial(place_whole, self.job.placement, batch, self.job.spec.vision)
+        reference = self.programs["reference"].function(self.reference, placed := place())
         announce("update 1")
+        if self.stage.microbatches > 1:  # pictures lie with the rows of their microbatch
+            placed = place(self.stage.microbatches)
+        placed["reference"] = reference
         state, metrics = self.programs["step"].function(state, self.fixed, placed)
         return state, {**host, **online.conduct_metrics(answers.samples), "pairs_kept": kept, **metrics}
 

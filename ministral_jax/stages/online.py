@@ -18,7 +18,8 @@ from ministral_jax.alignment.rewards import RewardsConfig
 from ministral_jax.alignment.rollout import Answers, Params, seeds
 from ministral_jax.alignment.scoring import Scorer, Scores
 from ministral_jax.alignment.tools import ToolBox
-from ministral_jax.data.batch import bucket, shapes
+from ministral_jax.data.batch import bucket
+from ministral_jax.data.bins import batch_shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
@@ -254,13 +255,12 @@ def say(job: Job[Any], text: str) -> None:
     console.say(f"{job.name:>18}  {text}")
 
 
-def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def policy_batch(job: Job[Any], rows: int, more: tuple[str, ...], microbatches: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch that `training_rows` makes of a step's answers, with `more` float32 arrays `[N, T]` beside it:
     shapes, dtypes and where they lie."""
     stage, floats = job.stage, ("loss_mask", *more)
-    patches = bucket(stage.data.patches) if stage.data.patches else 0
-    length = bucket(max(stage.longest_row, stage.compute.shortest_row))
-    return job.placement.described(shapes(rows, length, floats, patches, job.spec.vision))
+    length, bins = bucket(max(stage.longest_row, stage.compute.shortest_row)), job.placement.bins(microbatches)
+    return job.placement.described(batch_shapes(rows, length, floats, stage.data.patches, bins, job.spec.vision))
 
 
 def reward_metrics(scores: Scores) -> HostMetrics:

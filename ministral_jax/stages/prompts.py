@@ -11,7 +11,8 @@ from ministral_jax.alignment.examine import Examiner, GenerateConfig
 from ministral_jax.alignment.rollout import Sampler
 from ministral_jax.alignment.scoring import Scorer
 from ministral_jax.alignment.tools import ToolBox
-from ministral_jax.data.batch import bucket, shapes
+from ministral_jax.data.batch import bucket
+from ministral_jax.data.bins import batch_shapes
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.prompts import PromptData, PromptRow, RowCheck, open_prompts
 from ministral_jax.data.tokenizer import check_vocab
@@ -85,7 +86,7 @@ def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int,
     run = programs(spec, compute, place, choice, (job.tokens.eos,), SamplingOptions().chunk)
     count, total = place.even(prompts), place.even(prompts * each)
     params, patches = placed_params(spec, place), job.stage.data.patches
-    batch = shapes(count, bucket(max(length, compute.shortest_row)), (), bucket(patches) if patches else 0, spec.vision)
+    batch = batch_shapes(count, bucket(max(length, compute.shortest_row)), (), patches, place.bins(), spec.vision)
     batch = place.described({name: batch[name] for name in batch.keys() - {"positions", "labels"}})
     one = jax.ShapeDtypeStruct
     lengths, per_row, scalar = (one(shape, jnp.int32) for shape in ((count,), (total,), ()))

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import Field
 
+from ministral_jax.data.bins import place
 from ministral_jax.data.pipeline import chosen_rows, row_numbers
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.distributed.collectives import barrier, first_then_all, is_first
@@ -208,9 +209,9 @@ def _compile(job: Job[Record], codec: codecs.Codec, forced: tuple[int, ...]) -> 
 
 
 def _encoded(job: Job, encode: Encode, data: PackedData, rows: Rows, steps: list[np.ndarray]) -> Iterator[Encoded]:
-    """What the teacher says of the rows of each step [local]."""
-    numbers = [np.where(step >= 0, rows.order[step], -1) for step in steps]
-    stream = chosen_rows(data, rows.split, numbers)
+    """What the teacher says of this process's rows of each step [global]."""
+    own, count = job.placement.rows(job.stage.batch.sequences), job.stage.batch.sequences
+    stream = chosen_rows(data, rows.split, [np.where(step >= 0, rows.order[step], -1) for step in steps], own)
     try:
         for number, (step, (batch, found)) in enumerate(zip(steps, stream, strict=True)):
             hashes = [one or bytes(HASH_BYTES) for one in found]
@@ -218,7 +219,7 @@ def _encoded(job: Job, encode: Encode, data: PackedData, rows: Rows, steps: list
             if draws[0] is not None:
                 batch = batch | {"uniforms": np.stack([u for u in draws if u is not None])}
             poll(f"{rows.split} batch {number + 1}", slow=number == 0)
-            yield step, hashes, encode(job.placement.place(batch, job.stage.batch.sequences))
+            yield step[own], hashes, encode(place(job.placement, batch, count, data.vision))
     finally:
         stream.close()  # type: ignore[attr-defined]
 
@@ -232,7 +233,8 @@ def _record(job: Job[Record], encode: Encode, data: PackedData, rows: Rows, writ
     done = writer.done(rows.split)
     barrier(f"what of {rows.split} is there")  # every process plans by the same, before one of them writes
     plan = plan_batches(len(rows.order), rows.spec.shard_rows, len(owners), count // len(owners))
-    steps = [step[mine] for step in plan if not done[step[step >= 0]].all()]
+    order = np.argsort(np.concatenate([held for held, _ in owners]))
+    steps = [step.reshape(-1)[order] for step in plan if not done[step[step >= 0]].all()]
     line = ProgressLine(f"{job.name} {rows.split}", len(plan), len(plan) - len(steps))
     written, began = 0, 0.0
     try:

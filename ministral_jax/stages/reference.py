@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from ministral_jax.data.batch import padded
+from ministral_jax.data.bins import place
 from ministral_jax.data.pipeline import Join, chosen_rows, row_hashes, row_numbers
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.data.rows import pairs_per_row
@@ -49,7 +50,7 @@ def reference_logprobs(job: Job[Any], data: PackedData, read: Read, params: Para
     try:
         for number, (key, batch) in enumerate(_batches(job, data, todo), 1):
             poll(f"reference batch {number}", slow=number == 1)
-            found = np.asarray(read(params, job.placement.place(batch, count)))
+            found = np.asarray(read(params, place(job.placement, batch, count, data.vision)))
             if kept is not None:
                 hashes = row_hashes(data, *key)
                 values = [_trimmed(row) for row in found[: len(hashes)]]
@@ -96,7 +97,7 @@ def _batches(job: Job[Any], data: PackedData, todo: list[Key]) -> Iterator[tuple
     for split in ("train", "held_out"):
         keys = [key for key in todo if key[0] == split]
         if keys:
-            found: Any = chosen_rows(data, split, [np.array(numbers)[own] for _, numbers in keys])
+            found: Any = chosen_rows(data, split, [numbers for _, numbers in keys], own)
             with closing(found):
                 yield from ((key, batch) for key, (batch, _) in zip(keys, found, strict=True))
 

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 from pydantic import Field, field_validator
 
-from ministral_jax.data.batch import Batch, shapes
+from ministral_jax.data.batch import Batch
+from ministral_jax.data.bins import batch_shapes, place
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.documents import Progress
 from ministral_jax.data.pipeline import ENDLESS, Join, Order, batches, held_out
@@ -24,7 +25,7 @@ from ministral_jax.data.tokenizer import check_vocab, tokenizer_digest
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
-from ministral_jax.losses.evaluation import forward, reading
+from ministral_jax.losses.evaluation import forward, reading, with_tower
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.block import check_remat
 from ministral_jax.models.quantized import check_matmul
@@ -193,19 +194,25 @@ def data_details(data: PackedData) -> dict[str, Any]:
 
 
 def train_batches(
-    job: Job[RowStage], data: PackedData, start: int = 0, stop: int | None = None, join: Join | None = None
+    job: Job[RowStage],
+    data: PackedData,
+    start: int = 0,
+    stop: int | None = None,
+    join: Join | None = None,
+    microbatches: int = 1,
 ) -> Batches:
-    """Global batches of the stage; this host reads its own rows of them, and what `join` adds to these."""
+    """Global batches of the stage, which a program splits into `microbatches`; this host reads its own rows of them,
+    and what `join` adds to these."""
     count, steps = job.stage.batch.sequences, range(start, stop or ENDLESS.stop)
     rows = batches(data, count, order_of(job), steps, _rows(job, count), join)
-    return _placed(job, rows, count)
+    return _placed(job, data, rows, microbatches)
 
 
 def held_out_batches(job: Job[Any], data: PackedData, join: Join | None = None) -> Batches:
     """A pass over the held-out rows, at which a job may stop."""
     count = job.stage.batch.sequences
     rows = held_out(data, count, job.stage.evaluate.rows, _rows(job, count), join)
-    return polled(_placed(job, rows, count), "evaluating batch")
+    return polled(_placed(job, data, rows), "evaluating batch")
 
 
 def _rows(job: Job[Any], count: int) -> Int[np.ndarray, " rows"]:
@@ -214,22 +221,25 @@ def _rows(job: Job[Any], count: int) -> Int[np.ndarray, " rows"]:
     return rows if job.teacher_apart is None else np.union1d(rows, job.teacher_apart.rows(count))
 
 
-def _placed(job: Job[Any], rows: Iterator[Any], count: int) -> Batches:
+def _placed(job: Job[Any], data: PackedData, rows: Iterator[Any], microbatches: int = 1) -> Batches:
     """The next batch goes to the devices, in a thread, while they work on this one; what a teacher on a mesh of its
-    own reads of it goes there too, under `TWIN`."""
-    read = _rows(job, count)
+    own reads of it, always in the stage's microbatches, goes there too, under `TWIN`."""
+    given = job.stage.batch
+    read = _rows(job, given.sequences)
 
-    def place(batch: Batch, placement: Placement) -> dict[str, Any]:
-        mine = np.isin(read, placement.rows(count))
-        return placement.place({name: array[mine] for name, array in batch.items()}, count)
+    def put(batch: Batch, placement: Placement, parts: int) -> dict[str, Any]:
+        mine = np.isin(read, placement.rows(given.sequences))
+        own = {name: array if name == "image_sizes" else array[mine] for name, array in batch.items()}
+        return place(placement, own, given.sequences, data.vision, parts)
 
     def fetch() -> dict[str, Any] | None:
         if (batch := next(rows, None)) is None:
             return None
+        ours = put(batch, job.placement, microbatches)
         if job.teacher_apart is None:
-            return job.placement.place(batch, count)
-        twin = {name: batch[name] for name in READ if name in batch}
-        return place(batch, job.placement) | {TWIN: place(twin, job.teacher_apart)}
+            return ours
+        twin = {name: batch[name] for name in (*READ, "images", "image_sizes") if name in batch}
+        return ours | {TWIN: put(twin, job.teacher_apart, given.microbatches)}
 
     try:
         with ThreadPoolExecutor(1, "placing") as ahead:
@@ -241,12 +251,14 @@ def _placed(job: Job[Any], rows: Iterator[Any], count: int) -> Batches:
         getattr(rows, "close", lambda: None)()
 
 
-def abstract_batch(job: Job[Any], placement: Placement | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch of the stage as `data.pipeline.batches` gives it: shapes, dtypes and where they lie, by the job's
-    placement or another one."""
-    batch, floats = job.stage.batch, ("loss_mask", "answer_mask", "text_bytes")
-    rows = shapes(batch.sequences, batch.length, floats, job.stage.data.patches, job.spec.vision)
-    return (placement or job.placement).described(rows)
+def abstract_batch(
+    job: Job[Any], microbatches: int = 1, placement: Placement | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch of the stage as `train_batches` gives it, with as many pictures as it can have: shapes, dtypes and
+    where they lie, by the job's placement or another one."""
+    batch, floats, placement = job.stage.batch, ("loss_mask", "answer_mask", "text_bytes"), placement or job.placement
+    bins, patches = placement.bins(microbatches), job.stage.data.patches
+    return placement.described(batch_shapes(batch.sequences, batch.length, floats, patches, bins, job.spec.vision))
 
 
 def evaluation_programs(
@@ -268,7 +280,8 @@ def evaluation_programs(
     with jax.set_mesh(placement.mesh):
         states = as_rows(jax.eval_shape(run, params, batch))
         if teacher is not None:
-            theirs, _ = jax.eval_shape(teacher.held_out, teacher.constants, batch | teacher.held_out_arrays)
+            constants = with_tower(teacher.constants, params)
+            theirs, _ = jax.eval_shape(teacher.held_out, constants, batch | teacher.held_out_arrays)
             targets = (as_rows(theirs), head(teacher.constants))
     read = reading(LossHead(placement, job.teacher_placement.rules))
     return {

@@ -15,7 +15,7 @@ from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
 from ministral_jax.stages.prompts import check_prompts, generate_programs, open_examiner
 from ministral_jax.stages.rows import Packing, open_data
-from ministral_jax.stages.teaching import Taught, described_teacher, open_teacher, teacher_loss
+from ministral_jax.stages.teaching import Taught, described_teacher, open_teacher, sharing_tower, teacher_loss
 from ministral_jax.stages.train import next_token_loss
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
@@ -53,8 +53,9 @@ class SFT(Taught):
     def run(self, job: Job[SFT]) -> Result:
         clock, data = Clock(), open_data(job)
         job = job.with_tokens(data.tokenizer)
-        objective = self.objective(job, None if self.teacher is None else open_teacher(job, data))
+        teacher = None if self.teacher is None else open_teacher(job, data)
         params = load_stage(job.source, placement=job.placement)[1]
+        objective = self.objective(job, None if teacher is None else sharing_tower(job, teacher, params))
         with ExitStack() as stack:
             examine = None
             if self.generate is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from ministral_jax.distributed.handing import handed, shared_out
 from ministral_jax.distributed.placement import make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.losses.chunked import LossOptions
-from ministral_jax.losses.evaluation import hidden
+from ministral_jax.losses.evaluation import hidden, with_features
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Targets, check_options
 from ministral_jax.models.spec import ModelSpec
@@ -159,8 +159,11 @@ def distillation(
 
     def loss(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
         constants, counted, labels = dict(frozen), batch["loss_mask"], batch["labels"]
+        theirs = constants.pop("teacher")
+        if "vision" in constants and "vision" not in theirs:  # see `sharing_tower`
+            batch = with_features(student, constants, batch)
         with jax.named_scope("teacher"):
-            taught = targets(constants.pop("teacher"), batch)
+            taught = targets(theirs, batch)
         states, head = hidden(student, {**params, **constants}, batch), head_matrix(params)
         mask = counted if beyond is None else counted * (batch["positions"] < beyond.context)
         total, metrics = heads.distillation_loss(states, head, taught, labels, mask, options)
@@ -197,7 +200,30 @@ def described_teacher(job: Job[Any]) -> Teacher:
         return online_apart(
             spec, head_of(params), _programs(job, spec, placed_params(spec, own, dtype)), _states(job, spec)
         )
+    if spec.vision == job.spec.vision:  # as will be found, but where a stage between them has trained the tower
+        params = without_tower(params)
     return online(spec, params, stage.compute, placement, stage.batch.length)
+
+
+def without_tower(params: Params) -> Params:
+    return {part: tree for part, tree in params.items() if part not in FROZEN}
+
+
+def sharing_tower(job: Job[Any], teacher: Teacher, params: Params) -> Teacher:
+    """The teacher, without a tower of its own where the student's, which stays frozen, equals it to the last bit: then
+    the pictures of a batch are seen once for both."""
+    name, ours = job.stage.teacher_stage, {part: params[part] for part in FROZEN if part in params}
+    theirs = {part: teacher.constants[part] for part in FROZEN if part in teacher.constants}
+    if not theirs or job.graph.specs[name].vision != job.spec.vision:
+        return teacher
+
+    def equal(ours: Params, theirs: Params) -> jax.Array:
+        found = jax.tree.map(lambda a, b: jnp.all(a.astype(b.dtype) == b), ours, theirs)
+        return jnp.all(jnp.stack(jax.tree.leaves(found)))
+
+    if not jax.jit(equal, out_shardings=job.placement.replicated)(ours, theirs):
+        return teacher
+    return replace(teacher, constants=without_tower(teacher.constants))
 
 
 def open_teacher(job: Job[Any], data: PackedData) -> Teacher:

@@ -6,12 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from model_cases import by_row
 
 import ministral_jax
 from ministral_jax.data.pipeline import held_out
 from ministral_jax.data.prepare import prepare
 from ministral_jax.files import read_jsonl
 from ministral_jax.losses.evaluation import model_inputs
+from ministral_jax.models.vision import MEAN, STD
 from ministral_jax.recipe.load import load_recipe
 from ministral_jax.stages.manifest import finished, read_manifest
 
@@ -111,7 +113,7 @@ def rows():
     """Held-out rows of the long stage, text and images."""
     stage = load_recipe("configs/tiny.yaml").stages["14b-base"]
     data = prepare(stage.data, stage.batch.length, finished(RUN / "14b-base").spec.vision, RUN / "data")
-    batch = next(held_out(data, 2, 2))
+    batch = by_row(next(held_out(data, 2, 2)), data.vision)
     assert (batch["image_slot"] >= 0).any() and (batch["text_bytes"] > 0).any()
     return data, batch
 
@@ -153,12 +155,13 @@ def _pixels(row, where, vision) -> np.ndarray | None:
     slots = row["image_slot"][where]
     if (slots < 0).all():
         return None
+    row = {name: row[name][0] for name in ("patches", "patch_image", "patch_row", "patch_col")}  # its one bin
     (patches,) = np.nonzero(row["patch_image"] == row["patch_image"][slots.max() * vision.merge**2])
     r, c, p = row["patch_row"][patches], row["patch_col"][patches], vision.patch_size
     pixels = np.zeros((3, (r.max() + 1) * p, (c.max() + 1) * p), np.float32)
     for y, x, patch in zip(r * p, c * p, row["patches"][patches], strict=True):
         pixels[:, y : y + p, x : x + p] = patch.reshape(3, p, p)
-    return pixels
+    return ((pixels.transpose(1, 2, 0) / 255 - MEAN) / STD).transpose(2, 0, 1)
 
 
 def test_exports_carry_their_tokenizer():

@@ -17,7 +17,6 @@ from safetensors.numpy import save
 from ministral_jax.data.chat import ANSWER, TEXT, TRAINABLE
 from ministral_jax.data.config import DataConfig, SourceConfig
 from ministral_jax.data.documents import tokenise
-from ministral_jax.data.images import normalise, patch_positions
 from ministral_jax.data.packing import pack
 from ministral_jax.data.pipeline import Order, batches, chosen_rows, held_out, row_numbers
 from ministral_jax.data.prepare import prepare
@@ -92,7 +91,14 @@ def rows_of(data, split):
     """Every row of a split once."""
     count = data.counts["train"]["rows"]
     stream = held_out(data, 4) if split == "held_out" else batches(data, 1, Order(0), range(count))
-    return [{key: array[i] for key, array in batch.items()} for batch in stream for i in range(len(batch["tokens"]))]
+    return [row for batch in stream for row in rows_in(batch)]
+
+
+def rows_in(batch):
+    """Each row of a batch; without pictures, one that has none."""
+    none = {"images": None, "image_slot": np.full(LENGTH, -1)}
+    arrays = {key: array for key, array in batch.items() if key != "image_sizes"}
+    return [{**none, **{key: array[i] for key, array in arrays.items()}} for i in range(len(batch["tokens"]))]
 
 
 def pieces_of(row, bos):
@@ -116,7 +122,7 @@ def test_rows_hold_every_document_once(data, sources):
         found: dict[str, int] = {}
         words = b""
         for row in rows:
-            assert row["tokens"].shape == (LENGTH,) and row["patches"].shape == (PATCHES, 12)
+            assert row["tokens"].shape == (LENGTH,)
             padding = row["segments"] == 0
             for key in ("tokens", "positions", "loss_mask", "answer_mask", "text_bytes"):
                 assert not row[key][padding].any()
@@ -127,7 +133,8 @@ def test_rows_hold_every_document_once(data, sources):
                 seen += len(used)
                 found[tokens.tobytes()] = found.get(tokens.tobytes(), 0) + 1
                 words += b"".join(d.tekken.id_to_byte_piece(int(t)) for t in tokens)
-            assert np.count_nonzero(row["patch_image"]) == seen and not row["patches"][seen:].any()
+            patches = np.zeros((0, 12)) if row["images"] is None else row["images"].patches
+            assert seen == len(patches) <= PATCHES
         counts = data.counts[split]
         for name, documents in sources.items():
             inside = (documents.drawn(0.2)) == (split == "held_out")
@@ -207,8 +214,7 @@ def test_masks_and_pictures_follow_the_documents(data, sources):
     }
     checked = 0
     for batch in batches(data, 8, Order(3), range(15)):
-        for r in range(8):
-            row = {key: value[r] for key, value in batch.items()}
+        for row in rows_in(batch):
             picture = 0
             for segment in range(1, row["segments"].max() + 1):
                 at = np.flatnonzero(row["segments"] == segment)
@@ -228,14 +234,9 @@ def test_masks_and_pictures_follow_the_documents(data, sources):
                     continue
                 start = 4 * row["image_slot"][at][row["image_slot"][at] >= 0].min()
                 where = slice(start, start + len(stored))
-                assert np.array_equal(row["patches"][where], normalise(stored))
+                assert np.array_equal(row["images"].patches[where], stored)
                 grids = chat.grids[chat.picture_starts[i] : chat.picture_starts[i + 1]]
-                places = [np.stack(patch_positions(*grid, 2)) for grid in grids.tolist()]
-                assert np.array_equal(
-                    np.stack([row["patch_row"][where], row["patch_col"][where]]), np.concatenate(places, axis=1)
-                )
-                numbers = np.concatenate([np.full(p.shape[1], picture + n + 1) for n, p in enumerate(places)])
-                assert np.array_equal(row["patch_image"][where], numbers)
+                assert np.array_equal(row["images"].grids[picture : picture + len(grids)], grids)
                 picture += len(grids)
                 checked += 1
     assert checked > 10
@@ -243,7 +244,14 @@ def test_masks_and_pictures_follow_the_documents(data, sources):
 
 def test_batches_depend_on_the_seed_and_the_step_alone(data):
     def read(start=0, seed=5, rows=None):
-        return list(batches(data, 8, Order(seed), range(start, 12), rows))
+        return [shown(batch) for batch in batches(data, 8, Order(seed), range(start, 12), rows)]
+
+    def shown(batch):
+        pixels = [b"" if images is None else images.patches.tobytes() for images in batch.get("images", 8 * [None])]
+        return {
+            **{key: array for key, array in batch.items() if key != "image_sizes"},
+            "images": np.array(pixels, object),
+        }
 
     def same(a, b):
         return len(a) == len(b) and all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in x)
@@ -256,10 +264,13 @@ def test_batches_depend_on_the_seed_and_the_step_alone(data):
         parts = [read(3, rows=share) for share in shares]
         for step, batch in zip(zip(*parts, strict=True), whole[3:], strict=True):
             for share, part in zip(shares, step, strict=True):
-                assert all(np.array_equal(part[key], batch[key][share]) for key in batch)
+                assert all(np.array_equal(part[key], batch[key][share]) for key in batch if key != "images")
+                assert part["images"].tolist() == (
+                    batch["images"][share].tolist() if any(batch["images"]) else [b""] * 8
+                )
     assert read(12) == []
     endless = batches(data, 8, Order(5))
-    assert same(whole[:2], [next(endless), next(endless)])
+    assert same(whole[:2], [shown(next(endless)), shown(next(endless))])
     endless.close()
 
     rows = data.counts["train"]["rows"]
@@ -322,14 +333,16 @@ def test_packing_is_reused_and_the_same_in_another_process(data, inputs, tmp_pat
         "from ministral_jax.data.pipeline import Order, batches; from ministral_jax.models.spec import PRESETS;"
         "vision = PRESETS['tiny-24b'].vision;"
         f"d = prepare(DataConfig.model_validate_json(sys.argv[1]), {LENGTH}, vision, Path(sys.argv[2]));"
-        "b = next(batches(d, 4, Order(9), range(2, 3))); print(d.directory, b['tokens'].sum(), b['patches'].sum())"
+        "b = next(batches(d, 4, Order(9), range(3, 4))); print(d.directory, b['tokens'].sum(),"
+        "sum(i.patches.sum(dtype=int) for i in b.get('images', []) if i))"
     )
     command = [sys.executable, "-c", script, config(inputs).model_dump_json(), str(tmp_path)]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert content(Path(out[0])) == content(data.directory) and Path(out[0]).name == data.directory.name
-    batch = next(batches(data, 4, Order(9), range(2, 3)))
-    assert out[1:] == [str(batch["tokens"].sum()), str(batch["patches"].sum())]
+    batch = next(batches(data, 4, Order(9), range(3, 4)))
+    pixels = sum(images.patches.sum(dtype=int) for images in batch.get("images", []) if images)
+    assert out[1:] == [str(batch["tokens"].sum()), str(pixels)]
 
 
 def test_changed_inputs_are_packed_again(inputs, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,10 +23,7 @@ from ministral_jax.data.chat import ANSWER, TEXT, TRAINABLE, render, render_text
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.conversation import Message, Thought, parse_messages
 from ministral_jax.data.images import (
-    MEAN,
-    STD,
     image_tokens,
-    normalise,
     open_image,
     patch_positions,
     patchify,
@@ -35,6 +33,7 @@ from ministral_jax.data.images import (
 from ministral_jax.data.tokenizer import check_vocab, export_tokenizer, load_tokenizer, text_of
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import PRESETS, VisionSpec
+from ministral_jax.models.vision import MEAN, STD, normalise
 
 TINY = TokenizerConfig(vocab=2048, special=64)
 VISION = PRESETS["tiny-24b"].vision
@@ -133,7 +132,7 @@ def test_patches_are_in_merge_block_order():
     assert np.array_equal(np.stack(patch_positions(rows, columns, merge), 1), places)
     picture = reference.normalize(pixels.astype(np.float32), tuple(MEAN), tuple(STD))
     flat = patchify(picture.transpose(1, 2, 0), patch, merge)
-    np.testing.assert_allclose(normalise(patches), flat, rtol=0, atol=4 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(normalise(jnp.asarray(patches)), flat, rtol=0, atol=4 * np.finfo(np.float32).eps)
 
 
 def test_pictures_are_resized_to_the_grid_and_composited_on_white(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ministral_jax.data.chat import TEXT, TRAINABLE, render_interleaved, render_text
 from ministral_jax.data.config import DataConfig, SourceConfig
-from ministral_jax.data.images import MEAN, STD, image_tokens
+from ministral_jax.data.images import image_tokens
 from ministral_jax.data.pipeline import Order, batches, held_out
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.sources import open_source, read_documents, source_digest
@@ -93,7 +93,8 @@ def documents_of(data, split):
     count = data.counts["train"]["rows"]
     for batch in held_out(data, 4) if split == "held_out" else batches(data, 1, Order(0), range(count)):
         for n in range(len(batch["tokens"])):
-            row = {key: array[n] for key, array in batch.items()}
+            none = {"images": None, "image_slot": np.full(LENGTH, -1)}
+            row = none | {key: array[n] for key, array in batch.items() if key != "image_sizes"}
             for segment in range(1, row["segments"].max() + 1):
                 at = np.flatnonzero(row["segments"] == segment)
                 slots = row["image_slot"][at]
@@ -121,10 +122,11 @@ def test_packed_rows_keep_text_and_pictures_together(folder, tmp_path, tokenizer
             expected = [*first, *(token for piece in rest for token in (*image, *piece))]
             assert row["tokens"][at].tolist() == [tokenizer.bos, *expected, tokenizer.eos]
             assert row["text_bytes"][at].sum() == len(text_of(number).replace("<image>", "").encode())
-            images = row["patch_image"][patches].reshape(2, -1)
-            assert (images[0] == images[0, 0]).all() and (images[1] == images[0, 0] + 1).all()
-            red, green = ((row["patches"][patches, 4 * c] * STD[c] + MEAN[c]) * 255 for c in (0, 1))
-            assert np.rint(red).tolist() == [number] * 4 and np.rint(green).tolist() == [0, 0, 1, 1]
+            images = np.repeat(np.arange(len(row["images"].grids)), row["images"].grids.prod(axis=1))
+            first, second = images[np.array(patches) // VISION.merge**2].reshape(2, -1)
+            assert (first == first[0]).all() and (second == first[0] + 1).all()
+            red, green = (row["images"].patches[patches, 4 * c] for c in (0, 1))
+            assert red.tolist() == [number] * 4 and green.tolist() == [0, 0, 1, 1]
     assert seen["train"] | seen["held_out"] == set(range(ROWS)) and not seen["train"] & seen["held_out"]
     assert 3 < len(seen["held_out"]) < 20
 

@@ -328,8 +328,9 @@ def test_parameters_of_another_size_are_named():
     "spec, change, message",
     [
         (CASES["images"].spec, lambda b: b.pop("patch_row"), "images lack patch_row"),
-        (CASES["images"].spec, lambda b: b.update(patches=b["patches"][:, :-2]), "P a multiple of 4"),
-        (CASES["images"].spec, lambda b: b.update(patches=b["patches"][..., :-1]), r"expected \[B, P, 12\]"),
+        (CASES["images"].spec, lambda b: b.update(patches=b["patches"][:, :, :-2]), "P a multiple of 4"),
+        (CASES["images"].spec, lambda b: b.update(patches=b["patches"][..., :-1]), r"expected \[S, G, P, 12\]"),
+        (CASES["images"].spec, lambda b: b.update(image_slot=b["image_slot"][:1]), "2 groups, over which 1 rows"),
         (TEXT, lambda b: None, "no vision tower"),
     ],
 )

@@ -160,7 +160,8 @@ def test_a_model_with_packed_text_and_images_equals_itself_on_one_device(context
 
 def pad(name: str, array: np.ndarray) -> np.ndarray:
     """Rows to a length that two shards cut: 4 chunks of tokens, whole blocks of patches."""
-    padded = np.pad(array, [(0, 0), (0, -array.shape[1] % 8)] + [(0, 0)] * (array.ndim - 2))
+    axis = 2 if name.startswith("patch") else 1
+    padded = np.pad(array, [(0, -size % 8 if n == axis else 0) for n, size in enumerate(array.shape)])
     if name == "image_slot":
         padded[:, array.shape[1] :] = -1
     return padded

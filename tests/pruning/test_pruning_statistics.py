@@ -137,7 +137,7 @@ def test_padding_never_counts(params, batch, statistics):
     noisy = {name: value.copy() for name, value in batch.items()}
     padding = noisy["segments"] == 0
     noisy["tokens"][padding] = 39
-    noisy["patches"][:, 12:] = 7.0
+    noisy["patches"][:, :, 12:] = 7.0
     assert close(gather(params, noisy), statistics)
     noisy["tokens"][~padding] = 39
     assert not close(gather(params, noisy), statistics, 1e-3)

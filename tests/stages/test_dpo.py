@@ -20,11 +20,12 @@ from paths import TESTS
 from PIL import Image
 from sampling_cases import placed
 from test_resume import finish, kill_when, same
-from test_sft_packing import LENGTH, SPEC, STAGE, cut, one
+from test_sft_packing import LENGTH, SPEC, STAGE, cut, each, one
 from test_sft_packing import packed as alone
 
 from ministral_jax.alignment.answer import Sample
 from ministral_jax.alignment.rollout import Answers
+from ministral_jax.data.bins import place as place_rows
 from ministral_jax.data.conversation import Message, spell
 from ministral_jax.data.jsonl import parse_row
 from ministral_jax.data.pipeline import Order, batches, row_hashes
@@ -65,7 +66,7 @@ def batch(tmp_path_factory) -> dict[str, np.ndarray]:
     source: dict[str, Any] = {"kind": "jsonl", "path": str(root / "rows.jsonl")}
     config = type(STAGE.data).model_validate({**STAGE.data.model_dump(), "sources": {"rows": source}, "held_out": 0})
     found = next(batches(prepare(config, LENGTH, SPEC.vision, root / "data", pairs=True), ROWS, Order(0)))
-    assert (found["segments"].max(axis=1) >= 2).all() and (found["patch_image"].max(axis=1) > 0).any()
+    assert (found["segments"].max(axis=1) >= 2).all() and any(found["images"])
     random = np.random.default_rng(0)
     found["reference"] = random.normal(-20, 5, (ROWS, 2 * pairs_per_row(LENGTH))).astype(np.float32)
     return found
@@ -86,8 +87,7 @@ def answers(batch) -> dict[tuple[int, int], tuple[float, Any]]:
         return jnp.sum(taken * piece["loss_mask"])
 
     run, found = jax.jit(jax.value_and_grad(logprob)), {}
-    for n in range(ROWS):
-        row = {name: array[n] for name, array in batch.items()}
+    for n, row in enumerate(each(batch)):
         for segment in range(1, row["segments"].max() + 1):
             piece = one(alone([cut(row, segment)]))
             value, gradient = jax.device_get(run(*split_frozen(random_params(SPEC), ("vision",)), piece))
@@ -122,7 +122,7 @@ def test_a_packed_batch_is_its_pairs_one_at_a_time_on_every_mesh(answers, batch,
     place = placed(*MESHES[name])
     heads, asked = LossHead(place), job(OfflineOptions(beta=BETA, loss_type=loss_type))
     params = jax.device_put(random_params(SPEC), param_shardings(SPEC, place))
-    there = place.place({key: x[place.rows(ROWS)] for key, x in batch.items()}, ROWS)
+    there = place_rows(place, batch, ROWS, SPEC.vision)
     with jax.set_mesh(place.mesh):
         read = jax.jit(place.rules.scoped(pair_logprobs(SPEC, Compute(), heads)))(params, there)
         run = jax.jit(place.rules.scoped(jax.value_and_grad(objective(asked, heads), has_aux=True)))

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import random_params
+from model_cases import by_row, random_params
 from sampling_cases import PROMPTS, SPEC, parameters, placed
 
 from ministral_jax.alignment.rollout import Episode, begun, seeds, training_rows
+from ministral_jax.data.bins import place_whole
 from ministral_jax.losses.evaluation import model_inputs
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.policy import PolicyOptions
@@ -55,8 +56,7 @@ def answers(episodes) -> Answers:
 
 
 def placed_batch(place, batch):
-    count = len(batch["tokens"])
-    return place.place({name: x[place.rows(count)] for name, x in batch.items()}, count)
+    return place_whole(place, batch, SPEC.vision)
 
 
 def with_gradient(place, batch, compute=Compute()):  # noqa: B008
@@ -76,7 +76,8 @@ def plain():
 
     def formula(trainable, fixed):
         params = {"params": {**trainable, **fixed}}
-        logits = VLM(SPEC, Compute()).apply(params, batch["tokens"], **model_inputs(batch))
+        inputs = model_inputs(by_row(batch, SPEC.vision))
+        logits = VLM(SPEC, Compute()).apply(params, batch["tokens"], **inputs)
         logprobs = jax.nn.log_softmax(logits / TEMPERATURE)
         taken = jnp.take_along_axis(logprobs, batch["labels"][..., None], axis=-1)[..., 0]
         return -jnp.sum(batch["weights"] * batch["advantages"] * taken), taken

@@ -7,19 +7,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model_cases import YARN, random_params
+from model_cases import YARN, by_row, random_params
 from paths import TESTS
 from sampling_cases import placed
 
+from ministral_jax.data.bins import binned
 from ministral_jax.data.conversation import spell
-from ministral_jax.data.images import normalise, patchify, resize
+from ministral_jax.data.images import patchify, resize
 from ministral_jax.data.pipeline import Order, batches
 from ministral_jax.data.prepare import prepare
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.data.tokenizer import text_of
+from ministral_jax.distributed.placement import Bins
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import LossOptions
-from ministral_jax.models.vlm import VLM, Compute
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.distill import FROZEN
 from ministral_jax.stages.teaching import distillation
@@ -51,18 +53,25 @@ def batch(data) -> dict[str, np.ndarray]:
     """Rows that all hold several documents, some of them text and two images."""
 
     def mixed(found: dict[str, np.ndarray]) -> bool:
-        documents, images = found["segments"].max(axis=1), found["patch_image"].max(axis=1)
+        documents = found["segments"].max(axis=1)
+        images = np.array([0 if row is None else len(row.grids) for row in found["images"]])
         several = (documents > 1).all() and documents.sum() > 2 * ROWS
         return bool(several and ((documents > images) & (images > 1)).any() and (images == 0).any())
 
-    return next(found for found in batches(data, ROWS, Order(), steps=range(40)) if mixed(found))
+    every = (found for found in batches(data, ROWS, Order(), steps=range(40)) if "images" in found)
+    return next(found for found in every if mixed(found))
 
 
 @pytest.fixture(scope="module")
 def documents(batch) -> list[dict[str, np.ndarray]]:
     """Each document of the batch as a row of its own, `[T]`."""
-    rows = [{key: array[row] for key, array in batch.items()} for row in range(ROWS)]
-    return [packed([cut(row, s)]) for row in rows for s in range(1, row["segments"].max() + 1)]
+    return [packed([cut(row, s)]) for row in each(batch) for s in range(1, row["segments"].max() + 1)]
+
+
+def each(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The rows of a batch, each with the patches of its own pictures."""
+    found = {key: array[:, 0] if key in IMAGE_KEYS[:4] else array for key, array in by_row(batch, SPEC.vision).items()}
+    return [{key: array[row] for key, array in found.items()} for row in range(ROWS)]
 
 
 def cut(row: dict[str, np.ndarray], segment: int) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def packed(pieces: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """A row of documents, written out from the contract of a batch and not from the project's packing."""
     row: dict[str, np.ndarray] = {key: np.zeros(LENGTH, np.int32) for key in TOKEN_KEYS}
     row |= {key: np.zeros(STAGE.data.patches, np.int32) for key in ("patch_image", "patch_row", "patch_col")}
-    row["patches"] = np.zeros((STAGE.data.patches, SPEC.vision.patch_width), np.float32)
+    row["patches"] = np.zeros((STAGE.data.patches, SPEC.vision.patch_width), np.uint8)
     row["loss_mask"] = np.zeros(LENGTH, np.float32)
     row["image_slot"] -= 1
     at = filled = image = 0
@@ -106,8 +115,9 @@ def packed(pieces: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def one(row: dict[str, np.ndarray], **changes) -> dict[str, np.ndarray]:
-    """A batch of one row."""
-    return {key: array[None] for key, array in {**row, **changes}.items()}
+    """A batch of one row, its images in one bin."""
+    found = {key: array[None] for key, array in {**row, **changes}.items()}
+    return found | {key: found[key][None] for key in IMAGE_KEYS[:4]}
 
 
 @pytest.fixture(scope="module", params=["answers", "teacher"])
@@ -127,7 +137,7 @@ def with_gradient(request):
 
 
 def test_a_packed_batch_is_its_documents_one_at_a_time(batch, documents, with_gradient):
-    (total, metrics), gradient = with_gradient(batch)
+    (total, metrics), gradient = with_gradient(binned(batch, Bins(2, 2), SPEC.vision))
     alone = [with_gradient(one(document)) for document in documents]
     assert len(documents) > 2 * ROWS
     for name, (value, count) in metrics.items():
@@ -180,7 +190,7 @@ def test_what_counts_is_what_the_assistant_says_and_its_end(data, documents):
             if not isinstance(question.parts[0], str):
                 picture = resize(question.parts[0], SPEC.vision)
                 flat = patchify(picture, SPEC.vision.patch_size, SPEC.vision.merge)
-                key = normalise(flat).tobytes()
+                key = flat.tobytes()
             assert said.setdefault(key, spell(answer) + "</s>") == spell(answer) + "</s>"
     pictures = 0
     for document in documents:

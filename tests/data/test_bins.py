@@ -1,0 +1,86 @@
+"""Pictures in bins: each once and whole, wherever its rows are; and every process has the same room for them."""
+
+import numpy as np
+import pytest
+from model_cases import IMG, VISION
+
+from ministral_jax.data.batch import images_of_rows, one_per_row
+from ministral_jax.data.bins import batch_shapes, binned, most_patches, sizes_of
+from ministral_jax.data.images import patchify, to_patches
+from ministral_jax.distributed.placement import Bins
+
+GRIDS = [[(2, 3)], [], [(1, 1), (3, 2)], [(4, 4)], [], [(1, 2)], [(2, 2)], [(1, 1)]]
+
+
+def pictures(grids, seed):
+    random, side = np.random.default_rng(seed), VISION.stride
+    return [random.integers(0, 256, (side * y, side * x, 3)).astype(np.uint8) for y, x in grids]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    shown = [to_patches(pictures(grids, n), VISION) if grids else None for n, grids in enumerate(GRIDS)]
+    tokens = [[1, *[IMG] * (0 if one is None else int(one.grids.prod(axis=1).sum())), 20] for one in shown]
+    batch = one_per_row(tokens)
+    return batch | images_of_rows(shown, batch["tokens"] == IMG)
+
+
+@pytest.mark.parametrize("bins", [Bins(), Bins(8), Bins(2, 2), Bins(2, 2, 2), Bins(1, 4, 2)])
+def test_every_token_finds_its_own_pixels(batch, bins):
+    found, block = binned(batch, bins, VISION), VISION.merge**2
+    groups = bins.shards * bins.microbatches
+    assert found["patches"].dtype == np.uint8 and found["patches"].shape[:2] == (groups, bins.each)
+    assert not any(key.startswith("images") for key in found)
+    size = len(GRIDS) // bins.shards
+    for row, grids in enumerate(GRIDS):
+        group = row // size * bins.microbatches + row % size % bins.microbatches
+        arrays = {key: found[key][group].reshape(-1, block, *found[key].shape[3:]) for key in found if "patch" in key}
+        slots = found["image_slot"][row]
+        for pixels in pictures(grids, row):
+            expected = patchify(pixels, VISION.patch_size, VISION.merge).reshape(-1, block, VISION.patch_width)
+            mine, slots = slots[slots >= 0][: len(expected)], slots[slots >= 0][len(expected) :]
+            np.testing.assert_array_equal(arrays["patches"][mine], expected)
+            numbers = np.unique(arrays["patch_image"][mine])
+            assert len(numbers) == 1 and (arrays["patch_image"] == numbers).sum() == expected.shape[0] * block
+            y, x = (arrays[key][mine].ravel() for key in ("patch_row", "patch_col"))
+            np.testing.assert_array_equal(pixels[0::2, 0::2, 0][y, x], expected[..., 0].ravel())
+        assert not (slots >= 0).any()
+    assert (np.diff(found["patch_image"], axis=-1) >= 0).all() and found["patch_image"].min() > 0
+
+
+def test_a_batch_of_text_has_no_arrays_of_pictures(batch):
+    text = binned(batch | {"images": np.full(len(GRIDS), None)}, Bins(2, 2), VISION)
+    assert set(text) == {"tokens", "positions", "segments", "labels"}
+    few = binned({key: array[:2] for key, array in batch.items()}, Bins(2, 2), VISION)
+    assert few["patches"].shape[:3] == (2, 2, 32)  # the second shard's are padding
+
+
+def test_a_picture_that_rows_share_is_there_once(batch):
+    shared = {key: np.repeat(array, 4, axis=0) for key, array in batch.items()}
+    for name, array in binned(shared, Bins(4, 2), VISION).items():
+        alone = binned(batch, Bins(4, 2), VISION)[name]
+        np.testing.assert_array_equal(array, alone if name.startswith("patch") else np.repeat(alone, 4, axis=0), name)
+
+
+def test_a_process_with_a_part_of_the_rows_has_its_part_of_the_whole(batch):
+    whole, every = binned(batch, Bins(4, 2), VISION), [sizes_of(one, VISION) for one in batch["images"]]
+    for first in (0, 4):
+        own = {key: array[first : first + 4] for key, array in batch.items()}
+        for name, array in binned(own | {"image_sizes": every}, Bins(4, 2), VISION).items():
+            half = len(whole[name]) // 2
+            np.testing.assert_array_equal(array, whole[name][half * (first > 0) :][:half], name)
+
+
+@pytest.mark.parametrize("bins", [Bins(), Bins(2, 4), Bins(4, 2, 2)])
+def test_the_fullest_batch_has_room(batch, bins):
+    most = most_patches(8, 64, bins, VISION)
+    rows = np.random.default_rng(0).integers(1, 5, (8, 9, 2))
+    for many in (rows, np.full((8, 1, 2), 4), np.ones((8, 16, 2), int)):
+        shown = []
+        for grids in many:
+            kept = np.cumsum(grids.prod(axis=1)) * 4 <= 64
+            shown.append(to_patches(pictures(grids[kept].tolist(), 0), VISION))
+        found = binned(batch | images_of_rows(shown, batch["tokens"] == IMG), bins, VISION)
+        assert found["patches"].shape[2] <= most
+    shapes = batch_shapes(8, 32, (), 64, bins, VISION)
+    assert shapes["patches"] == ((bins.shards * bins.microbatches, bins.each, most, 12), np.uint8)
