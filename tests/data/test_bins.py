@@ -3,26 +3,17 @@
 import numpy as np
 import pytest
 from model_cases import IMG, VISION
+from picture_cases import GRIDS, mixed, pictures
 
-from ministral_jax.data.batch import images_of_rows, one_per_row
+from ministral_jax.data.batch import images_of_rows
 from ministral_jax.data.bins import batch_shapes, binned, most_patches, sizes_of
 from ministral_jax.data.images import patchify, to_patches
 from ministral_jax.distributed.placement import Bins
 
-GRIDS = [[(2, 3)], [], [(1, 1), (3, 2)], [(4, 4)], [], [(1, 2)], [(2, 2)], [(1, 1)]]
-
-
-def pictures(grids, seed):
-    random, side = np.random.default_rng(seed), VISION.stride
-    return [random.integers(0, 256, (side * y, side * x, 3)).astype(np.uint8) for y, x in grids]
-
 
 @pytest.fixture(scope="module")
 def batch():
-    shown = [to_patches(pictures(grids, n), VISION) if grids else None for n, grids in enumerate(GRIDS)]
-    tokens = [[1, *[IMG] * (0 if one is None else int(one.grids.prod(axis=1).sum())), 20] for one in shown]
-    batch = one_per_row(tokens)
-    return batch | images_of_rows(shown, batch["tokens"] == IMG)
+    return mixed()
 
 
 @pytest.mark.parametrize("bins", [Bins(), Bins(8), Bins(2, 2), Bins(2, 2, 2), Bins(1, 4, 2)])
