@@ -35,7 +35,7 @@ from ministral_jax.models.spec import VisionSpec
 
 Batch = dict[str, np.ndarray]
 SMALLEST = 32
-"""Tokens to which the shortest row of one document is padded; also the fewest patches of a bin."""
+"""Tokens to which the shortest row of one document is padded."""
 
 
 def shapes(

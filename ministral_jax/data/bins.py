@@ -22,6 +22,8 @@ Sizes = Mapping[Hashable, int]
 """Patches of the pictures of a row."""
 _EMPTY = 64
 """Patches in a picture of padding: attention's cost is that of pictures squared."""
+_FEWEST = 1024
+"""Patches of a bin, so that small runs compile one step with pictures: less than one picture of 640 x 480 has."""
 T = TypeVar("T")
 
 
@@ -53,7 +55,7 @@ def batch_shapes(
 
 def _room(patches: int, vision: VisionSpec) -> int:
     block = vision.merge**2
-    return -(-bucket(patches) // block) * block if patches else 0
+    return -(-bucket(max(patches, _FEWEST)) // block) * block if patches else 0
 
 
 def binned(batch: Batch, bins: Bins, vision: VisionSpec | None) -> Batch:

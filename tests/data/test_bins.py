@@ -43,7 +43,7 @@ def test_a_batch_of_text_has_no_arrays_of_pictures(batch):
     text = binned(batch | {"images": np.full(len(GRIDS), None)}, Bins(2, 2), VISION)
     assert set(text) == {"tokens", "positions", "segments", "labels"}
     few = binned({key: array[:2] for key, array in batch.items()}, Bins(2, 2), VISION)
-    assert few["patches"].shape[:3] == (2, 2, 32)  # the second shard's are padding
+    assert few["patches"].shape[:3] == (2, 2, 1024)  # the second shard's are padding
 
 
 def test_a_picture_that_rows_share_is_there_once(batch):
