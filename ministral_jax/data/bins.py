@@ -65,11 +65,11 @@ def binned(batch: Batch, bins: Bins, vision: VisionSpec | None) -> Batch:
     whole shards, in their order.
     """
     batch = dict(batch)
-    images, every = batch.pop("images", None), batch.pop("image_sizes", None)
+    images, sizes = batch.pop("images", None), batch.pop("image_sizes", None)
     if images is None or vision is None:
         return batch
     own = [sizes_of(one, vision) for one in images]
-    every = own if every is None else every
+    every: Sequence[Sizes] = own if sizes is None else [*sizes]
     most = max(max(_fill(group, bins.each)[1]) for group in _groups(every, bins.shards, bins.microbatches))
     slots = batch.pop("image_slot")
     if not most:
