@@ -83,7 +83,7 @@ def test_the_shipped_machines_are_not_refused(machine):
     ("words", "told"),
     [
         (["tpu-vm", V5P, "defaults.distill.compute.remat=none"], ["stages.14b-short needs", "in phase 'step'"]),
-        (["tpu-vm", V5P, "limits.slow=200"], ["limits.slow = 200 ends stages.14b-base"]),
+        (["tpu-vm", V5P, "limits.slow=100"], ["limits.slow = 100 ends stages.14b-base"]),
         (["slurm", H100, "defaults.distill.compute.remat=none"], ["of the 80.0 GB of a h100"]),
         (["slurm", H100, "launch.slurm.time=00:30:00"], ["launch.slurm.time = 00:30:00 ends before"]),
         (["slurm", H100, "launch.slurm.time=24:00:00"], ["launch.slurm.restarts = 20 ends the job for good"]),
