@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 
 from ministral_jax.errors import UserError
-from ministral_jax.losses.targets import Metrics, PerToken
+from ministral_jax.losses.targets import DEFAULT_CHUNK, Metrics, PerToken
 from ministral_jax.settings import Frozen
 
 LossType = Literal["magistral", "dapo", "grpo", "dr_grpo"]
@@ -36,12 +36,14 @@ class PolicyOptions(Frozen):
         upper bound ("clip-higher", DAPO §3.1; 0.26 to 0.28 in Magistral) leaves unlikely tokens room to grow.
     loss_type: how tokens are weighted, see `token_weights`.
     scale_rewards: what advantages are divided by, see `advantages`.
+    chunk: tokens of a device whose logits are in memory at once, see `LossOptions`.
     """
 
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     epsilon_high: float = Field(default=0.28, gt=0, allow_inf_nan=False)
     loss_type: LossType = "magistral"
     scale_rewards: ScaleRewards = "batch"
+    chunk: int = Field(default=DEFAULT_CHUNK, ge=1)
 
 
 # ---- on the host: over the whole batch of an update -----------------------------------------------------------------

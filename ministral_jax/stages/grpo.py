@@ -207,7 +207,7 @@ def objective(spec: ModelSpec, compute: Compute, options: PolicyOptions, tempera
 
     def loss(params, frozen, batch):
         states = hidden(model, {**params, **frozen}, batch)
-        read = heads.label_logprobs(states, head_matrix(params), batch["labels"], temperature)
+        read = heads.label_logprobs(states, head_matrix(params), batch["labels"], temperature, options.chunk)
         old, weights = batch["old_logprobs"], batch["weights"]
         total, metrics = policy_loss(read["logprob"], old, batch["advantages"], weights, options)
         counted = (weights > 0).astype(jnp.float32)
