@@ -41,6 +41,8 @@ class GenerateConfig(Frozen):
     completions: int = Field(default=8, ge=0)
     """Drawn of each prompt at `temperature` beside the greedy answer: of 8 or more there is pass@8. 0: none."""
     max_completion_length: int = Field(default=256, ge=1)
+    answers_at_once: int | None = Field(default=None, ge=1)
+    """Completions that are drawn together, one such batch after the other; None: all."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of the completions that are drawn."""
     rewards: RewardsConfig

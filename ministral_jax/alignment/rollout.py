@@ -53,7 +53,7 @@ def joined(parts: Sequence[Answers]) -> Answers:
 class Sampler:
     """A policy's mesh, sizes and tokenizer: all that sampling needs but its parameters.
 
-    `on_step` is told what comes next before every piece of work: there a job may stop.
+    at_once: see `SamplingOptions`. `on_step` is told what comes next before every piece of work: there a job may stop.
     """
 
     spec: ModelSpec
@@ -63,6 +63,7 @@ class Sampler:
     temperature: float
     tools: ToolBox | None = None
     _: KW_ONLY
+    at_once: int | None = None
     on_step: Callable[[str], None]
 
     def answers(
@@ -108,6 +109,7 @@ class Sampler:
             completions_per_prompt=each,
             max_completion_length=limit,
             stop_ids=(self.tokenizer.eos,),
+            at_once=self.at_once,
         )
         steps = stream(VLM(self.spec, self.compute), params, prompts, options, self.placement)
         return last(watched(steps, self.on_step))

@@ -7,12 +7,16 @@ of prompts of several lengths go on in the same slot.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from ministral_jax.distributed.axes import constrain
+from ministral_jax.distributed.axes import constrain, sharded_axes
 
 Cache = dict[str, Array]
 
@@ -44,22 +48,26 @@ def append(cache: Cache, k: LayerKeys, v: LayerKeys, segments: Int[Array, "B T"]
     )
 
 
-def fork(cache: Cache, parents: Int[Array, " rows"]) -> Cache:
-    """Row i of the result is row `parents[i]`."""
-    rows = {"k": cache["k"][:, parents], "v": cache["v"][:, parents], "segments": cache["segments"][parents]}
-    return _placed(rows)
+def fork(rows: dict[str, Array], parents: Int[Array, " rows"]) -> dict[str, Array]:
+    """Row i of the result, of arrays as a cache has them, is row `parents[i]` of those on the same devices: nothing is
+    sent. On one device these are all."""
+
+    def taken(rows: dict[str, Array], parents: Array) -> dict[str, Array]:
+        return {name: jnp.take(x, parents, axis=logical_axes(x.ndim).index("batch")) for name, x in rows.items()}
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return taken(rows, parents)
+    lie = lambda x, names: PartitionSpec(*(axes or None for axes in sharded_axes(x.shape, names)))
+    specs: Any = {name: lie(x, logical_axes(x.ndim)) for name, x in rows.items()}
+    mapped = jax.shard_map(taken, in_specs=(specs, lie(parents, ("batch",))), out_specs=specs)
+    return mapped(rows, parents)
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-    """With that many more empty slots at the end."""
-    wide = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
-    return _placed(
-        {
-            "k": jnp.pad(cache["k"], wide),
-            "v": jnp.pad(cache["v"], wide),
-            "segments": jnp.pad(cache["segments"], ((0, 0), (0, slots))),
-        }
-    )
+    """A cache, or some of its arrays, with that many more empty slots at the end."""
+    wide = lambda ndim: ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0)) if ndim == 5 else ((0, 0), (0, slots))
+    return _placed({name: jnp.pad(x, wide(x.ndim)) for name, x in cache.items()})
 
 
 def logical_axes(ndim: int) -> tuple[str | None, ...]:

@@ -16,7 +16,7 @@ from ministral_jax.distributed.placement import Placement, Rules
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.sampling.engine import SLOTS
+from ministral_jax.sampling.engine import SLOTS, rows_at_once
 
 Head = Literal["kl", "ce", "logprobs", "choice", "none"]
 """What is made of a read's final states: KL and cross-entropy against a teacher's, cross-entropy, log-probabilities of
@@ -83,7 +83,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Draw:
-    """A model answers `prompts` prompts of `prompt` tokens `each` so often, with up to `completion` tokens."""
+    """A model answers `prompts` prompts of `prompt` tokens `each` so often, with up to `completion` tokens; `at_once`:
+    so many answers are drawn together, 0 for all."""
 
     model: Held
     prompts: int
@@ -92,16 +93,25 @@ class Draw:
     completion: int
     compute: Compute
     patches: int = 0
+    at_once: int = 0
+
+    @property
+    def waves(self) -> int:
+        """Batches of answers, one after the other."""
+        return -(-self.prompts * self.each // (self.at_once or self.prompts * self.each))
+
+    def rows(self, place: Placement) -> tuple[int, int]:
+        """Of prompts that are read for a wave, and of answers."""
+        return rows_at_once(self.prompts, self.each, self.at_once, place)
 
     @property
     def rooms(self) -> Iterator[tuple[int, int]]:
         """Slots for a completion and how many tokens are drawn while there are so many; they double when they are
-        used."""
+        used, up to those of the longest completion."""
         done, room = 0, min(SLOTS, self.completion)
         while done < self.completion:
-            until = min(room, self.completion)
-            yield room, until - done
-            done, room = until, 2 * room
+            yield room, room - done
+            done, room = room, min(2 * room, self.completion)
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,8 @@ def _update(stage: Any, policy: Held, rows: int) -> Read:
 def _draw(stage: Any, model: Held, prompts: int, each: int, completion: int) -> Draw:
     prompt = bucket(max(min(stage.max_prompt_length, model.spec.context - 1), stage.compute.shortest_row))
     patches = bucket(stage.data.patches) if stage.data.patches and model.spec.vision is not None else 0
-    return Draw(model, prompts, each, prompt, min(completion, model.spec.context - prompt), stage.compute, patches)
+    longest = min(completion, model.spec.context - prompt)
+    return Draw(model, prompts, each, prompt, longest, stage.compute, patches, stage.answers_at_once or 0)
 
 
 def _judge(stage: Any, graph: Graph) -> tuple[tuple[Held, ...], tuple[Phase, ...]]:
@@ -314,5 +315,6 @@ def _examined(stage: Any, model: Held, given: GenerateConfig | None) -> tuple[Ph
     draws: list[Work] = []
     for each in (1, given.completions):
         if each:
-            draws.append(Draw(model, given.prompts, each, prompt, given.max_completion_length, stage.compute, patches))
+            longest, at_once = given.max_completion_length, given.answers_at_once or 0
+            draws.append(Draw(model, given.prompts, each, prompt, longest, stage.compute, patches, at_once))
     return (Phase("examine", tuple(draws), times, beside=True),)

@@ -110,7 +110,9 @@ def _compile(
         return jnp.take_along_axis(states, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
     def forked(hidden: Array, cache: Cache, parents: Array, slots: int) -> tuple[Array, Cache]:
-        return constrain(hidden[parents], ("batch", None)), grow(fork(cache, parents), slots)
+        """Final states and cache of the rows that go on, by their prompts' places on the devices that they share."""
+        cache = fork({**cache, "hidden": hidden}, parents)
+        return cache.pop("hidden"), grow(cache, slots)
 
     def steps(params: Params, hidden: Array, cache: Cache, rows: Rows, slot: Array, first: Array, count: Array):
         """Up to `count` tokens more of every row, of which `first` are there: the next goes into slot `slot` of the

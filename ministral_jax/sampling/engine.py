@@ -40,6 +40,8 @@ class SamplingOptions(Choice):
     stop_ids: tuple[int, ...] = ()
     chunk: int = Field(default=32, ge=1)
     """Tokens between two looks of the host."""
+    at_once: int | None = Field(default=None, ge=1)
+    """Completions that are drawn together; then come the next. None: all."""
 
 
 class Prompt(NamedTuple):
@@ -114,8 +116,11 @@ def stream(
     options: SamplingOptions,
     placement: Placement,
 ) -> Iterator[list[Completion]]:
-    """`generate`, giving all completions as they stand when the prompts are read and after every chunk of tokens: who
-    drives it may stop in between."""
+    """`generate`, giving all completions as they stand whenever prompts are read and after every chunk of tokens: who
+    drives it may stop in between.
+
+    A prompt is read on all devices whose rows go on from it, so that no cache is sent.
+    """
     if not prompts:
         return
     spec = model.spec
@@ -124,32 +129,47 @@ def stream(
     place = by_rows(placement)
     choice = Choice(**options.model_dump(include={*Choice.model_fields}))
     run = programs(spec, model.compute, place, choice, options.stop_ids, options.chunk)
-    batch = _batch(prompts, model, place.even(len(prompts)))
-    parents, rows = _rows(prompts, spec, options, place.even(len(prompts) * options.completions_per_prompt))
-    room, (_, width) = min(SLOTS, options.max_completion_length), batch["tokens"].shape
-    with jax.set_mesh(place.mesh):
-        lengths = np.maximum(batch["segments"].sum(axis=1, dtype=np.int32), 1)
-        hidden, cache = run.start(params, place_whole(place, batch, spec.vision), lengths)
-        hidden, cache = run.fork(hidden, cache, parents, room)
     samples = range(options.completions_per_prompt)
     texts = [Completion(n, sample, [], [], [], None) for n in range(len(prompts)) for sample in samples]
-    yield list(texts)
-    for done in range(0, options.max_completion_length, options.chunk):
-        if rows.done.all():
-            return
-        count = min(options.chunk, options.max_completion_length - done)
+    each = min(options.at_once or len(texts), len(texts))
+    waves = [range(first, min(first + each, len(texts))) for first in range(0, len(texts), each)]
+    width = max(model.compute.shortest_row, *(len(prompt.tokens) for prompt in prompts))
+    for wave in waves:
+        rows = _rows(prompts, spec, options, texts[wave.start : wave.stop], place.even(each))
+        read, parents = _shared([texts[row].prompt for row in wave], place.even(each), place.row_shards)
+        batch = _batch([prompts[n] for n in read], model, width)
         with jax.set_mesh(place.mesh):
-            while done + count > room:
-                cache, room = run.grow(cache, room), 2 * room
-            at = np.int32(width + done), np.int32(done), np.int32(count)
-            out, hidden, cache = run.chunk(params, hidden, cache, rows, *at)
-        out = {name: np.asarray(x) for name, x in out.items()}
-        for row, text in enumerate(texts):
-            if text.stopped is None:
-                new = {name: x[row, out["tokens"][row] >= 0].tolist() for name, x in out.items()}
-                texts[row] = _longer(text, new, options.stop_ids, rows.ends[row] - rows.lengths[row])
-                rows.done[row] = texts[row].stopped is not None
+            lengths = np.maximum(batch["segments"].sum(axis=1, dtype=np.int32), 1)
+            hidden, cache = run.start(params, place_whole(place, batch, spec.vision), lengths)
+            hidden, cache = run.fork(hidden, cache, parents, room := min(SLOTS, options.max_completion_length))
         yield list(texts)
+        for done in range(0, options.max_completion_length, options.chunk):
+            if rows.done.all():
+                break
+            count = min(options.chunk, options.max_completion_length - done)
+            with jax.set_mesh(place.mesh):
+                while done + count > room:
+                    more = min(room, options.max_completion_length - room)
+                    # one after the other, so that only one of them is there twice
+                    cache = {k: v for name in [*cache] for k, v in run.grow({name: cache.pop(name)}, more).items()}
+                    room += more
+                at = np.int32(batch["tokens"].shape[1] + done), np.int32(done), np.int32(count)
+                out, hidden, cache = run.chunk(params, hidden, cache, rows, *at)
+            out = {name: np.asarray(x) for name, x in out.items()}
+            for row, text in enumerate(texts[wave.start : wave.stop]):
+                if text.stopped is None:
+                    new = {name: x[row, out["tokens"][row] >= 0].tolist() for name, x in out.items()}
+                    text = _longer(text, new, options.stop_ids, rows.ends[row] - rows.lengths[row])
+                    texts[wave[row]], rows.done[row] = text, text.stopped is not None
+            yield list(texts)
+
+
+def rows_at_once(prompts: int, each: int, at_once: int | None, place: Placement) -> tuple[int, int]:
+    """Rows of prompts that are read, and of their `each` answers that are drawn together, in the first of all batches
+    or the only one: as `stream` makes them."""
+    count = min(at_once or prompts * each, prompts * each)
+    total = place.even(count)
+    return len(_shared([row // each for row in range(count)], total, place.row_shards)[0]), total
 
 
 def by_rows(placement: Placement) -> Placement:
@@ -177,25 +197,36 @@ def _check(prompt: Prompt, spec: ModelSpec, where: str) -> None:
         raise UserError(f"{where} has {places} [IMG] tokens but images of {images}")
 
 
-def _batch(prompts: Sequence[Prompt], model: VLM, count: int) -> Batch:
-    """A prompt in each row; rows of padding are added until there are `count`."""
+def _batch(prompts: Sequence[Prompt], model: VLM, width: int) -> Batch:
+    """A prompt in each row, of `width` tokens at least."""
     spec = model.spec
-    rows = one_per_row([prompt.tokens for prompt in prompts], model.compute.shortest_row, count)
+    rows = one_per_row([prompt.tokens for prompt in prompts], width)
     batch = {name: rows[name] for name in ("tokens", "segments")}
     is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
     return batch | images_of_rows([prompt.images for prompt in prompts], is_image)
 
 
-def _rows(prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, total: int) -> tuple[np.ndarray, Rows]:
-    """Which prompt each row goes on from, and what is known of it; rows that are added have stopped from the start."""
-    each = options.completions_per_prompt
-    count = len(prompts) * each
-    parents = np.minimum(np.arange(total) // each, len(prompts) - 1).astype(np.int32)
-    lengths = np.array([len(prompts[p].tokens) for p in parents], np.int32)
+def _shared(prompts: Sequence[int], total: int, shards: int) -> tuple[list[int], np.ndarray]:
+    """Of rows that go on from these prompts, in `shards` equal parts of `total` with what is added to fill them: the
+    prompts to be read, equally many by each part, and the place of each row's prompt among its part's."""
+    parts = np.pad(np.asarray(prompts), (0, total - len(prompts)), mode="edge").reshape(shards, -1)
+    needed = [np.unique(part) for part in parts]
+    most = max(len(part) for part in needed)
+    read = [int(n) for part in needed for n in np.pad(part, (0, most - len(part)), mode="edge")]
+    places = [np.searchsorted(some, part) for some, part in zip(needed, parts, strict=True)]
+    return read, np.concatenate(places).astype(np.int32)
+
+
+def _rows(
+    prompts: Sequence[Prompt], spec: ModelSpec, options: SamplingOptions, texts: Sequence[Completion], total: int
+) -> Rows:
+    """What is known of the row of each completion; rows that are added have stopped from the start."""
+    more = [*texts, *[texts[-1]] * (total - len(texts))]
+    lengths = np.array([len(prompts[text.prompt].tokens) for text in more], np.int32)
     ends = np.minimum(lengths.astype(np.int64) + options.max_completion_length, spec.context).astype(np.int32)
-    seeds = np.array([prompts[p].seed for p in parents], np.uint32)
-    samples = (np.arange(total) % each).astype(np.int32)
-    return parents, Rows(lengths, ends, np.arange(total) >= count, seeds, samples)
+    seeds = np.array([prompts[text.prompt].seed for text in more], np.uint32)
+    samples = np.array([text.sample for text in more], np.int32)
+    return Rows(lengths, ends, np.arange(total) >= len(texts), seeds, samples)
 
 
 def _longer(text: Completion, new: dict[str, list[Any]], stop_ids: tuple[int, ...], limit: int) -> Completion:

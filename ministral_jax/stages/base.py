@@ -81,6 +81,7 @@ class Stage(Frozen):
     incidental: ClassVar[frozenset[str]] = frozenset(
         {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "teacher_mesh", "optional"}
         | {"workers", "track", "profile", "microbatches", "batch.microbatches", "loss.chunk"}
+        | {"answers_at_once", "evaluate.answers_at_once", "generate.answers_at_once"}
     )
     """Settings that say where and how a result is computed, and do not make it another one, beyond rounding."""
 

@@ -88,7 +88,9 @@ class GRPO(online.OnlineStage):
         rows = self.prompts * self.num_generations // self.steps_per_generation
         batch = online.policy_batch(job, rows, ("old_logprobs", "advantages", "weights"), self.microbatches)
         return {
-            **sampler_programs(job, self.temperature, self.prompts, self.num_generations, self.max_prompt_length),
+            **sampler_programs(
+                job, self.temperature, self.prompts, self.num_generations, self.max_prompt_length, self.answers_at_once
+            ),
             "step": Program(step.function, (*step.arguments, fixed, batch)),
         }
 

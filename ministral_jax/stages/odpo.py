@@ -67,7 +67,7 @@ class ODPO(JudgedStage, online.OnlineStage):
         reference = jax.jit(placement.rules.scoped(answer_logprobs(job.spec, self.compute, heads)))
         theirs = placed_params(job.spec, placement, jnp.dtype(self.compute.dtype))
         return {
-            **sampler_programs(job, self.temperature, self.prompts, 2, self.max_prompt_length),
+            **sampler_programs(job, self.temperature, self.prompts, 2, self.max_prompt_length, self.answers_at_once),
             "reference": Program(reference, (theirs, batch | more)),
             "step": Program(step.function, (*step.arguments, fixed, split | more | {"reference": per_row})),
             **self.judge_programs(job),

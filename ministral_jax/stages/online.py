@@ -62,6 +62,9 @@ class AnsweringStage(Stage):
     compute: Compute = Compute()
     prompts: int = Field(default=16, ge=1)
     """New ones in every step."""
+    answers_at_once: int | None = Field(default=None, ge=1)
+    """Answers that are drawn together, one such batch after the other, for want of memory; None: all of a step. What
+    they say does not depend on it."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     rewards: RewardsConfig | None = None
     max_prompt_length: int = Field(default=512, ge=1)
@@ -189,7 +192,7 @@ class OnlineLearner:
         stage: OnlineStage = job.stage
         self.job, self.stage, self.prompts, self.fixed, self.clock = job, stage, prompts, fixed, clock
         self.programs = stage.programs(job)
-        self.sampler = open_sampler(job, prompts, stage.temperature, stage.toolbox(job))
+        self.sampler = open_sampler(job, prompts, stage.temperature, stage.toolbox(job), stage.answers_at_once)
         self.examiner = Examiner(
             self.sampler, prompts, stage.evaluate, job.directory, stage.workers, stage.reward_seconds
         )

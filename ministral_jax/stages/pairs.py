@@ -74,7 +74,9 @@ class Pairs(JudgedStage):
 
     def programs(self, job: Job[Pairs]) -> dict[str, Program]:
         each = self.num_generations
-        sampling = sampler_programs(job, self.temperature, self.prompts, each, self.max_prompt_length)
+        sampling = sampler_programs(
+            job, self.temperature, self.prompts, each, self.max_prompt_length, self.answers_at_once
+        )
         return sampling | self.judge_programs(job)
 
     def run(self, job: Job[Pairs]) -> Result:
@@ -82,7 +84,10 @@ class Pairs(JudgedStage):
         job, made_of = job.with_tokens(prompts.tokenizer), _made_of(job)
         done = from_first([_read(parts / f"{n}.json", made_of) is not None for n in range(self.rounds)])
         params = load_stage(job.source, jnp.dtype(self.compute.dtype), job.placement)[1]
-        sampler, judge = open_sampler(job, prompts, self.temperature), open_judge(job, prompts.tokenizer)
+        sampler, judge = (
+            open_sampler(job, prompts, self.temperature, at_once=self.answers_at_once),
+            open_judge(job, prompts.tokenizer),
+        )
         line = ProgressLine(job.name, self.rounds, sum(done))
         with ExitStack() as stack:
             stack.callback(line.close)

@@ -21,7 +21,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.models.cache import logical_axes
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.sampling.decoding import Choice, Rows, programs
-from ministral_jax.sampling.engine import SLOTS, SamplingOptions, by_rows
+from ministral_jax.sampling.engine import SLOTS, SamplingOptions, by_rows, rows_at_once
 from ministral_jax.stages.base import Job, Program
 
 
@@ -66,25 +66,31 @@ def check_prompts(job: Job[Any], progress: Progress | None = None) -> None:
     prompts.evaluation(1)
 
 
-def open_sampler(job: Job[Any], prompts: PromptData, temperature: float, tools: ToolBox | None = None) -> Sampler:
+def open_sampler(
+    job: Job[Any], prompts: PromptData, temperature: float, tools: ToolBox | None = None, at_once: int | None = None
+) -> Sampler:
     """The stage's model as it answers prompts; the job may stop at every piece of work."""
     place = job.spec, job.stage.compute, job.placement
-    return Sampler(*place, prompts.tokenizer, temperature, tools, on_step=poll_slow)
+    return Sampler(*place, prompts.tokenizer, temperature, tools, at_once=at_once, on_step=poll_slow)
 
 
 def open_examiner(job: Job[Any], given: GenerateConfig) -> Examiner:
     """Answers held-out prompts of the stage's own sources, as `generate` says; to be entered before it is used."""
     prompts = open_stage_prompts(job)
-    return Examiner(open_sampler(job, prompts, given.temperature), prompts, given, job.directory)
+    return Examiner(
+        open_sampler(job, prompts, given.temperature, at_once=given.answers_at_once), prompts, given, job.directory
+    )
 
 
-def sampler_programs(job: Job[Any], temperature: float, prompts: int, each: int, length: int) -> dict[str, Program]:
+def sampler_programs(
+    job: Job[Any], temperature: float, prompts: int, each: int, length: int, at_once: int | None = None
+) -> dict[str, Program]:
     """What sampling compiles to answer `prompts` prompts of at most `length` tokens `each` so often: reading them,
     branching into the answers, and a chunk of tokens. Shorter prompts are padded to fewer tokens."""
     spec, compute, place = job.spec, job.stage.compute, by_rows(job.placement)
     choice = Choice(temperature=temperature, vocab=job.tokens.vocab)
     run = programs(spec, compute, place, choice, (job.tokens.eos,), SamplingOptions().chunk)
-    count, total = place.even(prompts), place.even(prompts * each)
+    count, total = rows_at_once(prompts, each, at_once, place)
     params, patches = placed_params(spec, place), job.stage.data.patches
     batch = batch_shapes(count, bucket(max(length, compute.shortest_row)), (), patches, place.bins(), spec.vision)
     batch = place.described({name: batch[name] for name in batch.keys() - {"positions", "labels"}})
@@ -111,8 +117,10 @@ def generate_programs(job: Job[Any], given: GenerateConfig | None) -> dict[str, 
     if given is None:
         return {}
     length = job.spec.context - 1
-    found = sampler_programs(job, 0.0, given.prompts, 1, length)
+    found = sampler_programs(job, 0.0, given.prompts, 1, length, given.answers_at_once)
     if given.completions:
-        drawn = sampler_programs(job, given.temperature, given.prompts, given.completions, length)
+        drawn = sampler_programs(
+            job, given.temperature, given.prompts, given.completions, length, given.answers_at_once
+        )
         found |= {f"drawn/{name}": program for name, program in drawn.items()}
     return found

@@ -1,6 +1,7 @@
 """The sampler against the trainer's own forward pass and the distribution it says it draws from; when a text ends."""
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from sampling_cases import LONG, OPTIONS, PROMPTS, SPEC, parameters, placed, ref
 import ministral_jax.sampling.engine as sampling
 from ministral_jax.distributed import processes
 from ministral_jax.errors import UserError
+from ministral_jax.models.cache import logical_axes
 from ministral_jax.models.vlm import VLM, Compute
 from ministral_jax.sampling.decoding import Choice, Rows, draw, processed
 from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate, stream, watched
@@ -92,6 +94,50 @@ def test_a_row_does_not_depend_on_its_batch(drawn, monkeypatch):
     (alone,) = sample(prompts=PROMPTS[2:3], each=1, options=OPTIONS.model_copy(update={"chunk": 5}))
     assert alone.tokens == drawn[4].tokens
     assert worst([alone.logprobs], [drawn[4].logprobs]) < EQUAL
+
+
+@pytest.mark.parametrize("mesh", [(ONE, 1), MESHES["fsdp 2 x tensor 2"]], ids=["one", "four"])
+def test_in_waves_answers_are_the_same(mesh, drawn, monkeypatch):
+    """Three at once, so that a prompt's answers fall into two waves; room is made for no more than the longest."""
+    monkeypatch.setattr(sampling, "SLOTS", 16)
+    sizes, compiled = [], sampling.programs
+
+    def watched(*args):
+        run = compiled(*args)
+
+        def chunk(params, hidden, cache, *rest):
+            sizes.append((len(hidden), cache["k"].shape[3] - 64))
+            return run.chunk(params, hidden, cache, *rest)
+
+        return run._replace(chunk=chunk)
+
+    monkeypatch.setattr(sampling, "programs", watched)
+    ours = sample(*mesh, options=OPTIONS.model_copy(update={"at_once": 3}))
+    assert [c.tokens for c in ours] == [c.tokens for c in drawn]
+    assert worst([c.logprobs for c in ours], [c.logprobs for c in drawn]) < EQUAL
+    assert sizes == [(placed(*mesh).even(3), room) for room in (16, 32, LONG)] * 3
+
+
+def test_prompts_are_read_where_their_answers_are():
+    """Two devices, six answers of each of two and a half prompts: the second prompt is read on both."""
+    read, places = sampling._shared([0, 0, 0, 0, 1, 1, 1, 1, 2, 2], 12, 2)
+    assert read == [0, 1, 1, 2] and places.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1]
+    assert sampling.rows_at_once(2, 2, None, placed(dict(data=4, fsdp=1), 4)) == (4, 4)
+
+
+def test_answers_begin_without_a_word_between_devices():
+    place = placed(dict(data=2, fsdp=2, tensor=2), 8)
+    run = sampling.programs(SPEC, Compute(), place, Choice(), (), 16)
+
+    def array(*shape: int, dtype=np.float32):
+        sharding = place.sharding(shape, logical_axes(len(shape))) if len(shape) > 1 else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    keys = array(SPEC.layers, 8, SPEC.kv_heads, 64, SPEC.head_width)
+    cache = {"k": keys, "v": keys, "segments": array(8, 64, dtype=np.int32)}
+    with jax.set_mesh(place.mesh):
+        forked = run.fork.lower(array(8, SPEC.width), cache, array(16, dtype=np.int32), 16).compile()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", forked.as_text())
 
 
 def test_bfloat16_agrees_with_the_trainer_in_bfloat16():

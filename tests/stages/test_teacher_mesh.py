@@ -1,6 +1,7 @@
 """A teacher on a mesh of its own teaches what one in the student's step does, and bad sizes are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,9 @@ import yaml
 from paths import TESTS
 
 from ministral_jax.cli import main
+from ministral_jax.errors import UserError
 from ministral_jax.stages.base import load_stage
+from ministral_jax.stages.looped import RowLearner
 
 MESHES = {
     "within": {"mesh": {"fsdp": 2, "data": 2, "tensor": 2}},
@@ -58,23 +61,21 @@ def test_loss_and_held_out_figures_are_those_of_one_mesh(run_dir, stage):
 
 
 def test_it_goes_on_to_the_same_bits(run_dir, tmp_path, monkeypatch):
-    """Stopped after a save, the teacher begins with the batch that the student needs next."""
-    from ministral_jax.distributed import processes
-    from ministral_jax.stages.looped import RowLearner
-
+    """Ended after a save, when the teacher was a batch ahead, it begins with the batch that the student needs next."""
+    again = Path(shutil.copytree(run_dir, tmp_path / "again", ignore=shutil.ignore_patterns("others")))
+    words = ["run", str(run_dir.parent / "meshes.yaml"), "others", "--run-dir", str(again)]
     step, done = RowLearner.step, []
 
-    def counted(self, state, batch):
+    def ended(self, state, batch):
         done.append(1)
         if len(done) == 3:
-            raise KeyboardInterrupt
+            raise UserError("ended")
         return step(self, state, batch)
 
-    again = tmp_path / "again"
-    words = ["run", str(run_dir.parent / "meshes.yaml"), "others", "--from", str(run_dir), "--run-dir", str(again)]
-    monkeypatch.setattr(RowLearner, "step", counted)
-    monkeypatch.setattr(processes, "_stop", None, raising=False)
-    assert main(words) != 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RowLearner, "step", ended)
+        assert main(words) == 2
+    assert (again / "others" / "state" / "2").is_dir()
     assert main(words) == 0
     ours, theirs = (load_stage(each / "others")[1] for each in (again, run_dir))
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))

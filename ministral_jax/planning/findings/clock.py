@@ -53,7 +53,7 @@ def watched(context: Context, name: str) -> Iterator[Finding]:
 def _pieces(work: Work) -> int:
     """Between which a job says that it goes on: chunks of tokens, and a judge's batches; 0 of all else."""
     if isinstance(work, Draw):
-        return math.ceil(work.completion / SamplingOptions().chunk)
+        return work.waves * math.ceil(work.completion / SamplingOptions().chunk)
     return work.microbatches if isinstance(work, Read) and work.head == "choice" else 0
 
 

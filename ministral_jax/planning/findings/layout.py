@@ -256,7 +256,7 @@ def idle_samplers(context: Context, name: str) -> Iterator[Finding]:
     shards = by_rows(job.placement).row_shards
     for phase in work.phases:
         draws = [one for one in phase.work if isinstance(one, Draw)]
-        rows = max((draw.prompts * draw.each for draw in draws), default=shards)
+        rows = max((draw.at_once or draw.prompts * draw.each for draw in draws), default=shards)
         if 2 * rows <= shards:
             setting = _drawn(context.stage(name), phase.name)
             yield warning(

@@ -80,6 +80,8 @@ def _settings(context: Context, name: str, phase: PhaseMemory, mesh: Any) -> Ite
     largest = max(phase.items, key=lambda item: item.bytes).name
     meshes = list(_meshes(mesh))
     if work is not None and any(isinstance(one, Draw) for one in work.work):
+        draws = [one for one in work.work if isinstance(one, Draw)]
+        yield _together(stage, phase.phase, draws, math.prod(mesh.values()))
         yield from _of_draws(stage, phase.phase, meshes)
         return
     micro = "microbatches" if hasattr(stage, "microbatches") else "batch.microbatches"
@@ -93,6 +95,15 @@ def _settings(context: Context, name: str, phase: PhaseMemory, mesh: Any) -> Ite
         yield from (remat, microbatches, rows, meshes)
     else:
         yield from (meshes, remat, microbatches)
+
+
+def _together(stage: Any, phase: str, draws: list[Draw], devices: int) -> Iterator[Changes]:
+    """Fewer answers at once, which changes none of them, down to one on a device."""
+    part = ("generate." if getattr(stage, "generate", None) else "evaluate.") if phase == "examine" else ""
+    count = max(draw.at_once or draw.prompts * draw.each for draw in draws) // 2
+    while count >= devices:
+        yield {f"{part}answers_at_once": count}
+        count //= 2
 
 
 def _of_draws(stage: Any, phase: str, meshes: list[Changes]) -> Iterator[Iterable[Changes]]:

@@ -20,17 +20,17 @@ _VOCABULARIES = 4
 
 
 def draw_moments(draw: Draw, mesh: Mesh) -> Iterator[Moment]:
-    """All answers form one batch, whose cache begins with `SLOTS` places for them and doubles them when they are used;
-    the old one is there until the new one is."""
+    """The cache of a wave's answers begins with `SLOTS` places for them and doubles them when they are used: keys, and
+    then values, whose old places are there until the new ones are."""
     place = by_rows(Placement(mesh, draw.model.rules))
     model = replace(draw.model, rules=place.rules)
-    prompts, answers = place.even(draw.prompts), place.even(draw.prompts * draw.each)
+    prompts, answers = draw.rows(place)
     width = ITEMSIZE[draw.compute.dtype]
 
-    def cache(count: int, slots: int, whole: bool = False) -> int:
-        """Keys and values of all layers, `whole` in the rows; segments are small beside them."""
+    def cache(count: int, slots: int) -> int:
+        """Keys and values of all layers; segments are small beside them."""
         shape = (model.spec.layers, count, model.spec.kv_heads, slots, model.spec.head_width)
-        axes = ("layers", None if whole else "batch", "kv_heads", None, None)
+        axes = ("layers", "batch", "kv_heads", None, None)
         return 2 * width * math.prod(local_shape(shape, axes, place.rules, mesh))
 
     read = Rows(Read(model, prompts, draw.prompt, draw.compute, patches=draw.patches), mesh)
@@ -40,12 +40,10 @@ def draw_moments(draw: Draw, mesh: Mesh) -> Iterator[Moment]:
         yield {"activations": fixed + moment, "cache": 0}
 
     rooms = [room for room, _ in draw.rooms]
-    # rows are taken of a cache that is cut in rows: every device gets all keys, then all values, once as they come and
-    # once in pieces
-    gathered = cache(prompts, draw.prompt, whole=True)
-    yield {"cache": of_prompts + gathered + cache(answers, draw.prompt + rooms[0])}
+    # rows are taken of what is on their device, and then room is made for them
+    yield {"cache": of_prompts + cache(answers, draw.prompt) + cache(answers, draw.prompt + rooms[0])}
     for room, larger in pairwise(rooms):
-        yield {"cache": cache(answers, draw.prompt + room) + cache(answers, draw.prompt + larger)}
+        yield {"cache": cache(answers, draw.prompt + room) // 2 + cache(answers, draw.prompt + larger)}
     rows = local_shape((answers,), ("batch",), place.rules, mesh)[0]
     fixed = read.casts + read.weights + read.table
     # logits are whole in V on the devices of a row, for which the head is too

@@ -156,11 +156,12 @@ class Reading:
 
 
 def draw_costs(draw: Draw, layout: Layout, assume: Assumptions) -> list[Cost]:
-    """Prompts are read; then, token by token, all answers go on together until the longest one ends."""
-    layout = Layout(layout.mesh, by_rows(Placement(layout.mesh, layout.rules)).rules)
-    read = Read(draw.model, draw.prompts, draw.prompt, draw.compute, patches=draw.patches)
+    """Of each wave prompts are read; then, token by token, its answers go on together until the longest one ends."""
+    place = by_rows(Placement(layout.mesh, layout.rules))
+    layout, (prompts, answers) = Layout(layout.mesh, place.rules), draw.rows(place)
+    read = Read(draw.model, prompts, draw.prompt, draw.compute, patches=draw.patches)
     found = [replace(c, name=f"prompt {c.name}") for c in Reading(read, layout, assume).costs()]
-    spec, rows = draw.model.spec, layout.rows(draw.prompts * draw.each)
+    spec, rows = draw.model.spec, layout.rows(answers)
     tower = decoder_of(spec, 1, layout, draw.compute)
     width, tokens = tower.bytes, draw.completion
     heads = tower.heads / tower.parts("H")
@@ -181,7 +182,7 @@ def draw_costs(draw: Draw, layout: Layout, assume: Assumptions) -> list[Cost]:
         Cost("cache", "attention", scores, cache, spec.layers),
         Cost("next token", "head", head, table * width + 4 * assume.logit_passes * rows * spec.vocab, 1),
     ]
-    return [*found, *(cost.times(tokens) for cost in each)]
+    return [cost.times(draw.waves) for cost in (*found, *(cost.times(tokens) for cost in each))]
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
