@@ -46,9 +46,9 @@ def handed(array: Array, sharding: NamedSharding) -> Array:
     Where the devices differ, every process has some of both, see `shared_out`.
     """
     if array.sharding.device_set == sharding.device_set:
-        return jax.device_put(array, sharding)
+        return _put(array, sharding)
     source: Any = array.sharding
-    staged = jax.device_put(array, _staging(array.shape, source.mesh, sharding))
+    staged = _put(array, _staging(array.shape, source.mesh, sharding))
     whole = [slice(0, size) for size in array.shape]
     held: dict[tuple[int, int], list[Array]] = {}
     for shard in staged.addressable_shards:
@@ -63,6 +63,13 @@ def handed(array: Array, sharding: NamedSharding) -> Array:
                 part = part[within]
         parts.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def _put(array: Array, sharding: NamedSharding) -> Array:
+    """On the same devices. In several processes that is a program, which must not find another mesh set."""
+    mesh: Any = sharding.mesh
+    with jax.set_mesh(mesh):
+        return jax.device_put(array, sharding)
 
 
 def _alone(part: Array) -> Mesh:

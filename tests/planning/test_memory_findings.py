@@ -1,11 +1,10 @@
 """Memory and time that are predicted of the real family, and what is said to mend them."""
 
 import pytest
-from finding_cases import GRPO, LONG, ODPO, SHORT, V5P, found, holding, new, of_stage, predicted
+from finding_cases import GRPO, LONG, SHORT, V5P, found, holding, new, of_stage, predicted
 
 from ministral_jax.planning.memory.stage import StageMemory
 
-SHORTER = ["max_prompt_length=1024", "max_completion_length=1024", "evaluate.max_completion_length=1024"]
 PREDICTED = {
     # of real models of memory and time: stage, what is there before, what is planted, words of the finding
     "GRPO's caches": (
@@ -15,11 +14,7 @@ PREDICTED = {
             *("evaluate.max_completion_length=1024", "evaluate.completions=0"),
         ],
         ["max_completion_length=32768"],
-        ["14b-stem needs", "in phase 'sample' (cache", "set stages.14b-stem.max_completion_length=8192, with"],
-    ),
-    "the prompts' cache": (
-        ODPO, SHORTER, ["max_prompt_length=8192"],
-        ["cache", "set stages.14b-instruct.max_prompt_length=4096, with which it needs"],
+        ["14b-stem needs", "in phase 'sample' (cache", "set stages.14b-stem.answers_at_once=512, with"],
     ),
     "the loss head": (
         SHORT, ["mesh.tensor=1", "batch.microbatches=1"], ["loss.chunk=65536"],
