@@ -38,8 +38,13 @@ def most_patches(rows: int, patches: int, bins: Bins, vision: VisionSpec) -> int
     """P of the fullest batch of `rows` rows that hold `patches` each: a picture goes to the emptiest bin, which is then
     no fuller than the mean and one picture more."""
     per_group = rows // (bins.shards * bins.microbatches) * patches
-    largest = min(patches, (-(-vision.max_image_size // vision.stride) * vision.merge) ** 2)
+    largest = min(patches, largest_picture(vision))
     return _room(min(per_group, -(-per_group // bins.each) + largest * (bins.each > 1)), vision)
+
+
+def largest_picture(vision: VisionSpec) -> int:
+    """Patches of a square picture of the largest size."""
+    return (-(-vision.max_image_size // vision.stride) * vision.merge) ** 2
 
 
 def batch_shapes(

@@ -12,6 +12,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from ministral_jax.data.bins import most_patches
 from ministral_jax.distributed.placement import Placement, Rules
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
@@ -48,7 +49,8 @@ class Held:
 class Read:
     """A model reads packed rows: forward, and where it `learns` (in this work) backward and an update too.
 
-    patches: of a row's images, 0 without any. chunk: tokens of a device whose logits are there at once.
+    patches: the most of a row's pictures, 0 without any. tower: whether this model's own sees them, not another's,
+    equal to the last bit, before it. chunk: tokens of a device whose logits are there at once.
     taps: whether every layer's activations are observed, as calibration does.
     taught: whose logits are made beside this model's, for a `kl`: of states read before, or recorded. targets: bytes of
     what was recorded of a teacher for a row. handed: bytes that a teacher on a mesh of its own hands over for it, for
@@ -71,6 +73,14 @@ class Read:
     handed: int = 0
     streamed: bool = True
     at_once: int = 0
+    tower: bool = True
+
+    def bin(self, mesh: Mesh) -> int:
+        """Patches for which a device has room in a microbatch where every row has the most pictures (`data.bins`)."""
+        if (vision := self.model.spec.vision) is None or not self.patches:
+            return 0
+        bins = Placement(mesh, self.model.rules).bins(self.microbatches)
+        return most_patches(self.rows, self.patches, bins, vision)
 
     def on(self, mesh: Mesh) -> Read:
         """With the batches that rows `at_once` make on a mesh, the last one padded."""

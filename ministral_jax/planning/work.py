@@ -104,7 +104,11 @@ def _loop(stage: Looped, spec: ModelSpec, graph: Graph, frozen: tuple[str, ...] 
         step, seen = replace(step, taught=teacher), replace(seen, taught=teacher)
         if getattr(stage, "teacher_mesh", None) is not None:
             return _taught_apart(stage, student, teacher, step, seen)
-        taught, shown = (_rows(stage, teacher, "none", count), step), (_rows(stage, teacher, "none"), seen)
+        one_tower = spec.vision is not None and teacher.spec.vision == spec.vision and set(FROZEN) <= set(frozen)
+        if one_tower:  # as `stages.teaching.sharing_tower` will find, but where a stage between has trained it
+            teacher = replace(teacher, only=("decoder", "projector"))
+        read = replace(_rows(stage, teacher, "none", count), tower=not one_tower)
+        taught, shown = (read, step), (_rows(stage, teacher, "none"), seen)
     return StageWork((student, *(() if teacher is None else (teacher,))), _loop_phases(stage, taught, shown))
 
 

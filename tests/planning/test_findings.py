@@ -54,7 +54,7 @@ PLANTS = {
     ),
     "a slice too many": (V5P, SHORT, ["mesh.fsdp=4"], ["mesh.slice=4"], "warning", [".mesh.slice = 4 on one slice"]),
     "tensor over nodes": (
-        H100, SHORT, ["mesh.fsdp=2", "mesh.context=2", "data.patches=24192"], ["mesh.context=4"],
+        H100, SHORT, ["mesh.fsdp=2", "mesh.context=2"], ["mesh.context=4"],
         "warning", [".mesh.tensor = 4 reaches over 2 nodes"],
     ),
     "nodes are no slices": (
@@ -93,10 +93,6 @@ PLANTS = {
     "key-value heads": (
         V5P, SHORT, [], ["mesh.fsdp=4", "mesh.tensor=16"],
         "warning", ["mesh.tensor = 16 does not divide the kv_heads of its student (8)"],
-    ),
-    "patches": (
-        V5P, LONG, ["data.patches=24192"], ["data.patches=24200"],
-        "warning", [".data.patches = 24200 does not fall into 16 parts", "24256"],
     ),
     "few tokens": (
         "v6e:8x8", SHORT, [], ["batch.length=128"],

@@ -161,7 +161,7 @@ def test_half_a_cache_is_there_twice_while_room_is_made(at_once):
 
 
 def test_a_host_holds_the_patches_of_its_rows():
-    """The more hosts, the fewer rows on each: nine batches wait and one is read, in float32."""
+    """The more hosts, the fewer rows on each: nine batches wait and one is read, as bytes."""
     few, many = (planned("14b-short", machine)[1] for machine in ("v5p:4x4x4", "v5p:4x4x8"))
-    patches = 10 * 256 * 24_200 * 588 * 4
+    patches = 10 * 256 * 24_200 * 588
     assert few.host > patches / 16 and many.host > patches / 32 and many.host < few.host

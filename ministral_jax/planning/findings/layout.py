@@ -154,7 +154,7 @@ def _unsplit(context: Context, job: Job[Any]) -> MeshConfig | None:
 
 def _is_worse(context: Context, job: Job[Any], other: Job[Any]) -> bool:
     """Whether another mesh for a stage brings findings that it does not have now."""
-    checks = (within_two_sides, answers_divide, padded_questions, idle_samplers, parameters_divide, patches_divide)
+    checks = (within_two_sides, answers_divide, padded_questions, idle_samplers, parameters_divide)
 
     def told(one: Job[Any]) -> int:
         recipe = context.recipe
@@ -306,27 +306,6 @@ def _dimensions(held: Held) -> dict[str, int]:
     return found
 
 
-def patches_divide(context: Context, name: str) -> Iterator[Finding]:
-    """`context` cuts the patches of a row in whole blocks, or each of its devices computes all of them."""
-    job, work = context.jobs.get(name), context.work.get(name)
-    if job is None or work is None or not job.stage.sharding.length:
-        return
-    parts = job.mesh.shape["context"]
-    for read in (one for phase in work.phases for one in phase.work if isinstance(one, Read)):
-        vision = read.model.spec.vision
-        if vision is None or not read.patches or parts == 1 or not isinstance(job.stage, RowStage):
-            continue
-        block = vision.merge**2
-        if read.patches % (parts * block):
-            near = -(-read.patches // (parts * block)) * parts * block
-            yield warning(
-                name,
-                f"stages.{name}.data.patches = {read.patches} does not fall into {parts} parts (mesh.context) of whole "
-                f"blocks of {block}, so each of {parts} devices computes all of them; set it to {near}",
-            )
-            return
-
-
 def enough_tokens(context: Context, name: str) -> Iterator[Finding]:
     """A matrix product of fewer tokens than FLOPs per byte waits for its weights (roofline model)."""
     job, work, chip = context.jobs.get(name), context.work.get(name), context.machine.chip
@@ -359,6 +338,5 @@ CHECKS: tuple[StageCheck, ...] = (
     padded_questions,
     idle_samplers,
     parameters_divide,
-    patches_divide,
     enough_tokens,
 )

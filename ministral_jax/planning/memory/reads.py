@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 from jax.sharding import Mesh
 
-from ministral_jax.data.batch import shapes
+from ministral_jax.data.batch import image_shapes, shapes
 from ministral_jax.planning.memory.shards import ITEMSIZE, Shards
 from ministral_jax.planning.memory.temporaries import FLOAT, Moment, Rows, together
 from ministral_jax.planning.records import Cut, Read
@@ -16,21 +17,26 @@ from ministral_jax.planning.records import Cut, Read
 _FLOATS = ("loss_mask", "answer_mask", "text_bytes")
 
 
-def row_bytes(read: Read) -> tuple[int, int]:
-    """Of a row of a batch, in values of 4 bytes: what is there of every token, and of every patch; with what was
-    recorded of a teacher, most of it of tokens."""
-    arrays = shapes(1, read.length, _FLOATS, read.patches, read.model.spec.vision)
-    found = {name: 4 * math.prod(shape) for name, (shape, _) in arrays.items()}
-    patches = sum(size for name, size in found.items() if name.startswith("patch"))
-    return sum(found.values()) - patches + read.targets, patches
+def row_bytes(read: Read) -> int:
+    """Of a row of a batch without its pictures; with what was recorded of a teacher, most of it of tokens."""
+    slots = "image_slot" if read.patches and read.model.spec.vision is not None else "tokens"
+    arrays = {*shapes(1, read.length, _FLOATS), slots}
+    return 4 * read.length * len(arrays) + read.targets
+
+
+def bin_bytes(read: Read, mesh: Mesh) -> int:
+    """Of a device's pictures in all microbatches."""
+    if (v := read.model.spec.vision) is None:
+        return 0
+    arrays = image_shapes((1, 1), read.bin(mesh), v).values()
+    return read.microbatches * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
 
 
 def placed(rows: Rows) -> int:
     """A batch on a device, over all microbatches; and the next one, which is put there meanwhile."""
     count, tokens = Rows(replace(rows.read, microbatches=1), rows.mesh).shape
-    of_tokens, of_patches = row_bytes(rows.read)
-    whole = 1 + rows.read.streamed
-    return whole * count * ((of_tokens + rows.read.handed) * tokens // rows.read.length + of_patches)
+    of_rows = count * (row_bytes(rows.read) + rows.read.handed) * tokens // rows.read.length
+    return (1 + rows.read.streamed) * (of_rows + bin_bytes(rows.read, rows.mesh))
 
 
 def _patches(rows: Rows) -> int:
@@ -38,7 +44,7 @@ def _patches(rows: Rows) -> int:
     v = rows.spec.vision
     if v is None or not rows.read.patches:
         return 0
-    return rows.shape[0] * rows.read.microbatches * rows.read.patches * v.patch_width * rows.width
+    return rows.read.microbatches * rows.read.bin(rows.mesh) * v.patch_width * rows.width
 
 
 # ---- an update -------------------------------------------------------------------------------------------------------

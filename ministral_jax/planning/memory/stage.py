@@ -143,7 +143,9 @@ def _host_batch(work: Work, mesh: Mesh) -> int:
     """The rows of a global batch that a host's devices hold."""
     if not isinstance(work, Read):
         return 0
-    return math.ceil(work.rows * _share(work, mesh)) * sum(row_bytes(work))
+    v, patches = work.model.spec.vision, work.patches
+    of_pictures = patches * v.patch_width if v is not None else 0  # bytes; bins are made of one batch at a time
+    return math.ceil(work.rows * _share(work, mesh)) * (row_bytes(work) + of_pictures)
 
 
 def _share(read: Read, mesh: Mesh) -> float:

@@ -147,17 +147,18 @@ class Rows:
     def vision(self) -> tuple[int, int]:
         """What the vision tower holds at once, and what of it the projector's backward pass needs: the features, the
         same merged, and three times the projector's hidden values (before, after and the slope of its GELU)."""
-        v, patches = self.spec.vision, self.read.patches
+        v, patches = self.spec.vision, self.read.bin(self.mesh)
         if v is None or not patches:
             return 0, 0
         cut = lambda size, axis: self.shards.cut(size, axis)
-        count = self.shape[0] * patches * self.width
+        count = patches * self.width
         features, hidden = count * v.width, count * cut(v.mlp_width, "vision_mlp")
         # two of the stream, three of the feed-forward or queries, keys and values with their tiles
         tower = 2 * features + max(3 * hidden, 6 * count * cut(v.heads, "vision_heads") * v.head_width)
         merged = count // v.merge**2
         kept = 2 * features + merged * (v.width + 3 * cut(self.spec.width, "projector"))
-        return tower, kept + merged * self.spec.width
+        shared = math.prod(self.mesh.shape[axis] for axis in self.read.model.rules.bins)
+        return tower * self.read.tower, kept + shared * merged * self.spec.width
 
     # ---- moments ----
 

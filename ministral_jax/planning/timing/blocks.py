@@ -13,6 +13,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from ministral_jax.data.bins import largest_picture
 from ministral_jax.distributed.axes import Axes, dividing_axes
 from ministral_jax.distributed.placement import AXES, Rules
 from ministral_jax.models import decoder, vision
@@ -84,7 +85,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tower:
-    """Sizes of a stack, where it lies, and the tokens of a row that go through it."""
+    """Sizes of a stack, where it lies, and the tokens of a row that go through it, of which documents have `span`."""
 
     layers: int
     width: int
@@ -96,6 +97,7 @@ class Tower:
     names: tuple[str, ...]
     multiple_of: int
     length: int
+    span: int
     layout: Layout
     compute: Compute
 
@@ -170,7 +172,9 @@ class Tower:
     def _attention(self, rows: int, passes: Passes, assume: Assumptions, kind: Kind) -> Cost:
         chunks = (2 if self.causal else 1) if self.parts("T") > 1 else 1
         heads, kept = self.heads / self.parts("H"), self.compute.remat in ATTENTION_KEPT
-        given = Scores(rows, heads, self.head_width, self.tokens, self.length, chunks, self.causal, self.bytes, kept)
+        given = Scores(
+            rows, heads, self.head_width, self.tokens, self.length, self.span, chunks, self.causal, self.bytes, kept
+        )
         found = score_cost(given, self.implementation, self.compute.attention_block, passes, assume)
         sent = self._keys(rows, passes)
         return Cost("attention", kind, found.flops, found.hbm, found.trips, sent, idle=found.idle)
@@ -234,11 +238,14 @@ class Tower:
 
 def decoder_of(spec: ModelSpec, length: int, layout: Layout, compute: Compute) -> Tower:
     sizes = (spec.layers, spec.width, spec.mlp_width, spec.heads, spec.kv_heads, spec.head_width)
-    return Tower(*sizes, True, decoder.AXES, decoder.ZIGZAG, length, layout, compute)
+    return Tower(*sizes, True, decoder.AXES, decoder.ZIGZAG, length, length, layout, compute)
 
 
 def vision_of(spec: ModelSpec, patches: int, layout: Layout, compute: Compute) -> Tower:
+    """Over the pictures in a device's bin, of the largest size: every device has its own, and the tower's weights."""
     v = spec.vision
     assert v is not None
+    rules = layout.rules
+    layout = Layout(layout.mesh, rules.model_copy(update={"batch": rules.pictures, "length": (), "residual": ()}))
     sizes = (v.layers, v.width, v.mlp_width, v.heads, v.heads, v.head_width)
-    return Tower(*sizes, False, vision.AXES, v.merge**2, patches, layout, compute)
+    return Tower(*sizes, False, vision.AXES, 1, patches, min(patches, largest_picture(v)), layout, compute)

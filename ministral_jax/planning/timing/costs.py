@@ -59,8 +59,8 @@ class Reading:
         learns = self.read.learns
         passes = Passes(1, 1, 1) if learns else Passes()
         found = [*self.tower.costs(self.rows, passes, self.assume, learns), self._embedding(), *self._head()]
-        if self.read.patches and self.spec.vision is not None:
-            found += self._vision()
+        if patches := self.read.bin(self.layout.mesh):
+            found += self._vision(patches)
         if self.read.taps:
             found.append(self._taps())
         found = [cost.times(self.read.microbatches) for cost in found]
@@ -124,22 +124,29 @@ class Reading:
         yield Cost("loss head", "head", flops, matrices, chunks, tuple(t for t in sent if t.axes))
         yield Cost("logits", "memory", hbm=passes * logits)
 
-    def _vision(self) -> list[Cost]:
-        """The tower over all patches of every row, text or not; frozen, it only runs forward."""
+    def _vision(self, patches: int) -> list[Cost]:
+        """The tower over the pictures in a device's bin; frozen, it only runs forward. The devices that share rows tell
+        each other merged tokens."""
         read, v = self.read, self.spec.vision
         assert v is not None
         learns = read.learns and "vision" not in read.model.frozen
-        tower = vision_of(self.spec, read.patches, self.layout, read.compute)
-        found = tower.costs(self.rows, Passes(1, 1, 1) if learns else Passes(), self.assume, learns)
-        merged = self.rows * tower.tokens / v.merge**2
+        tower = vision_of(self.spec, patches, self.layout, read.compute)
+        found, embed = list[Cost](), 0.0
+        if read.tower:
+            found = tower.costs(1, Passes(1, 1, 1) if learns else Passes(), self.assume, learns)
+            embed = v.patch_width * v.width * patches
+        merged = patches / v.merge**2
         wide = self.spec.width / self.layout.parts(self.layout.axes(self.spec.width, "projector"))
         weights = v.merge**2 * v.width**2 + v.width * wide + self.spec.width * wide
-        embed = v.patch_width * v.width * self.rows * tower.tokens
         passes = 3 if read.learns and "projector" not in read.model.frozen else 1
         flops = 2 * (merged * weights * passes + embed)
+        made = merged * self.spec.width * tower.bytes
         cut = self.layout.axes(self.spec.width, "projector")
-        summed = (Transfer("reduce", cut, merged * self.spec.width * tower.bytes, passes, waits=True),) if cut else ()
-        return [*found, Cost("projector", "vision", flops, weights * tower.bytes, sent=summed)]
+        sent = [Transfer("reduce", cut, made, passes, waits=True)]
+        bins = tuple(axis for axis in read.model.rules.bins if self.layout.sizes[axis] > 1)
+        sent.append(Transfer("gather", bins, made * self.layout.parts(bins), passes, waits=True))
+        sent = [transfer for transfer in sent if transfer.axes]
+        return [*found, Cost("projector", "vision", flops, weights * tower.bytes, sent=tuple(sent))]
 
     def _taps(self) -> Cost:
         """Moments of both norms' inputs in every layer, in float32 of the highest precision. Where FSDP cuts D the

@@ -16,10 +16,10 @@ GPU_BLOCK = 128
 
 @dataclass(frozen=True)
 class Scores:
-    """Sizes of a device's queries and of the keys that they meet, one document to a row.
+    """Sizes of a device's queries and of the keys that they meet.
 
-    chunks: equal parts of the row in which the queries lie. kept: attention's result and its log-sum-exp are kept for
-    the backward pass.
+    span: keys of the longest document. chunks: equal parts of the row in which the queries lie. kept: attention's
+    result and its log-sum-exp are kept for the backward pass.
     """
 
     rows: int
@@ -27,15 +27,11 @@ class Scores:
     head_width: int
     queries: float
     keys: int
+    span: int
     chunks: int
     causal: bool
     bytes: int
     kept: bool
-
-    @property
-    def pairs(self) -> float:
-        """Of a query and a key that it sees."""
-        return self.rows * self.heads * self.queries * self.keys / (2 if self.causal else 1)
 
 
 class Passes(NamedTuple):
@@ -116,9 +112,9 @@ def _gpu(s: Scores, passes: Passes) -> ScoreCost:
 
 
 def _tiles(s: Scores, block: int) -> float:
-    """Tiles of queries and keys that are visited, of a row: in zig-zag order all devices visit as many."""
+    """Tiles of queries and keys of one document that are visited: in zig-zag order all devices visit as many."""
     mine = s.chunks * math.ceil(s.queries / s.chunks / block)
-    every = math.ceil(s.keys / block)
+    every = math.ceil(s.span / block)
     return mine * (every + 1) / 2 if s.causal else mine * every
 
 
