@@ -44,7 +44,7 @@ def planned(stage, machine, overrides=()):
     """What a stage of the recipe computes and holds, and its mesh: which device lies where makes no difference here."""
     parent = PRESETS["mistral-small-3.1-24b"]
     made = dict.fromkeys(("parent", "teacher", "instruct-teacher", "reasoning-teacher"), parent)
-    words = [*overrides, STREAM_WHOLE.format(stage=stage)]
+    words = [*overrides]
     recipe = load_recipe(ROOT / "configs" / "ministral3.yaml", words, lambda name: made)
     specs = resolve_specs(recipe, [stage], made)
     settings, on = recipe.stages[stage], parse_machine(machine)

@@ -112,7 +112,7 @@ def test_larger_tiles_and_then_one_kernel_make_a_faster_plan(plan):
         for block in (256, 128)
     ]
     seconds = [found.stages[-1].time.step_seconds for found in (plan, *tiles)]
-    assert seconds[0] < 0.85 * seconds[1] < 0.6 * seconds[2]
+    assert seconds[0] < 0.9 * seconds[1] < 0.6 * seconds[2], seconds
 
 
 def test_a_search_finds_a_mesh_that_fits_and_is_no_slower(plan):

@@ -51,7 +51,7 @@ def compiled(patches: int, mesh: dict[str, int], **compute) -> tuple[Module, lis
 
 def test_flops_are_those_of_the_compiled_step():
     """With a vision tower, microbatches and what the backward pass computes again."""
-    module, counted, _ = compiled(64, {}, remat="full")
+    module, counted, _ = compiled(64, {}, remat="full", attention="xla")
     assert sum(cost.flops for cost in counted) == pytest.approx(module.flops(), rel=0.01)
 
 

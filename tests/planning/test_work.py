@@ -62,7 +62,7 @@ def test_a_head_makes_a_teachers_logits_anew_of_recorded_states_alone():
     """Held-out rows are always recorded as hidden states, training rows where the codec says so."""
     machine = parse_machine("v5p:2x2x1")
     for codec, anew in (("{kind: hidden}", True), ("{kind: topk, entries: 16}", False)):
-        recipe = load_recipe(TESTS / "micro_stored.yaml", [f"stages.logits.codec={codec}"])
+        recipe = load_recipe(TESTS / "micro_stored.yaml", [f"stages.logits.codec={codec}", "data.patches=0"])
         specs = resolve_specs(recipe, ["short"])
         work = stage_work(recipe.stages["short"], specs["short"], Graph(recipe.stages, specs))
         mesh = machine.mesh(MeshConfig())
