@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ministral_jax import __version__
 from ministral_jax.console import log, say
 from ministral_jax.errors import UserError
-from ministral_jax.places import place, refuse_url, run_place
+from ministral_jax.places import local_place, place, run_place
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,24 +67,17 @@ def _carry_out(args: argparse.Namespace) -> int:
     return leave(code, together=True)
 
 
-def _place(text: str) -> Path:
-    return _argument(place, text)
+def _argument(check: Callable[[str, str], Path]) -> Callable[[str], Path]:
+    def checked(text: str) -> Path:
+        try:
+            return check(text, "directory")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
 
 
-def _run_place(text: str) -> Path:
-    return _argument(run_place, text)
-
-
-def _local(text: str) -> Path:
-    _argument(refuse_url, text)
-    return Path(text)
-
-
-def _argument(check: Callable[[str, str], Any], text: str) -> Any:
-    try:
-        return check(text, "directory")
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+_place, _run_place, _local = map(_argument, (place, run_place, local_place))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

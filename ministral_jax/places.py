@@ -58,6 +58,12 @@ def place(text: str | Path, what: str, accepted: str = "gs://bucket/name or s3:/
     return cast(Path, BucketPath(str(text)))
 
 
+def local_place(text: str | Path, what: str) -> Path:
+    """A path of a file system. Raises `UserError`: a URL."""
+    refuse_url(text, what)
+    return Path(text)
+
+
 def run_place(text: str | Path, what: str) -> Path:
     """`place` of a run's directory. Raises `UserError`: as there, and at s3://."""
     found = place(text, what, "gs://bucket/name")
