@@ -120,6 +120,10 @@ def slots(spec: ModelSpec) -> list[Slot]:
     return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
 
 
+_WRITTEN = re.compile(r"tekken\.json|\w+_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+"""Files of an export."""
+
+
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +187,10 @@ def _write(directory: Path, params: Params, spec: ModelSpec, config: dict[str, A
 
 
 def _ours(directory: Path) -> bool:
-    """Whether a directory may be replaced: it is empty, or `WRITER` wrote its weights."""
+    """Whether a directory may be replaced: it is empty, or `WRITER` wrote its weights; in a bucket also where a write
+    was cut off, which leaves no config.json."""
+    if is_remote(directory) and not (directory / "config.json").is_file():
+        return all(_WRITTEN.fullmatch(path.name) for path in directory.iterdir())
     weights = [*directory.glob("model.safetensors"), *directory.glob("model-00001-of-*.safetensors")]
     return not any(directory.iterdir()) or any(safetensors.metadata(f).get("writer") == WRITER for f in weights)
 
