@@ -205,8 +205,9 @@ class Tower:
 
     def _activations(self, rows: int, passes: Passes) -> tuple[Transfer, ...]:
         """Tensor parallelism: a sum after attention and after the feed-forward, and of both inputs' gradients. Where
-        the stream between is cut, its tokens are gathered before and the sums scattered; what a product read is
-        gathered once more for its weight's gradient, and so is the gradient of what it made."""
+        the stream between is cut, its tokens are gathered before; what a product read is gathered once more for its
+        weight's gradient, and so is the gradient of what it made. Half of the bytes of a sum would do there, but at real
+        sizes the TPU's compiler writes whole sums, or passes as many bytes on along the axis."""
         whole = rows * self.tokens * self.width * self.bytes
         full = passes.again if self.compute.remat in ALL_PRODUCTS else 0
         sums = {"H": passes.forward + full + passes.backward, "F": passes.forward + passes.backward}
@@ -214,11 +215,8 @@ class Tower:
         found: list[Transfer] = []
         for letter, count in sums.items():
             if (cut := self.cut[letter]) and self.cut["residual"] == cut:
-                found += [
-                    Transfer("scatter", cut, whole, count, waits=True),
-                    Transfer("gather", cut, whole, read, waits=True),
-                ]
-            elif cut:
+                found.append(Transfer("gather", cut, whole, read, waits=True))
+            if cut:
                 found.append(Transfer("reduce", cut, whole, count, waits=True))
         return tuple(found)
 
