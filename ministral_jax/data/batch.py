@@ -15,8 +15,8 @@ On the devices pictures do not lie with their rows but in G bins of P patches fo
 `data.bins` puts them there:
 
 patches uint8 `[S, G, P, 3pp]`: pixels in merge-block order, so that `merge**2` neighbours make one merged token.
-patch_image, patch_row, patch_col int32 `[S, G, P]`: the pictures of a bin are numbered ascending, as are those of which
-    its padding is made up; row and column in the picture's own patch grid.
+patch_image, patch_row, patch_col int32 `[S, G, P]`: the pictures of a bin are numbered ascending from 1 or more, and 0
+    is padding, behind them; row and column in the picture's own patch grid.
 image_slot int32 `[B, T]`: which merged token of the group's bins, one after the other, stands at this `[IMG]`, -1
     elsewhere.
 

@@ -20,8 +20,6 @@ from ministral_jax.models.spec import VisionSpec
 
 Sizes = Mapping[Hashable, int]
 """Patches of the pictures of a row."""
-_EMPTY = 64
-"""Patches in a picture of padding: attention's cost is that of pictures squared."""
 _FEWEST = 1024
 """Patches of a bin, so that small runs compile one step with pictures: less than one picture of 640 x 480 has."""
 T = TypeVar("T")
@@ -116,7 +114,7 @@ def _fill(rows: Sequence[Sizes], bins: int) -> tuple[dict[Hashable, tuple[int, i
 def _write(
     arrays: Batch, images: Sequence[ImagePatches | None], places: Mapping[Hashable, tuple[int, int]], vision: VisionSpec
 ) -> None:
-    """Pictures, and those of padding, into the arrays `[G, P, ..]` of their group."""
+    """Pictures into the arrays `[G, P, ..]` of their group, where padding is what is left."""
     numbers = {key: number for number, key in enumerate(places, 1)}
     for row in images:
         first = 0
@@ -131,9 +129,6 @@ def _write(
                 )
                 arrays["patch_image"][there] = number
             first += count
-    for image in arrays["patch_image"]:
-        load = np.count_nonzero(image)
-        image[load:] = len(places) + 1 + np.arange(len(image) - load) // _EMPTY
 
 
 def _pointed(

@@ -46,8 +46,9 @@ class VisionTower(nn.Module):
         row: Int[Array, "S G P"],
         column: Int[Array, "S G P"],
     ) -> Float[Array, "S G P Dv"]:
-        """`image` numbers the pictures of a bin, ascending; `row` and `column` place a patch in its picture. Bins are
-        independent: they lie over all axes of a mesh, and every device has the weights."""
+        """`image` numbers the pictures of a bin, ascending, and is 0 at padding behind them; `row` and `column` place a
+        patch in its picture. Bins are independent: they lie over all axes of a mesh, and every device has the weights.
+        """
         s, groups = self.spec, len(patches)
         patches, image, row, column = (rearrange(x, "S G ... -> (S G) ...") for x in (patches, image, row, column))
         with rows_of("pictures"):

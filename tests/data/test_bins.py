@@ -7,8 +7,10 @@ from picture_cases import GRIDS, mixed, pictures
 
 from ministral_jax.data.batch import images_of_rows
 from ministral_jax.data.bins import batch_shapes, binned, most_patches, sizes_of
-from ministral_jax.data.images import patchify, to_patches
+from ministral_jax.data.images import ImagePatches, patchify, to_patches
 from ministral_jax.distributed.placement import Bins
+from ministral_jax.models.attention import Part
+from ministral_jax.models.kernels import PADDING, cudnn
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,24 @@ def test_every_token_finds_its_own_pixels(batch, bins):
             y, x = (arrays[key][mine].ravel() for key in ("patch_row", "patch_col"))
             np.testing.assert_array_equal(pixels[0::2, 0::2, 0][y, x], expected[..., 0].ravel())
         assert not (slots >= 0).any()
-    assert (np.diff(found["patch_image"], axis=-1) >= 0).all() and found["patch_image"].min() > 0
+    numbers = found["patch_image"]
+    real = np.where(numbers > 0, numbers, numbers.max() + 1)
+    assert (np.diff(real, axis=-1) >= 0).all(), "ascending, and padding behind"
+
+
+def test_padding_takes_no_room_from_the_pictures_that_a_fused_kernel_of_gpus_may_have():
+    random, bins, small = np.random.default_rng(0), Bins(1, 2), {"tokens": np.zeros((4, 8), np.int32)}
+    for count in (1, 3, 9, 20):
+        sides = random.integers(8, 16, (4, count, 2))  # of merged tokens: at least 256 patches
+        shown = np.empty(4, object)
+        for row, grids in enumerate(sides):
+            patches = np.zeros((int(grids.prod(axis=1).sum()) * VISION.merge**2, VISION.patch_width), np.uint8)
+            shown[row] = ImagePatches(grids, patches)
+        slots = np.full((4, 8), -1, np.int32)
+        image = binned(small | {"images": shown, "image_slot": slots}, bins, VISION)["patch_image"].reshape(2, -1)
+        apart = np.asarray(Part(image, np.zeros(1, np.int32)).apart)
+        begins = (np.diff(apart, axis=1, prepend=-1) != 0) & (apart < PADDING)
+        assert begins.any(axis=1).all() and begins.sum(axis=1).max() <= cudnn.documents(image.shape[1])
 
 
 def test_a_batch_of_text_has_no_arrays_of_pictures(batch):

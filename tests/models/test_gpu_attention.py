@@ -143,8 +143,15 @@ def test_documents_are_sequences_of_cudnn_while_a_row_holds_no_more_than_it_may(
 def test_documents_that_are_not_there_are_marked():
     begins = jnp.array([[1, 0, 1, 0, 0], [1, 1, 1, 1, 0], [0] * 5, [1, 1, 1, 0, 1]], bool)
     starts, lengths = cudnn.packed(begins, jnp.array([3, 5, 0, 5]), 4)
-    np.testing.assert_array_equal(starts, [[0, 2, 3, -1, -1], [0, 1, 2, 3, 5], [0, -1, -1, -1, -1], [0, 1, 2, 4, 5]])
+    np.testing.assert_array_equal(starts, [[0, 2, -1, -1, -1], [0, 1, 2, 3, -1], [-1] * 5, [0, 1, 2, 4, -1]])
     np.testing.assert_array_equal(lengths, [[2, 1, -1, -1], [1, 1, 1, 2], [-1] * 4, [1, 1, 2, 1]])
+    # As the library tells them to cuDNN: the n-th length is of what begins at the n-th place.
+    q = jnp.zeros((4, 5, 1, 1))
+    lengths, _, places, _ = fused._fix_seqlen_offsets(lengths, lengths, starts, starts, q, q)
+    pairs = zip(places.ravel().tolist(), lengths.ravel().tolist(), strict=False)
+    found = [(begin, count) for begin, count in pairs if count]
+    rows = [[(0, 2), (2, 1)], [(0, 1), (1, 1), (2, 1), (3, 2)], [], [(0, 1), (1, 1), (2, 2), (4, 1)]]
+    assert found == [(5 * row + begin, count) for row, each in enumerate(rows) for begin, count in each]
 
 
 @pytest.mark.parametrize(

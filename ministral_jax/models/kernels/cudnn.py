@@ -66,14 +66,16 @@ def attend(
 def packed(
     begins: Bool[Array, "B T"], tokens: Int[Array, " B"], most: int
 ) -> tuple[Int[Array, "B most+1"], Int[Array, "B most"]]:
-    """Where each row's documents begin, then where the last one ends, and their lengths; -1 where there are no more.
+    """Where each row's documents begin and their lengths; -1 where there are no more, also in the last column.
 
-    `begins`: at which of a row's `tokens` a document does.
+    `begins`: at which of a row's `tokens` a document does. The library strings the rows' documents together by what is
+    not -1, begins and lengths each by themselves, so where a row ends must not stand among its begins.
     """
 
     def row(begins: Array, tokens: Array) -> tuple[Array, Array]:
         (starts,) = jnp.nonzero(begins, size=most + 1, fill_value=tokens)
-        lengths, behind = jnp.diff(starts), jnp.cumsum(starts == tokens) > 1
-        return jnp.where(behind, -1, starts).astype(jnp.int32), jnp.where(lengths > 0, lengths, -1).astype(jnp.int32)
+        lengths = jnp.diff(starts)
+        found = jnp.append(lengths > 0, False)
+        return jnp.where(found, starts, -1).astype(jnp.int32), jnp.where(found[:-1], lengths, -1).astype(jnp.int32)
 
     return jax.vmap(row)(begins, tokens)
