@@ -18,6 +18,8 @@ eval {{ job.setup }} || exit 2
 {% endif %}
 {% if job.bucket %}
 mountpoint -q {{ job.mount }} || { sudo install -d -o "$(id -un)" {{ job.mount }} && gcsfuse --implicit-dirs {{ job.bucket }} {{ job.mount }}; } || exit 2
+{% elif alone %}
+[[ -d {{ job.mount }} ]] || sudo install -d -o "$(id -un)" {{ job.mount }} || exit 2
 {% endif %}
 cd {{ job.mount }} || exit 2
 echo $$ > "$pid_file"

@@ -52,7 +52,9 @@ def place(text: str | Path, what: str, accepted: str = "gs://bucket/name or s3:/
         return Path(text)
     client, extra = _CLIENTS[scheme]
     if find_spec(client) is None:
-        raise UserError(f"{what} {text} needs {client}, which is not installed; pip install 'ministral-jax[{extra}]'")
+        raise UserError(
+            f"{what} {text} needs {client}, which is not installed; in the checkout, pip install -e '.[{extra}]'"
+        )
     from ministral_jax.buckets import BucketPath
 
     return cast(Path, BucketPath(str(text)))

@@ -55,5 +55,5 @@ def test_a_run_at_s3_is_refused():
 
 def test_what_is_not_installed_is_said(monkeypatch):
     monkeypatch.setattr("ministral_jax.places.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"s3://bucket/a needs s3fs, .*; pip install 'ministral-jax\[s3\]'$"):
+    with pytest.raises(UserError, match=r"s3://bucket/a needs s3fs, .*, pip install -e '\.\[s3\]'$"):
         place("s3://bucket/a", "data.sources.a.path =")

@@ -21,7 +21,11 @@ _BLOCKS: dict[type[Launch], str] = {SlurmLaunch: "slurm", GkeLaunch: "gke", TpuV
 
 
 def refuse_misfit(
-    recipe: Recipe, names: Sequence[str], job: Launch, made: Mapping[str, ModelSpec] | None = None
+    recipe: Recipe,
+    names: Sequence[str],
+    job: Launch,
+    made: Mapping[str, ModelSpec] | None = None,
+    shared: bool = False,
 ) -> None:
     """Look at the stages `names` on what `job` asks for; of a job without accelerators nothing is known.
 
@@ -30,6 +34,7 @@ def refuse_misfit(
     Args:
         made: sizes of finished stages, for those whose checkpoint is not here; others have those of their names, where
             they tell some.
+        shared: whether the run's directory is in a bucket, where all hosts see it.
 
     Raises:
         UserError: a line for everything that would end the run, see `planning.findings.impossible`.
@@ -41,7 +46,7 @@ def refuse_misfit(
     alone = recipe.model_copy(update={"launch": LaunchConfig().model_copy(update={_BLOCKS[type(job)]: job})})
     if found := impossible(alone, names, asked.machine, {**known, **(made or {})}):
         raise UserError("\n".join(f"{asked.setting}: {finding}" for finding in found))
-    for finding in starts_on_its_hosts(Context(alone, {}, (), asked.machine)):
+    for finding in starts_on_its_hosts(Context(alone, {}, (), asked.machine), shared):
         print(f"warning: {finding}", file=sys.stderr)
 
 

@@ -73,7 +73,7 @@ def launch(
     text = kind.render(job, name, command)
     there = run_dir or Path("runs") / settings.name
     if is_remote(there):  # who may read it there need not be who writes the job
-        refuse_misfit(settings, names, job, {})
+        refuse_misfit(settings, names, job, {}, shared=True)
     else:
         refuse_misfit(settings, unfinished(names, there), job, made_specs(there))
     if output is not None:

@@ -38,4 +38,4 @@ def check_matmul(matmul: str | None, where: str) -> None:
 
 def _check_installed(setting: str) -> None:
     if importlib.util.find_spec("qwix") is None:
-        raise UserError(f"{setting} = fp8 needs qwix, which is not installed; pip install 'ministral-jax[fp8]'")
+        raise UserError(f"{setting} = fp8 needs qwix, which is not installed; in the checkout, pip install -e '.[fp8]'")

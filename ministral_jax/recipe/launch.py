@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ministral_jax.settings import Frozen
 
 Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_@%+=:,./-]+$")]
 """Letters, digits and `_@%+=:,./-`: the same in a `#SBATCH` line, in a shell and in YAML."""
+
+
+def _bare(bucket: str) -> str:
+    if "://" in bucket:
+        raise ValueError(f"{bucket} is a URL, and must be the bucket's name alone, such as my-runs")
+    return bucket
+
+
+Bucket = Annotated[Plain, AfterValidator(_bare)]
+"""A bucket's name, without gs://."""
 Directory = Annotated[str, Field(pattern=r"^/[^\x00-\x1f]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Count = Annotated[int, Field(ge=1)]
@@ -141,7 +151,7 @@ class Volume(Frozen):
     """What holds the run directory for all pods: a claim that many nodes may write to, or a bucket (by gcsfuse)."""
 
     claim: Plain | None = None
-    bucket: Plain | None = None
+    bucket: Bucket | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -210,10 +220,10 @@ class TpuVmLaunch(Launch):
     spot: bool = True
     reserved: bool = False
     """From a reservation of the project; then it is no spot machine."""
-    bucket: Plain | None = None
-    """Mounted with gcsfuse on every host: the shared file system."""
+    bucket: Bucket | None = None
+    """Mounted with gcsfuse on every host: the shared file system, which a run at gs:// does without."""
     mount: Directory = "/mnt/work"
-    """Where the bucket is mounted, and the command's working directory."""
+    """Where the bucket is mounted, and the command's working directory, made for a run at gs:// without a bucket."""
     setup: str | None = None
     """Shell, run on every host before each start, whose variables the command sees; must bear being run twice."""
 

@@ -10,6 +10,7 @@ from unittest import mock
 from paths import ROOT
 
 from ministral_jax.launching.launch import launch
+from ministral_jax.places import run_place
 
 RECIPE = str(ROOT / "configs" / "tiny.yaml")
 GKE = ("launch.gke.image=registry.example/ministral-jax:0.1", "launch.gke.volume={bucket: my-runs}")
@@ -47,11 +48,11 @@ NASTY = (
 SECRETS = {"HF_TOKEN": "hf_abcdefghij", "WANDB_API_KEY": "0123456789abcdef"}
 
 
-def render(scheduler: str, *rest: str, recipe: str = RECIPE) -> str:
+def render(scheduler: str, *rest: str, recipe: str = RECIPE, run_dir: str | None = None) -> str:
     """What `ministral-jax launch SCHEDULER configs/tiny.yaml ...` prints where there are secrets in the environment."""
     printed = io.StringIO()
     with redirect_stdout(printed), mock.patch.dict(os.environ, SECRETS):
-        assert launch(scheduler, recipe, rest) == 0
+        assert launch(scheduler, recipe, rest, None if run_dir is None else run_place(run_dir, "--run-dir")) == 0
     text = printed.getvalue().replace(RECIPE, "configs/tiny.yaml")
     assert not any(secret in text for secret in SECRETS.values())
     return text

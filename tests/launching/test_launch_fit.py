@@ -100,6 +100,8 @@ def test_what_hosts_of_a_tpu_vm_lack_is_said(capsys):
     render("tpu-vm", V5P, recipe=BASE)
     told = capsys.readouterr().err
     assert "launch.tpu_vm.bucket is not set, and 16 hosts" in told and "launch.tpu_vm.setup is not set" in told
+    render("tpu-vm", V5P, "launch.tpu_vm.setup=pip install x", recipe=BASE, run_dir="gs://my-runs/base")
+    assert capsys.readouterr().err == ""
     render("tpu-vm", V5P, "launch.tpu_vm.bucket=b", "launch.tpu_vm.setup=pip install x", recipe=BASE)
     assert capsys.readouterr().err == ""
 

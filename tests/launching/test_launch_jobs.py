@@ -267,6 +267,8 @@ BAD = [
         ["tpu-vm", *TPU_VM, "launch.tpu_vm.reserved=true", "launch.tpu_vm.spot=true"],
         "reserved and spot exclude each other",
     ),
+    (["tpu-vm", *TPU_VM, "launch.tpu_vm.bucket=gs://b"], "launch.tpu_vm.bucket: gs://b is a URL, and must be"),
+    (["gke", *GKE, "launch.gke.volume={bucket: gs://b}"], "launch.gke.volume.bucket: gs://b is a URL, and must be"),
     (["local", "--submit"], "launch local runs at once"),
     (["slurm", "--output", "/nowhere/job"], "--output /nowhere/job: No such file or directory"),
     # a secret in any scheduler's block, whichever is launched, is refused and not repeated

@@ -39,14 +39,16 @@ class Bench:
     def argv(self) -> list[str]:
         return (self.folder / "argv").read_bytes().decode().split("\0")[:-1]
 
-    def on_tpu_vm(self, states: str, codes: str, *words: str, **more: str) -> subprocess.Popen[bytes]:
+    def on_tpu_vm(
+        self, states: str, codes: str, *words: str, run_dir: str | None = None, **more: str
+    ) -> subprocess.Popen[bytes]:
         """The script, begun, with what gcloud answers."""
         for name, script in (("gcloud", GCLOUD), ("sleep", "exit 0"), ("ministral-jax", RECORD)):
             self.command(name, script)
         for name, values in (("states", states), ("codes", codes)):
             (self.folder / name).write_text("\n".join(values.split()) + "\n")
         words = (*TPU_VM, f"launch.tpu_vm.mount={self.folder}", f"launch.tpu_vm.name={self.name}", *words)
-        return self.start(render("tpu-vm", *words), **more)
+        return self.start(render("tpu-vm", *words, run_dir=run_dir), **more)
 
     def verbs(self) -> str:
         """Of the calls of gcloud, questions left out."""
@@ -231,6 +233,14 @@ def test_tpu_vm_words_are_verbatim_and_leftovers_end(bench):
     assert bench.argv() == ["run", "configs/tiny.yaml", NASTY, "--distributed"]
     assert bench.lines("setup") == ["42"] and {"A=it's", "B=it's"} <= set(bench.lines("env"))
     assert not (bench.folder / "pwned").exists()
+
+
+@pytest.mark.parametrize(("run_dir", "code"), [("gs://my-runs/tiny", 0), (None, 2)])
+def test_tpu_vms_whose_run_is_in_a_bucket_mount_none(bench, run_dir, code):
+    bench.command("sudo", 'exec "$@"')
+    mount = f"launch.tpu_vm.mount={bench.folder}/made for it"
+    assert bench.on_tpu_vm("MISSING ACTIVE", "0", mount, run_dir=run_dir).wait(60) == code
+    assert (bench.folder / "made for it").is_dir() == (code == 0)
 
 
 def test_tpu_vms_are_deleted_when_the_script_is_stopped(bench):

@@ -126,7 +126,7 @@ def test_what_cannot_be_compiled_for(monkeypatch):
     with pytest.raises(UserError, match="--compile on h100:8: a program for a GPU can be compiled only where"):
         target_of(parse_machine("h100:8"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"v5p:2x2x1 needs libtpu.*pip install 'ministral-jax\[aot\]'"):
+    with pytest.raises(UserError, match=r"v5p:2x2x1 needs libtpu.*pip install -e '\.\[aot\]'"):
         target_of(parse_machine("v5p:2x2x1"))
 
 

@@ -112,7 +112,9 @@ def target_of(machine: Machine) -> Target:
     if machine.chip.platform != "tpu":
         raise UserError(f"--compile on {machine.name}: a program for a GPU can be compiled only where there is one")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--compile on {machine.name} needs libtpu, without a TPU: pip install 'ministral-jax[aot]'")
+        raise UserError(
+            f"--compile on {machine.name} needs libtpu, without a TPU: in the checkout, pip install -e '.[aot]'"
+        )
     several = {"num_slices": machine.slices} if machine.slices > 1 else {}
     try:
         devices = list(topologies.get_topology_desc(machine.name, platform="tpu", **several).devices)

@@ -39,18 +39,22 @@ def _described(machine: Machine) -> str:
     return f"the {counted(machine.chips, 'chip')} of {machine.name}{slices}"
 
 
-def starts_on_its_hosts(context: Context) -> Iterator[Finding]:
-    """Machines that are made for a job have nothing on them: hosts share no directory, and the package is not there."""
+def starts_on_its_hosts(context: Context, shared: bool = False) -> Iterator[Finding]:
+    """Machines that are made for a job have nothing on them: hosts share no directory, and the package is not there.
+
+    Args:
+        shared: whether the run's directory is in a bucket, where all hosts see it.
+    """
     job = context.recipe.launch.tpu_vm
     if job is None or context.machine.chip.platform != "tpu":
         return
     hosts = context.machine.hosts
-    if job.bucket is None and hosts > 1:
+    if job.bucket is None and hosts > 1 and not shared:
         yield warning(
             None,
             f"launch.tpu_vm.bucket is not set, and {hosts} hosts need a directory that all see at {job.mount} "
-            "(launch.tpu_vm.mount), without which the job ends at once; name a bucket, or mount one in "
-            "launch.tpu_vm.setup",
+            "(launch.tpu_vm.mount), without which the job ends at once; name a bucket, mount one in "
+            "launch.tpu_vm.setup, or launch with --run-dir gs://bucket/name",
         )
     if job.setup is None:
         yield warning(
