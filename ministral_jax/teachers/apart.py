@@ -35,7 +35,8 @@ class TeacherMesh(MeshConfig):
     """The mesh that a teacher runs on, in a program of its own: on all devices, or on `devices` that it has for itself.
 
     `devices`: so many, the last ones of every process; the student's mesh has the others. The teacher then reads the
-    next batch while the student learns from this one. None: on the student's devices, in another shape.
+    next batch while the student learns from this one. None: on the student's devices, in another shape. `slice`,
+    `data`, `fsdp`, `tensor` and `context` are as in `mesh`.
     """
 
     devices: int | None = Field(default=None, ge=1)

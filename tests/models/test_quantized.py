@@ -29,8 +29,8 @@ def test_the_decoders_linear_layers_and_nothing_else_multiply_numbers_of_eight_b
     def total(params, tokens, images):
         return VLM(SPEC, FP8).apply({"params": params}, tokens, images=images).sum()
 
-    tokens, grid = jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    patches = jax.ShapeDtypeStruct((1, 4, SPEC.vision.patch_width), jnp.float32)
+    tokens, grid = jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1, 1, 4), jnp.int32)
+    patches = jax.ShapeDtypeStruct((1, 1, 4, SPEC.vision.patch_width), jnp.float32)
     images = dict(patches=patches, patch_image=grid, patch_row=grid, patch_col=grid, image_slot=tokens)
     program = jax.jit(jax.grad(total)).lower(abstract_params(SPEC), tokens, images).as_text()
     found = products(program)

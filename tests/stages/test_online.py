@@ -122,7 +122,9 @@ def test_in_bfloat16_sampler_and_trainer_differ_by_rounding():
             TEMPERATURE,
         )["logprob"]
     )
-    gap = np.abs(np.asarray(read(parameters(place), batch)) - batch["old_logprobs"])[batch["loss_mask"] > 0]
+    gap = np.abs(np.asarray(read(parameters(place), placed_batch(place, batch))) - batch["old_logprobs"])[
+        batch["loss_mask"] > 0
+    ]
     print(f"bfloat16: {gap.max():.1e} at most, {gap.mean():.1e} in the mean")
     assert 0 < gap.max() < BF16
 
@@ -163,8 +165,9 @@ def test_pairs_stay_together_in_a_microbatch(plain):
     for n in range(4):
         a, b = (batch["labels"][n + k][batch["loss_mask"][n + k] > 0].tolist() for k in (0, 4))
         assert (a, b) == (episodes[2 * n].tokens, episodes[2 * n + 1].tokens)
-    read = answer_logprobs(SPEC, Compute(), LossHead(placed(*MESHES["one device"])))
-    total = jax.jit(read)(random_params(SPEC), batch)
+    one = placed(*MESHES["one device"])
+    read = answer_logprobs(SPEC, Compute(), LossHead(one))
+    total = jax.jit(read)(random_params(SPEC), placed_batch(one, batch))
     place = placed(*MESHES["fsdp 2 x tensor 2"])
     with jax.set_mesh(place.mesh):
         on_mesh = jax.jit(place.rules.scoped(answer_logprobs(SPEC, Compute(), LossHead(place))))

@@ -71,7 +71,7 @@ def documents(batch) -> list[dict[str, np.ndarray]]:
 def each(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """The rows of a batch, each with the patches of its own pictures."""
     found = {key: array[:, 0] if key in IMAGE_KEYS[:4] else array for key, array in by_row(batch, SPEC.vision).items()}
-    return [{key: array[row] for key, array in found.items()} for row in range(ROWS)]
+    return [{key: array[row] for key, array in found.items()} for row in range(len(batch["tokens"]))]
 
 
 def cut(row: dict[str, np.ndarray], segment: int) -> dict[str, Any]:
