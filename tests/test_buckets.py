@@ -14,7 +14,8 @@ from store_worker import ROWS, arrays, hashes, record
 
 from ministral_jax import buckets
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
-from ministral_jax.data.prepare import prepare
+from ministral_jax.data.pictures import read_pictures
+from ministral_jax.data.prepare import SPLITS, prepare
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, read_jsonl, write_json
@@ -163,7 +164,11 @@ def test_data_in_a_bucket_is_the_data_on_a_disk(bucket, tmp_path):
     ]
     assert packed[0].digest == packed[1].digest and packed[0].counts == packed[1].counts
     names = {path.name for path in (bucket / "data" / packed[0].digest[:16]).iterdir()}
-    assert names == {"index.json", "train.array_record", "held_out.array_record"}
+    assert names == {"index.json"} | {f"{s}.{kind}" for s in SPLITS for kind in ("array_record", "pictures")}
+    for split in SPLITS:
+        ours, theirs = (read_pictures(data.directory, split) for data in packed)
+        assert len(ours.starts) == packed[0].counts[split]["rows"] + 1
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(UserError, match=r"^data.sources.s.path = '.*none.jsonl' matches no file; give a file"):
         open_source("s", at(bucket / "none.jsonl"))
 

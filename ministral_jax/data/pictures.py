@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,20 +34,12 @@ def picture_sizes(pieces: Sequence[Piece], sources: Sequence[Documents]) -> np.n
 
 def write_pictures(directory: Path, split: str, rows: Sequence[np.ndarray]) -> None:
     """Keep beside the packed rows what `read_pictures` gives."""
-    (directory / f"{split}.pictures").write_bytes(save(_table(rows)))
-
-
-def read_pictures(directory: Path, split: str, records: Iterable[bytes]) -> Pictures:
-    """Of all rows of a split. `records` are its rows, from which it is read where it was not kept."""
-    path = directory / f"{split}.pictures"
-    if path.is_file():
-        return Pictures(**load(path.read_bytes()))
-    stored = (load(record) for record in records)
-    none = np.zeros(0, np.int32)
-    return Pictures(**_table([row["grids"].prod(axis=1) if "grids" in row else none for row in stored]))
-
-
-def _table(rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     counts = np.array([len(row) for row in rows], np.int64)
     tokens = np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32)
-    return {"starts": np.append(0, np.cumsum(counts)), "tokens": tokens}
+    table = {"starts": np.append(0, np.cumsum(counts)), "tokens": tokens}
+    (directory / f"{split}.pictures").write_bytes(save(table))
+
+
+def read_pictures(directory: Path, split: str) -> Pictures:
+    """Of all rows of a split."""
+    return Pictures(**load((directory / f"{split}.pictures").read_bytes()))

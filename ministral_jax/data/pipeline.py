@@ -167,8 +167,7 @@ def _open(data: PackedData, split: str) -> _Split:
     if not data.counts[split]["rows"]:
         raise UserError(f"no document is in the {split} split; change data.held_out or give the sources more documents")
     records: Any = grain.sources.ArrayRecordDataSource([str(path)])
-    every = (records[row] for row in range(data.counts[split]["rows"]))
-    return _Split(data, records, read_pictures(data.directory, split, every) if data.patches else None)
+    return _Split(data, records, read_pictures(data.directory, split) if data.patches else None)
 
 
 def _order(data: PackedData, seed: int) -> grain.MapDataset:

@@ -25,7 +25,7 @@ from ministral_jax.places import is_complete, new_directory, on_disk
 
 SPLITS = ("train", "held_out")
 _LAST = "index.json"
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True, eq=False)
