@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -31,6 +31,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 
 Batch = TypeVar("Batch")
+Shapes = tuple[tuple[int, ...], ...]
 RETRY = 75
 _LEAVE_SECONDS = 10
 _TIMES = 10
@@ -226,14 +227,30 @@ def poll_alone(doing: str) -> None:
 
 
 def polled(batches: Iterable[Batch], doing: str) -> Iterator[Batch]:
-    """The batches, with a `poll` before each is worked on, "`doing` n" with n from 1; the first one's work compiles.
+    """The batches, with a `poll` before each is worked on, "`doing` n" with n from 1; the work of the first one of its
+    shapes compiles.
 
     Raises:
         Preempted: see `poll`.
     """
+    seen = set[Shapes]()
     for number, batch in enumerate(batches, 1):
-        poll(f"{doing} {number}", slow=number == 1)
+        shapes = shapes_of(batch)
+        poll(f"{doing} {number}", slow=shapes not in seen)
+        seen.add(shapes)
         yield batch
+
+
+def shapes_of(batch: Any) -> Shapes:
+    """Of a batch's arrays: batches with others are worked on by a program of their own. None of what is no arrays by
+    name, such as prompts, of which a step makes its own."""
+    return tuple(getattr(x, "shape", ()) for x in jax.tree.leaves(batch)) if isinstance(batch, Mapping) else ()
+
+
+def compiles() -> None:
+    """What the last `poll` told of has to be compiled first, as it turns out: as if that had been `slow`."""
+    _job.durations[_kind(_job.doing)].clear()
+    _job.measured, _job.deadline = None, time.monotonic() + _job.limits.slow
 
 
 def announce(doing: str) -> None:

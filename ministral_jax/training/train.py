@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 from pydantic import Field
 
-from ministral_jax.distributed.processes import Preempted, poll, saving
+from ministral_jax.distributed.processes import Preempted, Shapes, compiles, poll, saving, shapes_of
 from ministral_jax.errors import UserError
 from ministral_jax.settings import Frozen
 from ministral_jax.training.checkpoint import CheckpointConfig, ResumeStore
@@ -169,7 +169,7 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
                         due.restart(at.step)
                     if at.step == config.steps:
                         break
-                    poll(f"step {at.step + 1}", slow=attempt.first)
+                    poll(f"step {at.step + 1}", slow=not attempt.compiled)
                     profiler.before(at.step + 1)
                     state = attempt.step(state)
                     at = replace(at, step=at.step + 1, evaluated=False)
@@ -244,7 +244,7 @@ class _Attempt:
 
     def begin(self, at: Position, resumed: int | None) -> None:
         schedule = self.learner.schedule
-        self.at_step, self.first = at.step, True
+        self.at_step, self.compiled = at.step, set[Shapes]()
         self.pending: tuple[int, StepMetrics] | None = None
         self.log = StageLog(self.directory, resumed, at.evaluated, self.config.track)
         self.line = ProgressLine(self.directory.name, self.config.steps, at.step)
@@ -271,10 +271,16 @@ class _Attempt:
         """Dispatch the next step; the device works on it while the figures of the one before are read."""
         self.clock.switch("data")
         batch = next(self.stream)
-        self.clock.switch("compile" if self.first else "step")
+        self.clock.switch("step")
+        if new := (shapes := shapes_of(batch)) not in self.compiled:
+            compiles()
+            self.read_figures()  # else the speed of the step before would hold what follows
+            self.clock.switch("compile")
         state, metrics = self.learner.step(state, batch)
         self.clock.switch("step")
-        self.first = False
+        if new:
+            self.compiled.add(shapes)
+            self.speed.restart()
         self.at_step += 1
         self.read_figures()
         self.pending = (self.at_step, metrics)

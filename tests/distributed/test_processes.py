@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from ministral_jax.distributed import processes
@@ -201,3 +202,16 @@ def test_a_second_ctrl_c_ends_at_once():
     code, said = interrupted("slow", 2)
     assert code == 130 and time.monotonic() - begun < 60, said
     assert said.splitlines()[-1].startswith("ministral-jax: interrupted twice, ended at once"), said
+
+
+def test_the_first_batch_of_its_shapes_may_take_as_long_as_what_is_slow(job):
+    limits = []
+    for _ in processes.polled([{"tokens": np.zeros(n)} for n in (2, 2, 2, 4, 4, 2)], "evaluating batch"):
+        limits.append(job.deadline - job.now)
+        job.now += 1
+    assert limits == [3600, 3600, 900, 3600, 3600, 900]
+    assert allowed(job, 1, "step 1") == 3600
+    assert allowed(job, 1, "step 2") == 900
+    processes.compiles()
+    assert job.deadline - job.now == 3600
+    assert allowed(job, 2000, "step 3") == 3600, "a peer may compile still"

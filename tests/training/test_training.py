@@ -183,6 +183,19 @@ def test_every_step_and_evaluation_is_logged_once(tmp_path, params):
     assert outcome.metrics == {"kl": last["kl"]} and int(outcome.state["step"]) == 6
 
 
+def test_a_batch_of_new_shapes_is_compiled_as_the_first_is(tmp_path, params, monkeypatch):
+    """It is given time, and its seconds are no step's: the speed is measured anew."""
+    told, switched = [], []
+    monkeypatch.setattr(training, "poll", lambda doing, slow=False: told.append(doing))
+    monkeypatch.setattr(training, "compiles", lambda: told.append("compiles"))
+    monkeypatch.setattr(Clock, "switch", lambda clock, what: switched.append(what))
+    run(tmp_path, params, lambda start: (batch(n, 8 if n in (2, 4) else 4) for n in range(start, 9)))
+    assert [told[n - 1] for n, what in enumerate(told) if what == "compiles"] == ["step 1", "step 3"]
+    assert switched.count("compile") == 2
+    records = [r for r in read_jsonl(tmp_path / "stage" / "metrics.jsonl") if r["kind"] == "train"]
+    assert "tokens_per_second" not in records[2]
+
+
 class Stop(Exception):
     pass
 

@@ -184,8 +184,9 @@ def _versions() -> dict[str, str]:
 
 
 def _visited(program: Program, block: int) -> float:
-    """How often, on average, a loop goes round whose count depends on data. There are two: causal attention visits half
-    of a row's tiles, and sampling stops at the end of a chunk of tokens."""
+    """How often, on average, a loop goes round whose count depends on data. There are two: attention by tiles, of which
+    a causal row visits half at most, by which the vision tower's are counted too, though by its pictures they may be
+    more or fewer; and sampling, which stops at the end of a chunk of tokens."""
     for argument in program.arguments:
         if isinstance(argument, Mapping) and "tokens" in argument:
             return (-(-argument["tokens"].shape[1] // block) + 1) / 2
