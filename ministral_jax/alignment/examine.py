@@ -106,7 +106,8 @@ class Examiner:
 
     def _answers(self, params: Params, temperature: float, each: int) -> tuple[Answers, Scores]:
         """To all prompts, always with the same random numbers, and what they are worth."""
-        sampler, numbers = replace(self._sampler, temperature=temperature), seeds(0, 0, len(self._rows), _SALT)
+        sampler = replace(self._sampler, temperature=temperature, at_once=self._config.answers_at_once)
+        numbers = seeds(0, 0, len(self._rows), _SALT)
         answers = sampler.answers(params, self._rows, numbers, each, self._config.max_completion_length)
         return answers, score_together(self._scorer, answers.samples)
 

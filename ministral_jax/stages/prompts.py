@@ -77,9 +77,7 @@ def open_sampler(
 def open_examiner(job: Job[Any], given: GenerateConfig) -> Examiner:
     """Answers held-out prompts of the stage's own sources, as `generate` says; to be entered before it is used."""
     prompts = open_stage_prompts(job)
-    return Examiner(
-        open_sampler(job, prompts, given.temperature, at_once=given.answers_at_once), prompts, given, job.directory
-    )
+    return Examiner(open_sampler(job, prompts, given.temperature), prompts, given, job.directory)
 
 
 def sampler_programs(

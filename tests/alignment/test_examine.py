@@ -44,6 +44,7 @@ class Model:
 
     answers: Any
     temperature: float = 1.0
+    at_once: int | None = 4
 
 
 def made_of(directory: Any, monkeypatch: Any, rows: list[Any], answers: Any, score: Any, completions: int = 0) -> Any:
@@ -51,7 +52,7 @@ def made_of(directory: Any, monkeypatch: Any, rows: list[Any], answers: Any, sco
     made._rows, made._directory = rows, directory
     made._sampler = Model(answers)
     made._scorer = Scorer(TypeAdapter(RewardsConfig).validate_python({"accuracy": {}}), 1)
-    made._config = SimpleNamespace(completions=completions, temperature=0.5, max_completion_length=8)
+    made._config = SimpleNamespace(completions=completions, temperature=0.5, max_completion_length=8, answers_at_once=2)
     monkeypatch.setattr(examine, "score_together", lambda _, samples: score(samples))
     return made
 
@@ -100,13 +101,14 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one():
 
 
 def test_prompts_are_answered_greedily_and_by_draws(tmp_path, monkeypatch):
-    """Two prompts of two sources: of the draws 3 and 9 of 12 are right, and half of them loop."""
+    """Two prompts of two sources, as many answers at once as the evaluation says: of the draws 3 and 9 of 12 are right,
+    and half of them loop."""
     rows = [SimpleNamespace(source=name, rendered=SimpleNamespace(pictures=[])) for name in "ab"]
     asked = []
 
-    def answering(temperature: float) -> Any:
+    def answering(temperature: float, at_once: int | None) -> Any:
         def answers(params: int, given: Any, seeds: Any, each: int, limit: int) -> Any:
-            asked.append((temperature, each))
+            asked.append((temperature, each, at_once))
             right = [[1.0, 0.0]] if each == 1 else [[n < params, n < 3 * params] for n in range(each)]
             worth = np.array(right, float).T.ravel()
             said = [
@@ -117,7 +119,7 @@ def test_prompts_are_answered_greedily_and_by_draws(tmp_path, monkeypatch):
 
         return answers
 
-    monkeypatch.setattr(examine, "replace", lambda _, temperature: Model(answering(temperature)))
+    monkeypatch.setattr(examine, "replace", lambda _, **change: Model(answering(**change)))
 
     def score(samples: Any) -> Scores:
         worth = np.array([float(sample.answer) for sample in samples])
@@ -125,7 +127,7 @@ def test_prompts_are_answered_greedily_and_by_draws(tmp_path, monkeypatch):
 
     for params in (3, 4):
         figures, rewards = made_of(tmp_path, monkeypatch, rows, None, score, 12).examine(params)
-    assert asked == [(0.0, 1), (0.5, 12)] * 2
+    assert asked == [(0.0, 1, 2), (0.5, 12, 2)] * 2
     shares = {name: figures[name] for name in ("accuracy", "accuracy_a", "accuracy_b", "pass@1", "pass@1_a")}
     want = {"accuracy": 0.5, "accuracy_a": 1, "accuracy_b": 0, "pass@1": 8 / 12, "pass@1_a": 4 / 12}
     assert shares == pytest.approx(want)
