@@ -206,8 +206,8 @@ class Tower:
     def _activations(self, rows: int, passes: Passes) -> tuple[Transfer, ...]:
         """Tensor parallelism: a sum after attention and after the feed-forward, and of both inputs' gradients. Where
         the stream between is cut, its tokens are gathered before; what a product read is gathered once more for its
-        weight's gradient, and so is the gradient of what it made. Half of the bytes of a sum would do there, but at real
-        sizes the TPU's compiler writes whole sums, or passes as many bytes on along the axis."""
+        weight's gradient, and so is the gradient of what it made. Half of the bytes of a sum would do there, but at
+        real sizes the TPU's compiler writes whole sums, or passes as many bytes on along the axis."""
         whole = rows * self.tokens * self.width * self.bytes
         full = passes.again if self.compute.remat in ALL_PRODUCTS else 0
         sums = {"H": passes.forward + full + passes.backward, "F": passes.forward + passes.backward}
