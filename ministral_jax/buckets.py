@@ -121,6 +121,10 @@ class BucketPath(PosixGPath):
         except Exception as error:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(self)) from error
 
+    def copy(self, target: BucketPath) -> None:
+        """Copy the object to another name of the same kind of store, which does it itself."""
+        self._ask("cp_file", str(target))
+
     # ---- names ----
 
     def mkdir(self, *_: Any, **__: Any) -> None:

@@ -6,6 +6,7 @@ what must lie on a disk to be read is copied to one.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """What reads and writes a scheme, and the extra that installs it."""
 _THREADS = 8
+_LOG = logging.getLogger(__name__)
 _PUT_SECONDS = 30.0
 
 
@@ -151,15 +153,17 @@ def _kept(directory: Path) -> Path:
 
 def put_files(directory: Path, place: Path, last: str = "") -> None:
     """Copy the files below a local directory to an object store, `last` after all others."""
-    paths = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-    _each(lambda name: cast(Any, place / name).put(directory / name), (name for name in paths if name != last))
-    if last in paths:
-        cast(Any, place / last).put(directory / last)
+    copy_tree(directory, place, last, spare="")
 
 
 def fetch_files(place: Path, directory: Path) -> None:
     """Copy the objects below a place to a local directory."""
-    _each(lambda path: path.fetch(directory / path.relative_to(place)), place.rglob("*"))
+    copy_tree(place, directory, last="", spare="")
+
+
+def _names(directory: Path, spare: str) -> list[str]:
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if is_remote(path) or path.is_file()]
+    return [path.as_posix() for path in paths if path.parts[0] != spare]
 
 
 def _each(copy: Any, what: Iterable[Any]) -> None:
@@ -169,7 +173,13 @@ def _each(copy: Any, what: Iterable[Any]) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory and what is below it, as far as that can be done."""
-    cast(Any, path).rmtree() if is_remote(path) else shutil.rmtree(path, ignore_errors=True)
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        cast(Any, path).rmtree()
+    except OSError as error:  # one process removes, and others would wait for it
+        _LOG.warning("%s could not be removed: %s", path, error.strerror)
 
 
 def move(directory: Path, target: Path) -> None:
@@ -183,18 +193,25 @@ def move(directory: Path, target: Path) -> None:
 
 def copy_tree(place: Path, target: Path, last: str, spare: str) -> None:
     """Copy the files of a directory from or to an object store, `last` after all others and those in `spare` not."""
-    with tempfile.TemporaryDirectory() as scratch:
-        draft = Path(scratch, "copy")
-        if is_remote(place):
-            fetch_files(place, draft)
+    if is_remote(place) and is_remote(target) and place.parts[1] != target.parts[1]:  # of two kinds: by way of a disk
+        with tempfile.TemporaryDirectory() as scratch:
+            copy_tree(place, Path(scratch), last, spare)
+            copy_tree(Path(scratch), target, last, spare="")
+        return
+
+    def copy(name: str) -> None:
+        ours, theirs = cast(Any, place / name), cast(Any, target / name)
+        if not is_remote(place):
+            theirs.put(ours)
+        elif is_remote(target):
+            ours.copy(theirs)
         else:
-            shutil.copytree(place, draft)
-        if spare:
-            shutil.rmtree(draft / spare, ignore_errors=True)
-        if is_remote(target):
-            put_files(draft, target, last)
-        else:
-            shutil.copytree(draft, target, dirs_exist_ok=True)
+            ours.fetch(theirs)
+
+    names = _names(place, spare)
+    _each(copy, (name for name in names if name != last))
+    if last in names:
+        copy(last)
 
 
 class Lines:

@@ -21,7 +21,18 @@ from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, read_jsonl, write_json
 from ministral_jax.interop.hf import _ours
 from ministral_jax.models.spec import VisionSpec
-from ministral_jax.places import Lines, fetched, is_complete, move, new_directory, on_disk, place, put_files
+from ministral_jax.places import (
+    Lines,
+    copy_tree,
+    fetched,
+    is_complete,
+    move,
+    new_directory,
+    on_disk,
+    place,
+    put_files,
+    remove_tree,
+)
 from ministral_jax.runs import lock
 from ministral_jax.teachers.store import Store, verify
 from ministral_jax.training.checkpoint import ResumeStore, load_params, save_params
@@ -171,6 +182,30 @@ def test_data_in_a_bucket_is_the_data_on_a_disk(bucket, tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(UserError, match=r"^data.sources.s.path = '.*none.jsonl' matches no file; give a file"):
         open_source("s", at(bucket / "none.jsonl"))
+
+
+def test_one_store_copies_itself_and_what_is_spared_is_not_read(bucket, monkeypatch):
+    for name in ("manifest.json", "params/a", "state/2/b"):
+        (bucket / "from" / name).write_text(name)
+    none = lambda self, path: pytest.fail(f"{self} passes through this machine")
+    monkeypatch.setattr(buckets.BucketPath, "fetch", none)
+    monkeypatch.setattr(buckets.BucketPath, "put", none)
+    copy_tree(bucket / "from", bucket / "to", last="manifest.json", spare="state")
+    assert sorted(str(path.relative_to(bucket / "to")) for path in (bucket / "to").rglob("*")) == [
+        "manifest.json",
+        "params/a",
+    ]
+    move(bucket / "to", bucket / "moved")
+    assert (bucket / "moved/params/a").read_text() == "params/a" and not (bucket / "to").exists()
+
+
+def test_what_cannot_be_removed_is_warned_of(bucket, monkeypatch, caplog):
+    def fail(self, missing_ok=True):
+        raise OSError(5, "ServiceUnavailable", str(self))
+
+    monkeypatch.setattr(buckets.BucketPath, "rmtree", fail)
+    remove_tree(bucket / "state")
+    assert "state could not be removed: ServiceUnavailable" in caplog.text
 
 
 def test_a_logit_store_in_a_bucket_is_read_as_it_was_written(bucket):

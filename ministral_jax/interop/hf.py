@@ -11,7 +11,7 @@ from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from ministral_jax.interop import safetensors
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params, abstract_params, check_params
-from ministral_jax.places import place, put_files, remove_tree
+from ministral_jax.places import place, put_files
 
 SHARD_BYTES = 5_000_000_000
 WRITER = "ministral_jax"
@@ -165,7 +165,7 @@ def _write(directory: Path, params: Params, spec: ModelSpec, config: dict[str, A
         with TemporaryDirectory() as scratch:
             _write(Path(scratch, "hf"), params, spec, config, files)
             (directory / "config.json").unlink(missing_ok=True)
-            remove_tree(directory)
+            cast(Any, directory).rmtree()
             put_files(Path(scratch, "hf"), directory, last="config.json")
         return
     draft = directory.with_name(f".{directory.name}.partial")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import is_remote
-from ministral_jax.places import remove_tree
 from ministral_jax.runs.reading import Run, read_run
 from ministral_jax.runs.survey import is_taken
 from ministral_jax.runs.sweep_run import read_record
@@ -58,7 +58,7 @@ def size(path: Path) -> int:
 def remove(path: Path) -> None:
     try:
         if is_remote(path) and path.is_dir():
-            remove_tree(path)
+            cast(Any, path).rmtree()
         else:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
