@@ -69,6 +69,12 @@ class Interrupted(Preempted):
     said = "interrupted"
 
 
+class Unreachable(Preempted):
+    """What the job needs did not answer, as the text says, which a later attempt may find mended."""
+
+    said = "stopped by the network"
+
+
 @dataclass
 class _Job:
     """What this process knows of its job."""

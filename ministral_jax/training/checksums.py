@@ -14,11 +14,14 @@ from typing import Any
 import jax
 
 from ministral_jax.distributed.collectives import Gathering, first_problem
+from ministral_jax.distributed.processes import Unreachable
 from ministral_jax.files import file_digest, is_remote
 
 Files = dict[str, Any]
 """Relative path -> [size in bytes, SHA-256 in hex]; survives JSON unchanged."""
 
+_NETWORK = "network: "
+"""Begins what is told of a file that may be whole."""
 _THREADS = min(8, os.cpu_count() or 1)
 _WRITER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
 """How Orbax names what each process writes: `ocdbt.process_3/..`, `array_metadatas/process_3`."""
@@ -64,13 +67,19 @@ def damage(directory: Path, files: Files) -> str | None:
     """What differs from `files`, or None: "NAME is missing", "NAME has 3 bytes instead of 5", ..
 
     All processes call it; each reads its share of the files and learns what the others found.
+
+    Raises:
+        Unreachable: an object could not be read for the network's sake. On every process.
     """
     if not _well_formed(files):
         return "the list of its files is not readable"
     share = sorted(files, key=lambda name: (-files[name][0], name))[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(_THREADS) as pool:
         findings = pool.map(lambda name: _difference(directory, name, *files[name]), share)
-        return first_problem(next((finding for finding in findings if finding), None))
+        found = first_problem(next((finding for finding in findings if finding), None))
+    if found is not None and found.startswith(_NETWORK):
+        raise Unreachable(found.removeprefix(_NETWORK))
+    return found
 
 
 def _well_formed(files: Any) -> bool:
@@ -90,5 +99,5 @@ def _difference(directory: Path, name: str, size: int, digest: str) -> str | Non
         return f"{name} is missing"
     except OSError as error:
         if is_remote(path):  # of the network, which says nothing of the file
-            raise
+            return f"{_NETWORK}{path} could be checked: {error.strerror}"
         return f"{name} cannot be read: {error.strerror}"

@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from ministral_jax.distributed.processes import RETRY, Unreachable
 from ministral_jax.files import file_digest
+from ministral_jax.training import checksums as module
 from ministral_jax.training.checksums import checksums, damage
 
 
@@ -28,3 +32,19 @@ def test_what_a_peer_wrote_is_kept_though_process_0_does_not_see_it_yet(tmp_path
     here = {name: [len(name), file_digest(tmp_path / name)] for name in ("manifest", "ocdbt.process_1/d/seen")}
     assert files == here | unseen and [Path(name) for name in files] == sorted(map(Path, files))
     assert damage(tmp_path, files) == "ocdbt.process_2/d/unseen is missing"
+
+
+def test_where_the_network_fails_all_processes_stop_to_be_started_again(tmp_path, monkeypatch):
+    """A process that raised before it told the others would leave them waiting."""
+    told = []
+    monkeypatch.setattr(module, "first_problem", lambda problem: told.append(problem) or problem)
+    monkeypatch.setattr(module, "is_remote", lambda path: True)
+
+    def fail(path):
+        raise OSError(5, "HttpError: 503", str(path))
+
+    monkeypatch.setattr(module, "file_digest", fail)
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(Unreachable, match=r"/a could be checked: HttpError: 503$") as stop:
+        damage(tmp_path, {"a": [1, "ab"]})
+    assert stop.value.code == RETRY and len(told) == 1 and told[0]
