@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -51,7 +51,12 @@ class Compute:
     @property
     def linear(self) -> Callable[[Array, Array], Array]:
         """What multiplies the tokens with a layer's matrix."""
-        return linear if self.matmul is None else fp8_linear
+        return linear if self.matmul is None else lambda x, kernel: checkpoint_name(fp8_linear(x, kernel), PRODUCT)
+
+    @property
+    def unrounded(self) -> Compute:
+        """Of what does not learn: the same, but all products in `dtype`."""
+        return replace(self, matmul=None)
 
 
 Past = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -54,7 +53,7 @@ class VLM(nn.Module):
     def setup(self) -> None:
         self.decoder = Decoder(self.spec, self.compute)
         if self.spec.vision is not None:
-            self.vision = VisionTower(self.spec.vision, replace(self.compute, matmul=None))
+            self.vision = VisionTower(self.spec.vision, self.compute.unrounded)
             self.projector = Projector(self.spec, self.compute)
 
     def __call__(

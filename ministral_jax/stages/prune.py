@@ -55,7 +55,7 @@ class Prune(rows.RowStage):
         teacher = online(source, params, self.compute, job.placement, self.batch.length)
         batch, weighted = rows.abstract_batch(job), self.options.width_weight == "token"
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
-        calibrate = batch_sums, (VLM(source, self.compute), True, weighted, params, calibrated(batch))
+        calibrate = batch_sums, (VLM(source, self.compute.unrounded), True, weighted, params, calibrated(batch))
         ours = {"calibrate": calibrate, **surgery.programs(source, dtype)}
         return {
             **{name: Program(*program)._replace(rules=job.placement.rules) for name, program in ours.items()},
@@ -77,7 +77,7 @@ class Prune(rows.RowStage):
             lambda: polled(rows.train_batches(job, data, stop=self.calibration), "calibration batch"),
             self.options,
             self.seed,
-            compute=self.compute,
+            compute=self.compute.unrounded,
             placement=job.placement,
             measure=lambda pruned, pruned_spec: measure(pruned, pruned_spec).figures["kl"],
             progress=ProgressLine(job.name, 0).say,

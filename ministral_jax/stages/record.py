@@ -197,7 +197,7 @@ def plan_batches(rows: int, shard: int, groups: int, local: int) -> list[np.ndar
 def _compile(job: Job[Record], codec: codecs.Codec, forced: tuple[int, ...]) -> Any:
     """`(parameters, batch)` to what `pack` takes, each row whole on the devices that hold it."""
     placement, rules = job.placement, job.placement.rules
-    model = VLM(job.spec, job.stage.compute)
+    model = VLM(job.spec, job.stage.compute.unrounded)
     encode = encoder(codec, placement, forced, DEFAULT_CHUNK)
 
     def record(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -82,7 +82,7 @@ def states_program(
     spec: ModelSpec, compute: Compute, own: Placement, student: Placement, microbatches: int
 ) -> Callable[[Params, Batch], Float[Array, "B T D'"]]:
     """`Apart.read`, compiled: as many rows at a time as there are in a microbatch."""
-    model, read = VLM(spec, compute), own.rules.scoped(hidden)
+    model, read = VLM(spec, compute.unrounded), own.rules.scoped(hidden)
 
     def states(params: Params, batch: Batch) -> Float[Array, "B T D'"]:
         # as `make_step` splits it: each microbatch takes rows from every device

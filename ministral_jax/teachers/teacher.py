@@ -57,7 +57,7 @@ class Teacher:
 
 def online(spec: ModelSpec, params: Params, compute: Compute, placement: Placement, length: int) -> Teacher:
     """A model that runs on the student's mesh, by its own rules; its products are in the dtype of `compute`."""
-    compute = replace(compute, matmul=None)
+    compute = compute.unrounded
     targets = online_targets(spec, compute, placement.rules)
     return Teacher(spec.context, params, targets, as_teacher(spec, compute, placement), spec.flops_per_token(length))
 
