@@ -34,6 +34,10 @@ def refuse_url(path: str | Path, what: str, accepted: str = "") -> None:
     """Raises `UserError`: `path`, which is `what` in the message, is a URL. As a `Path`, which keeps one slash of two,
     it would be a directory called `gs:` below the working one."""
     if (match := _URL.match(str(path))) is not None:
+        if (scheme := match[1].lower()) in _CLIENTS and accepted:
+            raise UserError(
+                f"{what} {path} lacks two slashes and a bucket, or small letters; give {scheme}://bucket/name"
+            )
         raise UserError(
             f"{what} {path} is a URL, and {match[1]}: is neither read nor written; give a directory of a file system "
             f"that is mounted here{accepted}"

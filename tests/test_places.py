@@ -38,7 +38,7 @@ def test_a_place_in_an_object_store_keeps_its_name(url):
     assert str((found / "b/c").relative_to(found)) == "b/c"
 
 
-@pytest.mark.parametrize("text", ["hdfs://bucket/a", "gs:/bucket/a", "gs://", "file:///a", "GS://bucket/a"])
+@pytest.mark.parametrize("text", ["hdfs://bucket/a", "file:///a"])
 def test_any_other_url_is_no_place(text):
     with pytest.raises(UserError, match=r"^--run-dir .*: is neither read nor written; .* or gs://bucket/name or s3://"):
         place(text, "--run-dir")
@@ -57,3 +57,10 @@ def test_what_is_not_installed_is_said(monkeypatch):
     monkeypatch.setattr("ministral_jax.places.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"s3://bucket/a needs s3fs, .*, pip install -e '\.\[s3\]'$"):
         place("s3://bucket/a", "data.sources.a.path =")
+
+
+@pytest.mark.parametrize("text", ["gs:/bucket/a", "gs://", "GS://bucket/a"])
+def test_a_misspelt_bucket_is_told_how_it_is_spelt(text):
+    sentence = r"^--run-dir (gs|GS):/.* lacks two slashes and a bucket, .*; give gs://bucket/name$"
+    with pytest.raises(UserError, match=sentence):
+        run_place(text, "--run-dir")

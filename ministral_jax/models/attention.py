@@ -156,9 +156,10 @@ def chosen_implementation(spec: AttentionSpec, platform: str, asked: Asked) -> I
         wanted = f"{its} devices" if its != platform else kernel.unserved(asked)
         wanted = "compute.context: all_gather" if around and not wanted else wanted
         if wanted:
+            unit = "tokens" if spec.causal else "patches"
             raise UserError(
                 f"compute.attention = {spec.implementation} needs {wanted}; here are {platform} devices, chunks of "
-                f"{asked.chunk} tokens and compute.context: {spec.context}, which compute.attention: auto serves"
+                f"{asked.chunk} {unit} and compute.context: {spec.context}, which compute.attention: auto serves"
             )
     if spec.implementation != "auto":
         return spec.implementation
@@ -167,6 +168,14 @@ def chosen_implementation(spec: AttentionSpec, platform: str, asked: Asked) -> I
         if its == platform and not kernel.unserved(asked):
             return name
     return "blockwise" if spec.block < asked.keys else "xla"
+
+
+def check_attention(spec: AttentionSpec, platform: str, asked: Asked, where: str) -> None:
+    """Raise `UserError` when the setting `where`.compute.attention names a kernel that does not serve this."""
+    try:
+        chosen_implementation(spec, platform, asked)
+    except UserError as fault:
+        raise UserError(f"{where}.{fault}") from None
 
 
 def chosen_block(spec: AttentionSpec, platform: str) -> int:

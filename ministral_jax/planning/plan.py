@@ -12,6 +12,7 @@ from ministral_jax.explain import suggest
 from ministral_jax.models.spec import PRESETS, ModelSpec
 from ministral_jax.planning.findings.find import find
 from ministral_jax.planning.findings.finding import Context, Finding
+from ministral_jax.planning.findings.layout import kernel_fault
 from ministral_jax.planning.findings.site import room
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.memory.stage import StageMemory, stage_memory
@@ -145,6 +146,8 @@ def _stage_plan(context: Context, name: str, assume: Assumptions) -> StagePlan:
     stage, work, machine = context.stage(name), context.work[name], context.machine
     if (job := context.jobs.get(name)) is None:
         return StagePlan(name, stage, context.specs[name], None, None, None)
+    if kernel_fault(job, work, machine) is not None:
+        return StagePlan(name, stage, context.specs[name], dict(job.mesh.shape), None, None)
     memory = stage_memory(work, job.mesh, machine.hosts, job.teacher_mesh)
     time = stage_time(work, job.mesh, machine, assume, job.teacher_mesh)
     return StagePlan(name, stage, context.specs[name], dict(job.mesh.shape), memory, time)

@@ -105,6 +105,8 @@ def _fitting(context: Context, name: str, stage: Any) -> tuple[StageWork, Job[An
     except UserError:
         return None
     work = stage_work(stage, job.spec, context.graph)
+    if layout.kernel_fault(job, work, machine) is not None:
+        return None
     memory = stage_memory(work, job.mesh, machine.hosts, job.teacher_mesh)
     fits = memory.peak.total <= (1 - SPARE) * machine.chip.hbm and memory.host <= machine.chip.host_memory
     return (work, job, memory) if fits else None

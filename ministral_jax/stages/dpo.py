@@ -25,12 +25,11 @@ from ministral_jax.errors import UserError
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.preference import PreferenceOptions, preference_loss
 from ministral_jax.losses.targets import Metrics
-from ministral_jax.models.block import check_remat
-from ministral_jax.models.quantized import check_matmul
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute, placed_params
 from ministral_jax.stages import rows
 from ministral_jax.stages.base import Graph, Job, Params, Program, Result, load_stage
+from ministral_jax.stages.checks import check_compute
 from ministral_jax.stages.figures import ANSWERS, WIN_RATE, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, Examine, Looped, Objective, RowLearner, update_program
 from ministral_jax.stages.odpo import compared, token_logprobs
@@ -113,8 +112,7 @@ class DPO(Looped):
             if not self.data.held_out:
                 raise UserError(f"{job.where}.data.held_out = 0 holds no pair out; raise it")
             check_tracker(self.track, job.where)
-            check_matmul(self.compute.matmul, job.where)
-            check_remat(self.compute.remat, job.mesh.devices.flat[0].platform, job.where)
+            check_compute(job, self.batch.length)
             check_vocab(load_tokenizer(self.data.tokenizer, job.data_root), job.spec)
 
     def programs(self, job: Job[DPO]) -> dict[str, Program]:

@@ -23,11 +23,10 @@ from ministral_jax.data.bins import batch_shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
 from ministral_jax.errors import UserError
-from ministral_jax.models.block import check_remat
-from ministral_jax.models.quantized import check_matmul
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage
+from ministral_jax.stages.checks import check_compute
 from ministral_jax.stages.figures import told
 from ministral_jax.stages.looped import FROZEN
 from ministral_jax.stages.prompts import check_prompts, open_sampler, open_stage_prompts
@@ -156,8 +155,7 @@ class OnlineStage(AnsweringStage, Steps):
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         check_tracker(self.track, job.where)
-        check_matmul(self.compute.matmul, job.where)
-        check_remat(self.compute.remat, job.mesh.devices.flat[0].platform, job.where)
+        check_compute(job, bucket(max(self.longest_row, self.compute.shortest_row)))
         check_prompts(job, packing.progress)
 
     def learner(self, *args: Any) -> OnlineLearner:

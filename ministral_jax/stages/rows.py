@@ -27,12 +27,11 @@ from ministral_jax.distributed.processes import polled
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading, with_tower
 from ministral_jax.losses.head import LossHead
-from ministral_jax.models.block import check_remat
-from ministral_jax.models.quantized import check_matmul
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute, placed_params
 from ministral_jax.settings import Frozen
 from ministral_jax.stages.base import Graph, Job, Params, Program, Stage
+from ministral_jax.stages.checks import check_compute
 from ministral_jax.stages.manifest import read_manifest
 from ministral_jax.teachers.apart import READ, TWIN
 from ministral_jax.teachers.teacher import Teacher
@@ -135,8 +134,7 @@ class RowStage(Stage):
         job.placement.check_batch(self.batch.sequences, self.batch.length, job.where, self.batch.microbatches)
 
     def prepare(self, job: Job[Any], packing: Packing) -> None:
-        check_matmul(self.compute.matmul, job.where)
-        check_remat(self.compute.remat, job.mesh.devices.flat[0].platform, job.where)
+        check_compute(job, self.batch.length)
         packing.rows(job)
 
 

@@ -171,12 +171,18 @@ def test_documents_that_are_not_there_are_marked():
 def test_what_auto_is_by_the_gpu_and_by_what_is_installed(monkeypatch, compute_capability, installed, asked, expected):
     for module in (cudnn, mosaic, triton):
         monkeypatch.setattr(module, "capability", lambda: compute_capability)
+    monkeypatch.setattr(mosaic, "is_here", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     assert chosen_implementation(AttentionSpec(), "gpu", asked) == expected
     wanted = AttentionSpec(implementation="cudnn")
     if expected == "mosaic":
         with pytest.raises(UserError, match=r"attention = cudnn needs rows that no mesh cuts \(mesh.context 1\); here"):
             chosen_implementation(wanted, "gpu", asked)
+
+
+def test_a_gpu_that_is_planned_for_has_what_its_kernels_need(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert chosen_implementation(AttentionSpec(), "gpu", Asked(1024, 16384, 128, "bfloat16")) == "mosaic"
 
 
 def test_a_gpu_that_is_planned_for_is_no_older_than_hopper(monkeypatch):

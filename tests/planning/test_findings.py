@@ -30,6 +30,7 @@ TPU_VM = "launch.tpu_vm={zone: z, accelerator_type: %s, runtime_version: r, buck
 BARE = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: false, %s}"
 PLANTS = {
     # name: machine, stage, what is there before, what is planted, level, words of the finding
+    "fp8": (V5P, SHORT, [], ["compute.matmul=fp8"], "warning", [".compute.matmul = fp8 is predicted as bfloat16"]),
     "a side is split": (
         TORUS, SHORT, ["mesh.fsdp=32"], ["mesh.fsdp=16"],
         "warning", [".mesh on v5p:4x4x8 splits a side", "fsdp 16 has 2 of the 4 places of side y",
@@ -301,3 +302,10 @@ def test_the_settings_are_planted_as_the_command_line_would():
     with_words = planted(base, words)
     assert (with_words.stages[SHORT], with_words.limits) == (loaded.stages[SHORT], loaded.limits)
     assert base.stages[SHORT] != loaded.stages[SHORT]
+
+
+def test_no_mesh_is_proposed_where_a_teacher_has_its_own(family):
+    (fault,) = (
+        f for f in found(family, V5P, SHORT, [f"stages.{SHORT}.teacher_mesh={{fsdp: 24}}"]) if f.level == "error"
+    )
+    assert "teacher_mesh {fsdp: 24" in fault.text and not fault.text.endswith("} fits")

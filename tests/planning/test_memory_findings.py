@@ -94,3 +94,8 @@ def test_jax_takes_as_much_of_a_gpu_as_a_stage_needs(family, environment, words)
     told = found(family, "h100:32", SHORT, settings, memory=holding("step", 40, 30))
     errors = [one.text for one in told if one.level == "error"]
     assert len(errors) == bool(words) and all(word in text for text in errors for word in words), errors
+
+
+def test_a_share_of_a_gpu_is_not_mended_by_itself(family):
+    told = found(family, "h100:32", SHORT, memory={SHORT: holding("step", 78.0, 0)})
+    assert not [finding for finding in told if "MEM_FRACTION" in finding.text]

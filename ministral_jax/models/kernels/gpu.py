@@ -17,11 +17,16 @@ TILE = 128
 """Rows are multiples of it, so that no kernel needs to pad them."""
 
 
+def is_here() -> bool:
+    """Whether this process has a GPU; else GPUs are those that are planned for."""
+    return jax.devices()[0].platform == "gpu"
+
+
 def capability() -> float:
     """Of the GPU that is here, or of Hopper where none is: what is planned for is not older."""
-    device: Any = jax.devices()[0]
-    if device.platform != "gpu":
+    if not is_here():
         return HOPPER
+    device: Any = jax.devices()[0]
     text = str(getattr(device, "compute_capability", ""))
     return float(text) if text.replace(".", "", 1).isdecimal() else 0.0  # AMD's has letters, and its kernels are others
 

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from ministral_jax.models.kernels import KEEP, Asked
-from ministral_jax.models.kernels.gpu import HOPPER, capability, end_keys, first_keys, unserved_numbers
+from ministral_jax.models.kernels.gpu import HOPPER, capability, end_keys, first_keys, is_here, unserved_numbers
 
 _NEXT = 11.0
 """From this compute capability on there are no kernels yet."""
@@ -25,7 +25,7 @@ _NEXT = 11.0
 
 def unserved(asked: Asked) -> str:
     """What is wrong with what is asked for, "" where nothing is."""
-    if importlib.util.find_spec("tokamax") is None:
+    if is_here() and importlib.util.find_spec("tokamax") is None:  # what is planned for has what it needs
         return "tokamax (Python 3.12 and the extra `gpu`)"
     if not HOPPER <= capability() < _NEXT:
         return "a GPU of Hopper or Blackwell, as its backward kernels do"

@@ -38,7 +38,11 @@ def impossible(
     needs = order(recipe, names) if names else []
     specs, faults = _known_specs(recipe, needs, made or {})
     context = Context(recipe, specs, tuple(names), machine)
-    fitting = {name: work for name, work in context.work.items() if name in context.jobs}
+    fitting = {
+        name: work
+        for name, work in context.work.items()
+        if (job := context.jobs.get(name)) and layout.kernel_fault(job, work, machine) is None
+    }
     if machine.chip.name in CHIPS:
         meshes = {name: (job.mesh, job.teacher_mesh) for name in fitting if (job := context.jobs[name])}
         needed = {

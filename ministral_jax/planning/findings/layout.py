@@ -15,10 +15,12 @@ from ministral_jax.distributed.axes import dividing_axes
 from ministral_jax.distributed.placement import AXES, MeshConfig
 from ministral_jax.distributed.torus import SIDES, Side, torus_sides
 from ministral_jax.errors import UserError
+from ministral_jax.models.attention import KERNELS
 from ministral_jax.planning.findings.finding import Context, Finding, StageCheck, error, warning
 from ministral_jax.planning.machine import Machine
 from ministral_jax.planning.timing.links import wraps
-from ministral_jax.planning.work import Draw, Held, Read
+from ministral_jax.planning.timing.roofline import stage_time
+from ministral_jax.planning.work import Draw, Held, Read, StageWork
 from ministral_jax.sampling.engine import by_rows
 from ministral_jax.stages.base import Job
 from ministral_jax.stages.online import AnsweringStage
@@ -33,7 +35,9 @@ def mesh_fits(context: Context, name: str) -> Iterator[Finding]:
     try:
         machine.meshes(stage, f"stages.{name}")
     except UserError as fault:
-        yield error(name, f"{fault}{_mend_mesh(machine, stage.mesh)}")
+        apart = getattr(stage, "teacher_mesh", None)  # which may be what does not fit
+        mend = "" if apart is not None else _mend_mesh(machine, stage.mesh)
+        yield error(name, f"{fault}{mend}")
         return
     if machine.chip.platform == "tpu" and stage.mesh.slice > machine.slices == 1:
         yield warning(
@@ -167,6 +171,33 @@ def _is_worse(context: Context, job: Job[Any], other: Job[Any]) -> bool:
 
 def _torus(machine: Machine) -> tuple[int, ...]:
     return (*machine.shape, machine.chip.cores)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def kernels_serve(context: Context, name: str) -> Iterator[Finding]:
+    """A kernel that a stage names is one of its devices, for its rows."""
+    job, work = context.jobs.get(name), context.work.get(name)
+    if job is not None and work is not None and (fault := kernel_fault(job, work, context.machine)) is not None:
+        yield error(name, fault)
+
+
+def kernel_fault(job: Job[Any], work: StageWork, machine: Machine) -> str | None:
+    """Why no time can be predicted, where a kernel is named that does not serve."""
+    if getattr(getattr(job.stage, "compute", None), "attention", None) not in KERNELS:
+        return None
+    try:
+        stage_time(work, job.mesh, machine, apart=job.teacher_mesh)
+    except UserError as fault:
+        return f"{job.where}.{fault}"
+    return None
+
+
+def fp8_products(context: Context, name: str) -> Iterator[Finding]:
+    """What is said of them is that of wider ones."""
+    if getattr(getattr(context.stage(name), "compute", None), "matmul", None) == "fp8":
+        yield warning(name, f"stages.{name}.compute.matmul = fp8 is predicted as bfloat16; measure a few steps")
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -332,6 +363,8 @@ CHECKS: tuple[StageCheck, ...] = (
     whole_sides,
     within_two_sides,
     tensor_in_a_node,
+    kernels_serve,
+    fp8_products,
     rows_divide,
     answers_divide,
     padded_evaluation,

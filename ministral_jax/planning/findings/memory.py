@@ -201,7 +201,7 @@ def within_its_share(context: Context, name: str) -> Iterator[Finding]:
     environment = (gke or launch.slurm).variables
     setting = f"launch.{'slurm' if gke is None else 'gke'}.environment.{FRACTION}"
     share, total = _share(environment), needed.peak.total
-    if share * has < total <= has:
+    if share < 1 - SPARE and share * has < total <= has:  # beyond it `fits_memory` speaks
         yield error(
             name,
             f"{setting} is {environment.get(FRACTION, f'not set, so that JAX takes {_TAKEN}')} of a GPU, "

@@ -58,7 +58,7 @@ def score_cost(scores: Scores, implementation: str, block: int, passes: Passes, 
     if implementation == "blockwise":
         return _by_tiles(scores, block, passes, assume)
     assert implementation in KERNELS, implementation
-    return _splash(scores, passes, assume) if implementation == "splash" else _gpu(scores, passes)
+    return _splash(scores, passes, assume) if implementation == "splash" else _gpu(scores, implementation, passes)
 
 
 def _at_once(s: Scores, passes: Passes, assume: Assumptions) -> ScoreCost:
@@ -100,15 +100,19 @@ def _splash(s: Scores, passes: Passes, assume: Assumptions) -> ScoreCost:
     return ScoreCost(2 * numbers * s.head_width * (2 * runs + 7 * passes.backward), moved, idle=idle)
 
 
-def _gpu(s: Scores, passes: Passes) -> ScoreCost:
-    """As FlashAttention: five products backward; keys that many blocks of queries read come from the second cache."""
-    passes = passes._replace(again=0) if s.kept else passes
+def _gpu(s: Scores, implementation: str, passes: Passes) -> ScoreCost:
+    """As FlashAttention: five products backward; keys that many blocks of queries read come from the second cache.
+
+    What cuDNN's and Triton's kernels give is not kept, so that a recomputation runs them again. Where a row is cut,
+    mosaic's backward kernels go over all keys: on Hopper they pass over none but those after the queries of whole rows.
+    """
+    passes = passes._replace(again=0) if s.kept and implementation == "mosaic" else passes
     runs = passes.forward + passes.again
+    every = s.causal and implementation == "mosaic" and s.queries < s.keys
+    back = (2 if every else 1) * 5 * passes.backward
     numbers = s.rows * s.heads * _tiles(s, GPU_BLOCK) * GPU_BLOCK**2
     arrays = s.rows * s.heads * (s.queries + s.keys) * s.head_width * s.bytes
-    return ScoreCost(
-        2 * numbers * s.head_width * (2 * runs + 5 * passes.backward), 2 * arrays * (runs + 2 * passes.backward)
-    )
+    return ScoreCost(2 * numbers * s.head_width * (2 * runs + back), 2 * arrays * (runs + 2 * passes.backward))
 
 
 def _tiles(s: Scores, block: int) -> float:
