@@ -97,5 +97,6 @@ def test_jax_takes_as_much_of_a_gpu_as_a_stage_needs(family, environment, words)
 
 
 def test_a_share_of_a_gpu_is_not_mended_by_itself(family):
-    told = found(family, "h100:32", SHORT, memory={SHORT: holding("step", 78.0, 0)})
+    settings = ["launch.slurm={nodes: 4, gpus_per_node: 8}", *of_stage(SHORT, ["mesh={fsdp: -1}"])]
+    told = found(family, "h100:32", SHORT, settings, memory=holding("step", 45, 30))
     assert not [finding for finding in told if "MEM_FRACTION" in finding.text]
