@@ -283,7 +283,9 @@ def vision_of_teacher(job: Job[Any], teacher: Teacher, params: Params) -> Params
     """Fresh parameters around the teacher's vision tower, which a student keeps."""
     shardings = param_shardings(job.spec, job.placement)
     lender, lent = teacher.constants, [part for part in FROZEN if part in params]
+    if teacher.apart is not None:
+        lender = teacher.apart.params
     if any(part not in lender for part in lent):
         lender = load_stage(_teacher_directory(job), jnp.dtype(job.stage.compute.dtype), job.teacher_placement)[1]
-    lend = lambda taught, ours, sharding: jax.device_put(taught.astype(ours.dtype), sharding)
+    lend = lambda taught, ours, sharding: jax.device_put(handed(taught, sharding).astype(ours.dtype), sharding)
     return params | {part: jax.tree.map(lend, lender[part], params[part], shardings[part]) for part in lent}
