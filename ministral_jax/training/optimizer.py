@@ -89,8 +89,8 @@ def _kept_in(dtype: Any, optimizer: optax.GradientTransformation) -> optax.Gradi
     def cast(state: Any, to: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, cast(state, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
