@@ -78,17 +78,13 @@ def test_a_step_takes_the_memory_that_is_predicted(planned, compiled):
 
 def test_a_step_computes_and_sends_what_the_mesh_makes_it(planned, compiled):
     """Products of both decoders and heads at least, and no more than as much again: attention, the vision towers and
-    what is computed twice. Weights are gathered along fsdp, activations gathered and scattered along tensor, which
-    moves most, and no residual stream is summed whole."""
+    what is computed twice. Weights are gathered along fsdp, activations along tensor, which moves most."""
     stage, graph, machine = planned
     tokens = stage.batch.sequences * stage.batch.length / machine.devices
     student, teacher = graph.specs[STAGE], graph.specs[stage.teacher]
     least = (3 * student.flops_per_token(0) + teacher.flops_per_token(0)) * tokens
     assert least < compiled.flops < 2.5 * least
-    sent = {t[:2]: t.sent for t in compiled.traffic}
     assert compiled.traffic[0][:2] == (("tensor",), "all-gather")
-    assert sent[("tensor",), "reduce-scatter"] > sent[("tensor",), "all-gather"] / 2
-    assert sent.get((("tensor",), "all-reduce"), 0) < sent[("tensor",), "all-gather"] / 20
     gathered = sum(t.sent for t in compiled.traffic if t.axes == ("fsdp",) and t.op != "all-reduce")
     assert gathered > compiled.arguments
 
@@ -97,15 +93,6 @@ def kernels(text: str) -> Counter[str]:
     """Attention's kernels in a program, by what they make; those that also give the log-sum-exp are apart."""
     found = Counter(re.findall(r"%splash_mqa_(fwd|dq|dkv)_segmented_(?:no_)?residuals[.\d]* = ", text))
     return found + Counter(re.findall(r"%splash_mqa_fwd_segmented_(residuals)[.\d]* = ", text))
-
-
-def test_attention_of_a_step_is_kernels_and_no_array_has_a_row_twice(planned, with_text):
-    """Forward in the student (again for its backward pass, with remat: full), and without it in teacher and towers."""
-    stage, (_, text) = planned[0], with_text
-    found = kernels(text)
-    assert (found["dq"], found["dkv"], found["residuals"]) == (1, 1, 2 if stage.compute.remat == "full" else 1)
-    assert found["fwd"] > found["residuals"]
-    assert not re.search(rf"\[(\d+,){{2,}}{stage.batch.length},{stage.batch.length}\b", text)
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("full", 2)])
