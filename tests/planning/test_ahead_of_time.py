@@ -17,6 +17,7 @@ from ministral_jax.planning.compiler import compile as compiling
 from ministral_jax.planning.compiler.compile import compile_stage, prepare_environment, target_of
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.memory.stage import stage_memory
+from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.base import Graph, Job
@@ -78,21 +79,38 @@ def test_a_step_takes_the_memory_that_is_predicted(planned, compiled):
 
 def test_a_step_computes_and_sends_what_the_mesh_makes_it(planned, compiled):
     """Products of both decoders and heads at least, and no more than as much again: attention, the vision towers and
-    what is computed twice. Weights are gathered along fsdp, activations along tensor, which moves most."""
+    what is computed twice. Weights are gathered along fsdp, activations along tensor, which moves most: as many bytes
+    as are predicted."""
     stage, graph, machine = planned
     tokens = stage.batch.sequences * stage.batch.length / machine.devices
     student, teacher = graph.specs[STAGE], graph.specs[stage.teacher]
     least = (3 * student.flops_per_token(0) + teacher.flops_per_token(0)) * tokens
     assert least < compiled.flops < 2.5 * least
     assert compiled.traffic[0][:2] == (("tensor",), "all-gather")
+    work = stage_work(stage, graph.specs[STAGE], graph)
+    (step, *_) = stage_time(work, machine.mesh(stage.mesh), machine).phases
+    assert sum(t.sent for t in compiled.traffic if t.axes == ("tensor",)) == pytest.approx(
+        step.links["tensor"], rel=0.05
+    )
     gathered = sum(t.sent for t in compiled.traffic if t.axes == ("fsdp",) and t.op != "all-reduce")
     assert gathered > compiled.arguments
 
 
 def kernels(text: str) -> Counter[str]:
     """Attention's kernels in a program, by what they make; those that also give the log-sum-exp are apart."""
-    found = Counter(re.findall(r"%splash_mqa_(fwd|dq|dkv)_segmented_(?:no_)?residuals[.\d]* = ", text))
-    return found + Counter(re.findall(r"%splash_mqa_fwd_segmented_(residuals)[.\d]* = ", text))
+    # in a loop over rows an instruction has another name, so its place in the code is looked at
+    places = re.findall(r'custom_call_target="tpu_custom_call".*?op_name="([^"]*)"', text, re.DOTALL)
+    found = [re.search(r"splash_mqa_(fwd|dq|dkv)_segmented_(no_)?residuals", place) for place in places]
+    return Counter(m[1] for m in found if m) + Counter("residuals" for m in found if m and m[1] == "fwd" and not m[2])
+
+
+def test_attention_of_a_step_is_kernels_and_no_array_has_a_row_twice(planned, with_text):
+    """Forward in the student (again for its backward pass, with remat: full), and without it in teacher and towers."""
+    stage, (_, text) = planned[0], with_text
+    found = kernels(text)
+    assert (found["dq"], found["dkv"], found["residuals"]) == (1, 1, 2 if stage.compute.remat == "full" else 1)
+    assert found["fwd"] > found["residuals"]
+    assert not re.search(rf"\[(\d+,){{2,}}{stage.batch.length},{stage.batch.length}\b", text)
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("full", 2)])
