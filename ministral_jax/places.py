@@ -126,13 +126,7 @@ def is_complete(directory: Path, last: str) -> bool:
 
 def on_disk(directory: Path) -> Path:
     """A directory that is named by its content, itself or as a copy in the user's cache."""
-    if not is_remote(directory):
-        return directory
-    kept = _kept(directory)
-    if not kept.is_dir():
-        with new_directory(kept, "") as draft:
-            fetch_files(directory, draft)
-    return kept
+    return _copied(directory, _kept(directory)) if is_remote(directory) else directory
 
 
 def fetched(directory: Path) -> Path:
@@ -141,7 +135,11 @@ def fetched(directory: Path) -> Path:
     if not is_remote(directory):
         return directory
     state = [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in sorted(directory.rglob("*"))]
-    kept = cache_directory() / "checkpoints" / digest_of(state)[:16]
+    return _copied(directory, cache_directory() / "checkpoints" / digest_of(state)[:16])
+
+
+def _copied(directory: Path, kept: Path) -> Path:
+    """`kept`, with the files of a directory of an object store unless it is there already."""
     if not kept.is_dir():
         with new_directory(kept, "") as draft:
             fetch_files(directory, draft)

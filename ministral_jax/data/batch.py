@@ -108,8 +108,11 @@ def one_per_row(documents: Sequence[Sequence[int] | np.ndarray], shortest: int =
 def images_of_rows(images: Sequence[ImagePatches | None], is_image: np.ndarray) -> Batch:
     """`images` and `image_slot` of rows that hold these pictures; none at all when no row has one. `is_image` `[B, T]`
     is where their tokens stand; rows beyond `images` have none."""
-    if not any(images):
-        return {}
+    return with_images(images, is_image) if any(images) else {}
+
+
+def with_images(images: Sequence[ImagePatches | None], is_image: np.ndarray) -> Batch:
+    """`images_of_rows`, whether a row has a picture or not."""
     every = np.full(len(is_image), None)
     for row, one in enumerate(images):
         every[row] = one

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ministral_jax.data.batch import Batch, image_slots, padded, stack
+from ministral_jax.data.batch import Batch, padded, stack, with_images
 from ministral_jax.data.pictures import Pictures, read_pictures
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.data.rows import content_hash, decode_row
@@ -141,11 +141,7 @@ class _Split:
         if not documents:
             del batch["document"]
         if any(sizes := self._sizes(numbers)):
-            every = np.full(len(images), None)
-            for row, one in enumerate(images):
-                every[row] = one
-            slots = image_slots(batch["tokens"] == data.tokenizer.image_ids[0])
-            batch |= {"images": every, "image_slot": slots, "image_sizes": sizes}
+            batch |= with_images(images, batch["tokens"] == data.tokenizer.image_ids[0]) | {"image_sizes": sizes}
         joined = join([content_hash(record) for record in records if record is not None]) if join else {}
         return batch | {key: padded(array, len(records)) for key, array in joined.items()}, records
 

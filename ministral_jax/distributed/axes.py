@@ -49,6 +49,11 @@ def sharded_axes(shape: tuple[int, ...], names: Names, multiple_of: int = 1) -> 
     return tuple(found)
 
 
+def partition_of(shape: tuple[int, ...], names: Names, multiple_of: int = 1) -> PartitionSpec:
+    """`sharded_axes` as JAX wants them."""
+    return PartitionSpec(*(axes or None for axes in sharded_axes(shape, names, multiple_of)))
+
+
 def constrain(x: Array, names: Names, multiple_of: int = 1) -> Array:
     """`x`, kept on the mesh as the rules say; the identity without rules, and without a mesh of several devices."""
     spec = _spec(x, names, multiple_of)
@@ -66,7 +71,7 @@ def _spec(x: Array, names: Names, multiple_of: int) -> PartitionSpec | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not nn.get_logical_axis_rules():
         return None
-    return PartitionSpec(*(axes or None for axes in sharded_axes(x.shape, names, multiple_of)))
+    return partition_of(x.shape, names, multiple_of)
 
 
 # The rules are not active any more when a backward pass is traced: where the cotangent lies is known before.

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from ministral_jax.distributed.axes import constrain, sharded_axes
+from ministral_jax.distributed.axes import constrain, partition_of
 
 Cache = dict[str, Array]
 
@@ -58,9 +57,8 @@ def fork(rows: dict[str, Array], parents: Int[Array, " rows"]) -> dict[str, Arra
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return taken(rows, parents)
-    lie = lambda x, names: PartitionSpec(*(axes or None for axes in sharded_axes(x.shape, names)))
-    specs: Any = {name: lie(x, logical_axes(x.ndim)) for name, x in rows.items()}
-    mapped = jax.shard_map(taken, in_specs=(specs, lie(parents, ("batch",))), out_specs=specs)
+    specs: Any = {name: partition_of(x.shape, logical_axes(x.ndim)) for name, x in rows.items()}
+    mapped = jax.shard_map(taken, in_specs=(specs, partition_of(parents.shape, ("batch",))), out_specs=specs)
     return mapped(rows, parents)
 
 

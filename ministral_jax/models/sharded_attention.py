@@ -60,8 +60,8 @@ def attend_on_mesh(
     batch, length, cut = sharded_axes(q.shape[:3], ("batch", "length", spec.heads), spec.multiple_of)
     mesh = jax.sharding.get_abstract_mesh()
     sizes = mesh.shape
-    chunk = q.shape[1] // (math.prod(sizes[axis] for axis in length) * (2 if length and spec.causal else 1))
-    asked = Asked(chunk, q.shape[1], q.shape[-1], q.dtype.name)
+    shards = math.prod(sizes[axis] for axis in length)
+    asked = Asked.of_row(q.shape[1], shards, spec.causal, q.shape[-1], q.dtype.name)
     block = chosen_block(spec, platform())
     chosen = replace(spec, implementation=chosen_implementation(spec, platform(), asked), block=block)
     kernel = chosen.implementation in KERNELS
@@ -80,7 +80,7 @@ def attend_on_mesh(
         if not length:
             return attend(q, k, v, segments, chosen)
         own = Part(segments, _starts(lax.axis_index(length), lax.axis_size(length), q.shape[1], spec.causal))
-        tiled = replace(chosen, block=min(block, chunk))
+        tiled = replace(chosen, block=min(block, asked.chunk))
         if spec.context == "ring":
             return _ring_attend(q, k, v, own, length, tiled)
         k, v, all_segments = (_gather(x, length, spec.causal) for x in (k, v, segments))

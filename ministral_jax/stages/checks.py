@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ministral_jax.data.bins import batch_shapes
+from ministral_jax.data.bins import most_patches
 from ministral_jax.distributed.axes import dividing_axes
 from ministral_jax.models import decoder
 from ministral_jax.models.attention import AttentionSpec, check_attention
@@ -23,7 +23,7 @@ def check_compute(job: Job[Any], length: int) -> None:
     check_remat(compute.remat, platform, job.where)
     axes = dividing_axes(length, job.stage.sharding.length, job.mesh.shape, decoder.ZIGZAG)
     parts = math.prod(job.mesh.shape[axis] for axis in axes)
-    asked = Asked(length // (2 * parts if parts > 1 else 1), length, job.spec.head_width, compute.dtype)
+    asked = Asked.of_row(length, parts, True, job.spec.head_width, compute.dtype)
     given = compute.attention, compute.attention_block, compute.context
     check_attention(AttentionSpec(True, *given), platform, asked, job.where)
     if (patches := _patches(job)) and job.spec.vision is not None:
@@ -33,9 +33,8 @@ def check_compute(job: Job[Any], length: int) -> None:
 
 def _patches(job: Job[Any]) -> int:
     """In a bin of a step's pictures; 0 where the stage has no rows with pictures of a known number."""
-    stage = job.stage
-    if not hasattr(stage, "batch"):
+    stage, vision = job.stage, job.spec.vision
+    if not hasattr(stage, "batch") or vision is None or not stage.data.patches:
         return 0
     bins = job.placement.bins(stage.batch.microbatches)
-    shapes = batch_shapes(stage.batch.sequences, stage.batch.length, (), stage.data.patches, bins, job.spec.vision)
-    return shapes["patches"][0][2] if "patches" in shapes else 0
+    return most_patches(stage.batch.sequences, stage.data.patches, bins, vision)

@@ -84,10 +84,8 @@ class Pairs(JudgedStage):
         job, made_of = job.with_tokens(prompts.tokenizer), _made_of(job)
         done = from_first([_read(parts / f"{n}.json", made_of) is not None for n in range(self.rounds)])
         params = load_stage(job.source, jnp.dtype(self.compute.dtype), job.placement)[1]
-        sampler, judge = (
-            open_sampler(job, prompts, self.temperature, at_once=self.answers_at_once),
-            open_judge(job, prompts.tokenizer),
-        )
+        sampler = open_sampler(job, prompts, self.temperature, at_once=self.answers_at_once)
+        judge = open_judge(job, prompts.tokenizer)
         line = ProgressLine(job.name, self.rounds, sum(done))
         with ExitStack() as stack:
             stack.callback(line.close)
@@ -178,10 +176,8 @@ def _written(row: Row, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
     prompt, chosen, rejected, probability = row
     answers = {"chosen": chosen, "rejected": rejected}
     parts = [part for message in prompt.messages for part in message.parts]
-    images, shown = (
-        iter([part for part in parts if isinstance(part, (PurePath, Image.Image))]),
-        as_openai(prompt.messages),
-    )
+    images = iter([part for part in parts if isinstance(part, (PurePath, Image.Image))])
+    shown = as_openai(prompt.messages)
     for chunk in (chunk for message in shown if isinstance(message["content"], list) for chunk in message["content"]):
         if chunk["type"] == "image":
             chunk["image"] = _place(next(images), directory)

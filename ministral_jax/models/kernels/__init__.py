@@ -23,3 +23,8 @@ class Asked(NamedTuple):
     keys: int
     head_width: int
     dtype: str
+
+    @staticmethod
+    def of_row(length: int, shards: int, causal: bool, head_width: int, dtype: str) -> Asked:
+        """Of rows of `length` tokens that lie in so many parts: causal ones that are cut in two chunks each."""
+        return Asked(length // (shards * (2 if shards > 1 and causal else 1)), length, head_width, dtype)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from ministral_jax.models.kernels import PADDING, Asked, triton
-from ministral_jax.models.kernels.gpu import HOPPER, TILE, capability, unserved_numbers
+from ministral_jax.models.kernels.gpu import HOPPER, TILE, capability, document_begins, unserved_rows
 
 MOST = 2 * TILE
 """Tokens of a row for each document that it may hold."""
@@ -28,9 +28,7 @@ def unserved(asked: Asked) -> str:
     """What is wrong with what is asked for, "" where nothing is."""
     if capability() < HOPPER:
         return "a GPU of Hopper or later, for documents in one row"
-    if asked.chunk < asked.keys:
-        return "rows that no mesh cuts (mesh.context 1)"
-    return unserved_numbers(asked)
+    return unserved_rows(asked)
 
 
 def attend(
@@ -43,8 +41,8 @@ def attend(
 ) -> Array:
     """See `models.kernels`. Documents lie in one piece each, padding behind them."""
     padding, most = segments[0] >= PADDING, documents(q.shape[1])
-    begins = ~padding & jnp.concatenate([jnp.ones_like(padding[:, :1]), jnp.diff(segments[0], axis=1) != 0], 1)
-    starts, lengths = packed(begins, jnp.sum(~padding, axis=1), most)
+    first = ~padding & document_begins(segments[0])
+    starts, lengths = packed(first, jnp.sum(~padding, axis=1), most)
 
     def fused(q: Array, k: Array, v: Array) -> Array:
         from jax._src.cudnn import fused_attention_stablehlo as library  # the public function takes no sequences
@@ -60,7 +58,7 @@ def attend(
     def other(q: Array, k: Array, v: Array) -> Array:
         return triton.attend(q, k, v, segments, index, causal)
 
-    return lax.cond(jnp.max(jnp.sum(begins, axis=1)) <= most, fused, other, q, k, v)
+    return lax.cond(jnp.max(jnp.sum(first, axis=1)) <= most, fused, other, q, k, v)
 
 
 def packed(

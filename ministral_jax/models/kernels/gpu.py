@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from ministral_jax.models.kernels import Asked
 
@@ -40,11 +40,20 @@ def unserved_numbers(asked: Asked) -> str:
     return "" if asked.chunk % TILE == 0 else f"rows, or the chunks of one that is cut, of a multiple of {TILE} tokens"
 
 
+def unserved_rows(asked: Asked) -> str:
+    """`unserved_numbers` of a kernel that takes whole rows alone."""
+    return "rows that no mesh cuts (mesh.context 1)" if asked.chunk < asked.keys else unserved_numbers(asked)
+
+
+def document_begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """At which tokens a segment does."""
+    return jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
+
+
 def first_keys(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """For every token where its document begins. Documents lie in one piece each."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
-    return lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return lax.cummax(jnp.where(document_begins(segments), index, 0), axis=1)
 
 
 def end_keys(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Int
 
 from ministral_jax.models.kernels import Asked
-from ministral_jax.models.kernels.gpu import capability, unserved_numbers
+from ministral_jax.models.kernels.gpu import capability, unserved_rows
 
 _AMPERE = 8.0
 
@@ -20,9 +20,7 @@ def unserved(asked: Asked) -> str:
     """What is wrong with what is asked for, "" where nothing is."""
     if capability() < _AMPERE:
         return "a GPU of Ampere or later"
-    if asked.chunk < asked.keys:
-        return "rows that no mesh cuts (mesh.context 1)"
-    return unserved_numbers(asked)
+    return unserved_rows(asked)
 
 
 def attend(

@@ -136,9 +136,9 @@ class Tower:
     def implementation(self) -> str:
         c, cut = self.compute, self.parts("T")
         spec = AttentionSpec(self.causal, c.attention, c.attention_block, c.context)
-        chunk = self.length // (cut * (2 if cut > 1 and self.causal else 1))
         platform = self.layout.mesh.devices.flat[0].platform
-        return chosen_implementation(spec, platform, Asked(chunk, self.length, self.head_width, c.dtype))
+        asked = Asked.of_row(self.length, cut, self.causal, self.head_width, c.dtype)
+        return chosen_implementation(spec, platform, asked)
 
     # ---- costs of a microbatch ----
 

@@ -12,6 +12,8 @@ from ministral_jax.planning.timing.assumptions import Assumptions
 
 GPU_BLOCK = 128
 """Queries that a kernel of a GPU holds while keys go by."""
+UNKEPT = ("cudnn", "triton")
+"""Kernels whose results have no name to be kept by, so that a recomputation runs them again."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def score_cost(scores: Scores, implementation: str, block: int, passes: Passes, 
     """Of all passes through one layer; `block` is that of the loop of tiles."""
     if implementation == "xla":
         return _at_once(scores, passes, assume)
+    if scores.kept and implementation not in UNKEPT:
+        passes = passes._replace(again=0)
     if implementation == "blockwise":
         return _by_tiles(scores, block, passes, assume)
     assert implementation in KERNELS, implementation
@@ -74,7 +78,6 @@ def _by_tiles(s: Scores, block: int, passes: Passes, assume: Assumptions) -> Sco
     """Whole tiles up to the diagonal, each a trip; backward five products."""
     block = min(block, max(1, int(s.queries) // s.chunks))
     tiles = _tiles(s, block)
-    passes = passes._replace(again=0) if s.kept else passes
     numbers = s.rows * s.heads * tiles * block**2
     products = 2 * passes.forward + 2 * passes.again + 5 * passes.backward
     moved = _passed(s, numbers, s.rows * s.heads * block**2, passes, assume)
@@ -91,7 +94,6 @@ def _splash(s: Scores, passes: Passes, assume: Assumptions) -> ScoreCost:
     visited, grid = _tiles(s, block), math.ceil(s.queries / block) * math.ceil(s.keys / block)
     if s.causal and s.chunks == 2:  # the first of a shard's chunks meets the first half of the row
         grid *= 0.75
-    passes = passes._replace(again=0) if s.kept else passes
     runs = passes.forward + passes.again
     numbers, heads = s.rows * s.heads * visited * block**2, s.rows * s.heads
     moved = heads * visited * 2 * block * s.head_width * s.bytes * (runs + 2 * passes.backward)
@@ -103,10 +105,9 @@ def _splash(s: Scores, passes: Passes, assume: Assumptions) -> ScoreCost:
 def _gpu(s: Scores, implementation: str, passes: Passes) -> ScoreCost:
     """As FlashAttention: five products backward; keys that many blocks of queries read come from the second cache.
 
-    What cuDNN's and Triton's kernels give is not kept, so that a recomputation runs them again. Where a row is cut,
-    mosaic's backward kernels go over all keys: on Hopper they pass over none but those after the queries of whole rows.
+    Where a row is cut, mosaic's backward kernels go over all keys: on Hopper they pass over none but those after the
+    queries of whole rows.
     """
-    passes = passes._replace(again=0) if s.kept and implementation == "mosaic" else passes
     runs = passes.forward + passes.again
     every = s.causal and implementation == "mosaic" and s.queries < s.keys
     back = (2 if every else 1) * 5 * passes.backward
