@@ -6,14 +6,14 @@ import argparse
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax import __version__
+from ministral_jax.arguments import any_place, local_directory, run_directory
 from ministral_jax.console import log, say
 from ministral_jax.errors import UserError
-from ministral_jax.places import local_place, place, run_place
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,19 +67,6 @@ def _carry_out(args: argparse.Namespace) -> int:
     return leave(code, together=True)
 
 
-def _argument(check: Callable[[str, str], Path]) -> Callable[[str], Path]:
-    def checked(text: str) -> Path:
-        try:
-            return check(text, "directory")
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return checked
-
-
-_place, _run_place, _local = map(_argument, (place, run_place, local_place))
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options may stand between stages and overrides, which argparse alone would not have."""
     parser = _parser()
@@ -107,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", help="YAML file, e.g. configs/tiny.yaml")
     settings = "stages to run (default: all), and what is laid over the recipe: files, then values"
     run.add_argument("rest", nargs="*", metavar="STAGE | FILE.yaml | key=value", help=settings)
-    run.add_argument("--run-dir", type=_run_place, help="where stages are written (default: runs/<recipe's name>)")
+    run.add_argument("--run-dir", type=run_directory, help="where stages are written (default: runs/<recipe's name>)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made, taken and skipped")
     run.add_argument("--all", action="store_true", help="the recipe's optional stages too")
     group = run.add_argument_group("several processes, each with this command")
@@ -125,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--zip", action="store_true", help="keys vary together instead of in every combination")
     sweep.add_argument("--name", help="of the directory below runs/ (default: the file's name and what varies)")
-    sweep.add_argument("--run-dir", type=_local, help="where points are written (default: runs/<name>)")
+    sweep.add_argument("--run-dir", type=local_directory, help="where points are written (default: runs/<name>)")
     sweep.add_argument(
         "--jobs", choices=("local", "slurm", "gke"), default="local", help="here, or print a scheduler's jobs"
     )
@@ -133,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (run, sweep):
         text = "a run or sweep from which stages are taken that were made in the same way; may be given several times"
-        options: Any = dict(dest="taken_from", action="append", default=[], type=_run_place, metavar="RUN", help=text)
+        options: Any = dict(
+            dest="taken_from", action="append", default=[], type=run_directory, metavar="RUN", help=text
+        )
         command.add_argument("--from", **options)
 
     launch = commands.add_parser("launch", help="a scheduler's job that runs a recipe: printed, written or submitted")
@@ -142,41 +131,45 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "rest", nargs="*", metavar="STAGE | FILE.yaml | key=value", help="as of run; launch.slurm.nodes=4 and the like"
     )
-    launch.add_argument("--run-dir", type=_run_place, help="where stages are written, as the job sees it")
-    launch.add_argument("--output", type=_local, metavar="FILE|DIR", help="write the job instead of printing it")
+    launch.add_argument("--run-dir", type=run_directory, help="where stages are written, as the job sees it")
+    launch.add_argument(
+        "--output", type=local_directory, metavar="FILE|DIR", help="write the job instead of printing it"
+    )
     launch.add_argument("--submit", action="store_true", help="submit it with sbatch, kubectl or gcloud")
     launch.set_defaults(command=_launch)
 
     _add_plan(commands)
 
     status = commands.add_parser("status", help="how far a run is, or all of runs/")
-    status.add_argument("run_dir", type=_run_place, nargs="?", metavar="RUN")
+    status.add_argument("run_dir", type=run_directory, nargs="?", metavar="RUN")
     status.set_defaults(command=_status)
 
     compare = commands.add_parser("compare", help="settings in which two runs differ, and their figures")
-    compare.add_argument("run_dirs", type=_run_place, nargs=2, metavar="RUN")
+    compare.add_argument("run_dirs", type=run_directory, nargs=2, metavar="RUN")
     compare.set_defaults(command=_compare)
 
     clean = commands.add_parser("clean", help="what a run or a sweep keeps that no finished result needs")
-    clean.add_argument("run_dir", type=_run_place, metavar="RUN")
+    clean.add_argument("run_dir", type=run_directory, metavar="RUN")
     clean.add_argument("--delete", action="store_true", help="remove it instead of listing it")
     clean.set_defaults(command=_clean)
 
     report = commands.add_parser("report", help="write the report and the figures of a run or of a sweep")
-    report.add_argument("run_dir", type=_run_place, metavar="RUN")
+    report.add_argument("run_dir", type=run_directory, metavar="RUN")
     report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="write a finished stage as a Hugging Face directory")
-    export.add_argument("checkpoint", type=_place, help="directory of a finished stage")
-    export.add_argument("destination", type=_place, metavar="DIR")
+    export.add_argument("checkpoint", type=any_place, help="directory of a finished stage")
+    export.add_argument("destination", type=any_place, metavar="DIR")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.set_defaults(command=_export)
 
     generate = commands.add_parser("generate", help="let a checkpoint go on from a text, a chat or images")
-    generate.add_argument("checkpoint", type=_place, help="directory of a finished stage, or a Hugging Face directory")
+    generate.add_argument(
+        "checkpoint", type=any_place, help="directory of a finished stage, or a Hugging Face directory"
+    )
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument(
-        "--image", action="append", default=[], type=_place, metavar="FILE", help="before every prompt"
+        "--image", action="append", default=[], type=any_place, metavar="FILE", help="before every prompt"
     )
     generate.add_argument("--chat", action="store_true", help="prompts are a user's messages, not texts to go on with")
     generate.add_argument("--think", action="store_true", help="the answer begins with reasoning")
@@ -185,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--top-k", type=int, default=0, metavar="K")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
-    generate.add_argument("--jsonl", type=_place, metavar="IN", help='rows of {"prompt", "images"} or {"messages"}')
+    generate.add_argument("--jsonl", type=any_place, metavar="IN", help='rows of {"prompt", "images"} or {"messages"}')
     generate.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="rows that cannot be used")
     generate.add_argument("--output", type=Path, metavar="OUT", help="the rows with their completions")
     generate.add_argument(
@@ -210,7 +203,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--assume", **pairs, metavar="NAME=VALUE", help="another figure of the model, see docs/plan.md")
     plan.add_argument("--search", action="store_true", help="find meshes, microbatches and remat that are faster")
     plan.add_argument("--compile", action="store_true", help="ask XLA's compiler, of the stages named; minutes each")
-    plan.add_argument("--run-dir", type=_local, help="with --on here, where the run would be written")
+    plan.add_argument("--run-dir", type=local_directory, help="with --on here, where the run would be written")
     plan.add_argument("--output", type=Path, metavar="FILE.json|FILE.html", help="all figures, or a page with pictures")
     plan.set_defaults(command=_plan)
 
