@@ -157,9 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=run_directory, metavar="RUN")
     report.set_defaults(command=_report)
 
-    export = commands.add_parser("export", help="write a finished stage as a Hugging Face directory")
+    export = commands.add_parser("export", help="write a finished stage for other programs")
     export.add_argument("checkpoint", type=any_place, help="directory of a finished stage")
     export.add_argument("destination", type=any_place, metavar="DIR")
+    export.add_argument("--format", choices=("hf",), default="hf", help="the files and their names (hf)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.set_defaults(command=_export)
 
@@ -364,7 +365,8 @@ def _export(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
     from ministral_jax.stages.export import export_stage
 
-    export_stage(args.checkpoint, args.destination, args.dtype, Placement(make_mesh(MeshConfig()), Rules()))
+    placement = Placement(make_mesh(MeshConfig()), Rules())
+    export_stage(args.checkpoint, args.destination, args.dtype, placement, args.format)
     say(f"{args.destination}: written in {args.dtype}")
 
 

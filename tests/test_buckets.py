@@ -19,7 +19,7 @@ from ministral_jax.data.prepare import SPLITS, prepare
 from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, read_jsonl, write_json
-from ministral_jax.interop.hf import _ours
+from ministral_jax.interop.export import is_export
 from ministral_jax.models.spec import VisionSpec
 from ministral_jax.places import (
     Lines,
@@ -224,9 +224,9 @@ def test_a_logit_store_in_a_bucket_is_read_as_it_was_written(bucket):
 def test_an_export_that_was_cut_off_is_written_anew_and_nothing_else_is(bucket):
     for name in ("tekken.json", "model-00001-of-00002.safetensors", "generation_config.json"):
         (bucket / "hf" / name).write_text("")
-    assert _ours(bucket / "hf")
+    assert is_export(bucket / "hf")
     (bucket / "hf/notes.txt").write_text("")
-    assert not _ours(bucket / "hf")
+    assert not is_export(bucket / "hf")
 
 
 def state(step: int) -> dict:

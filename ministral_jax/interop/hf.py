@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +19,15 @@ from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ministral_jax.data.digests import Digests
-from ministral_jax.distributed.collectives import barrier, fetch, is_first
+from ministral_jax.distributed.collectives import fetch
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, is_remote, open_plain, write_json
+from ministral_jax.files import digest_of, open_plain, write_json
 from ministral_jax.interop import safetensors
+from ministral_jax.interop.export import Export, Format, export, write_shards
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import Params, abstract_params, check_params
-from ministral_jax.places import place, put_files
-
-SHARD_BYTES = 5_000_000_000
-WRITER = "ministral_jax"
+from ministral_jax.models.vlm import Params, abstract_params
+from ministral_jax.places import place
 
 # Our parameter -> Hugging Face tensor (under `language_model.model.` for the decoder) and how its axes move. {} is the
 # layer. Letters are sizes, see `_sizes`.
@@ -120,100 +117,37 @@ def slots(spec: ModelSpec) -> list[Slot]:
     return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
 
 
-_WRITTEN = re.compile(r"tekken\.json|\w+_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-"""Files of an export."""
-
-
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
 def export_hf(
-    params: Params, spec: ModelSpec, directory: Path, dtype: str = "float32", tokenizer_files: list[Path] | None = None
+    params: Params, spec: ModelSpec, directory: Path, dtype: str = "float32", tokenizer_files: Sequence[Path] = ()
 ) -> None:
-    """Write a model that `transformers` loads: configuration, sharded weights in `dtype` and copies of
-    `tokenizer_files` (directories give their files).
-
-    `params` may be on the devices of several processes; all of them must call this. One tensor at a time is fetched,
-    and the first process writes it. Everything is written beside `directory` and renamed into place at the end,
-    replacing an earlier export but nothing else.
-
-    Raises:
-        UserError: parameters that do not fit `spec`, an unknown dtype, a missing tokenizer file, or a `directory` that
-            holds something else.
-    """
-    check_params(params, spec, "export")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"export dtype is {dtype!r}; float32 and bfloat16 can be written")
-    config = to_config(spec, dtype)
-    if directory.exists() and not _ours(directory):
-        raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
-    files = [f for path in tokenizer_files or [] for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"tokenizer file {file} does not exist")
-
-    if is_first():
-        _write(directory, params, spec, config, files)
-    else:
-        for slot in slots(spec):
-            slot.take(params)
-    barrier("exported")
+    """Write a model that `transformers` loads, see `export`: configuration, sharded weights in `dtype` and copies of
+    `tokenizer_files` (directories give their files)."""
+    export(Export(params, spec, dtype, tokenizer_files), HF, directory)
 
 
-def _write(directory: Path, params: Params, spec: ModelSpec, config: dict[str, Any], files: list[Path]) -> None:
-    if is_remote(directory):  # by way of a disk; without its config.json what is there is no model
-        with TemporaryDirectory() as scratch:
-            _write(Path(scratch, "hf"), params, spec, config, files)
-            (directory / "config.json").unlink(missing_ok=True)
-            cast(Any, directory).rmtree()
-            put_files(Path(scratch, "hf"), directory, last="config.json")
-        return
-    draft = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write_json(draft / "config.json", config)
-    write_json(draft / "generation_config.json", generation_config(spec))
+def _write(model: Export, directory: Path) -> None:
+    params, spec, dtype = model.params, model.spec, np.dtype(jnp.dtype(model.dtype))
+    write_json(directory / "config.json", to_config(spec, model.dtype))
+    write_json(directory / "generation_config.json", generation_config(spec))
     if spec.vision is not None:
-        write_json(draft / "processor_config.json", processor_config(spec))
-    for file in files:
-        shutil.copy(file, draft / file.name)
-    _write_weights(params, spec, draft, np.dtype(jnp.dtype(config["dtype"])))
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if directory.exists():
-        directory.rename(replaced)
-    draft.rename(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
+        write_json(directory / "processor_config.json", processor_config(spec))
+    write_shards(
+        (safetensors.Pending(_disk_name(s.name, spec), dtype, s.shape, partial(s.take, params)) for s in slots(spec)),
+        directory,
+        "model",
+    )
 
 
-def _ours(directory: Path) -> bool:
-    """Whether a directory may be replaced: it is empty, or `WRITER` wrote its weights; in a bucket also where a write
-    was cut off, which leaves no config.json."""
-    if is_remote(directory) and not (directory / "config.json").is_file():
-        return all(_WRITTEN.fullmatch(path.name) for path in directory.iterdir())
-    weights = [*directory.glob("model.safetensors"), *directory.glob("model-00001-of-*.safetensors")]
-    return not any(directory.iterdir()) or any(safetensors.metadata(f).get("writer") == WRITER for f in weights)
+def fetch_slots(model: Export) -> None:
+    """Take every tensor in the order of `slots`."""
+    for slot in slots(model.spec):
+        slot.take(model.params)
 
 
-def _write_weights(params: Params, spec: ModelSpec, directory: Path, dtype: np.dtype) -> None:
-    """In files of at most `SHARD_BYTES`, larger tensors alone."""
-    shards: list[list[safetensors.Pending]] = []
-    weight_map, total, size = {}, 0, SHARD_BYTES
-    for slot in slots(spec):
-        tensor = safetensors.Pending(_disk_name(slot.name, spec), dtype, slot.shape, partial(slot.take, params))
-        if size + tensor.bytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes
-        total += tensor.bytes
-    for i, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        safetensors.write(directory / name, shard, {"format": "pt", "writer": WRITER})
-        weight_map |= {t.name: name for t in shard}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory / "model.safetensors.index.json", index)
+HF = Format(("float32", "bfloat16"), "config.json", partial(to_config, dtype="float32"), _write, fetch_slots)
 
 
 def _disk_name(name: str, spec: ModelSpec) -> str:

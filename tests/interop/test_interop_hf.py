@@ -15,7 +15,7 @@ from model_cases import TEXT, YARN, random_params, vlm
 
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
-from ministral_jax.interop import hf, safetensors
+from ministral_jax.interop import export, hf, safetensors
 from ministral_jax.interop.hf import export_hf, import_hf, read_spec
 from ministral_jax.models.spec import PRESETS, ModelSpec, RopeSpec
 from ministral_jax.models.vlm import param_shardings
@@ -118,7 +118,7 @@ def test_names_on_disk_are_those_of_the_released_checkpoints(exported):
 
 
 def test_export_in_shards_and_bfloat16(tmp_path, params, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 10_000)
     tokenizer, folder = tmp_path / "tekken.json", tmp_path / "more"
     tokenizer.write_text("{}")
     folder.mkdir()

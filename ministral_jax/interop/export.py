@@ -1,0 +1,140 @@
+"""Checkpoints written as directories, whole or not at all, with one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from ministral_jax.distributed.collectives import barrier, is_first
+from ministral_jax.errors import UserError
+from ministral_jax.files import is_remote, write_json
+from ministral_jax.interop import safetensors
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import Params, check_params
+from ministral_jax.places import put_files
+
+SHARD_BYTES = 5_000_000_000
+WRITER = "ministral_jax"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that is to be written: parameters that may be on the devices of several processes, its sizes, the number
+    format, and files that are copied beside it, such as the tokenizer's; of directories, those in it."""
+
+    params: Params
+    spec: ModelSpec
+    dtype: str
+    files: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of a checkpoint's directory."""
+
+    dtypes: tuple[str, ...]
+    """That can be written."""
+    last: str
+    """The file without which what is there is no model."""
+    check: Callable[[ModelSpec], object]
+    """Raises `UserError` for sizes that the format cannot say."""
+    write: Callable[[Export, Path], None]
+    """Fills an empty directory, one tensor after another; the first process calls it."""
+    fetch: Callable[[Export], None]
+    """What the other processes do meanwhile: they fetch the same tensors in the same order."""
+
+
+def export(model: Export, layout: Format, directory: Path) -> None:
+    """Write a checkpoint. All processes must call this. One tensor at a time is fetched, and the first process writes
+    it. Everything is written beside `directory` and renamed into place at the end, replacing an earlier export but
+    nothing else.
+
+    Raises:
+        UserError: parameters that do not fit their sizes, a number format that the layout does not have, a missing
+            file, or a `directory` that holds something else.
+    """
+    check_params(model.params, model.spec, "export")
+    if model.dtype not in layout.dtypes:
+        raise UserError(f"export dtype is {model.dtype!r}; {' and '.join(layout.dtypes)} can be written")
+    layout.check(model.spec)
+    if directory.exists() and not is_export(directory):
+        raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
+    files = _files(model.files)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"tokenizer file {file} does not exist")
+    if is_first():
+        _write(model, layout, directory, files)
+    else:
+        layout.fetch(model)
+    barrier("exported")
+
+
+def write_shards(
+    tensors: Iterable[safetensors.Pending], directory: Path, stem: str, metadata: dict[str, str] | None = None
+) -> None:
+    """Safetensors files `<stem>.safetensors` of at most `SHARD_BYTES`, larger tensors alone; where there are several,
+    with an index that `transformers` reads."""
+    shards: list[list[safetensors.Pending]] = []
+    weight_map, total, size = {}, 0, SHARD_BYTES
+    for tensor in tensors:
+        if size + tensor.bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+        total += tensor.bytes
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
+        safetensors.write(directory / name, shard, {"format": "pt", "writer": WRITER} | (metadata or {}))
+        weight_map |= {t.name: name for t in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / f"{stem}.safetensors.index.json", index)
+
+
+_WRITTEN = re.compile(r"tekken\.json|\w+_config\.json|\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json")
+"""Files of an export but for the one that is written last."""
+_LAST = ("config.json", "params.json")
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory may be replaced: it is empty, or `WRITER` wrote its weights; in a bucket also where a write
+    was cut off, which leaves the file out that is written last."""
+    if is_remote(directory) and not any((directory / last).is_file() for last in _LAST):
+        return all(_WRITTEN.fullmatch(path.name) for path in directory.iterdir())
+    weights = list(directory.glob("*.safetensors"))
+    ours = bool(weights) and all(safetensors.metadata(file).get("writer") == WRITER for file in weights)
+    return ours or not any(directory.iterdir())
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    return [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+
+def _write(model: Export, layout: Format, directory: Path, files: list[Path]) -> None:
+    if is_remote(directory):  # by way of a disk; without its last file what is there is no model
+        with TemporaryDirectory() as scratch:
+            _write(model, layout, Path(scratch, "export"), files)
+            for last in _LAST:
+                (directory / last).unlink(missing_ok=True)
+            cast(Any, directory).rmtree()
+            put_files(Path(scratch, "export"), directory, last=layout.last)
+        return
+    draft = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for file in files:
+        shutil.copy(file, draft / file.name)
+    layout.write(model, draft)
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if directory.exists():
+        directory.rename(replaced)
+    draft.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
