@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
@@ -63,20 +63,22 @@ TABLE = {
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
-    """The letters of `TABLE`: D width, H heads, K kv heads, h head width, F mlp width, V vocab; of the vision tower, W
-    width, N heads, n head width, M mlp width, c p q a patch; the projector merges A values into W and has width P."""
+    """The letters of a table: D width, H heads, K kv heads, h head width, F mlp width, V vocab; of the vision tower, W
+    width, N heads, n head width, M mlp width, c p q a patch; the projector merges A values into W and has width P. A
+    head's width in two halves, which RoPE pairs, is r s, in the tower r t."""
     sizes = dict(
         D=spec.width, H=spec.heads, K=spec.kv_heads, h=spec.head_width, F=spec.mlp_width, V=spec.vocab, P=spec.width
     )
+    sizes |= dict(r=2, s=spec.head_width // 2)
     if (v := spec.vision) is not None:
         sizes |= dict(W=v.width, N=v.heads, n=v.head_width, M=v.mlp_width, A=v.merge**2 * v.width)
-        sizes |= dict(c=3, p=v.patch_size, q=v.patch_size)
+        sizes |= dict(c=3, p=v.patch_size, q=v.patch_size, t=v.head_width // 2)
     return sizes
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one Hugging Face tensor lies in our parameters."""
+    """Where one tensor of a file lies in our parameters."""
 
     path: str
     layer: int | None
@@ -104,10 +106,10 @@ class Slot:
         return self._rearrange(value, f"{theirs} -> {ours}")
 
 
-def slots(spec: ModelSpec) -> list[Slot]:
-    """Every tensor of a model, layer by layer."""
+def slots(spec: ModelSpec, table: Mapping[str, tuple[str, str]] = TABLE) -> list[Slot]:
+    """Every tensor of a model that `table` names, layer by layer."""
     sizes, found = _sizes(spec), []
-    for path, (name, pattern) in TABLE.items():
+    for path, (name, pattern) in table.items():
         part = path.split("/")[0]
         if (part != "decoder" and spec.vision is None) or (path == "decoder/head" and spec.tied):
             continue
