@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import open_plain
+from ministral_jax.interop.keys import Keys, check_same
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
 # Tekken's control tokens; [PAD] only if the vocabulary has it.
@@ -149,48 +150,6 @@ def processor_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-class _Keys:
-    """A section of a config file that says where a bad value stands."""
-
-    def __init__(self, values: dict[str, Any], where: str):
-        self.values, self.where = values, where
-
-    def section(self, key: str) -> _Keys:
-        value = self.required(key)
-        if not isinstance(value, dict):
-            raise UserError(f"{self.where}: {key} is {value!r}, expected an object")
-        return _Keys(value, f"{self.where}: {key}")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def required(self, key: str) -> Any:
-        if self.values.get(key) is None:
-            raise UserError(f"{self.where}: {key} is missing")
-        return self.values[key]
-
-    def sizes(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Of our names; where the file says null, key-value heads are the heads and the heads fill the width."""
-        for name in names:
-            value = self.values.get(_SIZES[name])
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{self.where}: {_SIZES[name]} is {value!r}, expected a whole number above 0")
-        heads, width = self.required(_SIZES["heads"]), self.required(_SIZES["width"])
-        known = {"kv_heads": heads, "head_width": width // heads}
-        return {
-            name: self.get(_SIZES[name], known[name]) if name in known else self.required(_SIZES[name])
-            for name in names
-        }
-
-    def accept(self, key: str, default: Any, accepted: tuple) -> None:
-        """`default` is what a missing key means to `transformers`."""
-        value = self.values.get(key, default)
-        if value not in accepted:
-            listed = " or ".join(json.dumps(a) for a in accepted)
-            raise UserError(f"{self.where}: {key} is {json.dumps(value)}, this model family has {listed}")
-
-
 def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec:
     """Sizes from a parsed `config.json` found at `where`.
 
@@ -200,7 +159,7 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     Raises:
         UserError: another architecture, a missing size, or a variation this family does not have.
     """
-    top = _Keys(config, where)
+    top = Keys(config, where)
     kind = top.get("model_type")
     if kind not in ("mistral3", "ministral3", "mistral"):
         raise UserError(f"{where}: model_type is {kind!r}; mistral3, ministral3 and mistral can be read")
@@ -212,7 +171,7 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     text_kind = text.get("model_type", "mistral")
     if text_kind not in ("ministral3", "mistral"):
         raise UserError(f"{text.where}: model_type is {text_kind!r}; ministral3 and mistral can be read")
-    text = _Keys(_CLASS[text_kind] | text.values, text.where)
+    text = Keys(_CLASS[text_kind] | text.values, text.where)
     text.accept("hidden_act", "silu", ("silu",))
     text.accept("partial_rotary_factor", 1.0, (1.0, None))
     if sliding := {*text.get("layer_types", [])} - {"full_attention"}:
@@ -223,7 +182,7 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     tied = text.get("tie_word_embeddings", top.get("tie_word_embeddings", False)) and not has_head
     try:
         return ModelSpec(
-            **text.sizes(tuple(_SIZES)),
+            **text.sizes(_SIZES),
             context=text.required("max_position_embeddings"),
             tied=tied,
             norm_eps=text.required("rms_norm_eps"),
@@ -236,23 +195,15 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _check_same(said: dict[str, Any], where: str) -> None:
-    """Keys that mean the same say the same, where they are there."""
-    there = {key: value for key, value in said.items() if value is not None}
-    if any(value != next(iter(there.values())) for value in there.values()):
-        both = " and ".join(f"{key} is {json.dumps(value)}" for key, value in there.items())
-        raise UserError(f"{where}: {both}, which mean the same; delete the one that is wrong")
-
-
-def _rope(text: _Keys, kind: str) -> RopeSpec:
+def _rope(text: Keys, kind: str) -> RopeSpec:
     section = next((key for key in ("rope_parameters", "rope_scaling") if text.get(key)), None)
     if section is None and kind == "ministral3":
         raise UserError(f"{text.where}: rope_parameters is missing")
-    rope = text.section(section) if section else _Keys({}, text.where)
-    _check_same({key: text.get(key) for key in ("rope_parameters", "rope_scaling")}, text.where)
+    rope = text.section(section) if section else Keys({}, text.where)
+    check_same({key: text.get(key) for key in ("rope_parameters", "rope_scaling")}, text.where)
     rope.accept("partial_rotary_factor", 1.0, (1.0, None))
     thetas = {"rope_theta": text.get("rope_theta"), f"rope_theta of {section}": rope.get("rope_theta")}
-    _check_same(thetas, text.where)
+    check_same(thetas, text.where)
     form = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:
@@ -260,7 +211,7 @@ def _rope(text: _Keys, kind: str) -> RopeSpec:
     beta = rope.get("llama_4_scaling_beta", 0.0)
     if form not in ("default", "yarn"):
         raise UserError(f"{rope.where}: rope_type is {form!r}; default and yarn can be read")
-    _check_same({key: rope.get(key) for key in ("rope_type", "type")}, rope.where)
+    check_same({key: rope.get(key) for key in ("rope_type", "type")}, rope.where)
     original = rope.get("original_max_position_embeddings")
     if form == "default":
         return RopeSpec(
@@ -284,19 +235,19 @@ def _rope(text: _Keys, kind: str) -> RopeSpec:
     )
 
 
-def _vision(top: _Keys) -> VisionSpec:
+def _vision(top: Keys) -> VisionSpec:
     top.accept("projector_hidden_act", "gelu", ("gelu",))
     top.accept("multimodal_projector_bias", False, (False,))
     top.accept("vision_feature_layer", -1, (-1, [-1]))
     v = top.section("vision_config")
     v.accept("model_type", "pixtral", ("pixtral",))
-    v = _Keys(_CLASS["pixtral"] | v.values, v.where)
+    v = Keys(_CLASS["pixtral"] | v.values, v.where)
     v.accept("hidden_act", "gelu", ("silu",))
     v.accept("num_channels", 3, (3,))
-    rope = v.section("rope_parameters") if v.get("rope_parameters") else _Keys({}, v.where)
+    rope = v.section("rope_parameters") if v.get("rope_parameters") else Keys({}, v.where)
     rope.accept("rope_type", "axial", ("axial", "default"))
     return VisionSpec(
-        **v.sizes(("width", "mlp_width", "layers", "heads", "head_width")),
+        **v.sizes({name: _SIZES[name] for name in ("width", "mlp_width", "layers", "heads", "head_width")}),
         patch_size=v.required("patch_size"),
         max_image_size=v.required("image_size"),
         merge=top.get("spatial_merge_size", 2),
