@@ -50,6 +50,7 @@ from ministral_jax import cli
 from ministral_jax.files import write_json
 from ministral_jax.interop import hf, safetensors
 from ministral_jax.interop.hf_config import to_config
+from ministral_jax.interop.slots import Slot
 from ministral_jax.models.spec import PRESETS, ModelSpec, VisionSpec
 
 LAYERS, TENSORS, SHARD = 40, 3, 2_000_000_000
@@ -69,7 +70,7 @@ def write_checkpoint(directory: Path, spec: ModelSpec) -> None:
     """Random parameters, of which one block is drawn and repeated; one tensor in memory at a time."""
     block = np.random.default_rng(0).standard_normal(2**25, np.float32)
 
-    def value(slot: hf.Slot) -> np.ndarray:
+    def value(slot: Slot) -> np.ndarray:
         if len(slot.shape) == 1:
             return np.ones(slot.shape, BFLOAT16)
         fan_in = int(np.prod(slot.shape[1:]))

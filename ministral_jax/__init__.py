@@ -25,7 +25,7 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
     import jax.numpy as jnp
 
     from ministral_jax.errors import UserError
-    from ministral_jax.interop.hf import import_hf, read_spec
+    from ministral_jax.interop.checkpoint import import_checkpoint, is_checkpoint, read_spec
     from ministral_jax.models.vlm import VLM, Compute, param_shardings
     from ministral_jax.places import fetched, place
     from ministral_jax.stages.base import load_stage
@@ -33,10 +33,10 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
     path = place(path, "checkpoint")
     if (path / "manifest.json").is_file():
         spec, params = load_stage(path, jnp.dtype(dtype), placement)
-    elif (path / "config.json").is_file():
+    elif is_checkpoint(path):
         path = fetched(path)
         shardings = param_shardings(read_spec(path), placement) if placement is not None else None
-        spec, params = import_hf(path, dtype, shardings)
+        spec, params = import_checkpoint(path, dtype, shardings)
     else:
         raise UserError(
             f"{path} is neither a finished stage (manifest.json) nor a Hugging Face directory (config.json)"

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
-from operator import getitem
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jax.sharding import NamedSharding, PartitionSpec
 
-from ministral_jax.data.digests import Digests
-from ministral_jax.distributed.collectives import fetch
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, open_plain, write_json
+from ministral_jax.files import open_plain, write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.export import Export, Format, export, write_shards
+from ministral_jax.interop.fp8_weights import HF_NAMES, block_size, with_scales
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
+from ministral_jax.interop.slots import Checkpoint, Slot, Table, table_slots
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import Params, abstract_params
-from ministral_jax.places import place
+from ministral_jax.models.vlm import Params
 
-# Our parameter -> Hugging Face tensor (under `language_model.model.` for the decoder) and how its axes move. {} is the
-# layer. Letters are sizes, see `_sizes`.
+# Those of the decoder lie under `language_model.model.`.
 TABLE = {
     "decoder/embed": ("embed_tokens.weight", "V D -> V D"),
     "decoder/layers/attention_norm": ("layers.{}.input_layernorm.weight", "D -> D"),
@@ -62,61 +53,9 @@ TABLE = {
 }
 
 
-def _sizes(spec: ModelSpec) -> dict[str, int]:
-    """The letters of a table: D width, H heads, K kv heads, h head width, F mlp width, V vocab; of the vision tower, W
-    width, N heads, n head width, M mlp width, c p q a patch; the projector merges A values into W and has width P. A
-    head's width in two halves, which RoPE pairs, is r s, in the tower r t."""
-    sizes = dict(
-        D=spec.width, H=spec.heads, K=spec.kv_heads, h=spec.head_width, F=spec.mlp_width, V=spec.vocab, P=spec.width
-    )
-    sizes |= dict(r=2, s=spec.head_width // 2)
-    if (v := spec.vision) is not None:
-        sizes |= dict(W=v.width, N=v.heads, n=v.head_width, M=v.mlp_width, A=v.merge**2 * v.width)
-        sizes |= dict(c=3, p=v.patch_size, q=v.patch_size, t=v.head_width // 2)
-    return sizes
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor of a file lies in our parameters."""
-
-    path: str
-    layer: int | None
-    name: str
-    pattern: str
-    sizes: dict[str, int]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """In the file."""
-        axes = re.findall(r"\(.*?\)|\w", self.pattern.split(" -> ")[1])
-        return tuple(math.prod(self.sizes[letter] for letter in re.findall(r"\w", axis)) for axis in axes)
-
-    def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
-        return rearrange(x, pattern, **{k: n for k, n in self.sizes.items() if k in pattern})
-
-    def take(self, params: Params) -> np.ndarray:
-        """This tensor as the file has it, fetched to the host."""
-        leaf: Any = reduce(getitem, self.path.split("/"), params)
-        return self._rearrange(fetch(leaf if self.layer is None else leaf[self.layer]), self.pattern)
-
-    def view(self, value: np.ndarray) -> np.ndarray:
-        """A tensor from the file with its axes as ours; of a mapped file, nothing is read yet."""
-        ours, theirs = self.pattern.split(" -> ")
-        return self._rearrange(value, f"{theirs} -> {ours}")
-
-
-def slots(spec: ModelSpec, table: Mapping[str, tuple[str, str]] = TABLE) -> list[Slot]:
+def slots(spec: ModelSpec, table: Table = TABLE) -> list[Slot]:
     """Every tensor of a model that `table` names, layer by layer."""
-    sizes, found = _sizes(spec), []
-    for path, (name, pattern) in table.items():
-        part = path.split("/")[0]
-        if (part != "decoder" and spec.vision is None) or (path == "decoder/head" and spec.tied):
-            continue
-        depth = spec.layers if part == "decoder" or spec.vision is None else spec.vision.layers
-        layers = range(depth) if "/layers/" in path else [None]
-        found += [Slot(path, i, name.format(i), pattern, sizes) for i in layers]
-    return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
+    return table_slots(spec, table)
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -161,90 +100,24 @@ def _disk_name(name: str, spec: ModelSpec) -> str:
 
 # ---- import ---------------------------------------------------------------------------------------------------------
 
-
-def read_spec(directory: Path) -> ModelSpec:
-    """Sizes of a Hugging Face model directory; no weights are read. Raises `UserError`: no such model, another
-    architecture, or damaged files."""
-    directory = place(directory, "directory")
-    config, where = load_config(directory), str(directory / "config.json")
-    from_config(config, where, True)  # another architecture is refused, whatever its weights are
-    return from_config(config, where, "lm_head.weight" in _tensors(directory))
+_BUFFER = re.compile(r"(rotary_emb|patch_positional_embedding)\.((original_)?inv_freq|(cos|sin)_cached)$")
 
 
-def checkpoint_digest(directory: Path, root: Path) -> str:
-    """SHA-256 of what the files that are imported hold; what is known of them is kept in `root`, see `Digests`."""
-    files, digests = [directory / "config.json", *sorted(directory.glob("*.safetensors"))], Digests(root)
-    return digest_of([(path.name, digests.of_file(path)) for path in files])
-
-
-def import_hf(directory: Path, dtype: Any = "float32", shardings: Params | None = None) -> tuple[ModelSpec, Params]:
-    """Sizes and parameters of `dtype` of a Hugging Face directory: Mistral3ForConditionalGeneration, or the text-only
-    Ministral3ForCausalLM and MistralForCausalLM. They are numpy arrays, or arrays placed by `shardings`, of which
-    every host then reads only what its devices hold.
+def open_hf(directory: Path) -> Checkpoint:
+    """A Hugging Face directory: Mistral3ForConditionalGeneration, or the text-only Ministral3ForCausalLM and
+    MistralForCausalLM, in floats or in FP8.
 
     Raises:
-        UserError: as `read_spec`; also tensors that are missing, unexpected, or of another shape.
+        UserError: no such model, another architecture, weights quantised in another way, or damaged files.
     """
-    directory = place(directory, "directory")
-    spec, tensors = read_spec(directory), _tensors(directory)
-    wanted = {slot.name: slot for slot in slots(spec)}
-    _require(directory, "lacks", wanted.keys() - tensors.keys())
-    _require(directory, "has unexpected", tensors.keys() - wanted.keys())
-    for name, slot in wanted.items():
-        if tensors[name].shape != slot.shape:
-            raise UserError(f"{directory}: {name} has shape {tensors[name].shape}, its config.json says {slot.shape}")
-        if tensors[name].dtype.name not in _FLOATS:
-            raise UserError(f"{directory}: {name} is {tensors[name].dtype.name}; {', '.join(_FLOATS)} can be read")
-
-    stacks: dict[str, list[tuple[Slot, safetensors.Tensor]]] = {}
-    for name, slot in wanted.items():  # layers ascending
-        stacks.setdefault(slot.path, []).append((slot, tensors[name]))
-
-    def read(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None = None) -> Any:
-        parts = stacks["/".join(key.key for key in path)]
-        if sharding is not None:
-            return _placed(parts, leaf.shape, jnp.dtype(dtype), sharding)
-        if parts[0][0].layer is None:
-            return _read(*parts[0], jnp.dtype(dtype))
-        out = np.empty(leaf.shape, jnp.dtype(dtype))
-        for n, part in enumerate(parts):
-            out[n] = _read(*part, out.dtype)
-        return out
-
-    trees = (abstract_params(spec),) if shardings is None else (abstract_params(spec), shardings)
-    return spec, jax.tree_util.tree_map_with_path(read, *trees)
-
-
-def _read(slot: Slot, tensor: safetensors.Tensor, dtype: Any, index: Any = ...) -> np.ndarray:
-    return safetensors.packed(slot.view(tensor.read())[index], dtype)
-
-
-def _placed(
-    parts: list[tuple[Slot, safetensors.Tensor]], shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
-) -> jax.Array:
-    """A leaf where `sharding` says. Of layers one at a time is on the host, and goes into the stack in place."""
-
-    def placed(part: tuple[Slot, safetensors.Tensor], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(shape, sharding, lambda index: _read(*part, dtype, index))
-
-    if parts[0][0].layer is None:
-        return placed(parts[0], shape, sharding)
-    alone = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stack = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-    put = jax.jit(partial(jax.lax.dynamic_update_index_in_dim, axis=0), donate_argnums=0, out_shardings=sharding)
-    for n, part in enumerate(parts):
-        stack = put(stack, placed(part, shape[1:], alone), n).block_until_ready()  # before the next one is read
-    return stack
-
-
-_BUFFER = re.compile(r"(rotary_emb|patch_positional_embedding)\.((original_)?inv_freq|(cos|sin)_cached)$")
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
-
-
-def _require(directory: Path, verb: str, names: set[str]) -> None:
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(f"{directory} {verb} tensor {min(names)}{more}")
+    config, where = load_config(directory), str(directory / "config.json")
+    from_config(config, where, True)  # another architecture is refused, whatever its weights are
+    quantised = config.get("quantization_config")
+    block = block_size(quantised, where) if quantised else None
+    found = _tensors(directory)
+    spec = from_config(config, where, "lm_head.weight" in found)
+    tensors = with_scales(found, HF_NAMES, block, str(directory)) if quantised else found
+    return Checkpoint(directory, spec, slots(spec), tensors)
 
 
 def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:

@@ -163,10 +163,6 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     kind = top.get("model_type")
     if kind not in ("mistral3", "ministral3", "mistral"):
         raise UserError(f"{where}: model_type is {kind!r}; mistral3, ministral3 and mistral can be read")
-    if top.get("quantization_config"):
-        found = config["quantization_config"]
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise UserError(f"{where}: weights are quantised ({method}); take the BF16 variant of this model")
     text = top.section("text_config") if kind == "mistral3" else top
     text_kind = text.get("model_type", "mistral")
     if text_kind not in ("ministral3", "mistral"):

@@ -65,16 +65,21 @@ _ROWS = 2**26
 """Bytes of a tensor that are written at once."""
 
 
-def packed(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A copy in `dtype` with its axes in order in memory; of a view with its axes turned, five times as fast as NumPy's
-    own."""
-    out = np.empty(value.shape, dtype)
+def pieces(value: np.ndarray) -> Iterator[tuple[slice, ...]]:
+    """Indices of blocks of an array, one after another as they lie in memory."""
     if value.size:
         axis = int(np.argmax(value.strides))  # the outermost in memory
         step = max(1, _BLOCK // max(value.strides[axis], 1))
         for first in range(0, value.shape[axis], step):
-            here = (*[slice(None)] * axis, slice(first, first + step))
-            out[here] = value[here]
+            yield (*[slice(None)] * axis, slice(first, first + step))
+
+
+def packed(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in `dtype` with its axes in order in memory; of a view with its axes turned, five times as fast as NumPy's
+    own."""
+    out = np.empty(value.shape, dtype)
+    for here in pieces(value):
+        out[here] = value[here]
     return out
 
 

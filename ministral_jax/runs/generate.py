@@ -25,7 +25,7 @@ from ministral_jax.data.tokenizer import Tokenizer, load_tokenizer, text_of
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
-from ministral_jax.interop.hf import read_spec
+from ministral_jax.interop.checkpoint import is_checkpoint, read_spec
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.places import fetched, refuse_url
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
@@ -81,7 +81,7 @@ def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
         spec, tokenizer = finished(path).spec, stage_tokenizer(path)
         if tokenizer is None:
             raise UserError(f"{path} is not a finished stage that has a model and the tokenizer of its data")
-    elif (path / "config.json").is_file():
+    elif is_checkpoint(path):
         path = fetched(path)
         spec = read_spec(path)
         if not (path / "tekken.json").is_file():

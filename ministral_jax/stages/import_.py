@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ministral_jax.interop.hf import checkpoint_digest, import_hf, read_spec
+from ministral_jax.interop.checkpoint import checkpoint_digest, import_checkpoint, is_checkpoint, read_spec
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import param_shardings
 from ministral_jax.places import fetched, place
@@ -31,7 +31,7 @@ class Import(Stage):
 
     @property
     def is_gone(self) -> bool:
-        return not (self.directory / "config.json").is_file()
+        return not is_checkpoint(self.directory)
 
     def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
         return self.dtype
@@ -61,5 +61,5 @@ class Import(Stage):
         return read_spec(self.directory)
 
     def run(self, job: Job[Import]) -> Result:
-        _, params = import_hf(fetched(self.directory), self.dtype, param_shardings(job.spec, job.placement))
+        _, params = import_checkpoint(fetched(self.directory), self.dtype, param_shardings(job.spec, job.placement))
         return Result(files=job.save(params))

@@ -9,7 +9,7 @@ from interop_cases import SPEC, rename
 
 from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.hf import import_hf, read_spec
+from ministral_jax.interop.checkpoint import import_checkpoint, read_spec
 from ministral_jax.interop.hf_config import from_config, to_config
 from ministral_jax.models.spec import PRESETS
 
@@ -22,10 +22,10 @@ def test_two_sets_of_weights(exported):
     with pytest.raises(
         UserError, match=r"has two sets of weights, model.safetensors and those of model.safetensors.in"
     ):
-        import_hf(exported)
+        import_checkpoint(exported)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     (exported / shard).unlink()
-    assert import_hf(exported)[0] == SPEC
+    assert import_checkpoint(exported)[0] == SPEC
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_two_sets_of_weights(exported):
 )
 def test_buffers_of_older_releases(exported, name):
     rename(exported, str, **{name: np.ones(4, np.float32)})
-    assert import_hf(exported)[0] == SPEC
+    assert import_checkpoint(exported)[0] == SPEC
 
 
 def test_a_byte_order_mark(exported):
@@ -55,7 +55,7 @@ def test_a_pointer_is_no_checkpoint(exported, file):
     with pytest.raises(
         UserError, match=f"^{exported / file} is a Git LFS pointer, not the file itself; run `git lfs pull`"
     ):
-        import_hf(exported)
+        import_checkpoint(exported)
 
 
 @pytest.mark.parametrize(("head", "top", "text"), [*itertools.product([True, False], *[[True, False, None]] * 2)])
@@ -76,7 +76,7 @@ def test_which_of_two_flags_ties(head, top, text):
 def test_no_head_and_not_tied_is_refused(exported):
     rename(exported, lambda name: None if "lm_head" in name else name)
     with pytest.raises(UserError, match=r"lacks tensor lm_head\.weight"):
-        import_hf(exported)
+        import_checkpoint(exported)
 
 
 SMALL = "mistral-small-3.1-24b"
@@ -147,33 +147,6 @@ def test_what_is_said_twice_and_agrees(changes):
     assert from_config(config, "config.json", True) == PRESETS[SMALL]
 
 
-def test_a_quantisation_that_is_only_named():
-    config = to_config(PRESETS[SMALL], "bfloat16") | {"quantization_config": "awq"}
-    with pytest.raises(UserError, match=r"weights are quantised \(awq\); take the BF16 variant"):
-        from_config(config, "config.json", True)
-
-
-FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False}
-
-
-def test_guard_an_fp8_checkpoint_is_refused_before_its_weights_and_bf16_is_named(exported):
-    """As the released instruct models are: one scale a tensor, of no dimension."""
-    path, scale = exported / "config.json", {"model.layers.0.mlp.up_proj.weight_scale_inv": np.ones((), np.float32)}
-    rename(exported, str, **scale)
-    plain = path.read_text()
-    path.write_text(json.dumps({**json.loads(plain), "quantization_config": FP8}))
-    weights = exported / "model.safetensors"
-    kept = weights.read_bytes()
-    weights.write_bytes(b"not to be read")
-    for read in (read_spec, import_hf):
-        with pytest.raises(UserError, match=r"config.json: weights are quantised \(fp8\); take the BF16 variant"):
-            read(exported)
-    weights.write_bytes(kept)
-    path.write_text(plain)
-    with pytest.raises(UserError, match=r"has unexpected tensor layers.0.mlp.up_proj.weight_scale_inv"):
-        import_hf(exported)
-
-
 PREFIXES = {
     "released": lambda name: name,
     "in memory": lambda name: "model." + name.replace("language_model.model.", "language_model."),
@@ -188,9 +161,9 @@ def test_guard_prefixes_of_weight_names(exported, params, prefix):
     rename(exported, lambda name: "lm_head.weight" if "lm_head" in name else PREFIXES[prefix](name))
     if prefix in ("compiled", "wrapped"):
         with pytest.raises(UserError, match="lacks tensor"):
-            import_hf(exported)
+            import_checkpoint(exported)
         return
-    read = import_hf(exported)[1]
+    read = import_checkpoint(exported)[1]
     assert np.array_equal(read["decoder"]["layers"]["mlp"]["up"], params["decoder"]["layers"]["mlp"]["up"])
     assert np.array_equal(read["vision"]["patch_embed"], params["vision"]["patch_embed"])
 
@@ -201,11 +174,11 @@ def test_guard_an_index_without_a_total_size(exported, metadata):
     (exported / "model.safetensors").rename(exported / shard)
     index = {**metadata, "weight_map": dict.fromkeys(safetensors.read(exported / shard), shard)}
     (exported / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert import_hf(exported)[0] == SPEC
+    assert import_checkpoint(exported)[0] == SPEC
 
 
 @pytest.mark.parametrize("weight_map", [{"a": 1}, {"a": ["b"]}, {"a": None}, [1], "a", {"a": "b", "c": 2}])
 def test_an_index_that_names_no_files(exported, weight_map):
     (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=r"index.json: not a valid index"):
-        import_hf(exported)
+        import_checkpoint(exported)

@@ -16,7 +16,8 @@ from model_cases import TEXT, YARN, random_params, vlm
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.interop import export, hf, safetensors
-from ministral_jax.interop.hf import export_hf, import_hf, read_spec
+from ministral_jax.interop.checkpoint import import_checkpoint, read_spec
+from ministral_jax.interop.hf import export_hf
 from ministral_jax.models.spec import PRESETS, ModelSpec, RopeSpec
 from ministral_jax.models.vlm import param_shardings
 
@@ -89,7 +90,7 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
 def test_a_model_comes_back_bit_for_bit(tmp_path, spec):
     params = random_params(spec)
     export_hf(params, spec, tmp_path / "hf")
-    back, read = import_hf(tmp_path / "hf")
+    back, read = import_checkpoint(tmp_path / "hf")
     assert back == spec == read_spec(tmp_path / "hf")
     assert same(read, params)
 
@@ -132,8 +133,8 @@ def test_export_in_shards_and_bfloat16(tmp_path, params, monkeypatch):
     assert (tmp_path / "hf" / "tekken.json").is_file() and (tmp_path / "hf" / "chat_template.jinja").is_file()
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     rounded = jax.tree.map(lambda p: p.astype(ml_dtypes.bfloat16), params)
-    assert same(import_hf(tmp_path / "hf", "bfloat16")[1], rounded)
-    assert same(import_hf(tmp_path / "hf")[1], jax.tree.map(lambda p: p.astype(np.float32), rounded))
+    assert same(import_checkpoint(tmp_path / "hf", "bfloat16")[1], rounded)
+    assert same(import_checkpoint(tmp_path / "hf")[1], jax.tree.map(lambda p: p.astype(np.float32), rounded))
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors, "_ROWS", 2**12)  # of a copy in the file's order no more is there than this
     assert peak(lambda: export_hf(params, spec, tmp_path / "hf")) < largest
-    assert peak(lambda: import_hf(tmp_path / "hf")) < total + 3 * largest
+    assert peak(lambda: import_checkpoint(tmp_path / "hf")) < total + 3 * largest
 
 
 def test_layers_are_placed_one_at_a_time(tmp_path, monkeypatch):
@@ -174,7 +175,7 @@ def test_layers_are_placed_one_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors, "packed", counted)
     place = Placement(make_mesh(MeshConfig(tensor=2, fsdp=1), jax.devices()[:2]), Rules())
-    _, placed = import_hf(tmp_path / "hf", shardings=param_shardings(spec, place))
+    _, placed = import_checkpoint(tmp_path / "hf", shardings=param_shardings(spec, place))
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))
     assert placed["decoder"]["layers"]["mlp"]["gate"].sharding.spec[2] == "tensor"
     assert 2 <= most <= 4  # two devices have a half each, of one layer and perhaps of the last one
@@ -191,12 +192,12 @@ def test_names_that_transformers_has_in_memory_are_read(exported, params):
 
     rename(exported, in_memory)
     assert "model.language_model.norm.weight" in safetensors.read(exported / "model.safetensors")
-    assert same(import_hf(exported)[1], params)
+    assert same(import_checkpoint(exported)[1], params)
 
 
 def test_weights_in_mistrals_own_format_beside_them_are_left_alone(exported, params):
     (exported / "consolidated.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
-    assert same(import_hf(exported)[1], params)
+    assert same(import_checkpoint(exported)[1], params)
 
 
 @pytest.mark.parametrize("form", ["default", "bare", "axial"])
@@ -228,14 +229,14 @@ def test_a_head_in_the_file_wins_then_the_text_config_then_the_top_level(tmp_pat
 
     export_hf(random_params(SPEC), SPEC, tmp_path / "untied")
     edit(tmp_path / "untied", change)
-    assert not import_hf(tmp_path / "untied")[0].tied
+    assert not import_checkpoint(tmp_path / "untied")[0].tied
     rename(tmp_path / "untied", lambda name: None if "lm_head" in name else name)
     if text if text is not None else top:
-        spec, params = import_hf(tmp_path / "untied")
+        spec, params = import_checkpoint(tmp_path / "untied")
         assert spec.tied and "head" not in params["decoder"]
     else:
         with pytest.raises(UserError, match=r"lacks tensor lm_head.weight"):
-            import_hf(tmp_path / "untied")
+            import_checkpoint(tmp_path / "untied")
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -246,7 +247,11 @@ def test_a_head_in_the_file_wins_then_the_text_config_then_the_top_level(tmp_pat
     [
         (lambda c: c.update(model_type="llama"), "model_type is 'llama'; mistral3, ministral3 and mistral can be read"),
         (lambda c: c["text_config"].update(model_type="qwen3"), "text_config: model_type is 'qwen3'"),
-        (lambda c: c.update(quantization_config={"quant_method": "fp8"}), r"weights are quantised \(fp8\)"),
+        (
+            lambda c: c.update(quantization_config={"quant_method": "awq"}),
+            r"weights are quantised \(awq\); those of fp8",
+        ),
+        (lambda c: c.update(quantization_config="awq"), r"weights are quantised \(awq\)"),
         (lambda c: c["text_config"].update(hidden_size=None), "text_config: hidden_size is missing"),
         (lambda c: c["text_config"].update(hidden_act="gelu"), 'hidden_act is "gelu", this model family has "silu"'),
         (lambda c: c["text_config"].update(sliding_window=8), "sliding_window is 8"),
@@ -273,38 +278,38 @@ def test_other_architectures_are_refused_before_any_weights_are_read(exported, c
 
 def test_weights_that_do_not_fit_their_configuration_are_refused(exported, tmp_path):
     edit(exported, lambda c: c["text_config"].update(intermediate_size=30))
-    message = r"layers.0.mlp.gate_proj.weight has shape \(28, 20\), its config.json says \(30, 20\)"
+    message = r"layers.0.mlp.gate_proj.weight has shape \(28, 20\), its configuration says \(30, 20\)"
     with pytest.raises(UserError, match=message):
-        import_hf(exported)
+        import_checkpoint(exported)
     edit(exported, lambda c: c["text_config"].update(intermediate_size=28, num_hidden_layers=1))
     with pytest.raises(UserError, match=r"has unexpected tensor layers.1.input_layernorm.weight and 8 more"):
-        import_hf(exported)
+        import_checkpoint(exported)
     edit(exported, lambda c: c["text_config"].update(num_hidden_layers=2))
     path = exported / "model.safetensors"
     tensors = {name: np.array(t.read()) for name, t in safetensors.read(path).items()}
     write(path, {k: v.astype(np.int32) if "q_proj" in k else v for k, v in tensors.items()})
     with pytest.raises(UserError, match=r"q_proj.weight is int32; float32"):
-        import_hf(exported)
+        import_checkpoint(exported)
     write(exported / "other.safetensors", {"model.norm.weight": np.ones(3, np.float32)})
     with pytest.raises(UserError, match=r"stands twice, in model.safetensors and other.safetensors"):
-        import_hf(exported)
+        import_checkpoint(exported)
 
 
 def test_directories_without_a_model_are_refused(tmp_path, exported):
     with pytest.raises(UserError, match=r"has no config.json"):
-        import_hf(tmp_path)
+        import_checkpoint(tmp_path)
     (exported / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model.safetensors"):
-        import_hf(exported)
+        import_checkpoint(exported)
     (exported / "model.safetensors.index.json").write_text('{"weight_map": {"norm.weight": "gone.safetensors"}}')
     with pytest.raises(UserError, match=r"names gone.safetensors, which is not there"):
-        import_hf(exported)
+        import_checkpoint(exported)
     (exported / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match=r"not a valid index"):
-        import_hf(exported)
+        import_checkpoint(exported)
     (exported / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not valid JSON"):
-        import_hf(exported)
+        import_checkpoint(exported)
 
 
 def test_a_failed_export_harms_nothing(tmp_path, params, exported, monkeypatch):
@@ -320,7 +325,7 @@ def test_a_failed_export_harms_nothing(tmp_path, params, exported, monkeypatch):
             export_hf(other, SPEC, exported)
     assert {f.name: f.read_bytes() for f in exported.iterdir()} == before
     export_hf(other, SPEC, exported)
-    assert same(import_hf(exported)[1], other)
+    assert same(import_checkpoint(exported)[1], other)
     assert [f.name for f in tmp_path.iterdir()] == ["hf"]
 
 

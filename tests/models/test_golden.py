@@ -11,7 +11,7 @@ from model_cases import CASES, by_hf_name, loss_and_grads, pack, relative
 from paths import TESTS
 
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.hf import import_hf
+from ministral_jax.interop.checkpoint import import_checkpoint
 from ministral_jax.models.vlm import Compute
 
 GOLDEN = TESTS / "golden"
@@ -41,7 +41,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, tmp_path):
         [safetensors.Pending(k, v.dtype, v.shape, lambda v=v: v) for k, v in weights.items()],
     )
 
-    spec, params = import_hf(tmp_path)
+    spec, params = import_checkpoint(tmp_path)
     assert spec == case.spec
     batch = pack(case)
     (_, logits), grads = loss_and_grads(params, spec, batch, COMPUTES[name])

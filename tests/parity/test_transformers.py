@@ -11,7 +11,8 @@ pytest.importorskip("transformers")
 import oracle  # noqa: E402
 from model_cases import CASES, Case, by_hf_name, image_case, loss_and_grads, pack, random_params, relative  # noqa: E402
 
-from ministral_jax.interop.hf import export_hf, import_hf  # noqa: E402
+from ministral_jax.interop.checkpoint import import_checkpoint  # noqa: E402
+from ministral_jax.interop.hf import export_hf  # noqa: E402
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec  # noqa: E402
 from ministral_jax.models.vlm import VLM  # noqa: E402
 
@@ -68,7 +69,7 @@ def test_a_model_saved_by_transformers_gives_the_same_logits_and_gradients_here(
     case = ALL[name]
     model = oracle.build(case.spec)
     model.save_pretrained(tmp_path / "hf")
-    spec, params = import_hf(tmp_path / "hf")
+    spec, params = import_checkpoint(tmp_path / "hf")
     assert spec == case.spec
     agree(case, params, *oracle.run(model, case))
 
@@ -85,7 +86,7 @@ def test_bfloat16_export_holds_the_rounded_parameters(tmp_path):
     case = CASES["images_tied"]
     params = random_params(case.spec)
     export_hf(params, case.spec, tmp_path / "hf", "bfloat16")
-    spec, rounded = import_hf(tmp_path / "hf")
+    spec, rounded = import_checkpoint(tmp_path / "hf")
     agree(case, rounded, *oracle.run(oracle.load(tmp_path / "hf", spec), case))
 
 

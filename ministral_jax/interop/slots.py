@@ -1,0 +1,92 @@
+"""Where the tensors of a checkpoint's files lie in our parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from ministral_jax.distributed.collectives import fetch
+from ministral_jax.interop.fp8_weights import Scaled
+from ministral_jax.interop.safetensors import Tensor
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import Params
+
+Table = Mapping[str, tuple[str, str]]
+"""Our parameter -> a format's tensor and how its axes move. {} is the layer. Letters are sizes, see `_sizes`."""
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """The letters of a table: D width, H heads, K kv heads, h head width, F mlp width, V vocab; of the vision tower, W
+    width, N heads, n head width, M mlp width, c p q a patch; the projector merges A values into W and has width P. A
+    head's width in two halves, which RoPE pairs, is r s, in the tower r t."""
+    sizes = dict(
+        D=spec.width, H=spec.heads, K=spec.kv_heads, h=spec.head_width, F=spec.mlp_width, V=spec.vocab, P=spec.width
+    )
+    sizes |= dict(r=2, s=spec.head_width // 2)
+    if (v := spec.vision) is not None:
+        sizes |= dict(W=v.width, N=v.heads, n=v.head_width, M=v.mlp_width, A=v.merge**2 * v.width)
+        sizes |= dict(c=3, p=v.patch_size, q=v.patch_size, t=v.head_width // 2)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor of a file lies in our parameters."""
+
+    path: str
+    layer: int | None
+    name: str
+    pattern: str
+    sizes: dict[str, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+        axes = re.findall(r"\(.*?\)|\w", self.pattern.split(" -> ")[1])
+        return tuple(math.prod(self.sizes[letter] for letter in re.findall(r"\w", axis)) for axis in axes)
+
+    def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
+        return rearrange(x, pattern, **{k: n for k, n in self.sizes.items() if k in pattern})
+
+    def take(self, params: Params) -> np.ndarray:
+        """This tensor as the file has it, fetched to the host."""
+        leaf: Any = reduce(getitem, self.path.split("/"), params)
+        return self._rearrange(fetch(leaf if self.layer is None else leaf[self.layer]), self.pattern)
+
+    def view(self, value: np.ndarray) -> np.ndarray:
+        """A tensor from the file with its axes as ours; of a mapped file, nothing is read yet."""
+        ours, theirs = self.pattern.split(" -> ")
+        return self._rearrange(value, f"{theirs} -> {ours}")
+
+
+def table_slots(spec: ModelSpec, table: Table) -> list[Slot]:
+    """Every tensor of a model that `table` names, layer by layer."""
+    sizes, found = _sizes(spec), []
+    for path, (name, pattern) in table.items():
+        part = path.split("/")[0]
+        if (part != "decoder" and spec.vision is None) or (path == "decoder/head" and spec.tied):
+            continue
+        depth = spec.layers if part == "decoder" or spec.vision is None else spec.vision.layers
+        layers = range(depth) if "/layers/" in path else [None]
+        found += [Slot(path, i, name.format(i), pattern, sizes) for i in layers]
+    return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that lies in a directory, none of whose weights is read yet."""
+
+    directory: Path
+    spec: ModelSpec
+    slots: list[Slot]
+    tensors: Mapping[str, Tensor | Scaled]
+    """By the slots' names."""
