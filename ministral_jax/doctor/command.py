@@ -1,0 +1,35 @@
+"""`ministral-jax doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ministral_jax.arguments import any_place
+
+
+def add_doctor(commands: Any) -> None:
+    """Declare the command on the subparsers of the command line."""
+    text = "what is wrong with a checkpoint directory, before any device works on it; reads headers alone"
+    doctor = commands.add_parser("doctor", help=text)
+    doctor.add_argument("source", type=any_place, metavar="SRC", help="a Hugging Face or Mistral directory")
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """0: nothing is red; 1: something is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ministral_jax.doctor.examine import examine
+    from ministral_jax.places import fetched
+
+    found = examine(fetched(args.source))
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    colours = {"green": "green", "amber": "yellow", "red": "bold red"}
+    for finding in found:
+        console.print(Text(f"{finding.level:6}", colours[finding.level]) + f" {finding.subject:14} {finding.said}")
+    count = {level: sum(finding.level == level for finding in found) for level in colours}
+    console.print(f"{count['red']} red, {count['amber']} amber, {count['green']} green")
+    return int(count["red"] > 0)

@@ -1,0 +1,135 @@
+"""Files of weights: whether all are there, and hold the tensors that the configuration promises."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from ministral_jax.doctor.source import Finding, Level, Source, section, some
+from ministral_jax.interop.hf import slots
+from ministral_jax.interop.safetensors import Tensor
+from ministral_jax.models.spec import ModelSpec
+
+INDEX = "model.safetensors.index.json"
+_SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_scale|[kv]_scale|qscale_(weight|act))$")
+_BUFFER = re.compile(r"(rotary_emb|patch_positional_embedding)\.")
+
+
+def short(name: str) -> str:
+    """A tensor's name without the prefixes that are in use."""
+    return re.sub(r"^(language_model\.|model\.)+", "", name)
+
+
+def held(source: Source) -> dict[str, Tensor]:
+    """Tensors of a Hugging Face directory by their short names; of the files that its index names, where it has one."""
+    named = set(_weight_map(source).values()) or set(source.weights)
+    parts = (tensors for file, tensors in source.tensors.items() if file in named)
+    return {short(name): tensor for tensors in parts for name, tensor in tensors.items()}
+
+
+def _weight_map(source: Source) -> dict[str, str]:
+    """Names of tensors and of the files that an index says hold them."""
+    named = section(source.json(INDEX), "weight_map")
+    return {name: file for name, file in named.items() if isinstance(file, str)}
+
+
+def files(source: Source) -> Iterator[Finding]:
+    """Format, size, and files that are missing or of no use."""
+    yield from _format(source)
+    unfinished = [path.name for path in source.directory.rglob("*") if path.suffix in (".incomplete", ".partial")]
+    if unfinished:
+        yield Finding("red", "files", f"a download was cut off: {some(unfinished)}; fetch it again")
+    yield from _index(source)
+    numbered = [re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.safetensors", name) for name in source.weights]
+    for start, count, width in {(m[1], int(m[3]), len(m[2])) for m in numbered if m and not source.has(INDEX)}:
+        names = {f"{start}{n:0{width}}-of-{count:0{width}}.safetensors" for n in range(1, count + 1)}
+        if missing := names - set(source.weights):
+            yield Finding("red", "files", f"shards are missing: {some(missing)}")
+
+
+def _format(source: Source) -> Iterator[Finding]:
+    ours, theirs = bool(source.weights), bool(source.native_weights)
+    tensors = [t for read in (source.tensors, source.native_tensors) for found in read.values() for t in found.values()]
+    size = sum(path.stat().st_size for path in source.directory.glob("*.safetensors"))
+    kinds = Counter(tensor.dtype.name for tensor in tensors)
+    said = f"{len(source.weights) + len(source.native_weights)} files of weights, {size / 1e9:,.3f} GB, "
+    said += ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.most_common())
+    if ours and theirs:
+        yield Finding("green", "format", f"Hugging Face and Mistral's own: {said}")
+        both = "both formats lie in one directory: a glob of *.safetensors loads the model twice (vLLM#40765); the "
+        yield Finding("amber", "format", both + "importer reads the Hugging Face files")
+    elif ours or theirs:
+        yield Finding("green", "format", f"{'Hugging Face' if ours else 'Mistral'}: {said}")
+    elif pickled := [path.name for kind in ("*.bin", "*.pth", "*.pt") for path in source.directory.glob(kind)]:
+        yield Finding("red", "format", f"{some(pickled)}: pickled weights, which are not read; convert to safetensors")
+    else:
+        yield Finding("red", "format", f"{source.directory} has no weights (*.safetensors)")
+    if ours and not source.has("config.json"):
+        yield Finding("red", "format", "config.json is missing")
+    if theirs and not source.has("params.json"):
+        yield Finding("red" if not ours else "amber", "format", "consolidated weights without their params.json")
+
+
+def _index(source: Source) -> Iterator[Finding]:
+    if not source.has(INDEX):
+        return
+    named = _weight_map(source)
+    wanted = set(named.values())
+    if missing := wanted - set(source.weights):
+        yield Finding("red", "files", f"shards are missing: {INDEX} names {some(missing)}")
+    if extra := set(source.weights) - wanted:
+        yield Finding("amber", "files", f"{some(extra)}: weights that {INDEX} does not name, of another save")
+    astray = {name for name, file in named.items() if name not in source.tensors.get(file, {name})}
+    if astray:
+        yield Finding("red", "tensors", f"{some(astray)}: not in the file that {INDEX} names for it")
+
+
+def tensors(source: Source, spec: ModelSpec) -> Iterator[Finding]:
+    """Every name and shape, against the sizes of the configuration."""
+    wanted, found = {slot.name: slot.shape for slot in slots(spec)}, held(source)
+    extra = {name for name in found.keys() - wanted.keys() if not (_SCALE.search(name) or _BUFFER.search(name))}
+    missing = wanted.keys() - found.keys() - {"lm_head.weight"}  # of which `tying` speaks
+    wrong = {n for n in wanted.keys() & found.keys() if found[n].shape != wanted[n]}
+    if missing:
+        yield Finding("red", "tensors", f"missing: {some(missing)}")
+    if extra:
+        yield Finding("red", "tensors", f"not part of this model: {some(extra)}")
+    for name in sorted(wrong)[:3]:
+        more = f" ({len(wrong)} tensors in all)" if len(wrong) > 1 else ""
+        said = f"{name} has shape {list(found[name].shape)}, the configuration says {list(wanted[name])}{more}"
+        yield Finding("red", "tensors", said)
+    if not (missing or extra or wrong):
+        yield Finding("green", "tensors", f"{len(wanted)} tensors, all of the names and shapes that it should have")
+
+
+def scales(source: Source) -> Iterator[Finding]:
+    """FP8: a scale for every weight, and what the configuration says of it."""
+    found, said = held(source), section(source.config, "quantization_config")
+    eight = {name for name, tensor in found.items() if tensor.dtype.name.startswith("float8")}
+    if not eight:
+        if said:
+            method = said.get("quant_method")
+            yield Finding("red", "FP8", f"quantization_config says {method!r}, but no tensor is in FP8")
+        return
+    if not said:
+        yield Finding("amber", "FP8", f"{len(eight)} tensors are in FP8, but config.json has no quantization_config")
+    bare = {n for n in eight if not {n + "_scale_inv", n + "_scale"} & found.keys()}
+    if bare:
+        yield Finding("red", "FP8", f"no weight_scale_inv beside {some(bare)}: the weights cannot be told")
+    scheme = said.get("activation_scheme")
+    calm = {n for n in eight if not {_beside(n, k) for k in ("activation_scale", "input_scale")} & found.keys()}
+    if scheme == "static" and calm:
+        yield Finding("amber", "FP8", f"activations are static, but {some(calm)} has no activation_scale")
+    kept = {n for n in eight if n.startswith(("vision_tower", "multi_modal_projector", "lm_head", "embed_tokens"))}
+    if kept:
+        yield Finding("amber", "FP8", f"{some(kept)}: in FP8, which released checkpoints keep in bfloat16")
+    if not bare:
+        shapes = {found[n].shape for name in eight for n in (name + "_scale_inv", name + "_scale") if n in found}
+        kind = "a scale for each tensor" if all(shape in ((), (1,)) for shape in shapes) else "scales for blocks"
+        level: Level = "green" if said else "amber"
+        yield Finding(level, "FP8", f"{len(eight)} tensors, {kind}, activations {scheme or 'unsaid'}")
+
+
+def _beside(name: str, kind: str) -> str:
+    return f"{name.removesuffix('.weight')}.{kind}"
