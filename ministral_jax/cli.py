@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a finished stage for other programs")
     export.add_argument("checkpoint", type=any_place, help="directory of a finished stage")
     export.add_argument("destination", type=any_place, metavar="DIR")
-    export.add_argument("--format", choices=("hf",), default="hf", help="the files and their names (hf)")
+    export.add_argument("--format", choices=("hf", "native"), default="hf", help="the files and their names (hf)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.set_defaults(command=_export)
 

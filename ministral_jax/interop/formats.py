@@ -4,6 +4,7 @@ from typing import Literal
 
 from ministral_jax.interop.export import Format
 from ministral_jax.interop.hf import HF
+from ministral_jax.interop.native import NATIVE
 
-FormatName = Literal["hf"]
-FORMATS: dict[FormatName, Format] = {"hf": HF}
+FormatName = Literal["hf", "native"]
+FORMATS: dict[FormatName, Format] = {"hf": HF, "native": NATIVE}

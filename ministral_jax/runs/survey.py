@@ -14,6 +14,7 @@ from pydantic import PlainSerializer, PlainValidator
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, is_remote, read_jsonl
+from ministral_jax.interop.formats import FORMATS
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.places import copy_tree, place
 from ministral_jax.recipe.load import order, resolve_specs
@@ -94,7 +95,8 @@ class Wanted:
 def _plan(wanted: Wanted, run_dir: Path, before: Mapping[str, Planned], shelves: Sequence[Path]) -> Planned:
     directory = run_dir / wanted.name
     found, old, step = read_manifest(directory), begun(directory), saved_step(directory)
-    is_empty = found is None and step is None and not any((directory / d).exists() for d in ("params", "store", "hf"))
+    results = ("params", "store", *FORMATS)
+    is_empty = found is None and step is None and not any((directory / name).exists() for name in results)
     changes = differences(old, wanted.identity) if old is not None and not is_empty else []
     if changes and not (found is not None and _may_grow(wanted, old, changes, directory)):
         is_content = changes[0].endswith(OTHER_CONTENT)

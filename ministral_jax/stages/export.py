@@ -25,7 +25,7 @@ class Export(Stage):
     do: Literal["export"]
     source: str = Field(alias="from")
     format: FormatName = "hf"
-    """The files and their names: `hf` for transformers and vLLM. They lie in `<stage>/<format>`."""
+    """The files and their names: `hf` of transformers, or `native`, Mistral's own. They lie in `<stage>/<format>`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def run(self, job: Job[Export]) -> Result:

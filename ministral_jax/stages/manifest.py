@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ministral_jax.errors import UserError
+from ministral_jax.interop.formats import FORMATS
 from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.pruning.report import PruneReport
@@ -99,8 +100,11 @@ def finished(stage_directory: Path) -> Manifest:
 
 def refuse_export(directory: Path) -> None:
     """Raise `UserError` for the directory of an export stage: the model is one directory further down."""
-    if (directory / "hf" / "config.json").is_file():
-        raise UserError(f"{directory} is a stage that exported a model; the model is the directory {directory / 'hf'}")
+    for name, layout in FORMATS.items():
+        if (directory / name / layout.last).is_file():
+            raise UserError(
+                f"{directory} is a stage that exported a model; the model is the directory {directory / name}"
+            )
 
 
 def digest(stage_directory: Path) -> str:

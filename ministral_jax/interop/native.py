@@ -1,0 +1,68 @@
+"""Checkpoints in Mistral's own format, `consolidated*.safetensors` and `params.json`, in both directions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from ministral_jax.files import write_json
+from ministral_jax.interop import safetensors
+from ministral_jax.interop.export import Export, Format, write_shards
+from ministral_jax.interop.hf import slots
+from ministral_jax.interop.native_config import to_params
+
+# Our parameter -> the file's tensor and how its axes move, with the letters of `hf.TABLE`. RoPE rotates the pairs
+# (2i, 2i + 1) of a head here and (i, i + h/2) in ours, so a head's rows of q and k stand in another order.
+NATIVE_TABLE = {
+    "decoder/embed": ("tok_embeddings.weight", "V D -> V D"),
+    "decoder/layers/attention_norm": ("layers.{}.attention_norm.weight", "D -> D"),
+    "decoder/layers/attention/q": ("layers.{}.attention.wq.weight", "D H (r s) -> (H s r) D"),
+    "decoder/layers/attention/k": ("layers.{}.attention.wk.weight", "D K (r s) -> (K s r) D"),
+    "decoder/layers/attention/v": ("layers.{}.attention.wv.weight", "D K h -> (K h) D"),
+    "decoder/layers/attention/o": ("layers.{}.attention.wo.weight", "H h D -> D (H h)"),
+    "decoder/layers/mlp_norm": ("layers.{}.ffn_norm.weight", "D -> D"),
+    "decoder/layers/mlp/gate": ("layers.{}.feed_forward.w1.weight", "D F -> F D"),
+    "decoder/layers/mlp/up": ("layers.{}.feed_forward.w3.weight", "D F -> F D"),
+    "decoder/layers/mlp/down": ("layers.{}.feed_forward.w2.weight", "F D -> D F"),
+    "decoder/norm": ("norm.weight", "D -> D"),
+    "decoder/head": ("output.weight", "D V -> V D"),
+    "vision/patch_embed": ("vision_encoder.patch_conv.weight", "(c p q) W -> W c p q"),
+    "vision/norm": ("vision_encoder.ln_pre.weight", "W -> W"),
+    "vision/layers/attention_norm": ("vision_encoder.transformer.layers.{}.attention_norm.weight", "W -> W"),
+    "vision/layers/attention/q": (
+        "vision_encoder.transformer.layers.{}.attention.wq.weight",
+        "W N (r t) -> (N t r) W",
+    ),
+    "vision/layers/attention/k": (
+        "vision_encoder.transformer.layers.{}.attention.wk.weight",
+        "W N (r t) -> (N t r) W",
+    ),
+    "vision/layers/attention/v": ("vision_encoder.transformer.layers.{}.attention.wv.weight", "W N n -> (N n) W"),
+    "vision/layers/attention/o": ("vision_encoder.transformer.layers.{}.attention.wo.weight", "N n W -> W (N n)"),
+    "vision/layers/mlp_norm": ("vision_encoder.transformer.layers.{}.ffn_norm.weight", "W -> W"),
+    "vision/layers/mlp/gate": ("vision_encoder.transformer.layers.{}.feed_forward.w1.weight", "W M -> M W"),
+    "vision/layers/mlp/up": ("vision_encoder.transformer.layers.{}.feed_forward.w3.weight", "W M -> M W"),
+    "vision/layers/mlp/down": ("vision_encoder.transformer.layers.{}.feed_forward.w2.weight", "M W -> W M"),
+    "projector/norm": ("pre_mm_projector_norm.weight", "W -> W"),
+    "projector/merge": ("patch_merger.merging_layer.weight", "A W -> W A"),
+    "projector/linear_1": ("vision_language_adapter.w_in.weight", "W P -> P W"),
+    "projector/linear_2": ("vision_language_adapter.w_out.weight", "P D -> D P"),
+}
+
+
+def _write(model: Export, directory: Path) -> None:
+    write_json(directory / "params.json", to_params(model.spec))
+    dtype, taken = np.dtype(jnp.dtype(model.dtype)), slots(model.spec, NATIVE_TABLE)
+    tensors = [safetensors.Pending(s.name, dtype, s.shape, partial(s.take, model.params)) for s in taken]
+    write_shards(tensors, directory, "consolidated")
+
+
+def _fetch(model: Export) -> None:
+    for slot in slots(model.spec, NATIVE_TABLE):
+        slot.take(model.params)
+
+
+NATIVE = Format(("float32", "bfloat16"), "params.json", to_params, _write, _fetch)
