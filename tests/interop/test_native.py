@@ -13,7 +13,7 @@ from paths import TESTS
 from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.export import Export, export
-from ministral_jax.interop.hf import import_hf
+from ministral_jax.interop.checkpoint import import_checkpoint
 from ministral_jax.interop.native import NATIVE
 from ministral_jax.interop.native_config import from_params, to_params
 from ministral_jax.models.spec import PRESETS, RopeSpec
@@ -27,7 +27,7 @@ def test_a_reader_that_rotates_neighbours_has_the_logits_of_transformers(name, t
     (tmp_path / "hf/config.json").write_text(safetensors.metadata(path)["config"])
     weights = {key.removeprefix("weights/"): value for key, value in golden.items() if key.startswith("weights/")}
     write(tmp_path / "hf/model.safetensors", weights)
-    spec, params = import_hf(tmp_path / "hf")
+    spec, params = import_checkpoint(tmp_path / "hf")
     export(Export(params, spec, "float32"), NATIVE, tmp_path / "native")
     for i, document in enumerate(case.documents):
         assert relative(native_reader.logits(tmp_path / "native", document), golden[f"logits/{i}"]) < 2e-5
