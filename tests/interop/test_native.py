@@ -12,8 +12,8 @@ from paths import TESTS
 
 from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.export import Export, export
 from ministral_jax.interop.checkpoint import import_checkpoint
+from ministral_jax.interop.export import Export, export
 from ministral_jax.interop.native import NATIVE
 from ministral_jax.interop.native_config import from_params, to_params
 from ministral_jax.models.spec import PRESETS, RopeSpec
