@@ -14,7 +14,7 @@ from ministral_jax import cli
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.doctor.examine import examine
-from ministral_jax.interop import hf, safetensors
+from ministral_jax.interop import export, hf, safetensors
 from ministral_jax.models.spec import PRESETS
 
 WIDER = SPEC.model_copy(update={"vocab": 320})
@@ -26,13 +26,13 @@ def sound(tmp_path_factory):
     """In three shards, with tokenizer and template."""
     place = tmp_path_factory.mktemp("sound")
     tokenizer = load_tokenizer(TokenizerConfig(file="bundled", vocab=320, special=64), place)
-    whole, hf.SHARD_BYTES = hf.SHARD_BYTES, 45_000
+    whole, export.SHARD_BYTES = export.SHARD_BYTES, 45_000
     try:
         hf.export_hf(
             random_params(WIDER), WIDER, place / "hf", "float32", [export_tokenizer(tokenizer, place, WIDER.vision)]
         )
     finally:
-        hf.SHARD_BYTES = whole
+        export.SHARD_BYTES = whole
     (place / "hf" / "chat_template.jinja").write_text(TEMPLATE)
     return place / "hf"
 
