@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ _REFUSED = {
     b"\xfe\xff": "is UTF-16; convert it to UTF-8",
 }
 _POINTER = b"version https://git-lfs.github.com/spec/"
+MOST_JSON = 100_000_000
+"""Bytes of a JSON value that is read at once: in memory it is many times as large. safetensors itself has this bound
+for a header."""
 
 
 def is_remote(path: Path) -> bool:
@@ -72,6 +76,44 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
         if opened is None or error.errno is not None:
             raise
         raise UserError(f"{path} is damaged or cut short ({error})") from None  # bzip2 says it so
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds, as `open_plain` opens it. Raises `UserError`: as there and in `parse_object`,
+    or there are more than `MOST_JSON` bytes, unpacked."""
+    with open_plain(path) as file:
+        content = read_at_most(MOST_JSON, file)
+    if content is None:
+        raise UserError(f"{path} holds more than {MOST_JSON} bytes of JSON, which is no configuration or index")
+    return parse_object(content, str(path))
+
+
+def read_at_most(most: int, file: IO[bytes]) -> bytes | None:
+    """All that is left of a file; None where that is more than `most` bytes. No more is allocated than is there."""
+    content = bytearray()
+    while piece := file.read(min(2**20, most + 1 - len(content))):
+        content += piece
+    return bytes(content) if len(content) <= most else None
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises `UserError`: none, or one of which a key stands twice; begins with `where`."""
+    try:
+        found = json.loads(content.decode(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected a JSON object")
+    return found
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values, for `json`, which would keep the last of each. Raises `ValueError`: one stands
+    twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r:.80} stands twice")
+    return found
 
 
 def digest_of(record: Any) -> str:

@@ -25,6 +25,8 @@ from ministral_jax.models.spec import VisionSpec
 
 MOST_PIXELS = 89_478_485
 """Of an image file, checked before it is decoded; above this Pillow itself suspects a decompression bomb."""
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+"""What is decoded. Pillow knows more, and hands some of it to other programs."""
 THUMBNAIL = 256
 """Longest side of a picture in a report, in pixels."""
 
@@ -44,17 +46,10 @@ def open_image(path: Path, where: str) -> Image.Image:
     try:
         refuse_pointer(path, f"{where}: image {path}")
         content = io.BytesIO(path.read_bytes()) if is_remote(path) else path
-        with Image.open(content) as file:
+        with Image.open(content, formats=_known_formats()) as file:
+            _check_size(*file.size, f"{where}: image {path}")
             file.verify()  # of a damaged PNG, whose pixels may be decoded all the same
-        with Image.open(content) as file:
-            width, height = file.size
-            if width * height > MOST_PIXELS:
-                raise UserError(
-                    f"{where}: image {path} has {width} x {height} = {width * height} pixels; at most {MOST_PIXELS} "
-                    "can be read"
-                )
-            if width * height == 0:
-                raise UserError(f"{where}: image {path} has no pixels ({width} x {height})")
+        with Image.open(content, formats=_known_formats()) as file:
             image = _upright(file)
             if image.mode == "RGB" and "transparency" not in image.info:
                 return image.copy()
@@ -66,10 +61,24 @@ def open_image(path: Path, where: str) -> Image.Image:
         raise UserError(f"{where}: image {path} does not exist") from None
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes a decoder of Pillow's fail in any way
         # of a chunk that the picture does not need
         way_out = "save it without texts and colour profile" if "MAX_TEXT" in str(error) else "give a PNG, JPEG or WebP"
         raise UserError(f"{where}: image {path} cannot be read ({error}); {way_out}") from error
+
+
+@cache
+def _known_formats() -> list[str]:
+    """Those of them that this Pillow has."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_size(width: int, height: int, what: str) -> None:
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{what} has {width} x {height} = {width * height} pixels; at most {MOST_PIXELS} can be read")
+    if width * height == 0:
+        raise UserError(f"{what} has no pixels ({width} x {height})")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import zip_longest
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ministral_jax.data.conversation import Document, Message, from_json, image_path, parse_messages, parse_tools, spell
 from ministral_jax.data.pairwise import judge_documents, pair_document
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, open_plain, stable_key
+from ministral_jax.files import digest_of, open_plain, stable_key, unique_keys
 from ministral_jax.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 else:
     special = Lazy("scipy.special")
 
+MOST_LINE = 2**26
+"""Bytes of a row: a file that is packed may hold a line that memory does not."""
 _PLACE = "<image>"
 _NAMED = "name images as 'image' or 'images'"
 _NEVER_READ = {
@@ -55,9 +56,14 @@ _NEVER_LEARNT = {
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(row number from 1, content) of the lines that are not blank. Raises `UserError`: see `files.open_plain`."""
+    """(row number from 1, content) of the lines that are not blank. Raises `UserError`: see `files.open_plain`; or a
+    line is longer than `MOST_LINE`."""
     with open_plain(path) as file:
-        for n, line in enumerate(file, 1):
+        for n, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+            if len(line) > MOST_LINE:
+                raise UserError(
+                    f"{path} row {n}: is longer than {MOST_LINE} bytes; divide it, or drop it from the file"
+                )
             if line.strip():
                 yield n, line
 
@@ -66,7 +72,7 @@ def json_row(line: bytes, where: str) -> Any:
     """The value of a row of JSONL, half a character (`\\ud83d` alone) as U+FFFD and NaN, which tables write where
     nothing is, as null; `UserError` where it is not UTF-8 or not JSON."""
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=_object)
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=unique_keys)
         return _whole(row) if b"\\ud" in line.lower() else row
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start} of the row)") from None
@@ -76,13 +82,6 @@ def json_row(line: bytes, where: str) -> Any:
 
 def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands twice")
-    return found
 
 
 def _whole(value: Any) -> Any:

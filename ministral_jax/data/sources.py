@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,13 +22,15 @@ from ministral_jax.data.digests import Digests
 from ministral_jax.data.jsonl import lines_of, parse_row
 from ministral_jax.data.tasks import KINDS, read_task, task_digest
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, file_digest, is_remote, open_plain, stable_key
+from ministral_jax.files import digest_of, file_digest, is_remote, open_plain, read_at_most, stable_key
 from ministral_jax.places import place
 
 # Tests and bundled packages are not the library; the encodings are tables of code points.
 _LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "encodings"}
 _SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".ndjson")}
 _PACKED = ("", ".gz", ".bz2", ".xz")
+MOST_TEXT = 2**30
+"""Bytes of a text: a file that is packed may hold one that memory does not."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,10 @@ def _is_library(path: Path) -> bool:
 def _read_text(path: Path) -> str:
     try:
         with open_plain(path) as file:
-            text = TextIOWrapper(file, "utf-8").read()
+            content = read_at_most(MOST_TEXT, file)
+        if content is None:
+            raise UserError(f"{path} is longer than {MOST_TEXT} bytes; divide it or leave it out of the path")
+        text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it or leave it out of the path") from None
     if "\0" in text:

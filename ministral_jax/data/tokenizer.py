@@ -17,7 +17,7 @@ import numpy as np
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.errors import UserError
-from ministral_jax.files import refuse_pointer
+from ministral_jax.files import refuse_pointer, unique_keys
 from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.places import new_directory, on_disk, place
@@ -29,6 +29,7 @@ else:
     base = Lazy("mistral_common.tokens.tokenizers.base")
     tekken_file = Lazy("mistral_common.tokens.tokenizers.tekken")
 
+_MOST_SPECIAL = 2**16
 # The bundled file predates these; they stand where the family's later files have them.
 _LATER_SPECIAL = {32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]"}
 
@@ -102,10 +103,11 @@ def _bundled() -> Path:
 def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
     """Load the tokenizer a config asks for, keeping its file in `cache_dir/tokenizer-<request>-<digest>/tekken.json`.
     Raises `UserError`: the file is missing or not a Tekken file, or has fewer entries than asked for."""
-    path = _kept_file(config, cache_dir)
     try:
-        return read_tokenizer(path)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        return read_tokenizer(_kept_file(config, cache_dir))
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise _no_tekken(config, error) from error
 
 
@@ -174,16 +176,14 @@ def check_vocab(tokenizer: Tokenizer, spec: ModelSpec) -> None:
 
 
 def _cut(content: bytes, config: TokenizerConfig) -> bytes:
+    """A file's content, cut as the config says. Raises what its JSON makes Python raise, see `load_tokenizer`."""
+    raw: dict[str, Any] = json.loads(content.decode(), object_pairs_hook=unique_keys)
+    sizes, merges = raw["config"], raw["vocab"]
+    _check_sizes(sizes, merges, raw.get("special_tokens") or [])
     if config.file != "bundled" and config.vocab is None and config.special is None:
         return content
-    try:
-        raw: dict[str, Any] = json.loads(content)
-        sizes = raw["config"]
-        special = config.special or sizes["default_num_special_tokens"]
-        vocab = config.vocab or sizes["default_vocab_size"]
-        merges = raw["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _no_tekken(config, error) from error
+    special = config.special or sizes["default_num_special_tokens"]
+    vocab = config.vocab or sizes["default_vocab_size"]
     if not 256 <= vocab - special <= len(merges):
         raise UserError(
             f"data.tokenizer.vocab = {vocab} with {special} special tokens leaves {vocab - special} text tokens; "
@@ -201,6 +201,17 @@ def _cut(content: bytes, config: TokenizerConfig) -> bytes:
         raw["config"]["version"] = "v13"
         raw.pop("image", None)  # belongs to another model; export_tokenizer writes ours
     return _dump(raw)
+
+
+def _check_sizes(sizes: dict[str, Any], merges: list[Any], named: list[Any]) -> None:
+    """Before mistral-common makes as many entries as a file says, or ids that it does not have. Raises `ValueError`."""
+    special, vocab = sizes["default_num_special_tokens"], sizes["default_vocab_size"]
+    if not (type(special) is type(vocab) is int and 0 < special <= _MOST_SPECIAL and special < vocab):
+        raise ValueError(f"it has {special!r:.40} special tokens of {vocab!r:.40}")
+    if not (isinstance(merges, list) and isinstance(named, list) and vocab <= len(merges) + special):
+        raise ValueError(f"it does not hold the {vocab} tokens that it speaks of")
+    if any(token["rank"] != rank or not isinstance(token["token_str"], str) for rank, token in enumerate(named)):
+        raise ValueError("its special tokens are not texts in the order of their ranks, from 0")
 
 
 def _no_tekken(config: TokenizerConfig, error: Exception) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -12,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain, write_json
+from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.export import Export, Format, export, write_shards
 from ministral_jax.interop.fp8_weights import HF_NAMES, block_size, with_scales
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
-from ministral_jax.interop.slots import Checkpoint, Slot, Table, table_slots
+from ministral_jax.interop.slots import Checkpoint, Slot, Table, check_depth, table_slots
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params
 
@@ -116,6 +115,7 @@ def open_hf(directory: Path) -> Checkpoint:
     block = block_size(quantised, where) if quantised else None
     found = _tensors(directory)
     spec = from_config(config, where, "lm_head.weight" in found)
+    check_depth(spec, len(found), directory)
     tensors = with_scales(found, HF_NAMES, block, str(directory)) if quantised else found
     return Checkpoint(directory, spec, slots(spec), tensors)
 
@@ -125,18 +125,12 @@ def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     and `model.` are all in use. Mistral's own format (`consolidated*`) often lies in the same directory."""
     index, whole = directory / "model.safetensors.index.json", "model.safetensors"
     if index.is_file():
-        with open_plain(index) as file:
-            content = file.read()
-        try:
-            files = sorted(set(json.loads(content)["weight_map"].values()))
-            if not all(isinstance(file, str) for file in files):
-                raise TypeError(f"{files[0]} is no name of a file")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not a valid index: {error!r}") from None
+        files = safetensors.named_files(index)
         if whole not in files and (directory / whole).is_file():
             raise UserError(f"{directory} has two sets of weights, {whole} and those of {index.name}; delete one")
     else:
-        files = sorted(f.name for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))
+        there = (f for f in directory.glob("*.safetensors") if f.is_file())
+        files = sorted(f.name for f in there if not f.name.startswith("consolidated"))
     if not files:
         raise UserError(f"{directory} has no model.safetensors")
     found: dict[str, safetensors.Tensor] = {}

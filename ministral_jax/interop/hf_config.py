@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain
+from ministral_jax.files import read_object
 from ministral_jax.interop.keys import Keys, check_same
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
@@ -162,24 +161,27 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     top = Keys(config, where)
     kind = top.get("model_type")
     if kind not in ("mistral3", "ministral3", "mistral"):
-        raise UserError(f"{where}: model_type is {kind!r}; mistral3, ministral3 and mistral can be read")
+        raise UserError(f"{where}: model_type is {kind!r:.80}; mistral3, ministral3 and mistral can be read")
     text = top.section("text_config") if kind == "mistral3" else top
     text_kind = text.get("model_type", "mistral")
     if text_kind not in ("ministral3", "mistral"):
-        raise UserError(f"{text.where}: model_type is {text_kind!r}; ministral3 and mistral can be read")
+        raise UserError(f"{text.where}: model_type is {text_kind!r:.80}; ministral3 and mistral can be read")
     text = Keys(_CLASS[text_kind] | text.values, text.where)
     text.accept("hidden_act", "silu", ("silu",))
     text.accept("partial_rotary_factor", 1.0, (1.0, None))
-    if sliding := {*text.get("layer_types", [])} - {"full_attention"}:
-        raise UserError(f"{text.where}: layer_types has {min(sliding)!r}, this model family has full attention")
-    window = text.values.get("sliding_window")
-    if window is not None and window < text.required("max_position_embeddings"):
-        raise UserError(f"{text.where}: sliding_window is {window}, this model family has full attention")
+    kinds = text.get("layer_types", [])
+    if other := [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "full_attention"]:
+        raise UserError(f"{text.where}: layer_types has {other[0]!r:.80}, this model family has full attention")
+    window, context = text.get("sliding_window"), text.required("max_position_embeddings")
+    if window is not None and not (type(window) is type(context) is int and window >= context):
+        raise UserError(f"{text.where}: sliding_window is {window!r:.80}, this model family has full attention")
+    for section in (text, top):
+        section.accept("tie_word_embeddings", None, (True, False, None))
     tied = text.get("tie_word_embeddings", top.get("tie_word_embeddings", False)) and not has_head
     try:
         return ModelSpec(
             **text.sizes(_SIZES),
-            context=text.required("max_position_embeddings"),
+            context=context,
             tied=tied,
             norm_eps=text.required("rms_norm_eps"),
             rope=_rope(text, text_kind),
@@ -206,7 +208,7 @@ def _rope(text: Keys, kind: str) -> RopeSpec:
         raise UserError(f"{rope.where}: rope_theta is missing")
     beta = rope.get("llama_4_scaling_beta", 0.0)
     if form not in ("default", "yarn"):
-        raise UserError(f"{rope.where}: rope_type is {form!r}; default and yarn can be read")
+        raise UserError(f"{rope.where}: rope_type is {form!r:.80}; default and yarn can be read")
     check_same({key: rope.get(key) for key in ("rope_type", "type")}, rope.where)
     original = rope.get("original_max_position_embeddings")
     if form == "default":
@@ -257,12 +259,4 @@ def load_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} has no config.json: not a Hugging Face model directory")
-    with open_plain(path) as file:
-        content = file.read()
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return config
+    return read_object(path)

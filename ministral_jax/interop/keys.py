@@ -18,7 +18,7 @@ class Keys:
     def section(self, key: str) -> Keys:
         value = self.required(key)
         if not isinstance(value, dict):
-            raise UserError(f"{self.where}: {key} is {value!r}, expected an object")
+            raise UserError(f"{self.where}: {key} is {value!r:.80}, expected an object")
         return Keys(value, f"{self.where}: {key}")
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -36,7 +36,7 @@ class Keys:
         for name in names.values():
             value = self.values.get(name)
             if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{self.where}: {name} is {value!r}, expected a whole number above 0")
+                raise UserError(f"{self.where}: {name} is {value!r:.80}, expected a whole number above 0")
         heads, width = self.required(names["heads"]), self.required(names["width"])
         known = {"kv_heads": heads, "head_width": width // heads}
         return {
@@ -48,12 +48,12 @@ class Keys:
         value = self.values.get(key, default)
         if value not in accepted:
             listed = " or ".join(json.dumps(a) for a in accepted)
-            raise UserError(f"{self.where}: {key} is {json.dumps(value)}, this model family has {listed}")
+            raise UserError(f"{self.where}: {key} is {json.dumps(value):.80}, this model family has {listed}")
 
 
 def check_same(said: dict[str, Any], where: str) -> None:
     """Keys that mean the same say the same, where they are there."""
     there = {key: value for key, value in said.items() if value is not None}
     if any(value != next(iter(there.values())) for value in there.values()):
-        both = " and ".join(f"{key} is {json.dumps(value)}" for key, value in there.items())
+        both = " and ".join(f"{key} is {json.dumps(value):.200}" for key, value in there.items())
         raise UserError(f"{where}: {both}, which mean the same; delete the one that is wrong")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import refuse_pointer
+from ministral_jax.files import MOST_JSON, is_remote, parse_object, read_object, refuse_pointer
 
 _DTYPES = {
     **{f"{kind}{8 * size}".upper(): np.dtype(f"{kind}{size}") for kind in "iuf" for size in (8, 4, 2)},
@@ -37,6 +39,10 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """Its values, mapped from the file rather than copied."""
@@ -112,31 +118,66 @@ def write(path: Path, tensors: Iterable[Pending], metadata: dict[str, str] | Non
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; only its header is read. Raises `UserError` for one cut short or of no such
-    format."""
+    """The tensors of a file by name; only its header is read, and all that it says is checked before anything is
+    mapped. Raises `UserError`: the file is cut short, of no such format or a link out of its directory, or its tensors
+    do not fill it exactly, one after the other."""
+    _refuse_outside(path)
     header, start = _header(path)
-    header.pop("__metadata__", None)
-    tensors, end = {}, start
-    try:
-        for name, entry in header.items():
-            dtype, shape, (begin, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {stop - begin} bytes")
-            tensors[name] = Tensor(path, dtype, shape, start + begin)
-            end = max(end, start + stop)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a valid safetensors header: {error!r}") from None
-    if end > path.stat().st_size:
-        raise UserError(f"{path}: cut short, {path.stat().st_size} bytes where its header promises {end}")
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items() if name != _FREE}
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)):
+        if tensor.offset != end:
+            what = "overlaps the one before it" if tensor.offset < end else "leaves bytes before it that are of none"
+            raise UserError(f"{path}: {_INVALID}: tensor {name!r:.80} {what}")
+        end += tensor.bytes
+    size = path.stat().st_size
+    if end > size:
+        raise UserError(f"{path}: cut short, {size} bytes where its header promises {end}")
+    if end < size:
+        raise UserError(f"{path}: {_INVALID}: the last {size - end} bytes of the file are of no tensor")
     return tensors
 
 
+_NAME = re.compile(r"[ -.0-\[\]-~]{1,240}\.safetensors")
+"""Of a file in an index: printable ASCII without the two slashes."""
+
+
+def named_files(index: Path) -> list[str]:
+    """The files that an index names, sorted. Raises `UserError`: it is none, or a name is not that of a file beside
+    it."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: not a valid index: weight_map is {names!r:.80}, expected files by tensor")
+    for name in names.values():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(f"{index}: not a valid index: {name!r:.80} is no name of a .safetensors file beside it")
+    return sorted(set(names.values()))
+
+
+def _refuse_outside(file: Path) -> None:
+    """Raises `UserError`: a file is a link out of its directory. In a cache of huggingface_hub what a snapshot holds
+    are links to blobs beside it."""
+    if is_remote(file):
+        return
+    home = file.parent.resolve()
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    if not file.resolve().is_relative_to(home):
+        raise UserError(f"{file} is a link out of its directory; put the file itself there")
+
+
 def metadata(path: Path) -> dict[str, str]:
-    """The file's free-form metadata. Raises `UserError` as `read`."""
-    return _header(path)[0].get("__metadata__", {})
+    """The file's free-form metadata. Raises `UserError`: it is cut short or of no such format."""
+    return _header(path)[0].get(_FREE) or {}
 
 
-def _header(path: Path) -> tuple[dict, int]:
+_FREE = "__metadata__"
+_INVALID = "not a valid safetensors header"
+_MOST_AXES = 64
+"""What NumPy can have."""
+_LONGEST_NAME = 256
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The parsed header and where the data start."""
     refuse_pointer(path)
     size = path.stat().st_size
@@ -144,10 +185,35 @@ def _header(path: Path) -> tuple[dict, int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or 8 + length > size:
             raise UserError(f"{path}: not a safetensors file, or cut short: {size} bytes, header of {length}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise UserError(f"{path}: not a valid safetensors header: {error!r}") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: not a valid safetensors header: expected an object")
+        if length > MOST_JSON:
+            raise UserError(f"{path}: {_INVALID}: it has {length} bytes, at most {MOST_JSON} can be read")
+        header = parse_object(file.read(length), f"{path}: {_INVALID}")
+    free = header.get(_FREE)
+    if free is not None and not (isinstance(free, dict) and all(isinstance(text, str) for text in free.values())):
+        raise UserError(f"{path}: {_INVALID}: {_FREE} is {free!r:.80}, expected texts by name")
     return header, 8 + length
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
+    """What a header says of a tensor, checked by itself."""
+    where = f"{path}: {_INVALID}: tensor {name!r:.80}"
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise UserError(f"{where} is no name of at most {_LONGEST_NAME} printable characters")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise UserError(f"{where} is {entry!r:.80}, expected dtype, shape and data_offsets")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise UserError(f"{where} has dtype {kind!r:.40}; {', '.join(_DTYPES)} can be read")
+    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
+        raise UserError(f"{where} has shape {shape!r:.80}, expected at most {_MOST_AXES} whole numbers from 0")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise UserError(f"{where} has data_offsets {offsets!r:.80}, expected where it begins and where it ends")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize or math.prod(filter(None, shape)) >= 2**60:
+        raise UserError(f"{where} has {end - begin} bytes, not those of {kind} {shape!r:.80}")
+    return Tensor(path, dtype, tuple(shape), start + begin)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)

@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from ministral_jax.distributed.collectives import fetch
+from ministral_jax.errors import UserError
 from ministral_jax.interop.fp8_weights import Scaled
 from ministral_jax.interop.safetensors import Tensor
 from ministral_jax.models.spec import ModelSpec
@@ -79,6 +80,14 @@ def table_slots(spec: ModelSpec, table: Table) -> list[Slot]:
         layers = range(depth) if "/layers/" in path else [None]
         found += [Slot(path, i, name.format(i), pattern, sizes) for i in layers]
     return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
+
+
+def check_depth(spec: ModelSpec, tensors: int, directory: Path) -> None:
+    """Before slots are made of as many layers as a configuration says. Raises `UserError`: the files of `directory`
+    have fewer `tensors`."""
+    depth = max(spec.layers, spec.vision.layers if spec.vision is not None else 0)
+    if depth > tensors:
+        raise UserError(f"{directory}: its configuration says {depth} layers, its files have only {tensors} tensors")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pictures as a viewer shows them: upright, of any depth; what cannot be shown says why."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -100,6 +101,28 @@ def test_a_pointer_is_no_picture(tmp_path):
     (tmp_path / "b.png").write_bytes(io.BytesIO(b"\x89PNG").getvalue())
     with pytest.raises(UserError, match="give a PNG, JPEG or WebP"):
         open_image(tmp_path / "b.png", "here")
+
+
+def test_no_other_program_is_asked_about_a_picture(tmp_path, monkeypatch):
+    """Pillow lets Ghostscript run what an EPS says."""
+    ramp().save(path := tmp_path / "a.png", "EPS")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    with pytest.raises(UserError, match=r"here: image .*a.png cannot be read .*give a PNG, JPEG or WebP"):
+        open_image(path, "here")
+
+
+@pytest.mark.parametrize(
+    ("side", "said"), [(9460, "has 9460 x 9460 = 89491600 pixels; at most"), (0, "cannot be read")]
+)
+def test_a_size_is_checked_before_the_pixels(tmp_path, monkeypatch, side, said):
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "verify", lambda image: pytest.fail("it went on"))
+    header = struct.pack(">4sIIBBBBB", b"IHDR", side, side, 8, 2, 0, 0, 0)
+    ramp().save(path := tmp_path / "a.png")
+    content = path.read_bytes()
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    with pytest.raises(UserError, match=said):
+        open_image(path, "here")
 
 
 def _saved(path, form):

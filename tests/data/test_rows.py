@@ -362,6 +362,18 @@ def test_files_that_are_no_text(tmp_path, content, sentence, kind):
         list(read_documents(open_source("s", SourceConfig(kind=kind, path=str(tmp_path / "file")))))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_what_is_packed_is_not_unpacked_without_end(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("ministral_jax.data.jsonl.MOST_LINE", 1000)
+    monkeypatch.setattr("ministral_jax.data.sources.MOST_TEXT", 1000)
+    source = SourceConfig(kind=kind, path=str(tmp_path / "file"))
+    (tmp_path / "file").write_bytes(gzip.compress(b'{"text": "' + b"a" * 900 + b'"}'))
+    assert len(list(read_documents(open_source("s", source)))) == 1
+    (tmp_path / "file").write_bytes(gzip.compress(b"a" * 1001))
+    with pytest.raises(UserError, match=r"file( row 1:)? is longer than 1000 bytes; divide it"):
+        list(read_documents(open_source("s", source)))
+
+
 def test_a_text_with_zero_bytes_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"name.txt" + bytes(92) + b"0000644")
     with pytest.raises(UserError, match=r"a.txt is no text: it has zero bytes"):

@@ -95,3 +95,32 @@ def test_what_is_wrong_with_a_tokenizer_is_said_at_some_length(tokenizer, tmp_pa
     with pytest.raises(UserError) as error:
         load_tokenizer(TokenizerConfig(file=str(tmp_path / "tekken.json")), tmp_path)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda raw: raw["config"].update(default_num_special_tokens=10**9, default_vocab_size=10**9 + 256),
+            "10000000",
+        ),
+        (lambda raw: raw["config"].update(default_num_special_tokens=-1), "it has -1 special tokens of 2048"),
+        (lambda raw: raw["config"].update(default_vocab_size="2048"), "it has 64 special tokens of '2048'"),
+        (
+            lambda raw: raw["config"].update(default_vocab_size=10**9),
+            "does not hold the 1000000000 tokens that it speaks",
+        ),
+        (lambda raw: raw["special_tokens"].reverse(), "its special tokens are not texts in the order of their ranks"),
+        (lambda raw: raw["special_tokens"][3].update(token_str=3), "its special tokens are not texts in the order of"),
+        (lambda raw: raw["special_tokens"][3].clear(), "has no 'rank'"),
+        (lambda raw: raw.update(special_tokens="all"), "does not hold the 2048 tokens that it speaks of"),
+        (lambda raw: raw.update(config=[]), "TypeError"),
+    ],
+)
+def test_the_numbers_of_a_tokenizer_are_checked_before_its_entries_are_made(tokenizer, tmp_path, change, said):
+    raw = json.loads(tokenizer.path.read_text())
+    change(raw)
+    (tmp_path / "tekken.json").write_text(json.dumps(raw))
+    for vocab in (None, 1024):
+        with pytest.raises(UserError, match=rf"is not a usable tekken.json \(.*{said}"):
+            load_tokenizer(TokenizerConfig(file=str(tmp_path / "tekken.json"), vocab=vocab), tmp_path / "cache")
