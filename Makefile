@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos chaos-short stores slurm parity aot plan wheel docs notebooks lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short stores slurm parity llama aot plan wheel docs notebooks lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make stores    a run in an emulated bucket, killed, against a local one; data, a logit store and an export at s3://"
 	@echo "make parity    the model against torch and transformers, live"
+	@echo "make llama     exported GGUF files read by llama.cpp, which is built the first time (about 10 minutes on 2 cores)"
 	@echo "make aot       a step of the real family compiled for 64 TPU chips that are not there (2 to 5 minutes)"
 	@echo "make plan      what XLA's compiler allots to the real family on TPUs that are not there, beside what is predicted (about 25 minutes on 2 cores, the second time 2)"
 	@echo "make wheel     a wheel, checked far from the checkout"
@@ -29,6 +30,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/parity: $(VENV)/installed
 	$(PIP) -e '.[parity]'
+	@touch $@
+
+$(VENV)/llama: $(VENV)/installed
+	$(PIP) -e '.[llama]'
 	@touch $@
 
 $(VENV)/docs: $(VENV)/installed
@@ -65,6 +70,9 @@ slurm: $(VENV)/installed
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity tests/parity
+
+llama: $(VENV)/llama
+	$(BIN)/python -m pytest -s -m llama tests/llama
 
 aot: $(VENV)/aot/installed
 	PYTHONPATH=$(VENV)/aot $(BIN)/python -m pytest -m aot tests/planning

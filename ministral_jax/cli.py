@@ -161,8 +161,11 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a finished stage for other programs")
     export.add_argument("checkpoint", type=any_place, help="directory of a finished stage")
     export.add_argument("destination", type=any_place, metavar="DIR")
-    export.add_argument("--format", choices=("hf", "native"), default="hf", help="the files and their names (hf)")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    export.add_argument(
+        "--format", choices=("hf", "native", "gguf"), default="hf", help="the files and their names (hf)"
+    )
+    dtypes = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
+    export.add_argument("--dtype", choices=dtypes, default="bfloat16", help="the last three in gguf (bfloat16)")
     export.set_defaults(command=_export)
 
     generate = commands.add_parser("generate", help="let a checkpoint go on from a text, a chat or images")

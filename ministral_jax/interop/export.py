@@ -59,12 +59,11 @@ def export(model: Export, layout: Format, directory: Path) -> None:
             file, or a `directory` that holds something else.
     """
     check_params(model.params, model.spec, "export")
-    if model.dtype not in layout.dtypes:
-        raise UserError(f"export dtype is {model.dtype!r}; {' and '.join(layout.dtypes)} can be written")
+    check_dtype(model.dtype, layout)
     layout.check(model.spec)
     if directory.exists() and not is_export(directory):
         raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
-    files = _files(model.files)
+    files = files_of(model.files)
     for file in files:
         if not file.is_file():
             raise UserError(f"tokenizer file {file} does not exist")
@@ -73,6 +72,13 @@ def export(model: Export, layout: Format, directory: Path) -> None:
     else:
         layout.fetch(model)
     barrier("exported")
+
+
+def check_dtype(dtype: str, layout: Format) -> None:
+    """Raises `UserError`: the layout has no such numbers."""
+    if dtype not in layout.dtypes:
+        known = f"{', '.join(layout.dtypes[:-1])} and {layout.dtypes[-1]}"
+        raise UserError(f"export dtype is {dtype!r}; {known} can be written")
 
 
 def write_shards(
@@ -98,9 +104,11 @@ def write_shards(
         write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
-_WRITTEN = re.compile(r"tekken\.json|\w+_config\.json|\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json")
+_WRITTEN = re.compile(
+    r"tekken\.json|\w+_config\.json|\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json|mmproj\.gguf"
+)
 """Files of an export but for the one that is written last."""
-_LAST = ("config.json", "params.json")
+_LAST = ("config.json", "params.json", "model.gguf")
 
 
 def is_export(directory: Path) -> bool:
@@ -108,12 +116,19 @@ def is_export(directory: Path) -> bool:
     was cut off, which leaves the file out that is written last."""
     if is_remote(directory) and not any((directory / last).is_file() for last in _LAST):
         return all(_WRITTEN.fullmatch(path.name) for path in directory.iterdir())
-    weights = list(directory.glob("*.safetensors"))
-    ours = bool(weights) and all(safetensors.metadata(file).get("writer") == WRITER for file in weights)
-    return ours or not any(directory.iterdir())
+    weights = [*directory.glob("*.safetensors"), *directory.glob("*.gguf")]
+    return not any(directory.iterdir()) if not weights else all(map(_is_ours, weights))
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
+def _is_ours(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return safetensors.metadata(file).get("writer") == WRITER
+    with file.open("rb") as opened:  # GGUF: `WRITER` stands among the first keys
+        return WRITER.encode() in opened.read(256)
+
+
+def files_of(paths: Iterable[Path]) -> list[Path]:
+    """Files, and those in directories."""
     return [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
 

@@ -19,7 +19,7 @@ from ministral_jax.stages.base import Graph, Stage, TokenIds
 from ministral_jax.stages.distill import Distill
 from ministral_jax.stages.dpo import DPO
 from ministral_jax.stages.evaluate import Evaluate
-from ministral_jax.stages.export import Export
+from ministral_jax.stages.export import Export, loaded_dtype
 from ministral_jax.stages.grpo import GRPO
 from ministral_jax.stages.import_ import Import
 from ministral_jax.stages.looped import FROZEN, Looped
@@ -205,8 +205,8 @@ def _(stage: Evaluate, spec: ModelSpec, graph: Graph) -> StageWork:
 
 @_work.register
 def _(stage: Export, spec: ModelSpec, graph: Graph) -> StageWork:
-    model = Held("model", spec, stage.dtype, stage.sharding)
-    return StageWork((), (Phase("export", (Move(model, whole=True, dtype=stage.dtype),)),))
+    model = Held("model", spec, loaded_dtype(stage.dtype), stage.sharding)
+    return StageWork((), (Phase("export", (Move(model, whole=True, dtype=model.dtype),)),))
 
 
 @_work.register

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import jax.numpy as jnp
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ministral_jax.data.tokenizer import export_tokenizer
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.interop.export import Export as Model
-from ministral_jax.interop.export import export
+from ministral_jax.interop.export import check_dtype, export
 from ministral_jax.interop.formats import FORMATS, FormatName
-from ministral_jax.stages.base import Job, Result, Stage, load_stage, stage_tokenizer
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage, stage_tokenizer
+
+NumberFormat = Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"]
 
 
 class Export(Stage):
@@ -25,8 +28,20 @@ class Export(Stage):
     do: Literal["export"]
     source: str = Field(alias="from")
     format: FormatName = "hf"
-    """The files and their names: `hf` of transformers, or `native`, Mistral's own. They lie in `<stage>/<format>`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The files and their names: of transformers (`hf`), of Mistral (`native`) or of llama.cpp (`gguf`). They lie in
+    `<stage>/<format>`."""
+    dtype: NumberFormat = "float32"
+    """Of the weights; the last three in `gguf`. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits, scaled by 32."""
+
+    @model_validator(mode="after")
+    def _format_has_dtype(self) -> Self:
+        if self.dtype not in (known := FORMATS[self.format].dtypes):
+            raise ValueError(f"format {self.format} has no dtype {self.dtype}; it has {', '.join(known)}")
+        return self
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        FORMATS[self.format].check(spec)
 
     def run(self, job: Job[Export]) -> Result:
         export_stage(job.source, job.directory / self.format, self.dtype, job.placement, self.format)
@@ -38,10 +53,16 @@ def export_stage(
 ) -> None:
     """Export a finished stage in the layout of that name in `FORMATS`, with the tokenizer its data was made with. All
     processes call it, the first writes."""
-    spec, params = load_stage(stage_directory, jnp.dtype(dtype), placement)
+    check_dtype(dtype, FORMATS[layout])
+    spec, params = load_stage(stage_directory, jnp.dtype(loaded_dtype(dtype)), placement)
     tokenizer = stage_tokenizer(stage_directory)
     with TemporaryDirectory() as scratch:
         files = []
         if tokenizer is not None:
             files.append(export_tokenizer(tokenizer, Path(scratch), spec.vision))
         export(Model(params, spec, dtype, files), FORMATS[layout], destination)
+
+
+def loaded_dtype(dtype: str) -> str:
+    """In what parameters are loaded that are written in `dtype`: those that become whole numbers, without loss."""
+    return dtype if dtype in ("float32", "bfloat16") else "float32"

@@ -24,6 +24,7 @@ CHECKED = {
     "ministral-jax run own.yaml": "test_own_model.py runs it",
     "ministral-jax generate runs/rehearsal": "test_own_model.py runs it",
     "ministral-jax export runs/rehearsal/half gs://": "needs a bucket",
+    "ministral-jax export runs/rehearsal/half half-gguf": "test_own_model.py runs it",
     "ministral-jax export runs/tiny/parent parent": "test_own_model.py exports a parent",
     "ministral-jax sweep": "makes a family several times",
     "ministral-jax launch local": "two processes that make a family",

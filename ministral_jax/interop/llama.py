@@ -1,0 +1,105 @@
+"""GGUF files read by llama.cpp, through llama-cpp-python (extra `llama`): another program's logits of an export."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ministral_jax.errors import UserError
+from ministral_jax.lazy import Lazy
+
+if TYPE_CHECKING:
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+else:
+    llama_cpp = Lazy("llama_cpp")
+
+
+def has_llama() -> bool:
+    """Whether llama-cpp-python is installed."""
+    return find_spec("llama_cpp") is not None
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A file in llama.cpp's memory, and a sequence of up to `context` tokens."""
+
+    model: Any
+    sequence: Any
+    context: int
+
+    @property
+    def vocab(self) -> int:
+        return llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
+        """float32, of one sequence from its beginning. Raises `UserError`: it is longer than `context`, or llama.cpp
+        does not evaluate it."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.sequence), True)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = int(token), i
+                batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
+            if code := llama_cpp.llama_decode(self.sequence, batch):
+                raise UserError(f"llama.cpp does not evaluate {len(tokens)} tokens in {self.context}: error {code}")
+            found = llama_cpp.llama_get_logits(self.sequence)
+            return np.ctypeslib.as_array(found, (len(tokens), self.vocab)).copy()
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text; `special`: control tokens that are spelled out in it are tokens."""
+        content = text.encode()
+        ids = (ctypes.c_int32 * (len(content) + 1))()
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        count = llama_cpp.llama_tokenize(vocab, content, len(content), ids, len(ids), False, special)
+        return list(ids[:count])
+
+
+@cache
+def _quiet() -> Any:
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
+@contextmanager
+def loaded(path: Path, context: int, threads: int = 2) -> Iterator[Llama]:
+    """A GGUF file for as long as the block lasts, on the CPU, with attention and its cache in float32.
+
+    What the file says of RoPE stands, whereas the class `llama_cpp.Llama` sets YaRN's bounds to 32 and 1. llama.cpp
+    keeps quiet from here on.
+
+    Raises:
+        UserError: llama-cpp-python is missing, or llama.cpp does not load the file.
+    """
+    if not has_llama():
+        raise UserError(
+            f"{path} is read by llama-cpp-python, which is not installed; in the checkout, pip install -e '.[llama]'"
+        )
+    llama_cpp.llama_log_set(_quiet(), None)
+    llama_cpp.llama_backend_init()
+    with ExitStack() as stack:
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        if not model:
+            raise UserError(f"{path}: llama.cpp does not load it")
+        stack.callback(llama_cpp.llama_model_free, model)
+        sizes = llama_cpp.llama_context_default_params()
+        sizes.n_ctx = sizes.n_batch = sizes.n_ubatch = context
+        sizes.n_threads = sizes.n_threads_batch = threads
+        sizes.flash_attn_type, sizes.type_k, sizes.type_v = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, 0, 0
+        sequence = llama_cpp.llama_init_from_model(model, sizes)
+        if not sequence:
+            raise UserError(f"{path}: llama.cpp has no room for {context} tokens of it")
+        stack.callback(llama_cpp.llama_free, sequence)
+        yield Llama(model, sequence, context)
