@@ -126,7 +126,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Cut:
-    """A model is cut to the sizes of another one; both are there."""
+    """A model is cut to the sizes of another one, which takes its place."""
 
     source: Held
     target: Held
@@ -148,12 +148,18 @@ Work = Read | Draw | Cut | Move
 
 @dataclass(frozen=True)
 class Phase:
-    """Work that is done one after the other, `times` in the stage; `beside`: now and then between a loop's steps."""
+    """Work that is done one after the other, `times` in the stage; `beside`: now and then between a loop's steps.
+
+    held: the models that lie in memory, where these are others than the stage's. kept: reads whose final states, of all
+    their rows, lie beside.
+    """
 
     name: str
     work: tuple[Work, ...]
     times: float = 1
     beside: bool = False
+    held: tuple[Held, ...] | None = None
+    kept: tuple[Read, ...] = ()
 
     def on(self, mesh: Mesh) -> Phase:
         return replace(self, work=tuple(each.on(mesh) if isinstance(each, Read) else each for each in self.work))
@@ -161,7 +167,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class StageWork:
-    """All that a stage does: the models it holds throughout, its phases, and how many states it keeps to go on from."""
+    """All that a stage does: the models it holds, its phases, and how many states it keeps to go on from."""
 
     held: tuple[Held, ...]
     phases: tuple[Phase, ...]

@@ -119,7 +119,7 @@ def _loop_phases(stage: Looped, taught: tuple[Read, ...], shown: tuple[Read, ...
 
 def _taught_apart(stage: Any, student: Held, teacher: Held, step: Read, seen: Read) -> StageWork:
     """With a teacher on a mesh of its own, of which the student's has the output matrix and what it hands over."""
-    head = replace(teacher, role="teacher's head", only=("decoder/embed" if teacher.spec.tied else "decoder/head",))
+    head = _head_of(teacher, "teacher's head")
     handed = stage.batch.length * teacher.spec.width * ITEMSIZE[stage.compute.dtype]
     step, seen = replace(step, taught=head, handed=handed), replace(seen, taught=head, handed=handed)
     read = _rows(stage, teacher, "none", stage.batch.microbatches)
@@ -177,13 +177,19 @@ def _(stage: Prune, spec: ModelSpec, graph: Graph) -> StageWork:
     pruned = Held("pruned", spec, dtype, stage.sharding)
     cuts = sum(getattr(source.spec, size) != getattr(spec, size) for size in ("layers", "width", "mlp_width"))
     passes = max(1, cuts) if stage.options.recollect else 1
-    calibrate = replace(_rows(stage, source, "none"), taps=True)
-    seen = (_rows(stage, source, "none"), replace(_rows(stage, pruned, "kl"), taught=source))
-    rounds = (cuts + 1) * -(-stage.evaluate.rows // stage.batch.sequences)
+    read, rounds = _rows(stage, source, "none"), -(-stage.evaluate.rows // stage.batch.sequences)
+    kept, head = (replace(read, rows=rounds * read.rows),), _head_of(source, "source's head")
     phases = (
-        Phase("calibrate", (calibrate,), passes * stage.calibration),
-        Phase("surgery", (Cut(source, pruned),), 1),
-        Phase("evaluate", seen, rounds),
+        Phase("source", (read,), rounds, kept=kept),
+        Phase("calibrate", (replace(read, taps=True),), passes * stage.calibration, kept=kept),
+        Phase("surgery", (Cut(source, pruned),), 1, kept=kept),
+        Phase(
+            "evaluate",
+            (replace(_rows(stage, pruned, "kl"), taught=head),),
+            (cuts + 1) * rounds,
+            held=(pruned, head),
+            kept=kept,
+        ),
     )
     return StageWork((source,), phases)
 
@@ -222,6 +228,11 @@ def _batches_to_record(stage: Record) -> float:
 
 def _with(found: StageWork, more: tuple[Phase, ...]) -> StageWork:
     return StageWork(found.held, (*found.phases, *more))
+
+
+def _head_of(model: Held, role: str) -> Held:
+    """A model's output matrix alone."""
+    return replace(model, role=role, only=("decoder/embed" if model.spec.tied else "decoder/head",))
 
 
 def _learner(role: str, spec: ModelSpec, stage: Any, frozen: tuple[str, ...] = FROZEN) -> Held:

@@ -99,7 +99,8 @@ class Surgery:
     """Called with a line of progress now and then."""
 
     def run(self, params: Params, spec: ModelSpec) -> Pruned:
-        """Cut `params` of `spec`, which stay as they are; a dimension that has its size already is skipped.
+        """Cut `params` of `spec`, which stay as they are; a dimension that has its size already is skipped. What a cut
+        has replaced is not held any longer: it is freed where the caller holds it no more either.
 
         Raises:
             UserError: the target cannot be cut from `spec`, `params` are not of `spec`, or calibration is of no use.
@@ -107,6 +108,7 @@ class Surgery:
         check_target(spec, self.target, "prune target")
         check_params(params, spec, "prune source")
         model, report, statistics = Model(params, spec), PruneReport(), None
+        del params
         rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(self.seed))).ravel())
         for size, cut in (("layers", self._layers), ("width", self._width), ("mlp_width", self._mlp)):
             if getattr(model.spec, size) == getattr(self.target, size):

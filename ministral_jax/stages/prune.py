@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from pydantic import Field
 
 from ministral_jax.distributed.processes import polled
-from ministral_jax.losses.evaluation import as_teacher, make_evaluate
+from ministral_jax.losses.evaluation import forward, make_evaluate
 from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, placed_params
@@ -18,7 +19,8 @@ from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.stages import rows
 from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, Stage, load_stage
 from ministral_jax.stages.figures import Figure
-from ministral_jax.teachers.teacher import online
+from ministral_jax.teachers.apart import STATES, head_of
+from ministral_jax.teachers.teacher import from_states
 from ministral_jax.training.progress import ProgressLine
 
 
@@ -52,25 +54,34 @@ class Prune(rows.RowStage):
     def programs(self, job: Job[Prune]) -> dict[str, Program]:
         source, dtype = job.graph.specs[self.source], jnp.dtype(self.stored_dtype(job.graph.stages))
         params = placed_params(source, job.placement, dtype)
-        teacher = online(source, params, self.compute, job.placement, self.batch.length)
         batch, weighted = rows.abstract_batch(job), self.options.width_weight == "token"
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
         calibrate = batch_sums, (VLM(source, self.compute.unrounded), True, weighted, params, calibrated(batch))
         ours = {"calibrate": calibrate, **surgery.programs(source, dtype)}
+        states = (self.batch.sequences, self.batch.length, source.width)
+        said = jax.ShapeDtypeStruct(
+            states, jnp.dtype(self.compute.dtype), sharding=job.placement.batch_sharding(STATES, 3)
+        )
         return {
             **{name: Program(*program)._replace(rules=job.placement.rules) for name, program in ours.items()},
-            **rows.evaluation_programs(job, job.spec, teacher, dtype),
+            **rows.evaluation_programs(job, job.spec, from_states(source, head_of(params), said), dtype),
         }
 
     def run(self, job: Job[Prune]) -> Result:
-        dtype = jnp.dtype(self.stored_dtype(job.graph.stages))
-        spec, params = load_stage(job.source, dtype, job.placement)
-        data = rows.open_data(job)
+        dtype, placement = jnp.dtype(self.stored_dtype(job.graph.stages)), job.placement
+        spec, *source = load_stage(job.source, dtype, placement)
+        data, say = rows.open_data(job), ProgressLine(job.name, 0).say
+        # What the source says of held-out rows is kept, and its head: its other parameters go as they are cut.
+        read, head = forward(spec, self.compute, placement), head_of(source[0])
+        with placement.rules.active():
+            said = [read(source[0], batch) for batch in rows.held_out_batches(job, data)]
+        say("held-out rows: read by the source")
 
         def measure(pruned: Params, pruned_spec: ModelSpec) -> HeldOut:
-            teacher = as_teacher(spec, self.compute, job.placement)
-            evaluate = make_evaluate(pruned_spec, self.compute, job.placement, teacher, teacher_context=spec.context)
-            return evaluate(pruned, params, rows.held_out_batches(job, data))[0]
+            told = lambda head, batch: (batch[STATES], head)
+            evaluate = make_evaluate(pruned_spec, self.compute, placement, told, teacher_context=spec.context)
+            batches = zip(rows.held_out_batches(job, data), said, strict=True)
+            return evaluate(pruned, head, (batch | {STATES: states} for batch, states in batches))[0]
 
         surgery = Surgery(
             job.spec,
@@ -78,12 +89,12 @@ class Prune(rows.RowStage):
             self.options,
             self.seed,
             compute=self.compute.unrounded,
-            placement=job.placement,
+            placement=placement,
             measure=lambda pruned, pruned_spec: measure(pruned, pruned_spec).figures["kl"],
-            progress=ProgressLine(job.name, 0).say,
+            progress=say,
         )
-        with job.placement.rules.active():
-            pruned, pruned_spec, report = surgery.run(params, spec)
+        with placement.rules.active():
+            pruned, pruned_spec, report = surgery.run(source.pop(), spec)
         files = job.save(pruned)
         found = measure(pruned, pruned_spec)
         held_out = found.details()

@@ -30,7 +30,7 @@ from ministral_jax.stages.record import Record, recorded_teacher
 from ministral_jax.stages.rows import Packing
 from ministral_jax.teachers.apart import STATES, Apart, TeacherMesh, head_of, states_program
 from ministral_jax.teachers.store import Store
-from ministral_jax.teachers.teacher import Teacher, online, online_apart, stored
+from ministral_jax.teachers.teacher import Teacher, from_states, online, stored
 from ministral_jax.training.state import LossFn
 
 
@@ -197,8 +197,8 @@ def described_teacher(job: Job[Any]) -> Teacher:
     dtype = jnp.dtype(stage.compute.dtype)
     params = placed_params(spec, placement, dtype)
     if (own := job.teacher_apart) is not None:
-        return online_apart(
-            spec, head_of(params), _programs(job, spec, placed_params(spec, own, dtype)), _states(job, spec)
+        return from_states(
+            spec, head_of(params), _states(job, spec), _programs(job, spec, placed_params(spec, own, dtype))
         )
     if spec.vision == job.spec.vision:  # as will be found, but where a stage between them has trained the tower
         params = without_tower(params)
@@ -253,7 +253,7 @@ def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
     if (own := job.teacher_apart) is not None:
         spec, params = load_stage(directory, dtype, own)
         head = jax.tree.map(handed, head_of(params), head_of(param_shardings(spec, placement)))
-        return online_apart(spec, head, _programs(job, spec, params), _states(job, spec))
+        return from_states(spec, head, _states(job, spec), _programs(job, spec, params))
     spec, params = load_stage(directory, dtype, placement)
     return online(spec, params, stage.compute, placement, stage.batch.length)
 

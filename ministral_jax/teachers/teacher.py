@@ -68,15 +68,13 @@ def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[
     return lambda params, batch: Hidden(taught(model, params, batch), head_matrix(params))
 
 
-def online_apart(spec: ModelSpec, head: Params, programs: Apart, states: jax.ShapeDtypeStruct) -> Teacher:
-    """A model that runs on a mesh of its own; the student's has a copy of its output matrix, see `apart.head_of`.
-    `states`: what it hands over, of a global batch."""
+def from_states(spec: ModelSpec, head: Params, states: jax.ShapeDtypeStruct, apart: Apart | None = None) -> Teacher:
+    """A model that is elsewhere, or gone: batches bring its final states. `states`: those of a global batch; `head`:
+    its output matrix, see `apart.head_of`; `apart`: where it runs on a mesh of its own."""
     taught = lambda constants, batch: Hidden(batch[STATES], head_matrix(constants))
     whole = lambda constants, batch: (batch[STATES], constants)
     flops, arrays = spec.flops_per_token(states.shape[1]), {STATES: states}
-    return Teacher(
-        spec.context, head, taught, whole, flops, train_arrays=arrays, held_out_arrays=arrays, apart=programs
-    )
+    return Teacher(spec.context, head, taught, whole, flops, train_arrays=arrays, held_out_arrays=arrays, apart=apart)
 
 
 def stored(store: Store, placement: Placement, context: int) -> Teacher:

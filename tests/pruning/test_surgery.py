@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from itertools import pairwise
 
 import jax
@@ -34,6 +35,18 @@ def calibration():
 
 def as_json(report):
     return json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))
+
+
+def test_what_a_cut_replaces_is_freed_where_nobody_else_holds_it():
+    """So that a source and its child need not fit together: after the first cut the layers of before are gone."""
+    given = [params32(FAMILY["24b"])]
+    replaced = [weakref.ref(leaf) for leaf in jax.tree.leaves(given[0]["decoder"]["layers"])]
+
+    def measure(params, spec):
+        assert not any(leaf() is not None for leaf in replaced)
+        return 0.0
+
+    Surgery(FAMILY["8b"], calibration, measure=measure).run(given.pop(), FAMILY["24b"])
 
 
 def test_the_cascade_of_the_family():

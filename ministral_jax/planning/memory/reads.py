@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from jax.sharding import Mesh
@@ -137,11 +138,18 @@ def _observed(rows: Rows) -> int:
 
 
 def cut_moments(cut: Cut, mesh: Mesh) -> Iterator[Moment]:
-    """The source stays as it is; a step makes a model of another one, no larger than the source. Neurons
-    are taken along an axis that is cut, and come whole in it: three matrices, and the one that they are put in."""
-    source, target = (Shards(model.spec, model.rules, mesh) for model in (cut.source, cut.target))
+    """Beside the source: a step makes a model of the one before it, which goes then. Neurons are taken along an axis
+    that is cut, and come whole in it: three matrices, and the one that they are put in."""
+    specs = [cut.source.spec]
+    for size in ("layers", "width", "mlp_width"):
+        if (smaller := getattr(cut.target.spec, size)) != getattr(specs[-1], size):
+            specs.append(specs[-1].model_copy(update={size: smaller}))
+    bytes_of = [Shards(spec, cut.target.rules, mesh).size() * ITEMSIZE[cut.target.dtype] for spec in specs]
+    target = Shards(cut.target.spec, cut.target.rules, mesh)
     spec, D = cut.target.spec, cut.source.spec.width
-    size, taken = ITEMSIZE[cut.source.dtype], 0
+    taken = 0
     if spec.mlp_width != cut.source.spec.mlp_width:
+        size = ITEMSIZE[cut.source.dtype]
         taken = 4 * spec.layers * spec.mlp_width * target.cut(spec.width, "embed") * size
-    yield {"surgery": (source.size() + target.size()) * size + taken, "basis": D * D * FLOAT}
+    both = max((before + after for before, after in pairwise(bytes_of)), default=bytes_of[0])
+    yield {"surgery": both - bytes_of[0] + taken, "basis": D * D * FLOAT}

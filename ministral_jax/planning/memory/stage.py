@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ministral_jax.planning.memory.draws import draw_moments
 from ministral_jax.planning.memory.reads import cut_moments, read_moments, row_bytes, step_moments
 from ministral_jax.planning.memory.shards import ITEMSIZE, Shards, parameters
-from ministral_jax.planning.memory.temporaries import FLOAT, Moment, together
+from ministral_jax.planning.memory.temporaries import FLOAT, Moment, Rows, together
 from ministral_jax.planning.records import Cut, Draw, Held, Move, Phase, Read, StageWork, Work
 
 AHEAD = 10
@@ -86,7 +86,9 @@ def _held(model: Held, mesh: Mesh) -> Moment:
 
 def _phase(phase: Phase, held: Moment, mesh: Mesh) -> PhaseMemory:
     fullest = max(_moments(phase.work, mesh), key=lambda moment: sum(moment.values()), default={})
-    found = together(held, fullest)
+    if phase.held is not None:
+        held = together(*(_held(model, mesh) for model in phase.held))
+    found = together(held, {"states": sum(Rows(read, mesh).stream for read in phase.kept)}, fullest)
     return PhaseMemory(phase.name, tuple(Item(name, size) for name, size in found.items() if size))
 
 
