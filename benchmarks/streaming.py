@@ -11,7 +11,7 @@ Memory is anonymous memory (RssAnon, looked at every few milliseconds) beyond th
 command, when JAX has been imported and its device found: arrays of the device, which on a CPU lie there, arrays of the
 host, and what compilers take. Pages of mapped files, which the kernel drops when it likes, are not in it; the peak with
 them (VmHWM) is beside it. `held` is what the stage cannot do without: import and export the parameters, pruning the
-source and the child, of which it measures the divergence, where leaves that are not cut are one. `result` is the
+source and the matrices that a cut makes of its own, which go then. `result` is the
 parameters that the stage makes, or has exported. The bar is result + 3 of the largest tensor of the file, the
 embedding.
 
