@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
-from ministral_jax.interop.keys import Keys, check_same
-from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
+from ministral_jax.interop.keys import Keys
+from ministral_jax.interop.rope_config import attention_factor, axial_theta, text_rope
+from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 # Tekken's control tokens; [PAD] only if the vocabulary has it.
 BOS, EOS, PAD = 1, 2, 11
@@ -40,6 +41,7 @@ _CLASS: dict[str, dict[str, Any]] = {
         patch_size=16, hidden_act="gelu",
     ),
 }  # fmt: skip
+_OTHERS = {"mistral4": ", Mistral Small 4, which has latent attention and experts and shares only the outer class"}
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -91,15 +93,13 @@ def _text_config(spec: ModelSpec) -> dict[str, Any]:
     if not plain:
         rope |= {"original_max_position_embeddings": r.original_context, "llama_4_scaling_beta": r.temperature_beta}
     if r.yarn_factor != 1:
-        # Equal mscales mean that cos and sin are not rescaled.
-        rope |= {
-            "type": "yarn",
-            "factor": r.yarn_factor,
-            "beta_fast": r.beta_fast,
-            "beta_slow": r.beta_slow,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        }
+        rope |= {"type": "yarn", "factor": r.yarn_factor, "beta_fast": r.beta_fast, "beta_slow": r.beta_slow}
+        # Equal mscales mean that cos and sin are not rescaled; not every reader knows an attention_factor.
+        mscales = {1.0: 1.0, attention_factor(r.yarn_factor): 0.0}
+        if r.attention_factor in mscales:
+            rope |= {"mscale": 1.0, "mscale_all_dim": mscales[r.attention_factor]}
+        else:
+            rope["attention_factor"] = r.attention_factor
     return {
         "model_type": "mistral" if plain else "ministral3",
         **_sizes(spec),
@@ -165,7 +165,8 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     text = top.section("text_config") if kind == "mistral3" else top
     text_kind = text.get("model_type", "mistral")
     if text_kind not in ("ministral3", "mistral"):
-        raise UserError(f"{text.where}: model_type is {text_kind!r:.80}; ministral3 and mistral can be read")
+        other = _OTHERS.get(str(text_kind), "")
+        raise UserError(f"{text.where}: model_type is {text_kind!r:.80}{other}; ministral3 and mistral can be read")
     text = Keys(_CLASS[text_kind] | text.values, text.where)
     text.accept("hidden_act", "silu", ("silu",))
     text.accept("partial_rotary_factor", 1.0, (1.0, None))
@@ -184,53 +185,13 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
             context=context,
             tied=tied,
             norm_eps=text.required("rms_norm_eps"),
-            rope=_rope(text, text_kind),
+            rope=text_rope(text, text_kind),
             vision=_vision(top) if kind == "mistral3" else None,
             image_token=top.get("image_token_index", top.get("image_token_id", 10)),
         )
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _rope(text: Keys, kind: str) -> RopeSpec:
-    section = next((key for key in ("rope_parameters", "rope_scaling") if text.get(key)), None)
-    if section is None and kind == "ministral3":
-        raise UserError(f"{text.where}: rope_parameters is missing")
-    rope = text.section(section) if section else Keys({}, text.where)
-    check_same({key: text.get(key) for key in ("rope_parameters", "rope_scaling")}, text.where)
-    rope.accept("partial_rotary_factor", 1.0, (1.0, None))
-    thetas = {"rope_theta": text.get("rope_theta"), f"rope_theta of {section}": rope.get("rope_theta")}
-    check_same(thetas, text.where)
-    form = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    if theta is None:
-        raise UserError(f"{rope.where}: rope_theta is missing")
-    beta = rope.get("llama_4_scaling_beta", 0.0)
-    if form not in ("default", "yarn"):
-        raise UserError(f"{rope.where}: rope_type is {form!r:.80}; default and yarn can be read")
-    check_same({key: rope.get(key) for key in ("rope_type", "type")}, rope.where)
-    original = rope.get("original_max_position_embeddings")
-    if form == "default":
-        return RopeSpec(
-            theta=theta, yarn_factor=1.0, temperature_beta=beta, original_context=original if beta else None
-        )
-    rope.accept("truncate", True, (True, None))
-    rope.accept("attention_factor", None, (None, 1.0))
-    if rope.get("attention_factor") is None and not (rope.get("mscale") and rope.get("mscale_all_dim")):
-        raise UserError(f"{rope.where}: YaRN rescales cos and sin here, this model family does not: set mscale")
-    if rope.get("mscale") != rope.get("mscale_all_dim"):
-        raise UserError(
-            f"{rope.where}: mscale is {rope.get('mscale')}, expected mscale_all_dim, so that their ratio is 1"
-        )
-    return RopeSpec(
-        theta=theta,
-        yarn_factor=rope.required("factor"),
-        original_context=original,
-        beta_fast=rope.get("beta_fast", 32.0),
-        beta_slow=rope.get("beta_slow", 1.0),
-        temperature_beta=beta,
-    )
 
 
 def _vision(top: Keys) -> VisionSpec:
@@ -242,14 +203,12 @@ def _vision(top: Keys) -> VisionSpec:
     v = Keys(_CLASS["pixtral"] | v.values, v.where)
     v.accept("hidden_act", "gelu", ("silu",))
     v.accept("num_channels", 3, (3,))
-    rope = v.section("rope_parameters") if v.get("rope_parameters") else Keys({}, v.where)
-    rope.accept("rope_type", "axial", ("axial", "default"))
     return VisionSpec(
         **v.sizes({name: _SIZES[name] for name in ("width", "mlp_width", "layers", "heads", "head_width")}),
         patch_size=v.required("patch_size"),
         max_image_size=v.required("image_size"),
         merge=top.get("spatial_merge_size", 2),
-        rope_theta=rope.get("rope_theta", v.get("rope_theta", 1e4)),
+        rope_theta=axial_theta(v),
         norm_eps=1e-5,
     )
 

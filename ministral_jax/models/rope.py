@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from ministral_jax.models.spec import RopeSpec
 
 Angles = tuple[Float[Array, "B T h/2"], Float[Array, "B T h/2"]]
-"""cos and sin of the angle by which each pair of features is rotated."""
+"""cos and sin of the angle by which each pair of features is rotated; those of YaRN times its attention factor."""
 
 
 def frequencies(width: int, theta: float) -> Float[np.ndarray, " width/2"]:
@@ -29,8 +29,7 @@ def yarn_frequencies(width: int, rope: RopeSpec) -> Float[np.ndarray, " width/2"
 
     YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): dimensions that rotate more than `beta_fast` times within
     the original context keep their frequency, those that rotate less than `beta_slow` times are slowed by the factor,
-    with a linear ramp between. The ramp's ends are rounded outwards as `transformers` does. YaRN's constant temperature
-    is left out (attention factor 1): `position_scale` takes its place.
+    with a linear ramp between. The ramp's ends are rounded outwards as `transformers` does.
     """
     plain = frequencies(width, rope.theta)
     if rope.yarn_factor == 1:
@@ -59,9 +58,10 @@ def position_scale(positions: Int[Array, "B T"], rope: RopeSpec, dtype: DTypeLik
 
 
 def rope_angles(positions: Int[Array, "B T"], rope: RopeSpec, width: int, dtype: DTypeLike) -> Angles:
-    """Of the decoder."""
+    """Of the decoder. YaRN's constant temperature (section 3.4), where it is not replaced by `position_scale`, lies in
+    the attention factor, which multiplies queries and keys."""
     angles = positions[..., None].astype(dtype) * jnp.asarray(yarn_frequencies(width, rope), dtype)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def axial_angles(

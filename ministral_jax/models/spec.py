@@ -6,6 +6,7 @@ K key-value heads, h head width, L layers, V vocabulary, P image patches.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -26,12 +27,16 @@ class RopeSpec(Frozen):
     original_context: int | None = Field(default=None, ge=1)
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    attention_factor: float = Field(default=1.0, gt=0)
+    """What YaRN multiplies cos and sin by."""
     temperature_beta: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _original_context_is_known(self) -> Self:
         if (self.yarn_factor > 1 or self.temperature_beta > 0) and self.original_context is None:
             raise ValueError("rope.original_context is required when rope.yarn_factor > 1 or rope.temperature_beta > 0")
+        if self.yarn_factor == 1 and self.attention_factor != 1:
+            raise ValueError("rope.attention_factor is YaRN's; without rope.yarn_factor > 1 it must be 1")
         return self
 
 
@@ -139,6 +144,12 @@ _TINY: dict[str, Any] = dict(heads=4, kv_heads=2, head_width=16, vocab=2_048, vi
 PRESETS: dict[str, ModelSpec] = {
     "mistral-small-3.1-24b": ModelSpec(
         layers=40, width=5120, mlp_width=32_768, context=131_072, rope=RopeSpec(theta=1e9), **_REAL
+    ),
+    # The base of its RoPE was found nowhere and is that of its class; an imported model has its own.
+    "mistral-medium-3.5-128b": ModelSpec(
+        **dict(_REAL, layers=88, width=12_288, mlp_width=28_672, heads=96, context=262_144),
+        rope=RopeSpec(yarn_factor=64.0, original_context=4096, beta_fast=4.0, attention_factor=0.1 * math.log(64) + 1),
+        vision=VisionSpec(layers=48, width=1664, mlp_width=8192, heads=16, head_width=104),
     ),
     "ministral-3-14b": ModelSpec(
         layers=40, width=5120, mlp_width=16_384, context=262_144, rope=RopeSpec(theta=1e9, **_YARN), **_REAL

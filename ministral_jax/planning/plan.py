@@ -27,6 +27,7 @@ PUBLISHED = {
     "mistral-small-3.1": "mistral-small-3.1-24b",
     "mistral-small-3.2": "mistral-small-3.1-24b",
     "magistral-small": "mistral-small-3.1-24b",
+    "mistral-medium-3.5": "mistral-medium-3.5-128b",
     "ministral-3-14b": "ministral-3-14b",
     "ministral-3-8b": "ministral-3-8b",
     "ministral-3-3b": "ministral-3-3b",

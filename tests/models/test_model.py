@@ -60,8 +60,9 @@ def test_position_temperature_of_the_released_sizes(x64):
 def test_rotation_is_multiplication_of_complex_pairs(x64):
     random = np.random.default_rng(0)
     x, positions = random.standard_normal((2, 5, 3, 8)), random.integers(0, 99, (2, 5))
-    rotated = np.asarray(apply_rope(jnp.asarray(x), rope_angles(jnp.asarray(positions), YARN, 8, jnp.float64)))
-    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * yarn_frequencies(8, YARN))
+    rope = YARN.model_copy(update={"attention_factor": 1.25})
+    rotated = np.asarray(apply_rope(jnp.asarray(x), rope_angles(jnp.asarray(positions), rope, 8, jnp.float64)))
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * yarn_frequencies(8, rope)) * 1.25
     np.testing.assert_allclose(rotated, np.concatenate([pairs.real, pairs.imag], -1), atol=1e-13)
 
 

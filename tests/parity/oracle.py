@@ -38,7 +38,7 @@ def build(spec: ModelSpec, seed: int = 0) -> torch.nn.Module:
         rope = {"rope_type": "default", "rope_theta": r.theta, "llama_4_scaling_beta": r.temperature_beta}
         rope["original_max_position_embeddings"] = r.original_context
         if r.yarn_factor > 1:
-            rope |= {"rope_type": "yarn", "factor": r.yarn_factor, "mscale": 1.0, "mscale_all_dim": 1.0}
+            rope |= {"rope_type": "yarn", "factor": r.yarn_factor, "attention_factor": r.attention_factor}
             rope |= {"beta_fast": r.beta_fast, "beta_slow": r.beta_slow}
         text = Ministral3Config(**sizes, rope_parameters=rope)
         causal = Ministral3ForCausalLM

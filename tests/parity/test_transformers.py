@@ -9,11 +9,22 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import oracle  # noqa: E402
-from model_cases import CASES, Case, by_hf_name, image_case, loss_and_grads, pack, random_params, relative  # noqa: E402
+from model_cases import (  # noqa: E402
+    CASES,
+    VISION,
+    Case,
+    by_hf_name,
+    image_case,
+    loss_and_grads,
+    pack,
+    random_params,
+    relative,
+    vlm,
+)  # fmt: skip
 
 from ministral_jax.interop.checkpoint import import_checkpoint  # noqa: E402
 from ministral_jax.interop.hf import export_hf  # noqa: E402
-from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec  # noqa: E402
+from ministral_jax.models.spec import PRESETS, ModelSpec, RopeSpec, VisionSpec  # noqa: E402
 from ministral_jax.models.vlm import VLM  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -44,7 +55,13 @@ def random_case(seed: int) -> Case:
     return image_case(spec)
 
 
-ALL = {**CASES, **{f"random{i}": random_case(i) for i in range(3)}}
+# Mistral Medium 3.5: YaRN with its magnitude beyond the original context and without the position temperature, and a
+# head of the tower that is no power of two.
+MEDIUM = vlm(
+    rope=PRESETS["mistral-medium-3.5-128b"].rope.model_copy(update={"theta": 1e3, "original_context": 6}),
+    vision=VISION.model_copy(update={"layers": 1, "width": 208, "head_width": 104}),
+)
+ALL = {**CASES, "medium": image_case(MEDIUM), **{f"random{i}": random_case(i) for i in range(3)}}
 
 
 def agree(case: Case, params: dict, logits: list[np.ndarray], grads: dict[str, np.ndarray]) -> None:
