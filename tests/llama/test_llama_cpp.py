@@ -1,0 +1,185 @@
+"""Exported GGUF files in llama.cpp: logits, tokens and image embeddings are those of the model that was exported."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import pytest
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from llama_cpp import mtmd_cpp as mtmd  # noqa: E402
+from model_cases import random_params, relative  # noqa: E402
+from scipy.special import log_softmax  # noqa: E402
+
+from ministral_jax.data.config import TokenizerConfig  # noqa: E402
+from ministral_jax.data.images import image_tokens, patch_positions, patchify  # noqa: E402
+from ministral_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from ministral_jax.interop import gguf_format  # noqa: E402
+from ministral_jax.interop.export import Export, export  # noqa: E402
+from ministral_jax.interop.formats import FORMATS  # noqa: E402
+from ministral_jax.interop.llama import loaded  # noqa: E402
+from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec  # noqa: E402
+from ministral_jax.models.vlm import VLM  # noqa: E402
+
+pytestmark = pytest.mark.llama
+
+ORIGINAL, BEYOND = 32, 200
+# As the real family: groups of queries, H·h that is not D, YaRN by 16 and a temperature from a short original context
+# on. All rows are multiples of 32.
+UNTIED = ModelSpec(
+    layers=3, width=96, mlp_width=160, heads=4, kv_heads=2, head_width=32, vocab=2000, context=512,
+    rope=RopeSpec(theta=1e4, yarn_factor=16, original_context=ORIGINAL, temperature_beta=0.1),
+    vision=VisionSpec(layers=2, width=32, mlp_width=96, heads=2, head_width=16, patch_size=4, max_image_size=64),
+)  # fmt: skip
+TIED = UNTIED.model_copy(update={"tied": True, "vision": None})
+TOKENS = np.random.RandomState(1).randint(1000, UNTIED.vocab, ORIGINAL + BEYOND).astype(np.int32)
+BOUND = 1e-5
+"""Of the divergence of a file in float16, nats per token."""
+
+
+TEXTS = [
+    "The quick brown fox, 12345 times.",
+    "Crème brûlée, naïveté; ÉCOLE",
+    "日本語のテキスト 한국어 עברית",
+    "a\n\n  b\tc\r\n",
+    "🙂👍🏽",
+    "def f(x):\n    return x + 1\n",
+    "don't WON'T I'll",
+    "[INST] is text here",
+    "",
+]
+
+
+def made(spec: ModelSpec) -> dict:
+    """Parameters whose logits are as sharp as a trained model's."""
+    params = random_params(spec)
+    params["decoder"]["norm"] *= 4
+    if spec.tied:
+        params["decoder"]["embed"] *= (spec.vocab / spec.width) ** 0.5
+    return params
+
+
+@cache
+def exported(spec: ModelSpec) -> tuple[dict, np.ndarray]:
+    """Parameters, and log-probabilities beyond the original context, float64."""
+    params = made(spec)
+    logits = jax.jit(VLM(spec).apply)({"params": params}, TOKENS[None])[0, ORIGINAL:]
+    return params, log_softmax(np.asarray(logits, np.float64), -1)
+
+
+def write(spec, params, directory, dtype="float16", files=()):
+    export(Export(params, spec, dtype, files), FORMATS["gguf"], directory)
+    return directory
+
+
+def compared(directory, ours) -> tuple[float, float]:
+    """KL of llama.cpp from ours, nats per token, and the share of tokens with the same first choice."""
+    with loaded(directory / "model.gguf", 256) as model:
+        theirs = log_softmax(model.logits(TOKENS)[ORIGINAL:].astype(np.float64), -1)
+    kl = np.sum(np.exp(ours) * (ours - theirs), -1)
+    return float(kl.mean()), float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
+
+
+@pytest.mark.parametrize("spec", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "dtype, bound, share",
+    [("float32", 1e-8, 1), ("float16", BOUND, 0.99), ("bfloat16", 1e-3, 0.95), ("q8_0", 0.1, 0.8), ("q4_0", 1, 0.3)],
+)
+def test_logits_beyond_the_original_context(spec, tmp_path, dtype, bound, share):
+    params, ours = exported(spec)
+    kl, same = compared(write(spec, params, tmp_path / "out", dtype), ours)
+    print(f"\n{dtype}: KL {kl:.2e}, the same first choice {same:.1%}")
+    assert kl <= bound and same >= share
+
+
+def rope(spec: ModelSpec, **changes) -> ModelSpec:
+    return spec.model_copy(update={"rope": spec.rope.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("spec", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("changes", [{"temperature_beta": 0.0}, {"yarn_factor": 8.0}], ids=str)
+def test_a_key_that_is_missing_or_wrong_shows(spec, tmp_path, changes):
+    params, ours = exported(spec)
+    shows(*compared(write(rope(spec, **changes), params, tmp_path / "out"), ours))
+
+
+@pytest.mark.parametrize("spec", [UNTIED, TIED], ids=["untied", "tied"])
+def test_queries_and_keys_that_are_not_permuted_show(spec, tmp_path, monkeypatch):
+    params, ours = exported(spec)
+    for path in ("decoder/layers/attention/q", "decoder/layers/attention/k"):
+        name, pattern = gguf_format._TEXT[path]
+        monkeypatch.setitem(gguf_format._TEXT, path, (name, pattern.replace("s r) D", "r s) D")))
+    shows(*compared(write(spec, params, tmp_path / "out"), ours))
+
+
+def test_a_head_that_is_dropped_shows(tmp_path):
+    params, ours = exported(UNTIED)
+    headless = {**params, "decoder": {name: leaf for name, leaf in params["decoder"].items() if name != "head"}}
+    shows(*compared(write(UNTIED.model_copy(update={"tied": True}), headless, tmp_path / "out"), ours))
+
+
+def shows(kl: float, same: float) -> None:
+    print(f"\nKL {kl:.2e}, the same first choice {same:.1%}")
+    assert kl > 10 * BOUND and same < 0.99
+
+
+def test_text_becomes_the_same_tokens(tmp_path):
+    """Words, numbers, scripts, spaces and control tokens, with a vocabulary whose merges are cut."""
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=UNTIED.vocab), tmp_path / "tokenizer")
+    write(UNTIED, made(UNTIED), tmp_path / "out", files=[tokenizer.path])
+    with loaded(tmp_path / "out/model.gguf", 64) as model:
+        assert [model.tokenize(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+        assert model.tokenize("[INST]a[/INST]", special=True) == [3, *tokenizer.encode("a"), 4]
+
+
+def embedded(directory, picture: np.ndarray) -> np.ndarray:
+    """What llama.cpp's mtmd makes of a picture, uint8 [H, W, 3]: its rows of tokens with [IMG_BREAK] between them."""
+    with loaded(directory / "model.gguf", 64) as model:
+        options = mtmd.mtmd_context_params_default()
+        options.use_gpu, options.warmup, options.n_threads = False, False, 2
+        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context = mtmd.mtmd_init_from_file(str(directory / "mmproj.gguf").encode(), model.model, options)
+        assert context and mtmd.mtmd_support_vision(context)
+        height, width, _ = picture.shape
+        pixels = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture.tobytes())
+        bitmap = mtmd.mtmd_bitmap_init(width, height, pixels)
+        marker = mtmd.mtmd_default_marker()
+        text = mtmd.mtmd_input_text(marker, len(marker), False, True)
+        chunks = mtmd.mtmd_input_chunks_init()
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(text), bitmaps, 1) == 0
+        found = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+        (chunk,) = (c for c in found if mtmd.mtmd_input_chunk_get_type(c) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+        assert mtmd.mtmd_encode_chunk(context, chunk) == 0
+        shape = (mtmd.mtmd_input_chunk_get_n_tokens(chunk), UNTIED.width)
+        result = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape).copy()
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+        mtmd.mtmd_free(context)
+        return result
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-3), ("float16", 3e-3)])
+def test_image_embeddings(tmp_path, dtype, bound):
+    """A picture that is no square. llama.cpp's GELU of the projector is the tanh approximation, hence the bound."""
+    rows, columns, vision = 3, 5, UNTIED.vision
+    picture = np.random.RandomState(2).randint(0, 256, (rows * vision.stride, columns * vision.stride, 3), np.uint8)
+    layout = np.array(image_tokens(rows, columns, (10, 12, 13)))[:-1]
+    slot = np.where(layout == 10, np.cumsum(layout == 10) - 1, -1)
+    y, x = patch_positions(rows, columns, vision.merge)
+    images = {"patches": patchify(picture, vision.patch_size, vision.merge), "patch_image": np.ones_like(y)}
+    images = {name: value[None, None] for name, value in (images | {"patch_row": y, "patch_col": x}).items()}
+    params = made(UNTIED)
+    ours = VLM(UNTIED).apply({"params": params}, layout[None], images | {"image_slot": slot[None]}, method=VLM._embed)[
+        0
+    ]
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=UNTIED.vocab), tmp_path / "tokenizer")
+    theirs = embedded(write(UNTIED, params, tmp_path / "out", dtype, [tokenizer.path]), picture)
+    difference = relative(theirs, ours)
+    print(f"\nmmproj in {dtype}: largest difference {difference:.1e} of the largest value")
+    assert theirs.shape == ours.shape and difference <= bound
+    assert relative(theirs[::-1], ours) > 100 * bound
