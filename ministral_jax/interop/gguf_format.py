@@ -170,7 +170,9 @@ def _add_sizes(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
         writer.add_rope_scaling_factor(rope.yarn_factor)
         writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
-        writer.add_rope_scaling_yarn_log_mul(1.0)  # mscale_all_dim = mscale: cos and sin are not rescaled
+        writer.add_rope_scaling_yarn_log_mul(1.0)  # mscale_all_dim = mscale: cos and sin are not rescaled but by this
+        if rope.attention_factor != 1:
+            writer.add_rope_scaling_attn_factors(rope.attention_factor)
     if rope.temperature_beta != 0:
         writer.add_attn_temperature_scale(rope.temperature_beta)
 

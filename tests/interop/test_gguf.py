@@ -84,12 +84,19 @@ def test_sizes_are_under_the_keys_of_mistral3(whole):
 
 def test_only_what_a_model_has_is_said_of_its_rope(tmp_path):
     beta = RopeSpec(theta=1e4, temperature_beta=0.3, original_context=12)
-    plain, warm = (
-        {name for name in read(written(spec, tmp_path / str(i)) / "model.gguf")[0] if "scal" in name}
-        for i, spec in enumerate((TEXT, TEXT.model_copy(update={"rope": beta})))
+    rescaled = YARN.model_copy(update={"attention_factor": 1.5, "temperature_beta": 0.0})
+    plain, warm, large = (
+        {
+            name: value
+            for name, value in read(written(spec, tmp_path / str(i)) / "model.gguf")[0].items()
+            if "scal" in name
+        }
+        for i, spec in enumerate((TEXT, *(TEXT.model_copy(update={"rope": rope}) for rope in (beta, rescaled))))
     )
-    assert plain == set()
-    assert warm == {"mistral3.attention.temperature_scale", "mistral3.rope.scaling.original_context_length"}
+    assert plain == {}
+    assert warm.keys() == {"mistral3.attention.temperature_scale", "mistral3.rope.scaling.original_context_length"}
+    assert large["mistral3.rope.scaling.attn_factor"] == 1.5
+    assert "mistral3.attention.temperature_scale" not in large
 
 
 def test_weights_are_those_of_the_model(whole, params):

@@ -35,7 +35,18 @@ UNTIED = ModelSpec(
     rope=RopeSpec(theta=1e4, yarn_factor=16, original_context=ORIGINAL, temperature_beta=0.1),
     vision=VisionSpec(layers=2, width=32, mlp_width=96, heads=2, head_width=16, patch_size=4, max_image_size=64),
 )  # fmt: skip
+
+
+def rope(spec: ModelSpec, **changes) -> ModelSpec:
+    return spec.model_copy(update={"rope": spec.rope.model_copy(update=changes)})
+
+
 TIED = UNTIED.model_copy(update={"tied": True, "vision": None})
+OTHERS = {
+    "without YaRN": UNTIED.model_copy(update={"rope": RopeSpec(theta=1e4)}),
+    "temperature alone": rope(UNTIED, yarn_factor=1.0),
+    "cos and sin rescaled, other bounds": rope(UNTIED, attention_factor=1.3, beta_fast=4.0, beta_slow=0.5),
+}
 TOKENS = np.random.RandomState(1).randint(1000, UNTIED.vocab, ORIGINAL + BEYOND).astype(np.int32)
 BOUND = 1e-5
 """Of the divergence of a file in float16, nats per token."""
@@ -96,8 +107,11 @@ def test_logits_beyond_the_original_context(spec, tmp_path, dtype, bound, share)
     assert kl <= bound and same >= share
 
 
-def rope(spec: ModelSpec, **changes) -> ModelSpec:
-    return spec.model_copy(update={"rope": spec.rope.model_copy(update=changes)})
+@pytest.mark.parametrize("spec", OTHERS.values(), ids=OTHERS)
+def test_other_ways_to_tell_positions(spec, tmp_path):
+    params, ours = exported(spec)
+    kl, same = compared(write(spec, params, tmp_path / "out"), ours)
+    assert kl <= BOUND and same >= 0.99
 
 
 @pytest.mark.parametrize("spec", [UNTIED, TIED], ids=["untied", "tied"])
