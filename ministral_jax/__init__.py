@@ -39,6 +39,6 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
         spec, params = import_checkpoint(path, dtype, shardings)
     else:
         raise UserError(
-            f"{path} is neither a finished stage (manifest.json) nor a Hugging Face directory (config.json)"
+            f"{path} is neither a finished stage (manifest.json) nor a model's (config.json or params.json)"
         )
     return VLM(spec, Compute(dtype=str(dtype))), params

@@ -12,19 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ministral_jax.console import say
 from ministral_jax.data.digests import Digests
+from ministral_jax.distributed.collectives import is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import digest_of
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.fp8_weights import Scaled
 from ministral_jax.interop.hf import open_hf
+from ministral_jax.interop.native import open_native
+from ministral_jax.interop.shards import NATIVE_STEM, weight_files
 from ministral_jax.interop.slots import Checkpoint, Slot
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params, abstract_params
 from ministral_jax.places import place
 
-CONFIGS = ("config.json",)
-"""Files of which a checkpoint has one, by which its format is known; the first that is there counts."""
+CONFIGS = ("config.json", "params.json")
+"""Files of which a checkpoint has one, by which its format is known."""
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -39,7 +43,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         UserError: no such model, another architecture, or damaged files.
     """
-    return open_hf(place(directory, "directory"))
+    directory = place(directory, "directory")
+    return open_native(directory) if _is_native(directory) else open_hf(directory)
+
+
+def _is_native(directory: Path) -> bool:
+    """Whether a model is read in Mistral's own format: where that of `transformers` is not there as well."""
+    has_hf = (directory / "config.json").is_file() and weight_files(directory, "model")
+    return (directory / "params.json").is_file() and not has_hf
 
 
 def read_spec(directory: Path) -> ModelSpec:
@@ -49,8 +60,8 @@ def read_spec(directory: Path) -> ModelSpec:
 
 def checkpoint_digest(directory: Path, root: Path) -> str:
     """SHA-256 of what the files that are imported hold; what is known of them is kept in `root`, see `Digests`."""
-    config = next(name for name in CONFIGS if (directory / name).is_file())
-    files, digests = [directory / config, *sorted(directory.glob("*.safetensors"))], Digests(root)
+    config, stem = ("params.json", NATIVE_STEM) if _is_native(directory) else ("config.json", "model")
+    files, digests = [directory / config, *weight_files(directory, stem)], Digests(root)
     return digest_of([(path.name, digests.of_file(path)) for path in files])
 
 
@@ -64,6 +75,9 @@ def import_checkpoint(
         UserError: as `open_checkpoint`; also tensors that are missing, unexpected, or of another shape.
     """
     found = open_checkpoint(directory)
+    if is_first() and all((found.directory / name).is_file() for name in CONFIGS):
+        which = "Mistral's own" if _is_native(found.directory) else "that of transformers"
+        say(f"{found.directory} describes its model in two formats; {which} is read")
     _check(found)
     stacks: dict[str, list[tuple[Slot, safetensors.Tensor | Scaled]]] = {}
     for slot in found.slots:  # layers ascending

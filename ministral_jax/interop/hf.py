@@ -10,12 +10,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.export import Export, Format, export, write_shards
 from ministral_jax.interop.fp8_weights import HF_NAMES, block_size, with_scales
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
+from ministral_jax.interop.shards import named_tensors
 from ministral_jax.interop.slots import Checkpoint, Slot, Table, check_depth, table_slots
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params
@@ -113,35 +113,14 @@ def open_hf(directory: Path) -> Checkpoint:
     from_config(config, where, True)  # another architecture is refused, whatever its weights are
     quantised = config.get("quantization_config")
     block = block_size(quantised, where) if quantised else None
-    found = _tensors(directory)
+    found = named_tensors(directory, "model", _short)
     spec = from_config(config, where, "lm_head.weight" in found)
     check_depth(spec, len(found), directory)
     tensors = with_scales(found, HF_NAMES, block, str(directory)) if quantised else found
     return Checkpoint(directory, spec, slots(spec), tensors)
 
 
-def _tensors(directory: Path) -> dict[str, safetensors.Tensor]:
-    """Tensors of a directory under the names of `TABLE`. The prefixes `language_model.model.`, `model.language_model.`
-    and `model.` are all in use. Mistral's own format (`consolidated*`) often lies in the same directory."""
-    index, whole = directory / "model.safetensors.index.json", "model.safetensors"
-    if index.is_file():
-        files = safetensors.named_files(index)
-        if whole not in files and (directory / whole).is_file():
-            raise UserError(f"{directory} has two sets of weights, {whole} and those of {index.name}; delete one")
-    else:
-        there = (f for f in directory.glob("*.safetensors") if f.is_file())
-        files = sorted(f.name for f in there if not f.name.startswith("consolidated"))
-    if not files:
-        raise UserError(f"{directory} has no model.safetensors")
-    found: dict[str, safetensors.Tensor] = {}
-    for file in files:
-        if not (directory / file).is_file():
-            raise UserError(f"{index} names {file}, which is not there")
-        for name, tensor in safetensors.read(directory / file).items():
-            short = re.sub(r"^(language_model\.|model\.)+", "", name)
-            if _BUFFER.search(short):  # older releases kept what the configuration says
-                continue
-            if short in found:
-                raise UserError(f"{directory}: {name} stands twice, in {found[short].path.name} and {file}")
-            found[short] = tensor
-    return found
+def _short(name: str) -> str | None:
+    """As `TABLE` has it: the prefixes `language_model.model.`, `model.language_model.` and `model.` are all in use."""
+    short = re.sub(r"^(language_model\.|model\.)+", "", name)
+    return None if _BUFFER.search(short) else short  # older releases kept what the configuration says

@@ -11,10 +11,12 @@ import numpy as np
 from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.export import Export, Format, write_shards
-from ministral_jax.interop.hf import slots
-from ministral_jax.interop.native_config import to_params
+from ministral_jax.interop.fp8_weights import Names, with_scales
+from ministral_jax.interop.native_config import from_params, load_params, to_params
+from ministral_jax.interop.shards import NATIVE_STEM, named_tensors
+from ministral_jax.interop.slots import Checkpoint, check_depth, table_slots
 
-# Our parameter -> the file's tensor and how its axes move, with the letters of `hf.TABLE`. RoPE rotates the pairs
+# Our parameter -> the file's tensor and how its axes move, with the letters of `slots`. RoPE rotates the pairs
 # (2i, 2i + 1) of a head here and (i, i + h/2) in ours, so a head's rows of q and k stand in another order.
 NATIVE_TABLE = {
     "decoder/embed": ("tok_embeddings.weight", "V D -> V D"),
@@ -53,15 +55,33 @@ NATIVE_TABLE = {
 }
 
 
+NATIVE_NAMES = Names(".weight", ".qscale_weight", ".qscale_act")
+
+
+def open_native(directory: Path) -> Checkpoint:
+    """A directory in Mistral's own format, in floats or in FP8.
+
+    Raises:
+        UserError: no weights, another architecture, weights quantised in another way, or damaged files.
+    """
+    params, where = load_params(directory), str(directory / "params.json")
+    from_params(params, where, True)  # another architecture is refused, whatever its weights are
+    found = named_tensors(directory, NATIVE_STEM)
+    spec = from_params(params, where, "output.weight" in found)
+    check_depth(spec, len(found), directory)
+    tensors = with_scales(found, NATIVE_NAMES, None, str(directory)) if params.get("quantization") else found
+    return Checkpoint(directory, spec, table_slots(spec, NATIVE_TABLE), tensors)
+
+
 def _write(model: Export, directory: Path) -> None:
     write_json(directory / "params.json", to_params(model.spec))
-    dtype, taken = np.dtype(jnp.dtype(model.dtype)), slots(model.spec, NATIVE_TABLE)
+    dtype, taken = np.dtype(jnp.dtype(model.dtype)), table_slots(model.spec, NATIVE_TABLE)
     tensors = [safetensors.Pending(s.name, dtype, s.shape, partial(s.take, model.params)) for s in taken]
-    write_shards(tensors, directory, "consolidated")
+    write_shards(tensors, directory, NATIVE_STEM)
 
 
 def _fetch(model: Export) -> None:
-    for slot in slots(model.spec, NATIVE_TABLE):
+    for slot in table_slots(model.spec, NATIVE_TABLE):
         slot.take(model.params)
 
 

@@ -5,14 +5,13 @@ Keys are those that vLLM's `transformers_utils/configs/mistral.py` and the conve
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import open_plain
+from ministral_jax.files import read_object
 from ministral_jax.interop.keys import Keys, check_same
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
@@ -98,6 +97,9 @@ def from_params(params: dict[str, Any], where: str, has_head: bool) -> ModelSpec
     for key, what in _OTHERS.items():
         if top.get(key):
             raise UserError(f"{where}: {key} is given: {what}, which this model family does not have")
+    if top.get("quantization"):
+        top.section("quantization").accept("qformat_weight", None, ("fp8_e4m3",))
+    top.accept("tied_embeddings", None, (True, False, None))
     top.accept("activation", "silu", ("silu", None))
     top.accept("model_type", "transformer", ("transformer", None))
     context = {key: top.get(key) for key in ("max_position_embeddings", "max_seq_len")}
@@ -165,13 +167,4 @@ def _vision(v: Keys) -> VisionSpec:
 
 def load_params(directory: Path) -> dict[str, Any]:
     """`params.json` of a directory, parsed. Raises `UserError` where it is no JSON object."""
-    path = directory / "params.json"
-    with open_plain(path) as file:
-        content = file.read()
-    try:
-        params = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return params
+    return read_object(directory / "params.json")

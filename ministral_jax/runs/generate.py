@@ -90,7 +90,7 @@ def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
             tokenizer = load_tokenizer(TokenizerConfig(file=str(path / "tekken.json")), Path(scratch))
     else:
         raise UserError(
-            f"{path} is neither a finished stage (manifest.json) nor a Hugging Face directory (config.json)"
+            f"{path} is neither a finished stage (manifest.json) nor a model's (config.json or params.json)"
         )
     if tokenizer.vocab > spec.vocab:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab} tokens but the model's vocab is {spec.vocab}")

@@ -1,4 +1,4 @@
-"""Read a Hugging Face directory into the cascade, so that other stages can start from it."""
+"""Read a model's directory into the cascade, so that other stages can start from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ministral_jax.stages.rows import EvaluateConfig, RowStage
 
 
 class Import(Stage):
-    """Read a Hugging Face directory into the cascade."""
+    """Read a model's directory into the cascade: a Hugging Face one, or one in Mistral's own format."""
 
     begins_anew: ClassVar = True
 
@@ -57,7 +57,7 @@ class Import(Stage):
         return {evaluation_name(name): made}
 
     def resolve(self, graph: Graph, where: str) -> ModelSpec:
-        """Read from its `config.json`."""
+        """Read from its `config.json` or `params.json`."""
         return read_spec(self.directory)
 
     def run(self, job: Job[Import]) -> Result:

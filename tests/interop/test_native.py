@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 
+import jax
+import ml_dtypes
 import native_reader
+import numpy as np
 import pytest
-from interop_cases import write
+from interop_cases import SPEC, write
 from model_cases import CASES, TEXT, YARN, random_params, relative, vlm
 from paths import TESTS
 
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
+from ministral_jax.interop import export as shards_of
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.checkpoint import import_checkpoint
+from ministral_jax.interop.checkpoint import import_checkpoint, read_spec
 from ministral_jax.interop.export import Export, export
-from ministral_jax.interop.native import NATIVE
+from ministral_jax.interop.hf import export_hf
+from ministral_jax.interop.native import NATIVE, NATIVE_TABLE
 from ministral_jax.interop.native_config import from_params, to_params
+from ministral_jax.interop.slots import table_slots
 from ministral_jax.models.spec import PRESETS, RopeSpec
+from ministral_jax.models.vlm import param_shardings
 
 
 @pytest.mark.parametrize("name", ["images", "text_tied_long"])
@@ -95,3 +103,90 @@ def test_epsilons_that_native_readers_do_not_have_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"norm_eps is 0.001, but readers of Mistral's format have 1e-05"):
         export(Export(random_params(spec), spec, "float32"), NATIVE, tmp_path / "native")
     assert not any(tmp_path.iterdir())
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+
+def bits(directory) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "spec, devices",
+    [(TEXT, 0), (TEXT.model_copy(update={"tied": True, "rope": YARN}), 8), (vlm(rope=YARN), 8), (vlm(tied=True), 0)],
+)
+def test_a_model_comes_back_bit_for_bit_by_way_of_both_formats(tmp_path, spec, devices):
+    place = Placement(make_mesh(MeshConfig(tensor=2)), Rules())
+    shardings = param_shardings(spec, place) if devices else None
+    source = random_params(spec)
+    export_hf(source, spec, tmp_path / "hf")
+    _, params = import_checkpoint(tmp_path / "hf", shardings=shardings)
+    export(Export(params, spec, "float32"), NATIVE, tmp_path / "native")
+    back, params = import_checkpoint(tmp_path / "native", shardings=shardings)
+    assert back == spec == read_spec(tmp_path / "native")
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, source))
+    assert not devices or params["decoder"]["layers"]["attention"]["q"].sharding.spec[2] == "tensor"
+    export_hf(params, spec, tmp_path / "again")
+    assert bits(tmp_path / "again") == bits(tmp_path / "hf")
+
+
+def test_shards_and_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_of, "SHARD_BYTES", 10_000)
+    spec = vlm(rope=YARN)
+    params = jax.tree.map(lambda p: p.astype(ml_dtypes.bfloat16), random_params(spec))
+    tokenizer = tmp_path / "tekken.json"
+    tokenizer.write_text("{}")
+    export(Export(params, spec, "bfloat16", [tokenizer]), NATIVE, tmp_path / "native")
+    index = json.loads((tmp_path / "native/consolidated.safetensors.index.json").read_text())
+    files = {file.name for file in (tmp_path / "native").glob("consolidated-*.safetensors")}
+    assert len(files) > 2 and files == set(index["weight_map"].values())
+    assert (tmp_path / "native/tekken.json").is_file() and not (tmp_path / "native/config.json").exists()
+    _, back = import_checkpoint(tmp_path / "native", "bfloat16")
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
+
+
+def test_of_both_formats_in_a_directory_that_of_transformers_is_read(exported, params, capsys):
+    export(Export(jax.tree.map(lambda p: p + 1, params), SPEC, "float32"), NATIVE, exported.parent / "native")
+    for file in (exported.parent / "native").iterdir():
+        file.rename(exported / file.name)
+    assert jax.tree.all(jax.tree.map(np.array_equal, import_checkpoint(exported)[1], params))
+    assert "in two formats; that of transformers is read" in capsys.readouterr().err
+    (exported / "model.safetensors").unlink()
+    assert not jax.tree.all(jax.tree.map(np.array_equal, import_checkpoint(exported)[1], params))
+    assert "in two formats; Mistral's own is read" in capsys.readouterr().err
+
+
+def test_fp8_is_read_as_the_numbers_it_stands_for(tmp_path):
+    spec, scale = TEXT, np.float32(0.37)
+    params = random_params(spec)
+    export(Export(params, spec, "float32"), NATIVE, tmp_path)
+    path = tmp_path / "consolidated.safetensors"
+    tensors = {name: np.array(tensor.read()) for name, tensor in safetensors.read(path).items()}
+    expected = {}
+    for name in [name for name in tensors if ".attention.w" in name or ".feed_forward." in name]:
+        stem, eight = name.removesuffix(".weight"), (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)
+        expected[name] = eight.astype(np.float32) * scale
+        tensors |= {name: eight, f"{stem}.qscale_weight": scale, f"{stem}.qscale_act": np.float32(1)}
+    write(path, {name: np.asarray(value) for name, value in tensors.items()})
+    with pytest.raises(UserError, match=r"float8_e4m3fn|has unexpected"):
+        import_checkpoint(tmp_path)
+    said = json.loads((tmp_path / "params.json").read_text())
+    said["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+    (tmp_path / "params.json").write_text(json.dumps(said))
+    _, read = import_checkpoint(tmp_path)
+    for slot in table_slots(spec, NATIVE_TABLE):
+        assert np.array_equal(slot.take(read), expected.get(slot.name, tensors[slot.name])), slot.name
+    said["quantization"]["qformat_weight"] = "int4"
+    (tmp_path / "params.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r'qformat_weight is "int4"'):
+        import_checkpoint(tmp_path)
+
+
+def test_a_directory_without_weights_is_refused(tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps(to_params(TEXT)))
+    with pytest.raises(UserError, match=r"has no consolidated.safetensors"):
+        import_checkpoint(tmp_path)
+    (tmp_path / "params.json").write_text("[")
+    with pytest.raises(UserError, match=r"params.json: not valid JSON"):
+        import_checkpoint(tmp_path)

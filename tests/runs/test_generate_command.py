@@ -140,7 +140,9 @@ def test_it_runs_on_all_devices_in_bfloat16_but_on_a_cpu(checkpoint, monkeypatch
 
 def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "neither a finished stage (manifest.json) nor a Hugging Face directory" in capsys.readouterr().err
+    assert (
+        "neither a finished stage (manifest.json) nor a model's (config.json or params.json)" in capsys.readouterr().err
+    )
 
 
 def test_the_directory_of_an_export_stage_says_where_its_model_is(checkpoint, capsys):
