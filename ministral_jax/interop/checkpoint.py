@@ -49,8 +49,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def _is_native(directory: Path) -> bool:
     """Whether a model is read in Mistral's own format: where that of `transformers` is not there as well."""
-    has_hf = (directory / "config.json").is_file() and weight_files(directory, "model")
-    return (directory / "params.json").is_file() and not has_hf
+    if not (directory / "params.json").is_file():
+        return False
+    return not ((directory / "config.json").is_file() and weight_files(directory, "model"))
 
 
 def read_spec(directory: Path) -> ModelSpec:
