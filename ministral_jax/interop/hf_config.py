@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
 from ministral_jax.interop.keys import Keys
-from ministral_jax.interop.rope_config import attention_factor, axial_theta, text_rope
+from ministral_jax.interop.rope_config import axial_theta, mscale_all_dim, text_rope
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
 # Tekken's control tokens; [PAD] only if the vocabulary has it.
@@ -94,12 +94,10 @@ def _text_config(spec: ModelSpec) -> dict[str, Any]:
         rope |= {"original_max_position_embeddings": r.original_context, "llama_4_scaling_beta": r.temperature_beta}
     if r.yarn_factor != 1:
         rope |= {"type": "yarn", "factor": r.yarn_factor, "beta_fast": r.beta_fast, "beta_slow": r.beta_slow}
-        # Equal mscales mean that cos and sin are not rescaled; not every reader knows an attention_factor.
-        mscales = {1.0: 1.0, attention_factor(r.yarn_factor): 0.0}
-        if r.attention_factor in mscales:
-            rope |= {"mscale": 1.0, "mscale_all_dim": mscales[r.attention_factor]}
-        else:
-            rope["attention_factor"] = r.attention_factor
+        other = mscale_all_dim(r)  # not every reader knows an attention_factor
+        rope |= (
+            {"mscale": 1.0, "mscale_all_dim": other} if other is not None else {"attention_factor": r.attention_factor}
+        )
     return {
         "model_type": "mistral" if plain else "ministral3",
         **_sizes(spec),

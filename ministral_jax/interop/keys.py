@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,12 @@ class Keys:
         if self.values.get(key) is None:
             raise UserError(f"{self.where}: {key} is missing")
         return self.values[key]
+
+    def number(self, key: str) -> float | None:
+        value = self.get(key)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{self.where}: {key} is {value!r:.80}, expected a number")
+        return value
 
     def sizes(self, names: Mapping[str, str]) -> dict[str, Any]:
         """By our names, of theirs; where the file says null, key-value heads are the heads and the heads fill the

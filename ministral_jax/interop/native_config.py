@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
 from ministral_jax.interop.keys import Keys, check_same
+from ministral_jax.interop.rope_config import attention_factor, mscale_all_dim
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
 # Sizes, ours -> theirs.
@@ -52,7 +53,7 @@ def to_params(spec: ModelSpec) -> dict[str, Any]:
             "original_max_position_embeddings": r.original_context,
             "beta": r.beta_fast,
             "alpha": r.beta_slow,
-            "apply_scale": False,  # cos and sin are not rescaled
+            "apply_scale": _apply_scale(r),
         }
     if r.temperature_beta:
         params["llama_4_scaling"] = {
@@ -79,6 +80,15 @@ def to_params(spec: ModelSpec) -> dict[str, Any]:
         }
         del params["vision_encoder"]["head_dim"]  # heads fill the width
     return params
+
+
+def _apply_scale(rope: RopeSpec) -> bool:
+    """Whether cos and sin are rescaled."""
+    if (other := mscale_all_dim(rope)) is None:
+        raise UserError(
+            f"rope.attention_factor is {rope.attention_factor}; Mistral's format has 1 and 0.1 ln(yarn_factor) + 1"
+        )
+    return other == 0
 
 
 def _check_eps(value: float, where: str) -> None:
@@ -137,8 +147,13 @@ def _rope(top: Keys) -> RopeSpec:
     scaling = top.section("llama_4_scaling") if top.get("llama_4_scaling") else None
     found: dict[str, Any] = {}
     if yarn is not None:
-        yarn.accept("apply_scale", True, (False,))
-        found |= {"yarn_factor": yarn.required("factor")}
+        factor = yarn.number("factor")
+        if factor is None:
+            raise UserError(f"{yarn.where}: factor is missing")
+        yarn.accept("apply_scale", True, (True, False))
+        found |= {"yarn_factor": factor}
+        if yarn.get("apply_scale", True):
+            found |= {"attention_factor": attention_factor(factor)}
         found |= {"beta_fast": yarn.get("beta", 32.0), "beta_slow": yarn.get("alpha", 1.0)}
     if scaling is not None:
         found["temperature_beta"] = scaling.required("beta")

@@ -20,6 +20,12 @@ def attention_factor(factor: float, mscale: float | None = None, mscale_all_dim:
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
+def mscale_all_dim(rope: RopeSpec) -> float | None:
+    """What stands beside an mscale of 1 for the attention factor of `rope`: 1 where cos and sin are not rescaled, 0
+    where they are as YaRN has it; None for another factor."""
+    return {attention_factor(rope.yarn_factor): 0.0, 1.0: 1.0}.get(rope.attention_factor)
+
+
 def text_rope(text: Keys, kind: str) -> RopeSpec:
     """Of a decoder of the `model_type` `kind`.
 
@@ -81,12 +87,12 @@ def _yarn(rope: Keys, original: int, context: int, more: dict[str, Any]) -> Rope
     rope.accept("truncate", True, (True, None))
     if "factor" not in rope.values:
         raise UserError(f"{rope.where}: factor is missing")
-    factor = _number(rope, "factor")
+    factor = rope.number("factor")
     if factor is None:  # as DeepSeek's are written
         factor = context / original
-    rescaled = _number(rope, "attention_factor")
+    rescaled = rope.number("attention_factor")
     if rescaled is None:
-        rescaled = attention_factor(factor, _number(rope, "mscale"), _number(rope, "mscale_all_dim"))
+        rescaled = attention_factor(factor, rope.number("mscale"), rope.number("mscale_all_dim"))
     return RopeSpec(
         yarn_factor=factor,
         original_context=original,
@@ -95,10 +101,3 @@ def _yarn(rope: Keys, original: int, context: int, more: dict[str, Any]) -> Rope
         attention_factor=rescaled,
         **more,
     )
-
-
-def _number(rope: Keys, key: str) -> float | None:
-    value = rope.get(key)
-    if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-        raise UserError(f"{rope.where}: {key} is {value!r:.80}, expected a number")
-    return value

@@ -42,12 +42,22 @@ def test_a_reader_that_rotates_neighbours_has_the_logits_of_transformers(name, t
 
 
 def test_sizes_come_back():
-    released = [PRESETS[f"{name}"] for name in ("mistral-small-3.1-24b", "ministral-3-14b", "ministral-3-3b")]
+    released = [PRESETS[f"{name}"] for name in ("mistral-small-3.1-24b", "mistral-medium-3.5-128b", "ministral-3-3b")]
     small = [TEXT, vlm(rope=YARN), vlm(rope=RopeSpec(theta=1e9, temperature_beta=0.1, original_context=16))]
     for spec in [*released, *small]:
         params = json.loads(json.dumps(to_params(spec)))
         assert from_params(params, "params.json", has_head=not spec.tied) == spec
         assert from_params(params, "params.json", has_head=True).tied is False
+
+
+def test_the_magnitude_of_yarn_is_there_unless_it_is_switched_off():
+    params = to_params(TEXT.model_copy(update={"rope": YARN}))
+    assert params["yarn"]["apply_scale"] is False
+    del params["yarn"]["apply_scale"]
+    magnitude = from_params(params, "params.json", has_head=True).rope.attention_factor
+    assert magnitude == pytest.approx(1 + 0.1 * np.log(4), rel=1e-12)
+    with pytest.raises(UserError, match=r"rope.attention_factor is 1.25; Mistral's format has 1 and 0.1 ln"):
+        to_params(TEXT.model_copy(update={"rope": YARN.model_copy(update={"attention_factor": 1.25})}))
 
 
 def test_a_released_file_is_read():
@@ -81,7 +91,8 @@ def test_a_released_file_is_read():
         (lambda p: p.update(norm_eps=1e-6), r"norm_eps is 1e-06, but readers of Mistral's format have 1e-05"),
         (lambda p: p.update(norm_eps="x"), "norm_eps: Input should be a valid number"),
         (lambda p: p.update(yarn=7), "yarn is 7, expected an object"),
-        (lambda p: p["yarn"].pop("apply_scale"), "apply_scale is true, this model family has false"),
+        (lambda p: p["yarn"].update(apply_scale=1.5), "apply_scale is 1.5, this model family has true or false"),
+        (lambda p: p["yarn"].pop("factor"), "yarn: factor is missing"),
         (
             lambda p: p["yarn"].update(original_max_position_embeddings=9),
             "of yarn is 9 and .* of llama_4_scaling is 12",
