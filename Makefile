@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help cascade test multiprocess chaos chaos-short stores slurm parity llama aot plan wheel docs notebooks lint format clean
+.PHONY: help cascade test multiprocess chaos chaos-short stores slurm fuzz parity llama aot plan wheel docs notebooks lint format clean
 
 help:
 	@echo "make cascade   the tiny family from one recipe, on this machine (10 to 15 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make multiprocess   jobs of one, two and four processes against each other"
 	@echo "make chaos     jobs of two processes, killed, stopped, hung and starved of disk (about 20 minutes on 2 cores)"
 	@echo "make stores    a run in an emulated bucket, killed, against a local one; data, a logit store and an export at s3://"
+	@echo "make fuzz      10,000 malformed files, each read or refused in one sentence, with little memory"
 	@echo "make parity    the model against torch and transformers, live"
 	@echo "make llama     exported GGUF files read by llama.cpp, which is built the first time (about 10 minutes on 2 cores)"
 	@echo "make aot       a step of the real family compiled for 64 TPU chips that are not there (2 to 5 minutes)"
@@ -67,6 +68,9 @@ stores: $(VENV)/installed
 
 slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -s -m slurm tests/slurm
+
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz/fuzzer.py --files 10000
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m parity tests/parity

@@ -230,8 +230,8 @@ def image_path(value: Any, base: Path, where: str) -> Path:
     """Path of an image named in a row, relative to `base`: a string, or an object that has it as `path` or `url`.
     Raises `UserError`: neither, or a URL that is not read."""
     value = _named(value)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: an image must be the path of a file, got {value!r}")
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise UserError(f"{where}: an image must be the path of a file, got {value!r:.80}")
     scheme, separator, rest = value.partition("://")
     if scheme in ("gs", "s3") and separator:
         return place(value, f"{where}: image")

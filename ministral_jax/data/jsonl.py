@@ -100,7 +100,7 @@ def parse_row(
     `UserError`: the row is malformed, or has a key of another format that would be lost; begins with `where`."""
     row = json_row(line, where)
     if not isinstance(row, dict):
-        raise UserError(f"{where}: must be an object, got {str(row)[:40]}")
+        raise UserError(f"{where}: must be an object, got {row!r:.40}")
     row, key = {k: value for k, value in row.items() if value is not None}, hashlib.sha256(line.strip()).hexdigest()
     _check_row(row, where, prompts)
     if "completions" in row and "instruction" in row:

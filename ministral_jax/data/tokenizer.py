@@ -216,7 +216,8 @@ def _check_sizes(sizes: dict[str, Any], merges: list[Any], named: list[Any]) -> 
 
 def _no_tekken(config: TokenizerConfig, error: Exception) -> UserError:
     """A key that is missing is a `tokenizer.json`'s, of another format; what mistral-common says may be very long."""
-    why = f"has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error!s:.200}"
+    text = str(error) if str(error).isprintable() else repr(str(error))
+    why = f"has no {text}" if isinstance(error, KeyError) else f"{type(error).__name__}: {text:.200}"
     return UserError(f"data.tokenizer.file = {config.file!r} is not a usable tekken.json ({why}); give the model's own")
 
 

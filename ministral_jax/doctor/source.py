@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import refuse_pointer
+from ministral_jax.files import read_object
 from ministral_jax.interop import safetensors
 
 Level = Literal["green", "amber", "red"]
@@ -49,18 +48,10 @@ class Source:
         return self._parsed[name]
 
     def _read(self, name: str) -> Json:
-        path = self.directory / name
         try:
-            refuse_pointer(path)
-            value = json.loads(path.read_bytes())
+            return read_object(self.directory / name)
         except UserError as error:
             self._fault(str(error))
-        except ValueError as error:
-            self._fault(f"{path}: not valid JSON: {error}")
-        else:
-            if isinstance(value, dict):
-                return value
-            self._fault(f"{path}: expected a JSON object")
         return {}
 
     def text(self, name: str) -> str | None:
@@ -114,6 +105,6 @@ def section(values: Json, key: str) -> Json:
 
 def some(names: set[str] | list[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
-    ordered = sorted(names)
+    ordered = sorted(name if name.isprintable() else repr(name) for name in names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
