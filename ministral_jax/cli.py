@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ministral_jax import __version__
 from ministral_jax.arguments import any_place, local_directory, run_directory
+from ministral_jax.certify.command import add_certify
 from ministral_jax.console import log, say
 from ministral_jax.doctor.command import add_doctor
 from ministral_jax.errors import UserError
@@ -192,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
     generate.set_defaults(command=_generate)
     add_doctor(commands)
+    add_certify(commands)
     return parser
 
 

@@ -1,0 +1,163 @@
+"""A certificate: what was compared, what came out, and what had to fail and did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from ministral_jax.certify.checks import Check, checks, file_digests
+from ministral_jax.certify.controls import CONTROLS, copied
+from ministral_jax.certify.prompts import Prompt, prompts
+from ministral_jax.certify.readers import Reader, opened, readers
+from ministral_jax.console import say
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import ModelSpec
+
+FILE = "certificate.json"
+LIMIT = 1e-4
+"""Of max |Δlogit| / max |logit| between our reading of a file and another's, both in float32: round-off of up to forty
+layers is below it, and every control has to be above."""
+
+
+class Reading(BaseModel):
+    """A file against the checkpoint on one prompt."""
+
+    reader: str
+    prompt: str
+    positions: int
+    kl: float
+    """KL(checkpoint ‖ file), nats per token, mean over the positions."""
+    max_difference: float
+    """max |Δlogit| to the checkpoint."""
+    argmax: float
+    """Share of positions with the checkpoint's most probable token."""
+    to_ours: float
+    """max |Δlogit| / max |logit| to our own reading of the file."""
+    holds: bool
+
+
+class Failure(BaseModel):
+    """A changed copy, read as the file is."""
+
+    control: str
+    reader: str
+    difference: float | None = None
+    """max |Δlogit| / max |logit| to our reading of the file as it is, the largest over the prompts."""
+    refused: str | None = None
+    """What the reader said instead of reading it."""
+    fails: bool
+
+
+class Certificate(BaseModel):
+    """`certificate.json`."""
+
+    holds: bool
+    format: str
+    against: str
+    limit: float = LIMIT
+    checks: list[Check]
+    readings: list[Reading] = Field(default_factory=list)
+    controls: list[Failure] = Field(default_factory=list)
+    not_installed: list[str] = Field(default_factory=list)
+    """Readers of the format that were not asked."""
+    files: dict[str, str]
+    """SHA-256 of every file that is certified."""
+
+
+def certify(directory: Path, checkpoint: Path) -> Certificate:
+    """Compare an export with the finished stage or export that it was made from.
+
+    Raises:
+        UserError: one of them is no model, or the export is of a format that is not certified.
+    """
+    layout = layout_of(directory)
+    trained = opened(checkpoint)
+    spec = trained.model.spec
+    found, tokenizer, ours = checks(directory, checkpoint, trained)
+    readings, failures, absent = list[Reading](), list[Failure](), list[str]()
+    if ours is not None:  # else nothing can be read
+        asked, absent = readers(layout)
+        given = prompts(spec, tokenizer)
+        wanted, own = {p.name: trained.read(p) for p in given}, {p.name: ours.read(p) for p in given}
+        readings = [r for reader in asked for r in _readings(reader, directory, spec, given, wanted, own)]
+        failures = [f for reader in asked for f in _failures(reader, layout, directory, spec, given[-1], own)]
+    holds = all(check.holds for check in found) and all(r.holds for r in readings) and all(f.fails for f in failures)
+    return Certificate(
+        holds=holds and bool(readings),
+        format=layout,
+        against=checkpoint.name,
+        checks=found,
+        readings=readings,
+        controls=failures,
+        not_installed=absent,
+        files=file_digests(directory),
+    )
+
+
+def layout_of(directory: Path) -> str:
+    """The format of an export. Raises `UserError`: of none that is certified."""
+    for name, layout in (("config.json", "hf"),):
+        if (directory / name).is_file():
+            return layout
+    raise UserError(f"{directory} is no export that can be certified: it has no config.json")
+
+
+def _readings(
+    reader: Reader,
+    directory: Path,
+    spec: ModelSpec,
+    given: list[Prompt],
+    wanted: dict[str, np.ndarray],
+    own: dict[str, np.ndarray],
+) -> Iterator[Reading]:
+    say(f"{reader.name} reads the file")
+    read = reader.open(directory, spec)
+    for prompt in given:
+        logits, trained = read(prompt), wanted[prompt.name]
+        apart = difference(logits, own[prompt.name])
+        yield Reading(
+            reader=reader.name,
+            prompt=prompt.name,
+            positions=len(logits),
+            kl=divergence(trained, logits),
+            max_difference=float(np.abs(logits - trained).max()),
+            argmax=float((logits.argmax(-1) == trained.argmax(-1)).mean()),
+            to_ours=apart,
+            holds=apart <= LIMIT,
+        )
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """max |a - b| / max |b|; infinite where one is no number."""
+    found = float(np.abs(a - b).max() / np.abs(b).max())
+    return found if np.isfinite(found) else float("inf")
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p ‖ q) of logits `[n, V]`, nats per position."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (p, q))
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+def _failures(
+    reader: Reader, layout: str, directory: Path, spec: ModelSpec, prompt: Prompt, own: dict[str, np.ndarray]
+) -> Iterator[Failure]:
+    """`prompt` is the one on which all faults show: the longest."""
+    for control in CONTROLS[layout]:
+        if not control.applies(spec):
+            continue
+        say(f"{reader.name} reads a copy: {control.name}")
+        with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+            copied(directory, copy := Path(scratch, "copy"))
+            control.plant(copy, spec)
+            try:
+                apart = difference(reader.open(copy, spec)(prompt), own[prompt.name])
+                refused = None
+            except Exception as error:  # whatever another program says to a damaged file
+                apart, refused = None, f"{type(error).__name__}: {error!s:.200}"
+        fails = refused is not None or (apart is not None and apart > LIMIT)
+        yield Failure(control=control.name, reader=reader.name, difference=apart, refused=refused, fails=fails)

@@ -1,0 +1,56 @@
+"""`ministral-jax certify`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ministral_jax.arguments import any_place
+
+if TYPE_CHECKING:
+    from ministral_jax.certify.certificate import Certificate
+
+
+def add_certify(commands: Any) -> None:
+    """Declare the command on the subparsers of the command line."""
+    certify = commands.add_parser("certify", help="compare an export with the model it was made from, and say so in it")
+    certify.add_argument("directory", type=any_place, metavar="DIR", help="an export, in which certificate.json is put")
+    text = "the finished stage, or another export, that it has to equal"
+    certify.add_argument("--against", type=any_place, required=True, metavar="CHECKPOINT", help=text)
+    certify.set_defaults(command=_certify)
+
+
+def _certify(args: argparse.Namespace) -> int:
+    """0: all holds; 1: something does not."""
+    from ministral_jax.certify.certificate import FILE, certify
+    from ministral_jax.files import write_json
+    from ministral_jax.places import fetched
+
+    found = certify(fetched(args.directory), args.against)
+    write_json(args.directory / FILE, found.model_dump())
+    show(found)
+    return int(not found.holds)
+
+
+def show(found: Certificate) -> None:
+    """On the terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+    def line(holds: bool, said: str) -> None:
+        console.print(Text("holds " if holds else "FAILS ", "green" if holds else "bold red") + said)
+
+    for check in found.checks:
+        line(check.holds, f"{check.name}: {check.said}")
+    for r in found.readings:
+        said = f"{r.reader}, {r.prompt}: KL {r.kl:.2e}, max |Δlogit| {r.max_difference:.2e}, argmax {r.argmax:.1%}"
+        line(r.holds, f"{said}; to our reading {r.to_ours:.1e}")
+    for f in found.controls:
+        said = f"refused, {f.refused}" if f.refused else f"differs by {f.difference:.1e}"
+        line(f.fails, f"control, {f.reader}, {f.control}: {said}")
+    for name in found.not_installed:
+        console.print(f"not asked: {name} is not installed")
+    console.print("certified" if found.holds else "NOT certified")

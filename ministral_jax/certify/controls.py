@@ -1,0 +1,114 @@
+"""Changed copies of an export that a comparison must tell from it: if it does not, its verdict says nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from ministral_jax.files import write_json
+from ministral_jax.interop import safetensors
+from ministral_jax.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Control:
+    """A fault that some converter makes."""
+
+    name: str
+    applies: Callable[[ModelSpec], bool]
+    plant: Callable[[Path, ModelSpec], None]
+    """In a copy."""
+
+
+def copied(directory: Path, to: Path) -> None:
+    """A copy that shares the weights, on the same file system without a byte written: what is changed is replaced."""
+    to.mkdir()
+    for file in directory.iterdir():
+        if file.suffix == ".safetensors":
+            try:
+                os.link(file.resolve(), to / file.name)
+                continue
+            except OSError:  # another file system, or one without links
+                pass
+        if file.is_file():
+            shutil.copy(file, to / file.name)
+
+
+def change_tensor(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> None:
+    """Write the file that holds a tensor again, with another value of it or, for None, without it. `name` may lack the
+    prefixes that it has on disk."""
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors = safetensors.read(path)
+        found = next((n for n in tensors if n == name or n.endswith(f".{name}")), None)
+        if found is None:
+            continue
+        pending = []
+        for key, tensor in tensors.items():
+            if key != found:
+                pending.append(safetensors.Pending(key, tensor.dtype, tensor.shape, tensor.read))
+            elif change is not None:
+                value = change(np.array(tensor.read()))
+                pending.append(safetensors.Pending(key, tensor.dtype, value.shape, lambda value=value: value))
+        safetensors.write(draft := path.with_suffix(".draft"), pending, safetensors.metadata(path))
+        draft.replace(path)
+        for index in directory.glob("*.index.json") if change is None else ():
+            content = json.loads(index.read_bytes())
+            content["weight_map"].pop(found, None)
+            write_json(index, content)
+        return
+    raise AssertionError(f"{name} is in no file of {directory}")
+
+
+def _edit(directory: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((directory / name).read_bytes())
+    change(content)
+    write_json(directory / name, content)
+
+
+def _hf_rope(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, ModelSpec], None]:
+    def plant(directory: Path, spec: ModelSpec) -> None:
+        _edit(directory, "config.json", lambda c: change(c.get("text_config", c)["rope_parameters"]))
+
+    return plant
+
+
+def _hf_unpermuted(directory: Path, spec: ModelSpec) -> None:
+    """A head's rows of the first layer in the order of Mistral's own format."""
+    for name in ("q", "k"):
+        turned = lambda x: rearrange(x, "(n r s) d -> (n s r) d", r=2, s=spec.head_width // 2)
+        change_tensor(directory, f"layers.0.self_attn.{name}_proj.weight", turned)
+
+
+def _hf_headless(directory: Path, spec: ModelSpec) -> None:
+    def tie(config: dict[str, Any]) -> None:
+        for part in (config, config.get("text_config", config)):
+            part["tie_word_embeddings"] = True
+
+    change_tensor(directory, "lm_head.weight", None)
+    _edit(directory, "config.json", tie)
+
+
+def _has_temperature(spec: ModelSpec) -> bool:
+    return spec.rope.temperature_beta > 0 and spec.rope.original_context is not None
+
+
+HF_CONTROLS = (
+    Control("temperature key removed", _has_temperature, _hf_rope(lambda rope: rope.pop("llama_4_scaling_beta"))),
+    Control(
+        "YaRN factor doubled",
+        lambda spec: spec.rope.yarn_factor > 1,
+        _hf_rope(lambda rope: rope.update(factor=2 * rope["factor"])),
+    ),
+    Control("q and k not permuted", lambda spec: True, _hf_unpermuted),
+    Control("untied head dropped", lambda spec: not spec.tied, _hf_headless),
+)
+CONTROLS: dict[str, tuple[Control, ...]] = {"hf": HF_CONTROLS}
+"""By format."""

@@ -1,0 +1,140 @@
+"""What reads an export: this project, and other programs where they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+
+import ministral_jax
+from ministral_jax.certify.prompts import COMPARED, Prompt
+from ministral_jax.data.batch import images_of_rows, one_per_row
+from ministral_jax.data.bins import place_whole
+from ministral_jax.data.images import to_patches
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+from ministral_jax.errors import UserError
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vision import MEAN, STD
+from ministral_jax.models.vlm import VLM, Params
+from ministral_jax.sampling.engine import by_rows
+
+Read = Callable[[Prompt], np.ndarray]
+"""Logits `[n, V]`, float64, of the last n positions of a prompt, at most `COMPARED`."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`open` loads a directory; its errors are those of the program."""
+
+    name: str
+    open: Callable[[Path, ModelSpec], Read]
+
+
+def readers(layout: str) -> tuple[list[Reader], list[str]]:
+    """Those that read a format and are installed, ours first, and what is not."""
+    found, absent = [Reader(f"ministral_jax {ministral_jax.__version__}", lambda path, _: opened(path).read)], []
+    if layout == "hf":
+        if find_spec("transformers") and find_spec("torch"):
+            found.append(Reader(f"transformers {version('transformers')}", _transformers))
+        else:
+            absent.append("transformers")
+    return found, absent
+
+
+# ---- ours -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in float32, its heads cut over the devices."""
+
+    model: VLM
+    params: Params
+    placement: Placement
+
+    def read(self, prompt: Prompt) -> np.ndarray:
+        spec, place = self.model.spec, self.placement
+        rows = one_per_row([prompt.tokens], rows=place.even(1))
+        batch = {name: rows[name] for name in ("tokens", "segments")}
+        if prompt.picture is not None and spec.vision is not None:
+            is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
+            batch |= images_of_rows([to_patches([prompt.picture], spec.vision)], is_image)
+        count = min(COMPARED, len(prompt.tokens))
+        with jax.set_mesh(place.mesh):
+            placed = place_whole(place, batch, spec.vision)
+            logits = _program(self.model, count, place.rules)(self.params, placed, len(prompt.tokens) - count)
+        return np.asarray(logits, np.float64)
+
+
+def opened(path: Path) -> Opened:
+    """A finished stage, or an export. Raises `UserError`: as `ministral_jax.load`."""
+    devices = jax.devices()
+    spec = _spec(path)
+    mesh = make_mesh(MeshConfig(tensor=gcd(len(devices), spec.kv_heads)), devices)
+    placement = by_rows(Placement(mesh, Rules()))
+    # to one device nothing is cut, for which programs would have to be compiled
+    return Opened(*ministral_jax.load(path, "float32", placement if len(devices) > 1 else None), placement)
+
+
+def _spec(path: Path) -> ModelSpec:
+    from ministral_jax.interop.checkpoint import read_spec
+    from ministral_jax.stages.manifest import finished
+
+    return finished(path).spec if (path / "manifest.json").is_file() else read_spec(path)
+
+
+def _made(model: VLM, count: int, rules: Rules) -> Any:
+    def logits(params: Params, batch: dict[str, jax.Array], first: jax.Array) -> Any:
+        def last(module: VLM) -> jax.Array:
+            images = {k: v for k, v in batch.items() if k not in ("tokens", "segments")} or None
+            states = module.hidden(batch["tokens"], None, batch["segments"], images)[:1]
+            return module.decoder.logits(jax.lax.dynamic_slice_in_dim(states, first, count, 1))[0]
+
+        with rules.active():
+            return model.apply({"params": params}, method=last)
+
+    # each program runs once or twice: at small sizes, optimising it takes longer
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(logits, compiler_options=options)
+
+
+_program: Any = cache(_made)
+
+
+# ---- others ---------------------------------------------------------------------------------------------------------
+
+
+def _transformers(path: Path, spec: ModelSpec) -> Read:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    auto: Any = AutoModelForCausalLM if spec.vision is None else AutoModelForImageTextToText
+    model, said = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if any(said.values()):
+        raise UserError(f"transformers does not find what it expects: {said}")
+    return partial(_ask_transformers, model.eval())
+
+
+def _ask_transformers(model: Any, prompt: Prompt) -> np.ndarray:
+    import torch
+
+    images = {}
+    if prompt.picture is not None:
+        pixels = rearrange((prompt.picture.astype(np.float32) / 255 - MEAN) / STD, "h w c -> 1 c h w")
+        sizes = torch.tensor([prompt.picture.shape[:2]])
+        images = {"pixel_values": torch.from_numpy(pixels), "image_sizes": sizes}
+    with torch.no_grad():
+        tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None]
+        logits = model(tokens, logits_to_keep=min(COMPARED, len(prompt.tokens)), **images).logits
+    return logits[0].double().numpy()

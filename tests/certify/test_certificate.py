@@ -1,0 +1,97 @@
+"""An export is certified against what it was made from; what is not the model is not, and controls fail."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from model_cases import random_params, vlm
+
+from ministral_jax import cli
+from ministral_jax.certify import certificate, readers
+from ministral_jax.certify.checks import checks
+from ministral_jax.certify.controls import HF_CONTROLS, change_tensor
+from ministral_jax.data.config import TokenizerConfig
+from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
+from ministral_jax.interop.hf import export_hf
+from ministral_jax.models.spec import RopeSpec
+
+SPEC = vlm(vocab=320, context=40, rope=RopeSpec(theta=100, yarn_factor=4, original_context=16, temperature_beta=0.3))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What was trained, as an export in float32, and the export in bfloat16 that is made of it."""
+    place = tmp_path_factory.mktemp("pair")
+    tokenizer = load_tokenizer(TokenizerConfig(file="bundled", vocab=320, special=64), place)
+    params, files = random_params(SPEC), [export_tokenizer(tokenizer, place, SPEC.vision)]
+    for name, dtype in (("trained", "float32"), ("hf", "bfloat16")):
+        export_hf(params, SPEC, place / name, dtype, files)
+    return place / "hf", place / "trained"
+
+
+@pytest.fixture(autouse=True)
+def ours_alone(monkeypatch):
+    """Other programs have tests of their own; and one device is enough."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: devices)
+    monkeypatch.setattr(readers, "find_spec", lambda name: None)
+
+
+def test_an_export_is_certified(pair, capsys):
+    directory, trained = pair
+    assert cli.main(["certify", str(directory), "--against", str(trained)]) == 0
+    said = capsys.readouterr().out
+    found = certificate.Certificate.model_validate_json((directory / "certificate.json").read_bytes())
+    assert found.holds and "certified" in said and found.not_installed == ["transformers"]
+    assert [r.prompt for r in found.readings] == ["text", "image", "long"]
+    assert all(r.to_ours == 0 and 0 < r.kl < 1e-3 for r in found.readings)
+    assert [f.control for f in found.controls] == [c.name for c in HF_CONTROLS]
+    assert all(f.fails and f.difference > 100 * found.limit for f in found.controls)
+    assert {"config.json", "model.safetensors", "tekken.json"} <= found.files.keys()
+    assert "certificate.json" not in found.files
+
+
+def edit(directory, change) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+FAULTS = {
+    "another weight": (
+        lambda d: change_tensor(d, "layers.1.mlp.up_proj.weight", lambda x: x * 2), "layers.1.mlp.up_proj.weight: not",
+    ),
+    "another temperature": (
+        lambda d: edit(d, lambda c: c["text_config"]["rope_parameters"].update(llama_4_scaling_beta=0.2)),
+        "'temperature_beta': 0.2",
+    ),
+    "another tokenizer": (
+        lambda d: (d / "tekken.json").write_bytes((d / "tekken.json").read_bytes() + b" "), "tekken.json is another",
+    ),
+    "another end": (lambda d: edit(d, lambda c: c["text_config"].update(eos_token_id=5)), "eos_token_id 5"),
+    "a template that says something else": (
+        lambda d: (d / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}"), "another text",
+    ),
+    "no tensor": (lambda d: change_tensor(d, "norm.weight", None), "norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_the_model_is_not_certified(pair, tmp_path, fault):
+    copy = shutil.copytree(pair[0], tmp_path / "copy")
+    plant, words = FAULTS[fault]
+    plant(copy)
+    found, *_ = checks(copy, pair[1], readers.opened(pair[1]))
+    failed = [check.said for check in found if not check.holds]
+    assert len(failed) and any(words in said for said in failed), found
+
+
+def test_figures_of_logits():
+    p, q = np.random.default_rng(0).standard_normal((2, 5, 7))
+    soft = np.exp(p) / np.exp(p).sum(-1, keepdims=True), np.exp(q) / np.exp(q).sum(-1, keepdims=True)
+    expected = (soft[0] * np.log(soft[0] / soft[1])).sum() / 5
+    assert certificate.divergence(p, q + 3) == pytest.approx(expected, rel=1e-12)
+    assert certificate.difference(p, p) == 0 and certificate.difference(p * np.nan, p) == np.inf
