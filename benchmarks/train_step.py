@@ -1,7 +1,10 @@
-"""One distillation step against a plain transformers + torch loop at the same shapes, interleaved in one run.
+"""One distillation step against a plain transformers + torch loop, or against Tunix, at the same shapes, interleaved.
 
-    python benchmarks/train_step.py --against transformers [--vocab N] [--json FILE]
+    python benchmarks/train_step.py [--against transformers] [--vocab N] [--json FILE]
+    python benchmarks/train_step.py --against tunix --python VENV/bin/python
 
+Tunix (google-tunix) wants other versions of JAX and Flax, so `--python` is the interpreter of an environment with it;
+its side is its trainer's own compiled step with its Llama 3, `LogitStrategy` at temperature 1 and no weight for labels.
 Each side is a process of its own that sleeps while the other is measured; rounds alternate, figures are medians.
 Text only, float32, forward KL over the full vocabulary, AdamW, clipped gradient. Memory is the largest resident set of
 the whole process (imports and compilation included). `speed_ratio` and `memory_ratio` are ours ÷ theirs.
@@ -10,7 +13,6 @@ the whole process (imports and compilation included). `speed_ratio` and `memory_
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import resource
@@ -110,7 +112,56 @@ def transformers_loop(vocab: int):
     return run
 
 
-SIDES = {"ministral_jax": ours, "transformers": transformers_loop}
+def tunix_trainer(vocab: int):
+    """A function that runs one step of Tunix's distillation trainer."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import nnx
+    from tunix.distillation import distillation_trainer as distillation
+    from tunix.distillation.strategies.logit import LogitStrategy
+    from tunix.models.llama3.model import Llama3, ModelConfig
+
+    def model(mlp_width: int, seed: int) -> Llama3:
+        config = ModelConfig(
+            num_layers=LAYERS,
+            vocab_size=vocab,
+            embed_dim=WIDTH,
+            hidden_dim=mlp_width,
+            num_heads=HEADS,
+            head_dim=HEAD_WIDTH,
+            num_kv_heads=KV_HEADS,
+            rope_theta=1_000_000,
+            norm_eps=1e-5,
+        )
+        return Llama3(config, rngs=nnx.Rngs(seed))
+
+    causal = jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (SEQUENCES, LENGTH))
+    logits = lambda model, input_tokens, input_mask: model(input_tokens, positions, None, causal)[0]
+    labels = lambda input_tokens, input_mask: jax.nn.one_hot(jnp.roll(input_tokens, -1, axis=1), vocab)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.1))
+    trainer = distillation.DistillationTrainer(
+        model(MLP_STUDENT, 0),
+        model(MLP_TEACHER, 1),
+        LogitStrategy(logits, logits, labels, temperature=1.0, alpha=1.0),
+        optimizer,
+        distillation.TrainingConfig(eval_every_n_steps=10**9),
+    )
+    step = trainer.jit_train_and_eval_step()[0]
+    rng, mask = np.random.default_rng(0), np.ones((SEQUENCES, LENGTH), bool)
+
+    def run() -> float:
+        tokens = rng.integers(0, vocab, (SEQUENCES, LENGTH)).astype(np.int32)
+        batch = trainer._prepare_inputs(distillation.TrainingInput(input_tokens=tokens, input_mask=mask))
+        return float(step(batch)[0])  # which has the model and the optimiser with it
+
+    return run
+
+
+SIDES = {"ministral_jax": ours, "transformers": transformers_loop, "tunix": tunix_trainer}
+VERSIONS = {"transformers": ("torch", "transformers"), "tunix": ("google-tunix", "jax", "flax")}
 
 
 def worker(side: str, steps: int, vocab: int) -> None:
@@ -127,13 +178,14 @@ def worker(side: str, steps: int, vocab: int) -> None:
         print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
 
 
-def start(side: str, steps: int, vocab: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--worker", side, "--steps", str(steps), "--vocab", str(vocab)]
+def start(side: str, python: str, steps: int, vocab: int) -> subprocess.Popen:
+    command = [python, __file__, "--worker", side, "--steps", str(steps), "--vocab", str(vocab)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    if process.stdout.readline().strip() != "ready":
-        raise SystemExit(f"the {side} side failed to start")
+    while (line := process.stdout.readline()).strip() != "ready":
+        if not line:
+            raise SystemExit(f"the {side} side failed to start")
     return process
 
 
@@ -144,12 +196,19 @@ def measure(process: subprocess.Popen) -> tuple[float, int]:
     return tuple(json.loads(process.stdout.readline()))
 
 
-def compare(rounds: int, steps: int, vocab: int) -> dict:
-    processes = {side: start(side, steps, vocab) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    peak = dict.fromkeys(SIDES, 0)
+def versions(python: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Of packages that an interpreter finds."""
+    words = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
+    return json.loads(subprocess.run([python, "-c", words], check=True, capture_output=True, text=True).stdout)
+
+
+def compare(other: str, python: str, rounds: int, steps: int, vocab: int) -> dict:
+    interpreters = {"ministral_jax": sys.executable, other: python}
+    processes = {side: start(side, its, steps, vocab) for side, its in interpreters.items()}
+    seconds: dict[str, list[float]] = {side: [] for side in processes}
+    peak = dict.fromkeys(processes, 0)
     for n in range(rounds):
-        for side in list(SIDES) if n % 2 == 0 else reversed(SIDES):
+        for side in list(processes) if n % 2 == 0 else reversed(processes):
             spent, peak[side] = measure(processes[side])
             seconds[side].append(spent / steps)
             print(
@@ -160,19 +219,23 @@ def compare(rounds: int, steps: int, vocab: int) -> dict:
         process.communicate()
     speed = {side: SEQUENCES * LENGTH / statistics.median(times) for side, times in seconds.items()}
     return {
-        "speed_ratio": speed["ministral_jax"] / speed["transformers"],
-        "memory_ratio": peak["ministral_jax"] / peak["transformers"],
+        "speed_ratio": speed["ministral_jax"] / speed[other],
+        "memory_ratio": peak["ministral_jax"] / peak[other],
         "tokens_per_second": speed,
         "peak_bytes": peak,
         "vocab": vocab,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+        "versions": {
+            "ministral_jax": versions(sys.executable, ("jax", "flax")),
+            other: versions(python, VERSIONS[other]),
+        },
         "hardware": processor(),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", choices=["transformers"], default="transformers")
+    parser.add_argument("--against", choices=VERSIONS, default="transformers")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the other side")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
@@ -181,9 +244,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, args.steps, args.vocab)
-    result = compare(args.rounds, args.steps, args.vocab)
+    result = compare(args.against, args.python, args.rounds, args.steps, args.vocab)
     print(f"\n{'':>16}{'tokens/s':>12}{'peak memory':>14}")
-    for side in SIDES:
+    for side in result["peak_bytes"]:
         print(f"{side:>16}{result['tokens_per_second'][side]:12,.0f}{result['peak_bytes'][side] / 1e9:11.2f} GB")
     print(f"{'ours ÷ theirs':>16}{result['speed_ratio']:12.2f}{result['memory_ratio']:14.2f}")
     print(result["versions"], result["hardware"])
