@@ -114,6 +114,11 @@ class RowStage(Stage):
     compute: Compute = Compute()
 
     @property
+    def computed(self) -> Compute:
+        """How the model is computed that it makes."""
+        return self.compute
+
+    @property
     def rows_read(self) -> int:
         """Training rows, one after the other."""
         return 0
@@ -267,7 +272,7 @@ def evaluation_programs(
     placement = job.placement
     params, batch = placed_params(spec, placement, dtype), abstract_batch(job)
     batch["document"] = batch["segments"]
-    run, targets = forward(spec, job.stage.compute, placement), None
+    run, targets = forward(spec, job.stage.computed, placement), None
 
     def as_rows(states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(states.shape, states.dtype, sharding=placement.batch_sharding("states", 3))

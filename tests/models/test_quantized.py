@@ -11,7 +11,7 @@ import pytest
 from model_cases import vlm
 
 from ministral_jax.errors import UserError
-from ministral_jax.models.quantized import check_matmul, fp8_linear
+from ministral_jax.models.quantized import check_fp8, fp8_linear
 from ministral_jax.models.vlm import VLM, Compute, abstract_params
 
 SPEC = vlm()
@@ -68,8 +68,8 @@ def test_training_loses_as_little_as_the_documentation_says():
 
 
 def test_without_qwix_one_sentence_says_what_to_install(monkeypatch):
-    check_matmul("fp8", "stages.a")
+    check_fp8("fp8", "stages.a.compute.matmul")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_matmul(None, "stages.a")
+    check_fp8(None, "stages.a.compute.matmul")
     with pytest.raises(UserError, match=r"stages\.a\.compute\.matmul = fp8 needs qwix, .*'\.\[fp8\]'"):
-        check_matmul("fp8", "stages.a")
+        check_fp8("fp8", "stages.a.compute.matmul")
