@@ -73,7 +73,8 @@ class Exported(Compute):
 
     @property
     def unrounded(self) -> Compute:
-        return Compute(**{**asdict(self), "matmul": None})
+        settings: dict[str, Any] = asdict(self) | {"matmul": None}
+        return Compute(**settings)
 
     @property
     def evaluated(self) -> Compute:

@@ -71,8 +71,8 @@ def fp8_exported_linear(
 def _reach(dtype: Any, scale: Array | None, found: dict[str, Array]) -> dict[str, Array]:
     """The largest number of a scale, exact in any dtype, of which qwix takes the 448th part."""
     largest = found["absmax"].astype(jnp.float32)
-    scale = fp8_scale(largest) if scale is None else jnp.broadcast_to(scale, largest.shape)
-    return {"absmax": (448 * scale).astype(dtype)}
+    used: Array = fp8_scale(largest) if scale is None else jnp.broadcast_to(scale, largest.shape)
+    return {"absmax": (448 * used).astype(dtype)}
 
 
 def check_fp8(value: str | None, setting: str) -> None:
