@@ -34,7 +34,8 @@ class Export(Stage):
     """The files and their names: of transformers (`hf`; `fp8` with the decoder's linear layers in FP8), of Mistral
     (`native`) or of llama.cpp (`gguf`). They lie in `<stage>/<format>`."""
     dtype: NumberFormat = "float32"
-    """Of the weights, in `fp8` of those that are not rounded; the last three in `gguf`. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits, scaled by 32."""
+    """Of the weights, in `fp8` of those that are not rounded; the last three in `gguf`. `q8_0` and `q4_0` are whole
+    numbers of 8 and 4 bits, scaled by 32."""
 
     @model_validator(mode="after")
     def _format_has_dtype(self) -> Self:

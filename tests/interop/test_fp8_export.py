@@ -10,6 +10,7 @@ from model_cases import CASES, by_hf_name, inputs, pack, random_params
 
 from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
+from ministral_jax.interop.checkpoint import import_checkpoint
 from ministral_jax.interop.export import Export, export
 from ministral_jax.interop.fp8_export import FP8, calibrate
 from ministral_jax.models.block import Exported
@@ -78,17 +79,32 @@ def calibrated():
     return params, batch, calibrate(VLM(TEXT.spec), params, [batch])
 
 
-def test_scales_cover_what_tokens_send_in(calibrated):
-    params, batch, scales = calibrated
-    model, counted = VLM(TEXT.spec, Exported()), batch["segments"] > 0
-    logits = jax.jit(lambda more: model.apply({"params": params, **more}, **inputs(batch)))
-    own, found = (np.asarray(logits(more))[counted] for more in ({}, {"scales": scales}))
-    np.testing.assert_array_equal(found, own)
+@pytest.fixture(scope="module")
+def logits(calibrated):
+    """Of what stands for an export, at the tokens of the batch."""
+    _, batch, _ = calibrated
+    run = jax.jit(lambda variables: VLM(TEXT.spec, Exported()).apply(variables, **inputs(batch)))
+    return lambda **variables: np.asarray(run(variables))[batch["segments"] > 0]
+
+
+def test_scales_cover_what_tokens_send_in(calibrated, logits):
+    params, _, scales = calibrated
+    own = logits(params=params)
+    np.testing.assert_array_equal(logits(params=params, scales=scales), own)
     for part, name in (("attention", "input"), ("attention", "mixed"), ("mlp", "input"), ("mlp", "hidden")):
         small = jax.tree.map(np.copy, scales)
         small["decoder"]["layers"][part][name] /= 16  # numbers are cut off
-        changed = np.asarray(logits({"scales": small}))[counted]
+        changed = logits(params=params, scales=small)
         assert np.abs(changed - own).max() > 0.1 * np.abs(own).max(), (part, name)
+
+
+def test_what_is_read_back_is_the_model_that_was_rounded(calibrated, logits, tmp_path):
+    params, _, scales = calibrated
+    export(Export(params, TEXT.spec, "float32", scales=scales), FP8, tmp_path / "fp8")
+    spec, read = import_checkpoint(tmp_path / "fp8")
+    assert spec == TEXT.spec
+    np.testing.assert_array_equal(logits(params=read), logits(params=params))
+    assert not np.array_equal(read["decoder"]["layers"]["mlp"]["up"], params["decoder"]["layers"]["mlp"]["up"])
 
 
 def test_padding_does_not_count(calibrated):
