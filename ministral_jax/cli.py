@@ -163,10 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=any_place, help="directory of a finished stage")
     export.add_argument("destination", type=any_place, metavar="DIR")
     export.add_argument(
-        "--format", choices=("hf", "native", "fp8", "gguf"), default="hf", help="the files and their names (hf)"
+        "--format", choices=("hf", "native", "gguf"), default="hf", help="the files and their names (hf)"
     )
     dtypes = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
     export.add_argument("--dtype", choices=dtypes, default="bfloat16", help="the last three in gguf (bfloat16)")
+    export.add_argument("--license", metavar="ID", help="of the parent, for the model card, e.g. apache-2.0")
+    export.add_argument("--base-model", metavar="OWNER/NAME", help="the parent on a hub, for the model card")
+    export.add_argument("--language", dest="languages", action="append", default=[], metavar="CODE", help="of the data")
     export.set_defaults(command=_export)
 
     generate = commands.add_parser("generate", help="let a checkpoint go on from a text, a chat or images")
@@ -370,10 +373,12 @@ def _report(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
+    from ministral_jax.stages.card import read_card
     from ministral_jax.stages.export import export_stage
 
     placement = Placement(make_mesh(MeshConfig()), Rules())
-    export_stage(args.checkpoint, args.destination, args.dtype, placement, args.format)
+    card = read_card({key: getattr(args, key) for key in ("license", "base_model", "languages")})
+    export_stage(args.checkpoint, args.destination, args.dtype, placement, args.format, card)
     say(f"{args.destination}: written in {args.dtype}")
 
 

@@ -24,11 +24,15 @@ def add_certify(commands: Any) -> None:
 def _certify(args: argparse.Namespace) -> int:
     """0: all holds; 1: something does not."""
     from ministral_jax.certify.certificate import FILE, certify
+    from ministral_jax.certify.in_card import put_in_card
     from ministral_jax.files import write_json
     from ministral_jax.places import fetched
+    from ministral_jax.stages.card import NAME
 
     found = certify(fetched(args.directory), args.against)
     write_json(args.directory / FILE, found.model_dump())
+    if (card := args.directory / NAME).is_file():
+        put_in_card(card, found)
     show(found)
     return int(not found.holds)
 

@@ -25,14 +25,12 @@ WRITER = "ministral_jax"
 @dataclass(frozen=True)
 class Export:
     """A model that is to be written: parameters that may be on the devices of several processes, its sizes, the number
-    format, files that are copied beside it, such as the tokenizer's (of directories, those in it), and for FP8 the
-    scales of what goes into its linear layers, `models.block.SCALES`."""
+    format, and files that are copied beside it, such as the tokenizer's; of directories, those in it."""
 
     params: Params
     spec: ModelSpec
     dtype: str
     files: Sequence[Path] = ()
-    scales: Params | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def write_shards(
 
 
 _WRITTEN = re.compile(
-    r"tekken\.json|\w+_config\.json|\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json|mmproj\.gguf"
+    r"tekken\.json|README\.md|certificate\.json|\w+_config\.json|\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json|mmproj\.gguf"
 )
 """Files of an export but for the one that is written last."""
 _LAST = ("config.json", "params.json", "model.gguf")

@@ -39,8 +39,12 @@ def ours_alone(monkeypatch):
     monkeypatch.setattr(readers, "find_spec", lambda name: None)
 
 
+HEAD, LICENCE = "---\nlicense: mit\n---\n# Name\n", "## Licence\n\nmit\n"
+
+
 def test_an_export_is_certified(pair, capsys):
     directory, trained = pair
+    (directory / "README.md").write_text(f"{HEAD}\n## Certificate\n\nyesterday\n\n{LICENCE}")
     assert cli.main(["certify", str(directory), "--against", str(trained)]) == 0
     said = capsys.readouterr().out
     found = certificate.Certificate.model_validate_json((directory / "certificate.json").read_bytes())
@@ -50,7 +54,12 @@ def test_an_export_is_certified(pair, capsys):
     assert [f.control for f in found.controls] == [c.name for c in HF_CONTROLS]
     assert all(f.fails and f.difference > 100 * found.limit for f in found.controls)
     assert {"config.json", "model.safetensors", "tekken.json"} <= found.files.keys()
-    assert "certificate.json" not in found.files
+    assert not {"certificate.json", "README.md"} & found.files.keys()
+    card = (directory / "README.md").read_text()
+    assert card.startswith(f"{HEAD}\n{LICENCE}\n## Certificate\n\nCertified against `trained`")
+    assert (
+        "| long |" in card and "yesterday" not in card and "bit for bit" in card and card.count("## Certificate") == 1
+    )
 
 
 def edit(directory, change) -> None:

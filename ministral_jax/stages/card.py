@@ -1,0 +1,198 @@
+"""The model card of an export, `README.md`: what the model is, what it comes from, how good it is, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+import ministral_jax
+from ministral_jax.errors import UserError
+from ministral_jax.explain import explain
+from ministral_jax.losses.held_out import HeldOut
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.settings import Frozen
+from ministral_jax.stages.figures import share_of
+from ministral_jax.stages.manifest import Manifest, finished, read_manifest
+
+NAME = "README.md"
+
+
+class CardConfig(Frozen):
+    """What the model card says that no manifest knows."""
+
+    license: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """Of the parent, as a hub calls it, such as `apache-2.0`; it is inherited. None: unknown."""
+    base_model: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """The parent's name on a hub; None: that of the import, where it has one."""
+    languages: tuple[str, ...] = ()
+    """Of the data, by their codes, such as `en`."""
+
+
+def read_card(values: dict[str, Any]) -> CardConfig:
+    """Raises `UserError`: a value that a hub would not take."""
+    try:
+        return CardConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(explain(problem, CardConfig, "card.") for problem in error.errors())) from None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished stage of a lineage."""
+
+    name: str
+    manifest: Manifest
+
+    @property
+    def inputs(self) -> str:
+        return ", ".join(f"{role} {given.stage}" for role, given in self.manifest.inputs.items() if role != "parent")
+
+
+def lineage(stage_directory: Path) -> list[Made]:
+    """A finished stage and the parents that are still beside it, the oldest first."""
+    found = [Made(stage_directory.name, finished(stage_directory))]
+    while (parent := found[0].manifest.inputs.get("parent")) is not None:
+        manifest = read_manifest(stage_directory.parent / parent.stage)
+        if manifest is None:
+            break
+        found.insert(0, Made(parent.stage, manifest))
+    return found
+
+
+def write_card(stage_directory: Path, path: Path, layout: str, config: CardConfig) -> Path:
+    """Write the card of a finished stage's export."""
+    made = lineage(stage_directory)
+    path.write_text(_front(made, layout, config) + "\n" + _body(made, layout, config), encoding="utf-8")
+    return path
+
+
+def _front(made: Sequence[Made], layout: str, config: CardConfig) -> str:
+    """YAML between dashes, as hubs read it; JSON's scalars and lists are YAML's."""
+    sees = made[-1].manifest.spec.vision is not None
+    values: dict[str, Any] = {
+        "license": config.license or "unknown",
+        "library_name": {"hf": "transformers", "native": "mistral-common", "gguf": "gguf"}.get(layout),
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+        "base_model": config.base_model or _hub_name(made[0].manifest),
+        "language": list(config.languages) or None,
+        "tags": ["mistral3", "ministral_jax"] + ["pruning"] * any(stage.manifest.prune for stage in made),
+    }
+    lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value is not None)
+    return f"---\n{''.join(lines)}---\n"
+
+
+def _hub_name(manifest: Manifest) -> str | None:
+    path = str(manifest.config.get("path", ""))
+    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None
+
+
+def _body(made: Sequence[Made], layout: str, config: CardConfig) -> str:
+    last = made[-1]
+    spec = last.manifest.spec
+    parts = [
+        f"# {last.name}\n\n{_summary(made, spec)}",
+        f"## Use it\n\n{_USES[layout].format(auto=_auto(spec))}",
+        f"## Lineage\n\n{_table(('stage', 'made by', 'parameters', 'tokens', 'steps', 'with'), map(_step, made))}",
+        *_figures(made),
+        f"## Sizes\n\n{_table(('', ''), _sizes(spec))}",
+        f"## Licence\n\n{_licence(config)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(made: Sequence[Made], spec: ModelSpec) -> str:
+    first, sees = made[0], "images and text" if spec.vision is not None else "text"
+    trained = sum(stage.manifest.tokens for stage in made)
+    begin = {"import": "an imported model", "train": "a model trained from scratch"}.get(first.manifest.do, "a model")
+    return (
+        f"A model of {_count(spec.parameters)} parameters that reads {sees}, made with ministral_jax "
+        f"{ministral_jax.__version__} from `{first.name}`, {begin}, with {len(made) - 1} more "
+        f"stages{f' and {_count(trained)} tokens' if trained else ''}. Its context is {spec.context:,} tokens."
+    )
+
+
+def _step(stage: Made) -> tuple[str, ...]:
+    m = stage.manifest
+    steps = f"{m.steps:,}" if m.steps else ""
+    return stage.name, m.do, _count(m.spec.parameters), _count(m.tokens), steps, stage.inputs
+
+
+def _figures(made: Sequence[Made]) -> Iterator[str]:
+    """Held-out figures of all stages that have some."""
+    if rows := [row for stage in made for row in _figures_of(stage)]:
+        said = "On held-out documents and prompts; the interval holds 95 % of what others of their kind would give."
+        yield f"## Figures\n\n{said}\n\n{_table(('stage', 'figure', 'value', '95 %', 'of'), rows)}"
+
+
+def _figures_of(stage: Made) -> Iterator[tuple[str, ...]]:
+    from ministral_jax.stages import figures  # the verbs, which import this module
+
+    metrics, held_out = stage.manifest.metrics, stage.manifest.held_out or HeldOut()
+    for name, figure in figures().items():
+        if (value := metrics.get(name)) is None:
+            continue
+        ends, count = held_out.intervals.get(name), f"{held_out.documents} documents" if held_out.documents else ""
+        if share := share_of(metrics, figure):
+            ends, count = (share.low, share.high), f"{share.count} prompts"
+        between = f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
+        yield stage.name, f"{figure.label}{figure.unit and f', {figure.unit}'}", f"{value:.4g}", between, count
+
+
+def _sizes(spec: ModelSpec) -> Iterator[tuple[str, ...]]:
+    yield "layers, width, feed-forward", f"{spec.layers}, {spec.width}, {spec.mlp_width}"
+    yield "heads (key-value) × width", f"{spec.heads} ({spec.kv_heads}) × {spec.head_width}"
+    yield "vocabulary", f"{spec.vocab:,}, {'tied' if spec.tied else 'untied'}"
+    rope = f"θ {spec.rope.theta:g}"
+    if spec.rope.yarn_factor > 1:
+        rope += f", YaRN × {spec.rope.yarn_factor:g} of {spec.rope.original_context:,}"
+    if spec.rope.temperature_beta:
+        rope += f", position temperature {spec.rope.temperature_beta:g}"
+    yield "positions", rope
+
+
+def _licence(config: CardConfig) -> str:
+    if config.license is None:
+        return "Unknown. A pruned or distilled model inherits its parent's; nobody has said which that is."
+    return f"`{config.license}`, that of the parent."
+
+
+def _auto(spec: ModelSpec) -> str:
+    return "AutoModelForCausalLM" if spec.vision is None else "AutoModelForImageTextToText"
+
+
+_USES = {
+    "hf": """```python
+from transformers import AutoTokenizer, {auto}
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {auto}.from_pretrained(".")
+```
+
+Here `.` is this directory or its name on a hub; `vllm serve .` takes it as it is.""",
+    "native": """```bash
+vllm serve . --config-format mistral --load-format mistral --tokenizer-mode mistral
+```
+
+Here `.` is this directory or its name on a hub.""",
+    "gguf": """```bash
+llama-cli --model model.gguf --prompt "Hello"
+```""",
+}
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _count(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count) if count else ""

@@ -1,0 +1,77 @@
+"""The model card of an export: what a hub reads of it, lineage, figures and licence."""
+
+import re
+
+import pytest
+import yaml
+from model_cases import random_params, vlm
+
+from ministral_jax.errors import UserError
+from ministral_jax.files import write_json
+from ministral_jax.stages.card import CardConfig, read_card, write_card
+from ministral_jax.stages.export import export_stage
+from ministral_jax.stages.manifest import digest
+from ministral_jax.training.checkpoint import save_params
+
+SMALL = vlm(layers=1)
+
+
+def stage(run, name, do, parent=None, **more):
+    """A finished stage, by its manifest."""
+    (run / name).mkdir(parents=True)
+    inputs = {"parent": {"stage": parent, "digest": digest(run / parent)}} if parent else {}
+    told = {"stage": name, "do": do, "status": "finished", "config": {"do": do}, "inputs": inputs}
+    write_json(run / name / "manifest.json", told | {"spec": SMALL.model_dump(mode="json")} | more)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Three generations, the last with parameters."""
+    stage(tmp_path, "parent", "train", tokens=5_000_000, steps=100, metrics={"ce": 2.5})
+    held_out = {"intervals": {"kl": [0.02, 0.04]}, "documents": 66}
+    stage(tmp_path, "short", "distill", "parent", tokens=2000, steps=7, metrics={"kl": 0.03}, held_out=held_out)
+    params = random_params(SMALL)
+    (tmp_path / "child").mkdir()
+    files = save_params(tmp_path / "child" / "params", params)
+    stage_metrics = {"accuracy": 0.5, "prompts": 100}
+    (tmp_path / "child").rename(tmp_path / "kept")
+    stage(tmp_path, "child", "grpo", "short", files=files, metrics=stage_metrics)
+    (tmp_path / "kept" / "params").rename(tmp_path / "child" / "params")
+    return tmp_path
+
+
+def parts(text):
+    _, front, body = re.split(r"^---\n", text, maxsplit=2, flags=re.M)
+    return yaml.safe_load(front), body
+
+
+def test_an_export_has_a_card(run):
+    export_stage(run / "child", run / "hf", "float32")
+    front, body = parts((run / "hf" / "README.md").read_text())
+    assert front["library_name"] == "transformers" and front["license"] == "unknown"
+    assert front["pipeline_tag"] == "image-text-to-text" and "base_model" not in front and "language" not in front
+    lines = [line for line in body.splitlines() if line.startswith("| ")]
+    order = [line.split(" | ")[0].strip("| ") for line in lines if re.search(r"\| (train|distill|grpo) \|", line)]
+    assert order == ["parent", "short", "child"]
+    assert "| short | KL to the teacher, nats per token | 0.03 | 0.02 to 0.04 | 66 documents |" in lines
+    assert "| child | right answers, share | 0.5 | 0.4038 to 0.5962 | 100 prompts |" in lines  # Wilson's
+    assert "Unknown." in body and "AutoModelForImageTextToText.from_pretrained" in body
+
+
+def test_what_the_user_says_stands_in_it(run, tmp_path):
+    config = CardConfig(license="apache-2.0", base_model="owner/Parent-24B", languages=("en", "no"))
+    front, body = parts(write_card(run / "child", tmp_path / "card", "native", config).read_text())
+    assert front["base_model"] == "owner/Parent-24B" and front["language"] == ["en", "no"]
+    assert front["license"] == "apache-2.0" and "`apache-2.0`, that of the parent" in body
+    assert "--load-format mistral" in body
+
+
+def test_a_lineage_ends_where_a_parent_is_gone(run, tmp_path):
+    (run / "short" / "manifest.json").unlink()
+    _, body = parts(write_card(run / "child", tmp_path / "card", "gguf", CardConfig()).read_text())
+    assert "| short |" not in body and "| child | grpo |" in body
+
+
+def test_what_no_hub_would_take_is_refused():
+    with pytest.raises(UserError, match=r"card\.base_model"):
+        read_card({"base_model": "24B"})
