@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=any_place, help="directory of a finished stage")
     export.add_argument("destination", type=any_place, metavar="DIR")
     export.add_argument(
-        "--format", choices=("hf", "native", "gguf"), default="hf", help="the files and their names (hf)"
+        "--format", choices=("hf", "native", "fp8", "gguf"), default="hf", help="the files and their names (hf)"
     )
     dtypes = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
     export.add_argument("--dtype", choices=dtypes, default="bfloat16", help="the last three in gguf (bfloat16)")

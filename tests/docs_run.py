@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from report_run import write_rows
 
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.files import write_json
 from ministral_jax.models.vlm import abstract_params
 from ministral_jax.recipe.load import load_recipe, resolve_specs
@@ -48,7 +49,9 @@ def finished_run(run_dir: Path, recipe_file: str, named: Collection[str]) -> Non
         if stage.makes_model and name in {*named, *exported}:
             files = save_params(directory / "params", jax.tree.map(draw, abstract_params(spec)))
         elif name in named and stage.source is not None:
-            export_stage(run_dir / stage.source, directory / "hf", "float32")
+            export_stage(
+                run_dir / stage.source, directory / "hf", "float32", Placement(make_mesh(MeshConfig()), Rules())
+            )
         told = {"stage": name, "do": stage.do, "status": "finished", "spec": spec.model_dump(mode="json")}
         told |= {"config": stage.model_dump(mode="json", by_alias=True), "files": files, "metrics": FIGURES}
         write_rows(directory / "metrics.jsonl", [{"kind": "eval", "step": n, "tokens": n, **FIGURES} for n in (0, 1)])

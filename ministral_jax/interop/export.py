@@ -25,12 +25,14 @@ WRITER = "ministral_jax"
 @dataclass(frozen=True)
 class Export:
     """A model that is to be written: parameters that may be on the devices of several processes, its sizes, the number
-    format, and files that are copied beside it, such as the tokenizer's; of directories, those in it."""
+    format, files that are copied beside it, such as the tokenizer's (of directories, those in it), and for FP8 the
+    scales of what goes into its linear layers, `models.block.SCALES`."""
 
     params: Params
     spec: ModelSpec
     dtype: str
     files: Sequence[Path] = ()
+    scales: Params | None = None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,16 +70,21 @@ def export_hf(
 
 
 def _write(model: Export, directory: Path) -> None:
-    params, spec, dtype = model.params, model.spec, np.dtype(jnp.dtype(model.dtype))
-    write_json(directory / "config.json", to_config(spec, model.dtype))
-    write_json(directory / "generation_config.json", generation_config(spec))
-    if spec.vision is not None:
-        write_json(directory / "processor_config.json", processor_config(spec))
-    write_shards(
-        (safetensors.Pending(_disk_name(s.name, spec), dtype, s.shape, partial(s.take, params)) for s in slots(spec)),
-        directory,
-        "model",
+    dtype = np.dtype(jnp.dtype(model.dtype))
+    tensors = (
+        safetensors.Pending(disk_name(slot.name, model.spec), dtype, slot.shape, partial(slot.take, model.params))
+        for slot in slots(model.spec)
     )
+    write_model(model, directory, tensors, {})
+
+
+def write_model(model: Export, directory: Path, tensors: Iterable[safetensors.Pending], more: dict[str, Any]) -> None:
+    """The files of a model whose `config.json` says `more` and whose weights are `tensors`."""
+    write_json(directory / "config.json", to_config(model.spec, model.dtype) | more)
+    write_json(directory / "generation_config.json", generation_config(model.spec))
+    if model.spec.vision is not None:
+        write_json(directory / "processor_config.json", processor_config(model.spec))
+    write_shards(tensors, directory, "model")
 
 
 def fetch_slots(model: Export) -> None:
@@ -90,7 +96,8 @@ def fetch_slots(model: Export) -> None:
 HF = Format(("float32", "bfloat16"), "config.json", partial(to_config, dtype="float32"), _write, fetch_slots)
 
 
-def _disk_name(name: str, spec: ModelSpec) -> str:
+def disk_name(name: str, spec: ModelSpec) -> str:
+    """Of a tensor of `TABLE` in an export."""
     if name.startswith(("vision_tower.", "multi_modal_projector.")):
         return name
     outer = "" if spec.vision is None else "language_model."

@@ -58,10 +58,18 @@ class Slot:
     def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
         return rearrange(x, pattern, **{k: n for k, n in self.sizes.items() if k in pattern})
 
+    def leaf(self, params: Params) -> Any:
+        """This tensor in our parameters."""
+        leaf: Any = reduce(getitem, self.path.split("/"), params)
+        return leaf if self.layer is None else leaf[self.layer]
+
+    def turned(self, value: np.ndarray) -> np.ndarray:
+        """A tensor of ours with its axes as in the file."""
+        return self._rearrange(value, self.pattern)
+
     def take(self, params: Params) -> np.ndarray:
         """This tensor as the file has it, fetched to the host."""
-        leaf: Any = reduce(getitem, self.path.split("/"), params)
-        return self._rearrange(fetch(leaf if self.layer is None else leaf[self.layer]), self.pattern)
+        return self.turned(fetch(self.leaf(params)))
 
     def view(self, value: np.ndarray) -> np.ndarray:
         """A tensor from the file with its axes as ours; of a mapped file, nothing is read yet."""

@@ -54,7 +54,7 @@ def with_tower(constants: Params, params: Params) -> Params:
 
 def _compile(spec: ModelSpec, compute: Compute, placement: Placement) -> Callable[[Params, Batch], Array]:
     """`hidden` of one size."""
-    return jax.jit(placement.rules.scoped(partial(hidden, VLM(spec, compute.unrounded))))
+    return jax.jit(placement.rules.scoped(partial(hidden, VLM(spec, compute.evaluated))))
 
 
 def _compile_reading(head: LossHead) -> Callable[..., dict[str, Shaped[Array, "B T"]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from ministral_jax.distributed.axes import constrain, relaid
 from ministral_jax.errors import UserError
 from ministral_jax.models.attention import KEEP, AttentionSpec, Implementation, attend_cached
-from ministral_jax.models.quantized import fp8_linear
+from ministral_jax.models.quantized import fp8_exported_linear, fp8_linear
 from ministral_jax.models.rope import Angles, apply_rope
 from ministral_jax.models.sharded_attention import attend_on_mesh
 
@@ -48,16 +48,42 @@ class Compute:
     context: Literal["all_gather", "ring"] = "all_gather"
     shortest_row: int = 32
 
-    @property
-    def linear(self) -> Callable[[Array, Array], Array]:
-        """What multiplies the tokens with a layer's matrix."""
-        return linear if self.matmul is None else lambda x, kernel: checkpoint_name(fp8_linear(x, kernel), PRODUCT)
+    def product(self, x: Array, kernel: Array, scale: Array | None) -> Array:
+        """The tokens times a layer's matrix; `scale` is for `Exported`."""
+        return linear(x, kernel) if self.matmul is None else checkpoint_name(fp8_linear(x, kernel), PRODUCT)
 
     @property
     def unrounded(self) -> Compute:
         """Of what does not learn: the same, but all products in `dtype`."""
         return replace(self, matmul=None)
 
+    @property
+    def evaluated(self) -> Compute:
+        """Of the model that comes out of the training."""
+        return self.unrounded
+
+
+@dataclass(frozen=True)
+class Exported(Compute):
+    """Of a model that multiplies what its FP8 export holds, see `fp8_exported_linear`: what goes into a matrix is
+    rounded by the scale of its own largest number, or by that of the variables `SCALES`."""
+
+    def product(self, x: Array, kernel: Array, scale: Array | None) -> Array:
+        return checkpoint_name(fp8_exported_linear(x, kernel, scale), PRODUCT)
+
+    @property
+    def unrounded(self) -> Compute:
+        settings: dict[str, Any] = asdict(self) | {"matmul": None}
+        return Compute(**settings)
+
+    @property
+    def evaluated(self) -> Compute:
+        return self
+
+
+SCALES = "scales"
+"""Flax collection: in each layer's `attention` what goes into q, k, v ("input") and into o ("mixed"), in its `mlp` what
+goes into gate and up ("input") and into down ("hidden"), a scalar each. It need not be there."""
 
 Past = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]
 """A layer's keys and values of the tokens before."""
@@ -165,14 +191,14 @@ class BlockSpec:
     multiple_of: int
 
 
-def into_heads(x: Float[Array, "B T D"], kernel: Float[Array, "D H h"], compute: Compute) -> Float[Array, "B T H h"]:
-    """`x` times `kernel`."""
-    flat = compute.linear(x, rearrange(kernel, "D H h -> D (H h)"))
-    return rearrange(flat, "B T (H h) -> B T H h", H=kernel.shape[1])
+def product(module: Any, name: str, x: Float[Array, "B T in"], kernel: Float[Array, "in out"]) -> Array:
+    """`x`, which `SCALES` calls `name`, times `kernel` `[B, T, out]`, as the `compute` of `module` says."""
+    return module.compute.product(x, kernel, module.get_variable(SCALES, name))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without biases. Returns the mixture and the tokens' keys and values."""
+    """Grouped-query attention without biases. Returns its output, the mixture of values that this is made of, and the
+    tokens' keys and values."""
 
     spec: BlockSpec
     compute: Compute
@@ -180,7 +206,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], tokens: Tokens, past: Past | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K h"], Float[Array, "B T K h"]]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T Hh"], tuple[Float[Array, "B T K h"], Float[Array, "B T K h"]]]:
         s = self.spec
         D, H, K, h, _ = s.axes
         std, out_std = s.width**-0.5, (2 * s.depth * s.heads * s.head_width) ** -0.5
@@ -189,7 +215,8 @@ class Attention(nn.Module):
         w_v = weight(self, "v", (s.width, s.kv_heads, s.head_width), (D, K, h), std)
         w_o = weight(self, "o", (s.heads, s.head_width, s.width), (H, h, D), out_std)
 
-        q, k, v = (into_heads(x, w, self.compute) for w in (w_q, w_k, w_v))
+        flat = (product(self, "input", x, rearrange(w, "D H h -> D (H h)")) for w in (w_q, w_k, w_v))
+        q, k, v = (rearrange(y, "B T (H h) -> B T H h", h=s.head_width) for y in flat)
         q, k = apply_rope(q, tokens.angles), apply_rope(k, tokens.angles)
         if tokens.position_scale is not None:
             q = q * tokens.position_scale[:, :, None, None].astype(q.dtype)
@@ -199,8 +226,8 @@ class Attention(nn.Module):
                 mixed = attend_cached(q, k, v, past, tokens.segments)
             else:
                 mixed = attend_on_mesh(q, k, v, tokens.segments, self._attention())
-        out = self.compute.linear(rearrange(mixed, "B T H h -> B T (H h)"), rearrange(w_o, "H h D -> (H h) D"))
-        return out, (k, v)
+        mixed = rearrange(mixed, "B T H h -> B T (H h)")
+        return product(self, "mixed", mixed, rearrange(w_o, "H h D -> (H h) D")), mixed, (k, v)
 
     def _attention(self) -> AttentionSpec:
         s, c = self.spec, self.compute
@@ -221,9 +248,8 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", (s.width, s.mlp_width), (D, F), std)
         up = weight(self, "up", (s.width, s.mlp_width), (D, F), std)
         down = weight(self, "down", (s.mlp_width, s.width), (F, D), out_std)
-        linear = self.compute.linear
-        hidden = jax.nn.silu(linear(x, gate)) * linear(x, up)
-        return linear(hidden, down), hidden
+        hidden = jax.nn.silu(product(self, "input", x, gate)) * product(self, "input", x, up)
+        return product(self, "hidden", hidden, down), hidden
 
 
 class Block(nn.Module):
@@ -242,16 +268,17 @@ class Block(nn.Module):
         mlp_gain = weight(self, "mlp_norm", (s.width,), (D,), None)
 
         with jax.named_scope("attention"):
-            normed = gathered(rms_norm(x, attention_gain, s.norm_eps), s.multiple_of)
-            mixed, (key, value) = Attention(s, self.compute, name="attention")(normed, tokens, past)
-            middle = residual(x + scattered(mixed, s.multiple_of), s.multiple_of)
+            attention_in = gathered(rms_norm(x, attention_gain, s.norm_eps), s.multiple_of)
+            out, mixed, (key, value) = Attention(s, self.compute, name="attention")(attention_in, tokens, past)
+            middle = residual(x + scattered(out, s.multiple_of), s.multiple_of)
         with jax.named_scope("mlp"):
-            normed = gathered(rms_norm(middle, mlp_gain, s.norm_eps), s.multiple_of)
-            out, hidden = SwiGLU(s, self.compute, name="mlp")(normed)
+            mlp_in = gathered(rms_norm(middle, mlp_gain, s.norm_eps), s.multiple_of)
+            out, hidden = SwiGLU(s, self.compute, name="mlp")(mlp_in)
             out = residual(middle + scattered(out, s.multiple_of), s.multiple_of)
         if tap is None:
             return out, None
-        seen = {"attention_norm_in": x, "key": key, "value": value, "mlp_norm_in": middle, "mlp_hidden": hidden}
+        seen = {"attention_norm_in": x, "attention_in": attention_in, "key": key, "value": value, "mixed": mixed}
+        seen |= {"mlp_norm_in": middle, "mlp_in": mlp_in, "mlp_hidden": hidden}
         return out, tap({**seen, "out": out})
 
 
@@ -287,7 +314,7 @@ def stacked(spec: BlockSpec, compute: Compute, axis: str, name: str | None = Non
     in_axes: Any = (everywhere, everywhere, 0)
     scanned = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, SCALES: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=spec.depth,

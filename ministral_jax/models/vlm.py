@@ -79,8 +79,8 @@ class VLM(nn.Module):
     ) -> tuple[Hidden, Any]:
         """Hidden states and `tap(activations, weights)` of every decoder layer, stacked on a leading axis.
 
-        `activations` holds "attention_norm_in", "mlp_norm_in", "out" [B, T, D], "key" and "value" [B, T, K, h], and
-        "mlp_hidden" [B, T, F].
+        `activations` holds "attention_norm_in", "attention_in" (after the norm), "mlp_norm_in", "mlp_in", "out"
+        [B, T, D], "key" and "value" [B, T, K, h], "mixed" [B, T, H h], and "mlp_hidden" [B, T, F].
         """
         with_weights = Partial(lambda weights, activations: tap(activations, weights), weights)
         return self.decoder(self._embed(tokens, images), positions, segments, with_weights)
@@ -129,7 +129,7 @@ def image_features(model: VLM, tower: Params, images: Images) -> Images:
     """`images` with the features that the tower's parameters make of them in the place of the patches."""
     assert model.spec.vision is not None
     with jax.named_scope("vision"):
-        features: Any = VisionTower(model.spec.vision, model.compute).apply(
+        features: Any = VisionTower(model.spec.vision, model.compute.unrounded).apply(
             {"params": tower}, *(images[k] for k in IMAGE_KEYS[:4])
         )
     return {"features": features, "image_slot": images["image_slot"]}

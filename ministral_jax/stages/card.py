@@ -77,7 +77,7 @@ def _front(made: Sequence[Made], layout: str, config: CardConfig) -> str:
     sees = made[-1].manifest.spec.vision is not None
     values: dict[str, Any] = {
         "license": config.license or "unknown",
-        "library_name": {"hf": "transformers", "native": "mistral-common", "gguf": "gguf"}.get(layout),
+        "library_name": {"native": "mistral-common", "gguf": "gguf"}.get(layout, "transformers"),
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "base_model": config.base_model or _hub_name(made[0].manifest),
         "language": list(config.languages) or None,
@@ -97,7 +97,7 @@ def _body(made: Sequence[Made], layout: str, config: CardConfig) -> str:
     spec = last.manifest.spec
     parts = [
         f"# {last.name}\n\n{_summary(made, spec)}",
-        f"## Use it\n\n{_USES[layout].format(auto=_auto(spec))}",
+        f"## Use it\n\n{_USES.get(layout, _USES['hf']).format(auto=_auto(spec))}",
         f"## Lineage\n\n{_table(('stage', 'made by', 'parameters', 'tokens', 'steps', 'with'), map(_step, made))}",
         *_figures(made),
         f"## Sizes\n\n{_table(('', ''), _sizes(spec))}",

@@ -11,7 +11,7 @@ from ministral_jax.models import decoder
 from ministral_jax.models.attention import AttentionSpec, check_attention
 from ministral_jax.models.block import check_remat
 from ministral_jax.models.kernels import Asked
-from ministral_jax.models.quantized import check_matmul
+from ministral_jax.models.quantized import check_fp8
 from ministral_jax.stages.base import Job
 
 
@@ -19,7 +19,7 @@ def check_compute(job: Job[Any], length: int) -> None:
     """Raise `UserError` when the devices of a stage, or what is installed, do not do what its `compute` names for rows
     of `length` tokens."""
     compute, platform = job.stage.compute, job.mesh.devices.flat[0].platform
-    check_matmul(compute.matmul, job.where)
+    check_fp8(compute.matmul, f"{job.where}.compute.matmul")
     check_remat(compute.remat, platform, job.where)
     axes = dividing_axes(length, job.stage.sharding.length, job.mesh.shape, decoder.ZIGZAG)
     parts = math.prod(job.mesh.shape[axis] for axis in axes)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ministral_jax.distributed.placement import Rules
+from ministral_jax.errors import UserError
+from ministral_jax.models.block import Compute, Exported
+from ministral_jax.models.quantized import check_fp8
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages import teaching
-from ministral_jax.stages.base import Job, ModelRef, Program, Result, Stage, fresh_params, load_stage
+from ministral_jax.stages.base import Graph, Job, ModelRef, Program, Result, Stage, fresh_params, load_stage
 from ministral_jax.stages.figures import HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
-from ministral_jax.stages.rows import first_row, open_data
+from ministral_jax.stages.rows import Packing, first_row, open_data
 from ministral_jax.teachers.teacher import Teacher
 from ministral_jax.training.goodput import Clock
 
@@ -32,10 +36,29 @@ class Distill(teaching.Taught):
     """The stage whose model teaches, or `{store: the record stage}`."""
     teacher_sharding: Rules | None = None
     """Where the teacher lies; None is like the student."""
+    quantize: Literal["fp8"] | None = None
+    """Train and evaluate what an export in `format: fp8` holds: what the decoder's linear layers multiply is rounded,
+    and gradients pass through the rounding as if it were not there."""
     baseline: bool = False
     """Also run `<stage>-scratch`: same shape, data, tokens and teacher, but decoder and projector drawn at random."""
     baseline_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the baseline; None is the stage's, though random weights may want another one."""
+
+    @property
+    def computed(self) -> Compute:
+        return self.compute if self.quantize is None else Exported(**asdict(self.compute))
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        if self.quantize is not None and self.compute.matmul is not None:
+            raise UserError(
+                f"{where}.quantize = {self.quantize} and {where}.compute.matmul = {self.compute.matmul} round the same "
+                "products, each in its way; leave one of them out"
+            )
+
+    def prepare(self, job: Job[Distill], packing: Packing) -> None:
+        check_fp8(self.quantize, f"{job.where}.quantize")
+        super().prepare(job, packing)
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
         """The baseline, equal but for its first weights, and its learning rate where it has one: it reads the very

@@ -11,12 +11,15 @@ from pydantic import Field, model_validator
 
 from ministral_jax.data.tokenizer import export_tokenizer
 from ministral_jax.distributed.placement import Placement
+from ministral_jax.errors import UserError
 from ministral_jax.interop.export import Export as Model
 from ministral_jax.interop.export import check_dtype, export
 from ministral_jax.interop.formats import FORMATS, FormatName
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage, stage_tokenizer
+from ministral_jax.stages.calibration import activation_scales, reads_rows
 from ministral_jax.stages.card import NAME, CardConfig, write_card
+from ministral_jax.stages.rows import ancestors
 
 NumberFormat = Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"]
 
@@ -29,10 +32,11 @@ class Export(Stage):
     do: Literal["export"]
     source: str = Field(alias="from")
     format: FormatName = "hf"
-    """The files and their names: of transformers (`hf`), of Mistral (`native`) or of llama.cpp (`gguf`). They lie in
-    `<stage>/<format>`."""
+    """The files and their names: of transformers (`hf`; `fp8` with the decoder's linear layers in FP8), of Mistral
+    (`native`) or of llama.cpp (`gguf`). They lie in `<stage>/<format>`."""
     dtype: NumberFormat = "float32"
-    """Of the weights; the last three in `gguf`. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits, scaled by 32."""
+    """Of the weights, in `fp8` of those that are not rounded; the last three in `gguf`. `q8_0` and `q4_0` are whole
+    numbers of 8 and 4 bits, scaled by 32."""
 
     card: CardConfig = CardConfig()
 
@@ -45,17 +49,26 @@ class Export(Stage):
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
         FORMATS[self.format].check(spec)
+        if self.format == "fp8" and not any(reads_rows(type(one)) for one in ancestors(self, graph.stages)):
+            raise UserError(
+                f"{where}.format = fp8 needs rows to find scales on, and neither {self.source!r} nor a stage that it "
+                "comes from reads any"
+            )
 
     def run(self, job: Job[Export]) -> Result:
         export_stage(job.source, job.directory / self.format, self.dtype, job.placement, self.format, self.card)
         return Result()
 
 
+CALIBRATION = 16
+"""Batches on which the scales of an FP8 export are found."""
+
+
 def export_stage(
     stage_directory: Path,
     destination: Path,
     dtype: str,
-    placement: Placement | None = None,
+    placement: Placement,
     layout: FormatName = "hf",
     card: CardConfig | None = None,
 ) -> None:
@@ -63,12 +76,13 @@ def export_stage(
     model card. All processes call it, the first writes."""
     check_dtype(dtype, FORMATS[layout])
     spec, params = load_stage(stage_directory, jnp.dtype(loaded_dtype(dtype)), placement)
+    scales = activation_scales(stage_directory, spec, params, placement, CALIBRATION) if layout == "fp8" else None
     tokenizer = stage_tokenizer(stage_directory)
     with TemporaryDirectory() as scratch:
         files = [write_card(stage_directory, Path(scratch, NAME), layout, card or CardConfig())]
         if tokenizer is not None:
             files.append(export_tokenizer(tokenizer, Path(scratch), spec.vision))
-        export(Model(params, spec, dtype, files), FORMATS[layout], destination)
+        export(Model(params, spec, dtype, files, scales), FORMATS[layout], destination)
 
 
 def loaded_dtype(dtype: str) -> str:

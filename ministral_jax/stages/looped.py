@@ -109,7 +109,7 @@ class RowLearner:
         self.constants = self.teacher.constants if self.teacher else None
         held_out = self.teacher.held_out if self.teacher else None
         rules, context = job.teacher_placement.rules, self.teacher.context if self.teacher else None
-        self.evaluator = make_evaluate(job.spec, stage.compute, job.placement, held_out, rules, context)
+        self.evaluator = make_evaluate(job.spec, stage.computed, job.placement, held_out, rules, context)
         self.predictions: list[Any] = []
         """Of the last evaluation, `[B, T]` per batch: the most probable next tokens."""
         self.found = HeldOut()

@@ -114,6 +114,11 @@ class RowStage(Stage):
     compute: Compute = Compute()
 
     @property
+    def computed(self) -> Compute:
+        """How the model is computed that it makes."""
+        return self.compute
+
+    @property
     def rows_read(self) -> int:
         """Training rows, one after the other."""
         return 0
@@ -146,7 +151,7 @@ def first_row(stage: Stage, stages: Mapping[str, Stage]) -> int:
     if stage.first_row is not None:
         return stage.first_row
     mine, read = _sequence(stage), 0
-    for before in _ancestors(stage, stages):
+    for before in ancestors(stage, stages):
         if isinstance(before, RowStage) and _sequence(before) == mine:
             read += before.rows_read
             if before.first_row is not None:
@@ -163,7 +168,7 @@ def _sequence(stage: RowStage) -> tuple[Any, ...]:
     return stage.data, stage.batch.length, stage.seed, stage.reads_pairs, stage.inputs().get("pairs")
 
 
-def _ancestors(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Stage]:
+def ancestors(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[Stage]:
     """What a stage comes from, the nearest first; of a cycle, which is refused elsewhere, no end."""
     seen: set[str] = set()
     while (name := stage.source) is not None and name in stages and name not in seen:
@@ -267,7 +272,7 @@ def evaluation_programs(
     placement = job.placement
     params, batch = placed_params(spec, placement, dtype), abstract_batch(job)
     batch["document"] = batch["segments"]
-    run, targets = forward(spec, job.stage.compute, placement), None
+    run, targets = forward(spec, job.stage.computed, placement), None
 
     def as_rows(states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(states.shape, states.dtype, sharding=placement.batch_sharding("states", 3))

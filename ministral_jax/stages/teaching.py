@@ -182,7 +182,7 @@ def teacher_loss(job: Job[Any], teacher: Teacher) -> LossFn:
     heads = LossHead(job.placement, job.teacher_placement.rules)
     longer = stage.batch.length > teacher.context
     beyond = Beyond(teacher.context, stage.beyond_teacher == "labels") if longer else None
-    return distillation(VLM(job.spec, stage.compute), stage.loss, heads, teacher.targets, beyond)
+    return distillation(VLM(job.spec, stage.computed), stage.loss, heads, teacher.targets, beyond)
 
 
 def described_teacher(job: Job[Any]) -> Teacher:

@@ -11,7 +11,7 @@ import pytest
 from model_cases import vlm
 
 from ministral_jax.errors import UserError
-from ministral_jax.models.quantized import check_matmul, fp8_linear
+from ministral_jax.models.quantized import check_fp8, fp8_exported_linear, fp8_linear, fp8_scale
 from ministral_jax.models.vlm import VLM, Compute, abstract_params
 
 SPEC = vlm()
@@ -61,6 +61,30 @@ def test_products_and_gradients_are_those_of_rounded_operands():
     assert fp8_linear(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_a_scale_is_the_least_power_of_two_that_fits():
+    for largest in (0.875, 0.8751, 3e-5, 448.0, 449.0, 1e4):
+        scale = float(fp8_scale(np.float32(largest), np))
+        assert np.log2(scale) % 1 == 0 and 224 < np.float32(largest) / scale <= 448
+        assert scale == float(fp8_scale(jnp.float32(largest)))
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**-8])
+def test_an_exported_product_is_that_of_rounded_numbers_and_gradients_pass_through_the_rounding(scale):
+    rng = np.random.default_rng(0)
+    x, kernel, d_y = (rng.normal(size=size).astype(np.float32) for size in ((2, 32, 24), (24, 40), (2, 32, 40)))
+
+    def rounded(a, scale=None):
+        scale = fp8_scale(np.abs(a).max(), np) if scale is None else scale
+        return np.clip(a / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(np.float32) * scale
+
+    value, pull = jax.vjp(lambda x, kernel: fp8_exported_linear(x, kernel, scale), x, kernel)
+    d_x, d_kernel = pull(d_y)
+    assert (np.abs(x).max() > 448 * 2.0**-8) and not np.array_equal(rounded(x), x)
+    np.testing.assert_allclose(value, rounded(x, scale) @ rounded(kernel), atol=1e-5)
+    np.testing.assert_allclose(d_x, d_y @ rounded(kernel).T, atol=1e-5)
+    np.testing.assert_allclose(d_kernel, np.tensordot(rounded(x, scale), d_y, ((0, 1), (0, 1))), atol=1e-4)
+
+
 def test_training_loses_as_little_as_the_documentation_says():
     bf16, fp8 = (fp8_loss.train(compute, 0, 60) for compute in fp8_loss.ARMS.values())
     assert abs(fp8 / bf16 - 1) < 0.02
@@ -68,8 +92,8 @@ def test_training_loses_as_little_as_the_documentation_says():
 
 
 def test_without_qwix_one_sentence_says_what_to_install(monkeypatch):
-    check_matmul("fp8", "stages.a")
+    check_fp8("fp8", "stages.a.compute.matmul")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_matmul(None, "stages.a")
+    check_fp8(None, "stages.a.compute.matmul")
     with pytest.raises(UserError, match=r"stages\.a\.compute\.matmul = fp8 needs qwix, .*'\.\[fp8\]'"):
-        check_matmul("fp8", "stages.a")
+        check_fp8("fp8", "stages.a.compute.matmul")

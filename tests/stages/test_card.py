@@ -2,10 +2,12 @@
 
 import re
 
+import jax
 import pytest
 import yaml
 from model_cases import random_params, vlm
 
+from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
 from ministral_jax.stages.card import CardConfig, read_card, write_card
@@ -46,7 +48,8 @@ def parts(text):
 
 
 def test_an_export_has_a_card(run):
-    export_stage(run / "child", run / "hf", "float32")
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
+    export_stage(run / "child", run / "hf", "float32", placement)
     front, body = parts((run / "hf" / "README.md").read_text())
     assert front["library_name"] == "transformers" and front["license"] == "unknown"
     assert front["pipeline_tag"] == "image-text-to-text" and "base_model" not in front and "language" not in front

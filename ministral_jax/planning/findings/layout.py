@@ -196,8 +196,10 @@ def kernel_fault(job: Job[Any], work: StageWork, machine: Machine) -> str | None
 
 def fp8_products(context: Context, name: str) -> Iterator[Finding]:
     """What is said of them is that of wider ones."""
-    if getattr(getattr(context.stage(name), "compute", None), "matmul", None) == "fp8":
-        yield warning(name, f"stages.{name}.compute.matmul = fp8 is predicted as bfloat16; measure a few steps")
+    stage = context.stage(name)
+    for key, owner in (("compute.matmul", getattr(stage, "compute", None)), ("quantize", stage)):
+        if getattr(owner, key.split(".")[-1], None) == "fp8":
+            yield warning(name, f"stages.{name}.{key} = fp8 is predicted as bfloat16; measure a few steps")
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

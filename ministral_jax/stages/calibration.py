@@ -1,0 +1,62 @@
+"""Scales for an FP8 export, found on rows that the model has learnt from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ministral_jax.data.config import DataConfig
+from ministral_jax.distributed.placement import Placement
+from ministral_jax.distributed.processes import polled
+from ministral_jax.errors import UserError
+from ministral_jax.interop.fp8_export import calibrate
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM, Compute
+from ministral_jax.stages import verbs
+from ministral_jax.stages.base import Graph, Job, Params, Stage
+from ministral_jax.stages.manifest import finished, read_manifest
+from ministral_jax.stages.rows import BatchConfig, RowStage, open_data, train_batches
+
+
+def reads_rows(kind: type[Stage]) -> bool:
+    """Whether stages of a kind have rows on which another one can be calibrated."""
+    return issubclass(kind, RowStage) and not kind.reads_pairs
+
+
+def activation_scales(
+    stage_directory: Path, spec: ModelSpec, params: Params, placement: Placement, batches: int
+) -> Params:
+    """`fp8_export.calibrate` on the first `batches` batches of the finished stage, or of the nearest one before it that
+    reads packed rows; in the dtype of the parameters. All processes call it.
+
+    Raises:
+        UserError: none of them does, or its rows cannot be read.
+    """
+    name, config = _reader(stage_directory)
+    given = BatchConfig.model_validate(config["batch"])
+    batch = BatchConfig(sequences=placement.even(given.sequences), length=given.length)
+    data = DataConfig.model_validate(config["data"])
+    stage = RowStage(do="export", data=data, batch=batch, seed=config["seed"], first_row=0, sharding=placement.rules)
+    job = Job(name, stage, spec, Graph({name: stage}, {name: spec}), stage_directory.parent, placement.mesh)
+    stage.check_mesh(job)
+    rows = train_batches(job, open_data(job), stop=batches)
+    model = VLM(spec, Compute(dtype=jax.tree.leaves(params)[0].dtype.name))
+    with jax.set_mesh(placement.mesh), placement.rules.active():
+        return calibrate(model, params, polled(rows, "calibration batch"))
+
+
+def _reader(stage_directory: Path) -> tuple[str, dict[str, Any]]:
+    """Name and settings of the stage whose rows are read."""
+    directory = stage_directory
+    while (manifest := read_manifest(directory)) is not None:
+        if (kind := verbs().get(manifest.do)) is not None and reads_rows(kind):
+            return manifest.stage, manifest.config
+        if (parent := manifest.inputs.get("parent")) is None:
+            break
+        directory = directory.resolve().parent / parent.stage
+    finished(directory)  # which a stage that is not there is not
+    raise UserError(
+        f"{stage_directory}: format fp8 needs rows to find scales on, and no stage that it comes from reads any"
+    )
