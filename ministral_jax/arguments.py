@@ -21,3 +21,13 @@ def _argument(check: Callable[[str, str], Path]) -> Callable[[str], Path]:
 
 
 any_place, run_directory, local_directory = map(_argument, (place, run_place, local_place))
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """What every process of a job is told; see `distributed.processes.join`."""
+    group = command.add_argument_group("several processes, each with this command")
+    group.add_argument("--distributed", action="store_true", help="find the others by the cluster's own means")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, instead of finding it")
+    group.add_argument("--process-count", type=int, metavar="N")
+    group.add_argument("--process-index", type=int, metavar="I")
+    group.add_argument("--cpu-devices", type=int, metavar="K", help="run on K virtual CPU devices in each process")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax import __version__
-from ministral_jax.arguments import any_place, local_directory, run_directory
+from ministral_jax.arguments import add_processes, any_place, local_directory, run_directory
 from ministral_jax.certify.command import add_certify
 from ministral_jax.console import log, say
 from ministral_jax.doctor.command import add_doctor
 from ministral_jax.errors import UserError
+from ministral_jax.runs.evaluate_command import add_evaluate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,12 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-dir", type=run_directory, help="where stages are written (default: runs/<recipe's name>)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made, taken and skipped")
     run.add_argument("--all", action="store_true", help="the recipe's optional stages too")
-    group = run.add_argument_group("several processes, each with this command")
-    group.add_argument("--distributed", action="store_true", help="find the others by the cluster's own means")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, instead of finding it")
-    group.add_argument("--process-count", type=int, metavar="N")
-    group.add_argument("--process-index", type=int, metavar="I")
-    group.add_argument("--cpu-devices", type=int, metavar="K", help="run on K virtual CPU devices in each process")
+    add_processes(run)
     run.set_defaults(command=_run)
 
     sweep = commands.add_parser("sweep", help="run a recipe at several settings; stages that they share are run once")
@@ -197,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
     add_doctor(commands)
     add_certify(commands)
+    add_evaluate(commands)
     return parser
 
 

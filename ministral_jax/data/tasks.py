@@ -41,13 +41,13 @@ DEFAULT_LIMIT = 4000
 GROUPS = 128
 """Of digits, some 14 each: small ones, so that what is held out is close to the share that is asked for, and large
 enough for 27,000 sums."""
-DEFAULT_WORDS = 40
+DEFAULTWORDS = 40
 """Around a needle at most: some 110 tokens with the tiny tokenizer."""
 NOISE = 10
 """One pair in so many is mislabelled, so that a calibrated judge is not certain of anything."""
 
 # fmt: off
-_WORDS = (
+WORDS = (
     "cat", "dog", "sun", "sky", "sea", "tree", "book", "door", "fish", "bird", "milk", "tea", "salt",
     "rain", "snow", "wind", "fire", "road", "hill", "lake", "star", "moon", "ship", "king", "song", "game",
     "hand", "foot", "head", "nose", "gold", "iron", "wood", "leaf", "seed", "corn", "rice", "bean",
@@ -60,7 +60,7 @@ def read_task(config: SourceConfig, prompts: bool = False, pairs: bool = False) 
 
     As `prompts` they end with the question; one of preferences has its answers as columns `chosen` and `rejected`.
     """
-    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking, config.words or DEFAULT_WORDS):
+    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking, config.words or DEFAULTWORDS):
         if config.kind != "preferences":
             yield replace(document, messages=document.messages[:-1]) if prompts else document
         elif prompts:
@@ -188,7 +188,7 @@ def _needle(n: int, words: int) -> Document:
     dice = _dice(f"needle {n}")
     shown = dice(len(labels))
     low = 1 << dice(words.bit_length())
-    hay = [_WORDS[dice(len(_WORDS))] for _ in range(low + dice(min(low, words + 1 - low)))]
+    hay = [WORDS[dice(len(WORDS))] for _ in range(low + dice(min(low, words + 1 - low)))]
     depth = dice(len(hay) + 1)
     before, after = " ".join(hay[:depth]), " ".join([*hay[depth:], "Digit?"])
     question = (before, _picture(images[shown]), after) if before else (_picture(images[shown]), after)
@@ -204,8 +204,8 @@ def _instructions(n: int, _: bool) -> Document:
 def _instruction(n: int) -> tuple[str, str, dict[str, Any]]:
     """Question, answer, and what any answer must satisfy."""
     dice = _dice(f"instructions {n}")
-    first = dice(len(_WORDS))
-    word, other = _WORDS[first], _WORDS[first - 1 - dice(len(_WORDS) - 1)]  # never the same
+    first = dice(len(WORDS))
+    word, other = WORDS[first], WORDS[first - 1 - dice(len(WORDS) - 1)]  # never the same
     times = 2 + dice(4)
     match dice(5):
         case 0:
@@ -229,7 +229,7 @@ def _instruction(n: int) -> tuple[str, str, dict[str, Any]]:
 
 def _repeat(n: int, _: bool) -> Document:
     dice = _dice(f"repeat {n}")
-    word, times = _WORDS[dice(len(_WORDS))], 8 + dice(23)
+    word, times = WORDS[dice(len(WORDS))], 8 + dice(23)
     question, answer = f"Say {word} {times} times.", " ".join([word] * times)
     return _constrained("repeat", n, question, answer, dict(contains=answer, max_words=times))
 

@@ -27,6 +27,7 @@ from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.interop.checkpoint import is_checkpoint, read_spec
 from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM
 from ministral_jax.places import fetched, refuse_url
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, as_prompt, last, stream, watched
 from ministral_jax.stages.base import stage_tokenizer
@@ -109,14 +110,19 @@ def _options(args: Namespace, tokenizer: Tokenizer) -> SamplingOptions:
 
 
 def _sampler(path: Path, spec: ModelSpec, options: SamplingOptions, dtype: str | None) -> Sample:
-    """The checkpoint on all devices, ready to go on from prompts. Heads are cut as far as there are key-value heads:
-    what fsdp cuts would be gathered again for every token."""
+    """The checkpoint on all devices, ready to go on from prompts."""
+    model, params, placement = placed_checkpoint(path, spec, dtype)
+    return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
+
+
+def placed_checkpoint(path: Path, spec: ModelSpec, dtype: str | None) -> tuple[VLM, dict[str, Any], Placement]:
+    """A checkpoint on all devices, in bfloat16 (float32 on a CPU) where no `dtype` is said. Heads are cut as far as
+    there are key-value heads: what fsdp cuts would be gathered again for every token."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     mesh = make_mesh(MeshConfig(tensor=gcd(len(jax.devices()), spec.kv_heads)))
     placement = Placement(mesh, Rules())
-    model, params = load(path, dtype, placement)
-    return lambda prompts: watched(stream(model, params, prompts, options, placement), poll_slow)
+    return *load(path, dtype, placement), placement
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:

@@ -6,23 +6,52 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from ministral_jax.distributed.processes import poll_slow
+from ministral_jax.errors import UserError
+from ministral_jax.evaluation.examinee import DEFAULT_BATCH, Examinee
+from ministral_jax.evaluation.results import Kept, evaluate
+from ministral_jax.evaluation.suites import asked_for
+from ministral_jax.evaluation.tasks import TASKS, Asking
 from ministral_jax.losses.evaluation import make_evaluate
+from ministral_jax.models.spec import ModelSpec
+from ministral_jax.models.vlm import VLM
 from ministral_jax.stages import rows
-from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
-from ministral_jax.stages.figures import HELD_OUT
+from ministral_jax.stages.base import Graph, Job, ModelRef, Program, Result, load_stage
+from ministral_jax.stages.figures import HELD_OUT, Figure
 from ministral_jax.stages.image_answers import write_samples
+from ministral_jax.stages.manifest import digest
+
+_TASK_FIGURES = tuple(Figure(f"task_{name}", name, "share", "higher", f"count_{name}") for name in TASKS)
+
+
+class TasksConfig(Asking):
+    """Tasks that the model is asked, beside its held-out figures."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """`digits`, `needle` and others that are made here, tasks of lm-evaluation-harness, `TASK@SHOTS` with so many
+    examples, or `paper`, the benchmarks of the paper."""
+    batch: int = Field(default=DEFAULT_BATCH, ge=1)
+    """Requests that are worked on together; scores do not depend on it."""
 
 
 class Evaluate(rows.RowStage):
     """Evaluate `from` once on held-out rows; with `model` as if it had that context and those positions."""
 
-    figures: ClassVar = HELD_OUT
+    figures: ClassVar = (*HELD_OUT, *_TASK_FIGURES)
     makes_model: ClassVar = False
+    incidental: ClassVar = rows.RowStage.incidental | {"tasks.batch"}
 
     do: Literal["evaluate"]
     source: str = Field(alias="from")
     model: ModelRef | None = None
     evaluate: rows.EvaluateConfig = rows.EvaluateConfig()
+    tasks: TasksConfig | None = None
+
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        for task in asked_for(self.tasks.names)[0] if self.tasks is not None else ():
+            if spec.vision is None and task.task in TASKS and TASKS[task.task].shows:
+                raise UserError(f"{where}.tasks.names: {task} shows images and the model has no vision")
 
     def programs(self, job: Job[Evaluate]) -> dict[str, Program]:
         return rows.evaluation_programs(job, job.spec)
@@ -33,7 +62,20 @@ class Evaluate(rows.RowStage):
         evaluator = make_evaluate(job.spec, self.compute, job.placement)
         found, predictions = evaluator(params, None, rows.held_out_batches(job, data))
         write_samples(job.directory / "samples.json", data, self.batch.sequences, self.evaluate.rows, predictions)
-        return Result(found.figures, details={"data": rows.data_details(data), "held_out": found.details()})
+        details = {"data": rows.data_details(data), "held_out": found.details()}
+        if self.tasks is None:
+            return Result(found.figures, details=details)
+        model = VLM(job.spec, self.compute)
+        examinee = Examinee(
+            model, params, job.placement, data.tokenizer, self.data.held_out, self.tasks.batch, poll_slow
+        )
+        asked, _ = asked_for(self.tasks.names)
+        kept = Kept(job.directory / "tasks", {"checkpoint": digest(job.source)})
+        scores = evaluate(asked, examinee, self.tasks, kept)
+        shares = {name: score for name, score in scores.items() if "accuracy" in score}
+        figures = {f"task_{name}": score["accuracy"] for name, score in shares.items()}
+        counts = {f"count_{name}": float(score["count"]) for name, score in shares.items()}
+        return Result(found.figures | figures | counts, details=details | {"tasks": scores})
 
 
 def evaluation_name(stage: str) -> str:

@@ -93,7 +93,7 @@ def test_needles_are_digits_at_any_depth_of_few_and_many_words(tokenizer):
         before, after = (
             " ".join(side).split() for side in (parts(document, 0)[:place], parts(document, 0)[place + 1 :])
         )
-        assert not more and after.pop() == "Digit?" and {*before, *after} <= set(tasks._WORDS)
+        assert not more and after.pop() == "Digit?" and {*before, *after} <= set(tasks.WORDS)
         assert parts(document) == (known[np.asarray(picture).tobytes()],) == (document.columns["answer"],)
         octaves.append((len(before) + len(after)).bit_length() - 1)
         depths.append(len(before) / (len(before) + len(after)))

@@ -27,6 +27,7 @@ CHECKED = {
     "ministral-jax export runs/rehearsal/half half-gguf": "test_own_model.py runs it",
     "ministral-jax export runs/tiny/parent parent": "test_own_model.py exports a parent",
     "ministral-jax certify": "tests/certify does, and tests/parity with transformers",
+    "ministral-jax evaluate runs/tiny/14b-instruct --tasks paper": "downloads data sets",
     "ministral-jax sweep": "makes a family several times",
     "ministral-jax launch local": "two processes that make a family",
     "ministral-jax plan configs/ministral3_base.yaml configs/machines/v5p-128.yaml 14b-short": "compiles for minutes",

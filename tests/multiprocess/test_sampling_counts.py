@@ -1,4 +1,4 @@
-"""Four devices in two processes draw the same as in one, and every process has all of it."""
+"""Four devices in two processes draw and score the same as in one, and every process has all of it."""
 
 import json
 import os
@@ -38,9 +38,12 @@ def sampled(folder: Path, count: int) -> list[dict]:
 def test_two_processes_draw_the_same_as_one(tmp_path):
     (one,), (first, second) = sampled(tmp_path, 1), sampled(tmp_path, 2)
     assert first == second
-    for mesh in one:
-        assert len(one[mesh]) == 8
-        for ours, theirs in zip(first[mesh], one[mesh], strict=True):
+    for mesh, of_one in one["sampled"].items():
+        assert len(of_one) == 8
+        for ours, theirs in zip(first["sampled"][mesh], of_one, strict=True):
             assert (ours["tokens"], ours["stopped"]) == (theirs["tokens"], theirs["stopped"])
             for name in ("logprobs", "processed_logprobs"):
                 np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
+    (alone, said), (shared, said_together) = one["examined"], first["examined"]
+    assert said_together == said and [row[1:] for row in shared] == [row[1:] for row in alone]
+    np.testing.assert_allclose([row[0] for row in shared], [row[0] for row in alone], rtol=0, atol=5e-5)

@@ -1,0 +1,51 @@
+"""The task of handwritten digits finds what a stage's figure says of the same pictures in packed rows."""
+
+import pytest
+from examinee_cases import SPEC, examinee
+from reuse_cases import write
+
+from ministral_jax.errors import UserError
+from ministral_jax.recipe.load import load_recipe, resolve_specs
+from ministral_jax.stages import evaluate
+from ministral_jax.stages.base import Graph, Job
+
+DATA = {
+    "tokenizer": {"file": "bundled", "vocab": 512, "special": 64},
+    "sources": {"digits": {"kind": "digits"}},
+    "held_out": 0.1,
+    "patches": 256,
+}
+SCORES = {
+    "do": "evaluate",
+    "from": "parent",
+    "data": DATA,
+    "batch": {"sequences": 16, "length": 64},
+    "evaluate": {"rows": 999},
+    "compute": {"shortest_row": 64},
+    "tasks": {"names": ["digits"], "limit": 999},
+}
+
+
+def test_the_task_of_digits_has_the_figure_of_held_out_rows(tmp_path, monkeypatch):
+    one = examinee(tmp_path)
+    digits = [one.tokenizer.encode(digit)[0] for digit in "0123456789"]
+    one.params["decoder"]["head"] = one.params["decoder"]["head"].at[:, digits].multiply(20)  # it says nothing else
+    monkeypatch.setattr(evaluate, "load_stage", lambda *_, **__: (SPEC, one.params))
+    monkeypatch.setattr(evaluate, "digest", lambda _: "0")
+    stage = evaluate.Evaluate.model_validate(SCORES)
+    job = Job("scores", stage, SPEC, Graph({}, {}), tmp_path, one.placement.mesh)
+    job.directory.mkdir()
+    found = stage.run(job)
+    assert found.metrics["task_digits"] == pytest.approx(found.metrics["digit_accuracy"], abs=1e-12)
+    assert 0.02 < found.metrics["task_digits"] < 0.4
+    assert found.metrics["count_digits"] == found.details["held_out"]["documents"] > 100
+    assert (job.directory / "tasks" / "digits.json").is_file() and found.details["tasks"]["digits"]["logprob"] < 0
+
+
+def test_a_task_of_pictures_needs_a_model_with_eyes(tmp_path):
+    sizes = SPEC.model_copy(update={"vision": None}).model_dump(mode="json")
+    parent = {"do": "train", "model": sizes, "steps": 1, "batch": {"sequences": 1, "length": 64}}
+    scores = {key: value for key, value in SCORES.items() if key != "data"}
+    recipe = {"name": "blind", "data": DATA | {"patches": 0}, "stages": {"parent": parent, "scores": scores}}
+    with pytest.raises(UserError, match=r"stages\.scores\.tasks\.names: digits shows images and the model has no"):
+        resolve_specs(load_recipe(write(tmp_path, recipe)))
