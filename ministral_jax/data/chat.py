@@ -3,13 +3,15 @@
 The format is Tekken v13's (mistral-common): `<s>[SYSTEM_PROMPT]..[/SYSTEM_PROMPT][INST]..[/INST]answer</s>`, no spaces
 around control tokens, reasoning as `[THINK]..[/THINK]` before the answer. Tools are offered as
 `[AVAILABLE_TOOLS]..[/AVAILABLE_TOOLS]` before the first `[INST]`, called as `[TOOL_CALLS]name[ARGS]{..}` after the
-answer, and each answers as `[TOOL_RESULTS]..[/TOOL_RESULTS]`.
+answer, and each answers as `[TOOL_RESULTS]..[/TOOL_RESULTS]`. In v15 the tools are followed by what the file says by
+default as `[MODEL_SETTINGS]..[/MODEL_SETTINGS]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -116,10 +118,13 @@ def render(
     def enclosed(opening: str, ids: list[int], closing: str) -> list[int]:
         return [tokenizer.special(opening), *ids, tokenizer.special(closing)]
 
+    settings = _settings(tokenizer)
+    first = enclosed("[AVAILABLE_TOOLS]", encode(dump(tools)), "[/AVAILABLE_TOOLS]") if tools else []
+    first += enclosed("[MODEL_SETTINGS]", encode(dump(settings)), "[/MODEL_SETTINGS]") if settings else []
     for message in messages:
-        if message.role == "user" and tools:
-            add(enclosed("[AVAILABLE_TOOLS]", encode(dump(tools)), "[/AVAILABLE_TOOLS]"), 0)
-            tools = ()
+        if message.role == "user":
+            add(first, 0)
+            first = []
         opening, closing = _BRACKETS[message.role]
         trainable = TRAINABLE if message.role == "assistant" and message.target else 0
         add([tokenizer.special(opening)] if opening else [], 0)
@@ -163,8 +168,16 @@ def render_pair(document: Document, tokenizer: Tokenizer, vision: VisionSpec | N
 def _check_version(
     tokenizer: Tokenizer, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], where: str
 ) -> None:
-    """Versions before 13 are the same where there is nothing that changed since."""
+    """Versions before 13 are the same where there is nothing that changed since; 15 but for what it no longer has, and
+    for texts side by side, which it joins in one way within a message and in another between two."""
     if (version := tokenizer.tekken.version.value) == "v13":
+        return
+    if version == "v15":
+        thinks = any(isinstance(part, Thought) for m in messages if m.role == "system" for part in m.parts)
+        beside = any(isinstance(a, str) and isinstance(b, str) for m in messages for a, b in pairwise(m.parts))
+        if thinks or beside:
+            what = "reasoning of the system" if thinks else "texts side by side in one turn"
+            raise UserError(f"{where}: {tokenizer.path} is a file of v15; {what} can be rendered as in v13 alone")
         return
     changed = {
         "tools": bool(tools) or any(message.role == "tool" or message.calls for message in messages),
@@ -174,6 +187,13 @@ def _check_version(
     what = next((name for name, is_there in changed.items() if is_there), "chats")
     if what != "chats" or version not in ("v3", "v7", "v11"):
         raise UserError(f"{where}: {tokenizer.path} is a file of {version}; {what} can be rendered as in v13 alone")
+
+
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Of v15: what mistral-common makes of a request that leaves its settings to the file."""
+    builder = tokenizer.tekken.model_settings_builder
+    effort = builder.reasoning_effort if builder is not None else None
+    return {} if effort is None else {"reasoning_effort": str(effort.default)}
 
 
 def _ordered(message: Message) -> list[Part]:

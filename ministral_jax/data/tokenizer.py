@@ -17,17 +17,19 @@ import numpy as np
 
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.errors import UserError
-from ministral_jax.files import refuse_pointer, unique_keys
+from ministral_jax.files import refuse_pointer, unique_keys, write_json, write_text
 from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 from ministral_jax.places import new_directory, on_disk, place
 
 if TYPE_CHECKING:
+    from mistral_common.integrations.chat_templates import chat_templates as templates
     from mistral_common.tokens.tokenizers import base
     from mistral_common.tokens.tokenizers import tekken as tekken_file
 else:
     base = Lazy("mistral_common.tokens.tokenizers.base")
     tekken_file = Lazy("mistral_common.tokens.tokenizers.tekken")
+    templates = Lazy("mistral_common.integrations.chat_templates.chat_templates")
 
 _MOST_SPECIAL = 2**16
 # The bundled file predates these; they stand where the family's later files have them.
@@ -158,6 +160,23 @@ def export_tokenizer(tokenizer: Tokenizer, directory: Path, vision: VisionSpec |
     path = directory / "tekken.json"
     path.write_bytes(content)
     return path
+
+
+def export_template(tekken: Path, directory: Path) -> list[Path]:
+    """Write what others render chats with where they do not use mistral-common: `directory/chat_template.jinja`, which
+    mistral-common makes for the version of the file `tekken`, and `tokenizer_config.json`, by which transformers knows
+    the tokens that begin and end a text. Nothing is written for a version that has no template."""
+    try:
+        # of v11 it cannot know whether a model thinks in plain letters; such chats are not rendered here
+        template = templates.convert_tokenizer_to_chat_template(
+            tekken, use_special_token_variables=False, plain_thinking_support=False
+        )
+    except ValueError:
+        return []
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend", **named})
+    write_text(directory / "chat_template.jinja", template)
+    return [directory / "chat_template.jinja", directory / "tokenizer_config.json"]
 
 
 def check_vocab(tokenizer: Tokenizer, spec: ModelSpec) -> None:

@@ -107,7 +107,8 @@ def write_shards(
 
 
 _WRITTEN = re.compile(
-    r"tekken\.json|README\.md|certificate\.json|\w+_config\.json|\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json|mmproj\.gguf"
+    r"tekken\.json|chat_template\.jinja|README\.md|certificate\.json|\w+_config\.json|"
+    r"\w+(-\d+-of-\d+)?\.safetensors|\w+\.safetensors\.index\.json|mmproj\.gguf"
 )
 """Files of an export but for the one that is written last."""
 _LAST = ("config.json", "params.json", "model.gguf")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
-from ministral_jax.data.tokenizer import export_tokenizer
+from ministral_jax.data.tokenizer import export_template, export_tokenizer
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
 from ministral_jax.interop.export import Export as Model
@@ -81,7 +81,8 @@ def export_stage(
     with TemporaryDirectory() as scratch:
         files = [write_card(stage_directory, Path(scratch, NAME), layout, card or CardConfig())]
         if tokenizer is not None:
-            files.append(export_tokenizer(tokenizer, Path(scratch), spec.vision))
+            tekken = export_tokenizer(tokenizer, Path(scratch), spec.vision)
+            files += [tekken, *export_template(tekken, Path(scratch))]
         export(Model(params, spec, dtype, files, scales), FORMATS[layout], destination)
 
 
