@@ -90,11 +90,15 @@ def table_slots(spec: ModelSpec, table: Table) -> list[Slot]:
     return sorted(found, key=lambda slot: -1 if slot.layer is None else slot.layer)
 
 
+_MANY = 1000
+"""Layers of which slots may be made whatever the files hold."""
+
+
 def check_depth(spec: ModelSpec, tensors: int, directory: Path) -> None:
-    """Before slots are made of as many layers as a configuration says. Raises `UserError`: the files of `directory`
-    have fewer `tensors`."""
+    """Before slots are made of as many layers as a configuration says, if those are many. Raises `UserError`: the files
+    of `directory` have fewer `tensors`."""
     depth = max(spec.layers, spec.vision.layers if spec.vision is not None else 0)
-    if depth > tensors:
+    if depth > max(tensors, _MANY):
         raise UserError(f"{directory}: its configuration says {depth} layers, its files have only {tensors} tensors")
 
 
