@@ -1,4 +1,4 @@
-"""`ministral-jax certify`."""
+"""`ministral-jax certify` and `push`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 
 
 def add_certify(commands: Any) -> None:
-    """Declare the command on the subparsers of the command line."""
+    """Declare the commands on the subparsers of the command line."""
     certify = commands.add_parser("certify", help="compare an export with the model it was made from, and say so in it")
     certify.add_argument("directory", type=any_place, metavar="DIR", help="an export, in which certificate.json is put")
     text = "the finished stage, or another export, that it has to equal"
     certify.add_argument("--against", type=any_place, required=True, metavar="CHECKPOINT", help=text)
     certify.set_defaults(command=_certify)
+    push = commands.add_parser("push", help="send an export to a hub, with the login that huggingface_hub has")
+    push.add_argument("directory", type=any_place, metavar="DIR")
+    push.add_argument("repository", metavar="REPO", help="OWNER/NAME, which is made if it is not there")
+    push.add_argument("--private", action="store_true", help="for you alone, where it is made")
+    push.add_argument("--dry-run", action="store_true", help="list what would be sent")
+    push.set_defaults(command=_push)
 
 
 def _certify(args: argparse.Namespace) -> int:
@@ -35,6 +41,12 @@ def _certify(args: argparse.Namespace) -> int:
         put_in_card(card, found)
     show(found)
     return int(not found.holds)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from ministral_jax.certify.push import push
+
+    push(args)
 
 
 def show(found: Certificate) -> None:

@@ -1,0 +1,77 @@
+"""An export as a repository of a hub, with the login that huggingface_hub has (its own, or HF_TOKEN)."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ministral_jax.certify.certificate import FILE, Certificate
+from ministral_jax.certify.checks import file_digests
+from ministral_jax.console import say
+from ministral_jax.errors import UserError
+from ministral_jax.places import fetched, refuse_url
+
+
+def push(args: argparse.Namespace) -> None:
+    """The command, with the arguments that `command` declares.
+
+    Raises:
+        UserError: no export, a certificate that does not hold or is of other files, a repository's name that is none,
+            no huggingface_hub, no login, or what the hub says.
+    """
+    directory = fetched(args.directory)
+    refuse_url(args.repository, "REPO")
+    if args.repository.count("/") != 1 or not all(args.repository.split("/")):
+        raise UserError(f"REPO {args.repository!r} is not OWNER/NAME")
+    files = _files(directory)
+    certified = _certified(directory)
+    for file in files:
+        print(f"{file.stat().st_size / 1e6:12,.3f} MB  {file.relative_to(directory)}")
+    say(certified)
+    if args.dry_run:
+        return say(f"nothing was sent to {args.repository}; leave --dry-run out")
+    where = _send(directory, args.repository, args.private, [str(file.relative_to(directory)) for file in files])
+    say(f"{args.repository}: {where}")
+
+
+def _files(directory: Path) -> list[Path]:
+    """What is sent: all but what begins with a dot."""
+    found = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
+    if not any(path.suffix in (".safetensors", ".gguf") for path in found):
+        raise UserError(f"{directory} is no export: it has no weights")
+    return found
+
+
+def _certified(directory: Path) -> str:
+    """What its certificate says. Raises `UserError`: it does not hold, or other files lie there now."""
+    path = directory / FILE
+    if not path.is_file():
+        return "not certified: `ministral-jax certify` has not been run on it"
+    found = Certificate.model_validate_json(path.read_bytes())
+    if not found.holds:
+        raise UserError(f"{path} says that the export is not the model it was made from; export it again")
+    now = file_digests(directory)
+    if changed := sorted(name for name in found.files.keys() | now.keys() if found.files.get(name) != now.get(name)):
+        raise UserError(f"{directory}: {changed[0]} is not as it was certified; run ministral-jax certify again")
+    return f"certified against {found.against}"
+
+
+def _send(directory: Path, repository: str, private: bool, names: list[str]) -> str:
+    """Returns where it can be seen."""
+    if find_spec("huggingface_hub") is None:
+        raise UserError("push needs huggingface_hub, which is not installed; in the checkout, pip install -e '.[hub]'")
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if get_token() is None:
+        raise UserError("push needs a login of the hub: run `hf auth login`, or set HF_TOKEN")
+    api: Any = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        sent = dict(folder_path=directory, repo_id=repository, allow_patterns=names, commit_message="Export")
+        return str(api.upload_folder(**sent))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"push to {repository}: {str(error).splitlines()[0]:.300}") from None
