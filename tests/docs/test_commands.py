@@ -24,7 +24,7 @@ CHECKED = {
     "ministral-jax run own.yaml": "test_own_model.py runs it",
     "ministral-jax generate runs/rehearsal": "test_own_model.py runs it",
     "ministral-jax export runs/rehearsal/half gs://": "needs a bucket",
-    "ministral-jax export runs/rehearsal/half half-gguf": "test_own_model.py runs it",
+    "ministral-jax export runs/rehearsal/half half-": "test_own_model.py runs it",
     "ministral-jax export runs/tiny/parent parent": "test_own_model.py exports a parent",
     "ministral-jax certify": "tests/certify does, and tests/parity with transformers",
     "ministral-jax evaluate runs/tiny/14b-instruct --tasks paper": "downloads data sets",

@@ -30,6 +30,8 @@ def test_half_of_the_parent_comes_out(place):
     assert 0.4 < model.spec.decoder_parameters / before.spec.decoder_parameters < 0.6
     assert (half / "tekken.json").read_bytes() == (parent / "tekken.json").read_bytes()
     assert after.spec.layers == model.spec.layers == 6
+    native, same = ministral_jax.load(place / "half-native")
+    assert native.spec == model.spec and jax.tree.all(jax.tree.map(np.array_equal, same, params))
     close = lambda mine, theirs: np.allclose(mine, theirs, rtol=2**-8, atol=0)  # written in bfloat16
     assert jax.tree.all(jax.tree.map(close, params, trained))
 
