@@ -15,6 +15,7 @@ from ministral_jax.certify.prompts import Prompt, prompts
 from ministral_jax.certify.readers import Reader, opened, readers
 from ministral_jax.console import say
 from ministral_jax.errors import UserError
+from ministral_jax.files import read_object
 from ministral_jax.models.spec import ModelSpec
 
 FILE = "certificate.json"
@@ -100,10 +101,11 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
 
 def layout_of(directory: Path) -> str:
     """The format of an export. Raises `UserError`: of none that is certified."""
-    for name, layout in (("config.json", "hf"),):
-        if (directory / name).is_file():
-            return layout
-    raise UserError(f"{directory} is no export that can be certified: it has no config.json")
+    if (directory / "config.json").is_file():
+        return "fp8" if read_object(directory / "config.json").get("quantization_config") else "hf"
+    if (directory / "params.json").is_file():
+        return "native"
+    raise UserError(f"{directory} is no export that can be certified: it has neither config.json nor params.json")
 
 
 def _readings(

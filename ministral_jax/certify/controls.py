@@ -110,5 +110,33 @@ HF_CONTROLS = (
     Control("q and k not permuted", lambda spec: True, _hf_unpermuted),
     Control("untied head dropped", lambda spec: not spec.tied, _hf_headless),
 )
-CONTROLS: dict[str, tuple[Control, ...]] = {"hf": HF_CONTROLS}
+
+
+def _native(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, ModelSpec], None]:
+    return lambda directory, spec: _edit(directory, "params.json", change)
+
+
+def _native_permuted(directory: Path, spec: ModelSpec) -> None:
+    """A head's rows of the first layer in the order of transformers."""
+    for name in ("wq", "wk"):
+        turned = lambda x: rearrange(x, "(n s r) d -> (n r s) d", r=2, s=spec.head_width // 2)
+        change_tensor(directory, f"layers.0.attention.{name}.weight", turned)
+
+
+def _native_headless(directory: Path, spec: ModelSpec) -> None:
+    change_tensor(directory, "output.weight", None)
+    _edit(directory, "params.json", lambda params: params.update(tied_embeddings=True))
+
+
+NATIVE_CONTROLS = (
+    Control(HF_CONTROLS[0].name, _has_temperature, _native(lambda params: params.pop("llama_4_scaling"))),
+    Control(
+        HF_CONTROLS[1].name,
+        HF_CONTROLS[1].applies,
+        _native(lambda params: params["yarn"].update(factor=2 * params["yarn"]["factor"])),
+    ),
+    Control(HF_CONTROLS[2].name, HF_CONTROLS[2].applies, _native_permuted),
+    Control(HF_CONTROLS[3].name, HF_CONTROLS[3].applies, _native_headless),
+)
+CONTROLS = {"hf": HF_CONTROLS, "fp8": HF_CONTROLS, "native": NATIVE_CONTROLS}
 """By format."""

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator
 
 from ministral_jax.doctor.source import Finding, Json, Source, section
-from ministral_jax.doctor.weights import held
+from ministral_jax.doctor.weights import held, native_held
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf_config import from_config
+from ministral_jax.interop.native_config import from_params
 from ministral_jax.models.spec import PRESETS, ModelSpec
 
 _CLASS_THETA = 1e6
@@ -20,13 +21,27 @@ def sizes(source: Source) -> tuple[ModelSpec | None, list[Finding]]:
     """The model's sizes; where its positions alone are at fault, with plain ones."""
     config, where = source.config, str(source.directory / "config.json")
     if not config:
-        return None, []
+        return _native_sizes(source)
     try:
         spec = from_config(config, where, "lm_head.weight" in held(source))
     except UserError as error:
         fault = Finding("red", "configuration", str(error))
         return _without_positions(config, where, source), [fault]
     return spec, [_preset(spec)]
+
+
+def _native_sizes(source: Source) -> tuple[ModelSpec | None, list[Finding]]:
+    params, where = source.json("params.json"), str(source.directory / "params.json")
+    if not params:
+        return None, []
+    try:
+        spec = from_params(params, where, "output.weight" in native_held(source))
+    except UserError as error:
+        return None, [Finding("red", "configuration", str(error))]
+    rope = spec.rope
+    far = f"YaRN × {rope.yarn_factor:g} of {rope.original_context}" if rope.yarn_factor > 1 else "plain"
+    said = f"θ {rope.theta:g}, {far}, temperature {rope.temperature_beta or 'off'}, context {spec.context}"
+    return spec, [_preset(spec), Finding("green", "RoPE", said)]
 
 
 def _without_positions(config: Json, where: str, source: Source) -> ModelSpec | None:

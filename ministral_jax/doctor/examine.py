@@ -19,7 +19,7 @@ def examine(directory: Path) -> list[Finding]:
     parts: list[Callable[[], Iterator[Finding]]] = [
         lambda: weights.files(source),
         lambda: iter(found),
-        lambda: weights.tensors(source, spec) if spec and source.weights else iter(()),
+        lambda: weights.tensors(source, spec) if spec and (source.weights or source.native_weights) else iter(()),
         lambda: weights.scales(source),
         lambda: configuration.two_formats(source),
         lambda: configuration.tying(source),

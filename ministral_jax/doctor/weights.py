@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ministral_jax.doctor.source import Finding, Level, Source, section, some
-from ministral_jax.interop.hf import slots
+from ministral_jax.interop.hf import TABLE, slots
+from ministral_jax.interop.native import NATIVE_TABLE
 from ministral_jax.interop.safetensors import Tensor
 from ministral_jax.models.spec import ModelSpec
 
@@ -26,6 +27,11 @@ def held(source: Source) -> dict[str, Tensor]:
     named = set(_weight_map(source).values()) or set(source.weights)
     parts = (tensors for file, tensors in source.tensors.items() if file in named)
     return {short(name): tensor for tensors in parts for name, tensor in tensors.items()}
+
+
+def native_held(source: Source) -> dict[str, Tensor]:
+    """Tensors of a directory in Mistral's own format."""
+    return {name: tensor for tensors in source.native_tensors.values() for name, tensor in tensors.items()}
 
 
 def _weight_map(source: Source) -> dict[str, str]:
@@ -53,7 +59,8 @@ def _format(source: Source) -> Iterator[Finding]:
     tensors = [t for read in (source.tensors, source.native_tensors) for found in read.values() for t in found.values()]
     size = sum(path.stat().st_size for path in source.directory.glob("*.safetensors"))
     kinds = Counter(tensor.dtype.name for tensor in tensors)
-    said = f"{len(source.weights) + len(source.native_weights)} files of weights, {size / 1e9:,.3f} GB, "
+    count = len(source.weights) + len(source.native_weights)
+    said = f"{count} file{'s' * (count > 1)} of weights, {size / 1e9:,.3f} GB, "
     said += ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.most_common())
     if ours and theirs:
         yield Finding("green", "format", f"Hugging Face and Mistral's own: {said}")
@@ -87,7 +94,9 @@ def _index(source: Source) -> Iterator[Finding]:
 
 def tensors(source: Source, spec: ModelSpec) -> Iterator[Finding]:
     """Every name and shape, against the sizes of the configuration."""
-    wanted, found = {slot.name: slot.shape for slot in slots(spec)}, held(source)
+    hf = bool(source.weights)
+    wanted = {slot.name: slot.shape for slot in slots(spec, TABLE if hf else NATIVE_TABLE)}
+    found = held(source) if hf else native_held(source)
     extra = {name for name in found.keys() - wanted.keys() if not (_SCALE.search(name) or _BUFFER.search(name))}
     missing = wanted.keys() - found.keys() - {"lm_head.weight"}  # of which `tying` speaks
     wrong = {n for n in wanted.keys() & found.keys() if found[n].shape != wanted[n]}

@@ -14,6 +14,8 @@ from ministral_jax.certify.checks import checks
 from ministral_jax.certify.controls import HF_CONTROLS, change_tensor
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
+from ministral_jax.interop.export import Export, export
+from ministral_jax.interop.formats import FORMATS
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.models.spec import RopeSpec
 
@@ -67,6 +69,20 @@ def edit(directory, change) -> None:
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+
+
+SCALES = {"attention": {"input": 1.0, "mixed": 1.0}, "mlp": {"input": 1.0, "hidden": 1.0}}
+LAYERS = jax.tree.map(lambda scale: np.full(SPEC.layers, scale, np.float32), SCALES)
+
+
+@pytest.mark.parametrize("name, kl", [("native", 1e-3), ("fp8", 0.5)])
+def test_other_formats_are_certified(pair, tmp_path, name, kl):
+    files, scales = [pair[1] / "tekken.json"], {"decoder": {"layers": LAYERS}} if name == "fp8" else None
+    model = Export(random_params(SPEC), SPEC, "bfloat16", files, scales)
+    export(model, FORMATS[name], tmp_path / name)
+    found = certificate.certify(tmp_path / name, pair[1])
+    assert found.holds and found.format == name, found
+    assert all(0 < reading.kl < kl for reading in found.readings) and len(found.controls) == 4
 
 
 FAULTS = {
