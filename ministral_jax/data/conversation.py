@@ -109,7 +109,7 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
         if role not in expected:
             unasked = ", since no tool call waits for a result" if role == "tool" else ""
             raise _disorder(
-                raw, f"message {number} is from {role!r} where {_either(expected)} was expected{unasked}", where
+                raw, f"message {number} is from {role!r:.80} where {_either(expected)} was expected{unasked}", where
             )
         message = _parse_message(role, item, base, where)
         if role != "tool":
@@ -118,8 +118,8 @@ def parse_messages(raw: Any, base: Path, where: str, prompt: bool = False) -> tu
             waiting.remove(message.call_id)
         else:
             raise UserError(
-                f"{where}: message {number} answers tool call {message.call_id!r}, which nobody made or which has its "
-                f"result; {waiting} wait for theirs"
+                f"{where}: message {number} answers tool call {message.call_id!r:.80}, which nobody made or which has "
+                f"its result; {waiting!s:.200} wait for theirs"
             )
         if messages and role == messages[-1].role != "tool":
             message = _joined(messages.pop(), message, f"{where}: message {number}")
@@ -271,11 +271,11 @@ def _check_keys(role: Any, raw: dict[str, Any], where: str) -> None:
     unknown = [k for k in unknown if (k, raw[k]) != ("prefix", False)]  # of what mistral-common writes
     if unknown:
         raise UserError(
-            f"{where}: message from {role} has {unknown[0]!r}, which is not read; accepted are {sorted(_KEYS)}"
+            f"{where}: message from {role} has {unknown[0]!r:.80}, which is not read; accepted are {sorted(_KEYS)}"
         )
     weight = raw.get("weight")
     if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
-        raise UserError(f"{where}: weight {weight!r} of a message from {role} must be 0 or 1, and the assistant's")
+        raise UserError(f"{where}: weight {weight!r:.80} of a message from {role} must be 0 or 1, and the assistant's")
 
 
 def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Message:
@@ -286,7 +286,7 @@ def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Me
     chunks = [{"type": "text", "text": chunks}] if isinstance(chunks, str) else chunks
     if not isinstance(chunks, list):
         raise UserError(
-            f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r}"
+            f"{where}: content of a message from {role} must be a string or a list of chunks, got {content!r:.80}"
         )
     parts = tuple(_parse_chunk(role, chunk, base, where) for chunk in chunks)
     if role == "assistant":
@@ -298,7 +298,9 @@ def _parse_message(role: Any, raw: dict[str, Any], base: Path, where: str) -> Me
     elif role != "tool" and not any(parts):
         raise UserError(f"{where}: message from {role} is empty")
     elif not isinstance(call_id, str):
-        raise UserError(f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r}")
+        raise UserError(
+            f"{where}: a tool's result needs the 'tool_call_id' of the call it answers, got {call_id!r:.80}"
+        )
     return Message(role, parts, calls, call_id, raw.get("weight") != 0)
 
 
@@ -318,7 +320,7 @@ def _parse_chunk(role: str, chunk: Any, base: Path, where: str) -> Part:
         if kind in ("image", "image_url") and role == "user":
             return image_path(value, base, where)
     raise UserError(
-        f"{where}: message from {role} cannot hold {str(chunk)[:80]}; accepted are text, the user's image or "
+        f"{where}: message from {role} cannot hold {chunk!r:.80}; accepted are text, the user's image or "
         "image_url, and thinking of the assistant or the system"
     )
 
@@ -340,7 +342,7 @@ def _parse_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
             raise UserError(f"{where}: tool call {name} has arguments that are not a JSON object: {str(given)[:80]!r}")
         call_id = call.get("id")
         if not isinstance(call_id, str) or call_id in ("", "null", *(c.id for c in calls)):
-            raise UserError(f"{where}: tool call {name} needs an 'id' of its own, got {call_id!r}")
+            raise UserError(f"{where}: tool call {name} needs an 'id' of its own, got {call_id!r:.80}")
         calls.append(ToolCall(name, arguments, None, call_id))
     return tuple(calls)
 
@@ -357,7 +359,7 @@ def _check_function(function: dict[str, Any], what: str, *read: str) -> None:
     """Nothing that a function or a call to it says is passed over; mistral-common leaves `strict` out, as here."""
     unread = [key for key in function if key not in ("name", *read) and function[key] not in _NOTHING]
     if unread:
-        raise UserError(f"{what} has {unread[0]!r}, which is not read; accepted are {sorted(('name', *read))}")
+        raise UserError(f"{what} has {unread[0]!r:.80}, which is not read; accepted are {sorted(('name', *read))}")
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

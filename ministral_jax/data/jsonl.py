@@ -138,7 +138,7 @@ def _check_row(row: dict[str, Any], where: str, prompts: bool) -> None:
     refused = _NEVER_READ if prompts else _NEVER_READ | _NEVER_LEARNT
     for key in row:
         if key in refused and row[key] not in ("", [], {}):
-            raise UserError(f"{where}: {key!r} is not read; {refused[key]}")
+            raise UserError(f"{where}: {key!r:.80} is not read; {refused[key]}")
     if not prompts and len(lone := {"chosen", "rejected"} & row.keys()) == 1:
         (missing,) = {"chosen", "rejected"} - lone
         raise UserError(f"{where}: has {lone.pop()!r} but no {missing!r}; a pair needs both")
@@ -161,7 +161,7 @@ def _text(row: dict[str, Any], base: Path, where: str) -> tuple[str | None, tupl
     if len(pieces) == 1:
         pieces = [*[""] * len(images), text]
     if (places := len(pieces) - 1) != len(images):
-        left = f"; {images[places]!r} is not shown" if places < len(images) else ""
+        left = f"; {images[places]!r:.80} is not shown" if places < len(images) else ""
         raise UserError(
             f"{where}: its text says {_PLACE} {places} times but {len(images)} images are named beside it{left}"
         )
@@ -197,7 +197,7 @@ def _said(role: str, text: str) -> dict[str, str]:
 
 def _lacking(row: dict[str, Any], where: str, prompts: bool) -> UserError:
     needed = "'messages', 'prompt'" if prompts else "'text', 'messages'"
-    return UserError(f"{where}: has {sorted(row)} but needs {needed}, or 'question' and 'answer'")
+    return UserError(f"{where}: has {sorted(row)!s:.200} but needs {needed}, or 'question' and 'answer'")
 
 
 def _spoken(value: Any) -> Any:
@@ -227,7 +227,7 @@ def _images(row: dict[str, Any], where: str) -> list[Any]:
         raise UserError(f"{where}: has 'image' and 'images'; name all of them in 'images'")
     images = row.get("images", [row["image"]] if "image" in row else [])
     if not isinstance(images, list):
-        raise UserError(f"{where}: 'images' must be a list of paths, got {images!r}")
+        raise UserError(f"{where}: 'images' must be a list of paths, got {images!r:.80}")
     return images
 
 
@@ -376,5 +376,5 @@ def _best_and_another(row: dict[str, Any], key: str, where: str, prompts: bool) 
 def _string(row: dict[str, Any], key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key!r} must be text that is not empty, got {value!r}")
+        raise UserError(f"{where}: {key!r} must be text that is not empty, got {value!r:.80}")
     return value

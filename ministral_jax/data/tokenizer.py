@@ -87,8 +87,14 @@ class Tokenizer:
         return np.array([len(self.tekken.id_to_byte_piece(i)) for i in range(self.vocab)], np.int32)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Control tokens spelled out in it stay text."""
-        return self.tekken.encode(text, bos=False, eos=False)
+        """Token ids of `text`. Control tokens spelled out in it stay text. Raises `ValueError`: the file's pattern, by
+        which texts are split, fails."""
+        try:
+            return self.tekken.encode(text, bos=False, eos=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tiktoken, where a pattern matches nothing
+                raise
+            raise ValueError(f"its pattern cannot split texts ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""
@@ -116,7 +122,9 @@ def load_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
 def read_tokenizer(path: Path) -> Tokenizer:
     """A file that `load_tokenizer` kept."""
     path = on_disk(path.parent) / path.name
-    return Tokenizer(path, _sha256(path.read_bytes()), tekken_file.Tekkenizer.from_file(path))
+    tokenizer = Tokenizer(path, _sha256(path.read_bytes()), tekken_file.Tekkenizer.from_file(path))
+    tokenizer.encode("Où, 1\n  x?")
+    return tokenizer
 
 
 def tokenizer_digest(config: TokenizerConfig, cache_dir: Path) -> str | None:

@@ -96,18 +96,19 @@ def block_size(config: Any, where: str) -> tuple[int, int] | None:
     """
     if (method := config.get("quant_method") if isinstance(config, dict) else config) != "fp8":
         raise UserError(
-            f"{where}: weights are quantised ({method}); those of fp8 can be read, or take the BF16 variant"
+            f"{where}: weights are quantised ({method!s:.40}); those of fp8 can be read, or take the BF16 variant"
         )
     if not isinstance(config, dict):
-        raise UserError(f"{where}: quantization_config is {config!r}, expected an object")
+        raise UserError(f"{where}: quantization_config is {config!r:.80}, expected an object")
     if (scheme := config.get("activation_scheme", "dynamic")) not in ("static", "dynamic"):
-        raise UserError(f"{where}: quantization_config.activation_scheme is {scheme!r}, expected static or dynamic")
+        raise UserError(f"{where}: quantization_config.activation_scheme is {scheme!r:.80}, expected static or dynamic")
     size = config.get("weight_block_size", _BLOCK)
     if size is None:
         return None
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise UserError(
-            f"{where}: quantization_config.weight_block_size is {size!r}, expected null or rows and columns of a block"
+            f"{where}: quantization_config.weight_block_size is {size!r:.80}, expected null or rows and columns of a "
+            "block"
         )
     return size[0], size[1]
 

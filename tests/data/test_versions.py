@@ -115,6 +115,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said_at_some_length(tokenizer, tmp_pa
         (lambda raw: raw["special_tokens"][3].clear(), "has no 'rank'"),
         (lambda raw: raw.update(special_tokens="all"), "does not hold the 2048 tokens that it speaks of"),
         (lambda raw: raw.update(config=[]), "TypeError"),
+        (lambda raw: raw["config"].update(pattern="x*"), "its pattern cannot split texts"),
     ],
 )
 def test_the_numbers_of_a_tokenizer_are_checked_before_its_entries_are_made(tokenizer, tmp_path, change, said):

@@ -27,7 +27,9 @@ from ministral_jax.interop import safetensors
 from ministral_jax.interop.checkpoint import import_checkpoint
 from ministral_jax.interop.hf import slots
 from ministral_jax.interop.hf_config import to_config
-from ministral_jax.interop.native_config import from_params, load_params, to_params
+from ministral_jax.interop.native import NATIVE_TABLE
+from ministral_jax.interop.native_config import to_params
+from ministral_jax.interop.slots import table_slots
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
 MIB = 2**20
@@ -79,9 +81,15 @@ def _eight_bits(directory: Path) -> dict[str, bytes]:
     return {"model.safetensors": content, "config.json": json.dumps(config).encode()}
 
 
-def _read_params(directory: Path) -> None:
-    for has_head in (True, False):
-        from_params(load_params(directory), "params.json", has_head)
+_NATIVE = "consolidated.safetensors"
+
+
+def _native(directory: Path) -> dict[str, bytes]:
+    """`SPEC` in Mistral's own format."""
+    zeros = [(slot.name, np.zeros(slot.shape, np.float32)) for slot in table_slots(SPEC, NATIVE_TABLE)]
+    pending = [safetensors.Pending(name, x.dtype, x.shape, lambda x=x: x) for name, x in zeros]
+    safetensors.write(directory / _NATIVE, pending)
+    return {_NATIVE: (directory / _NATIVE).read_bytes(), "params.json": json.dumps(to_params(SPEC)).encode()}
 
 
 def _read_header(directory: Path) -> None:
@@ -220,7 +228,7 @@ def readers(directory: Path) -> dict[str, Reader]:
     index, config, tokens = (
         {name: spoilt_json} for name in ("model.safetensors.index.json", "config.json", "tekken.json")
     )
-    params = {"params.json": json.dumps(to_params(SPEC)).encode()}
+    native = _native(directory)
     eight = _eight_bits(directory)
     rows = {name: tekken | {"rows.jsonl": content, "a.png": pictures["png"]} for name, content in _rows().items()}
     ways = {"rows": {}, "prompts": {"prompts": True}, "pairs": {"pairs": True}}
@@ -230,7 +238,7 @@ def readers(directory: Path) -> dict[str, Reader]:
         "index": Reader(model, index, import_checkpoint),
         "config": Reader(model, config, import_checkpoint),
         "fp8": Reader(eight, config | {"model.safetensors": spoilt_safetensors}, import_checkpoint),
-        "params": Reader(params, {"params.json": spoilt_json}, _read_params),
+        "native": Reader(native, {"params.json": spoilt_json, _NATIVE: spoilt_safetensors}, import_checkpoint),
         "doctor": Reader(model | tekken, shards | index | config | tokens, _examine),
         "tokenizer": Reader(tekken, tokens, _read_tokenizer),
         **{name: Reader(rows[name], {"rows.jsonl": spoilt_rows}, _read_rows(**ways[name])) for name in rows},
