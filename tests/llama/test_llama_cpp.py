@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from copy import deepcopy
 from functools import cache, reduce
 from operator import getitem
 
@@ -10,16 +11,20 @@ import pytest
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
+import chat_cases  # noqa: E402
 import gguf  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from llama_cpp import mtmd_cpp as mtmd  # noqa: E402
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # noqa: E402
 from model_cases import random_params, relative  # noqa: E402
 from scipy.special import log_softmax  # noqa: E402
 
+from ministral_jax.data.chat import render  # noqa: E402
 from ministral_jax.data.config import TokenizerConfig  # noqa: E402
+from ministral_jax.data.conversation import parse_messages, parse_tools  # noqa: E402
 from ministral_jax.data.images import image_tokens, patch_positions, patchify  # noqa: E402
-from ministral_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from ministral_jax.data.tokenizer import export_template, load_tokenizer  # noqa: E402
 from ministral_jax.interop import gguf_format  # noqa: E402
 from ministral_jax.interop.export import Export, export  # noqa: E402
 from ministral_jax.interop.formats import FORMATS  # noqa: E402
@@ -180,6 +185,25 @@ def test_text_becomes_the_same_tokens(tmp_path):
     with loaded(tmp_path / "out/model.gguf", 64) as model:
         assert [model.tokenize(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
         assert model.tokenize("[INST]a[/INST]", special=True) == [3, *tokenizer.encode("a"), 4]
+
+
+def test_the_template_in_the_file_makes_the_same_chats(tmp_path):
+    """Conversations without pictures, rendered by llama-cpp-python and cut into tokens by llama.cpp."""
+    tokenizer = load_tokenizer(TokenizerConfig(vocab=UNTIED.vocab, special=64), tmp_path / "tokenizer")
+    tokenizer = chat_cases.versions(tokenizer, tmp_path)["v13"]
+    files = [tokenizer.path, *export_template(tokenizer.path, tmp_path)]
+    write(UNTIED, made(UNTIED), tmp_path / "out", files=files)
+    fields = gguf.GGUFReader(tmp_path / "out/model.gguf").fields
+    form = Jinja2ChatFormatter(fields["tokenizer.chat_template"].contents(), eos_token="</s>", bos_token="<s>")
+    cases = [c for c in chat_cases.CASES.values() if c.version == "v13" and "image" not in str(c.messages)]
+    assert len(cases) > 5
+    with loaded(tmp_path / "out/model.gguf", 64) as model:
+        for case in cases:
+            messages, tools = deepcopy(case.messages), case.tools or []
+            text = form(messages=messages, tools=case.tools).prompt
+            parsed = parse_messages(deepcopy(case.messages), tmp_path, "row 1", case.is_prompt)
+            ours = render(parsed, tokenizer, None, "row 1", parse_tools(tools, "row 1")).tokens
+            assert model.tokenize(text, special=True) == ours.tolist()
 
 
 def embedded(directory, picture: np.ndarray) -> np.ndarray:
