@@ -1,6 +1,6 @@
 """Memory and time of import, pruning and export at the real family's widths, with few layers.
 
-    python benchmarks/streaming.py [--layers 1 2] [--json FILE] [--directory DIR]
+    python benchmarks/streaming.py [--layers 1 2] [--fp8 tensor|blocks] [--json FILE] [--directory DIR]
 
 A Hugging Face checkpoint of Mistral Small 3.1's widths (24B: width 5120, feed-forward 32,768, vocabulary 131,072; the
 vision tower's too, two of its layers) with as many decoder layers, of random bfloat16, is imported, cut to the widths
@@ -14,6 +14,9 @@ them (VmHWM) is beside it. `held` is what the stage cannot do without: import an
 source and the matrices that a cut makes of its own, which go then. `result` is the
 parameters that the stage makes, or has exported. The bar is result + 3 of the largest tensor of the file, the
 embedding.
+
+With `--fp8` the matrices of the decoder's layers are FP8, with a scale each and one of their activations, as Mistral
+releases them, or with a scale of every 128 x 128 of their numbers; what is imported is bfloat16 as before.
 
 A CPU has no products of bfloat16: XLA makes float32 of their factors, and by default before the loop over layers, of
 all of them. Two of its passes are therefore off here; accelerators do not need that.
@@ -35,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ from hardware import processor
 from ministral_jax import cli
 from ministral_jax.files import write_json
 from ministral_jax.interop import hf, safetensors
+from ministral_jax.interop.fp8_weights import E4M3
 from ministral_jax.interop.hf_config import to_config
 from ministral_jax.interop.slots import Slot
 from ministral_jax.models.spec import PRESETS, ModelSpec, VisionSpec
@@ -58,6 +63,8 @@ STAGES = ("parent", "14b-pruned", "8b-pruned", "14b-hf", "8b-hf")
 PASSES = "while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion"
 FLAGS = {"XLA_FLAGS": f"--xla_disable_hlo_passes={','.join(PASSES)}"}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT32 = np.dtype(np.float32)
+BLOCK = 128
 
 
 def shallow(preset: str, layers: int) -> ModelSpec:
@@ -66,25 +73,39 @@ def shallow(preset: str, layers: int) -> ModelSpec:
     return PRESETS[preset].model_copy(update=changes)
 
 
-def write_checkpoint(directory: Path, spec: ModelSpec) -> None:
+def write_checkpoint(directory: Path, spec: ModelSpec, fp8: str | None) -> None:
     """Random parameters, of which one block is drawn and repeated; one tensor in memory at a time."""
     block = np.random.default_rng(0).standard_normal(2**25, np.float32)
 
-    def value(slot: Slot) -> np.ndarray:
+    def value(slot: Slot, dtype: np.dtype) -> np.ndarray:
         if len(slot.shape) == 1:
-            return np.ones(slot.shape, BFLOAT16)
+            return np.ones(slot.shape, dtype)
         fan_in = int(np.prod(slot.shape[1:]))
-        return np.resize((block / np.sqrt(fan_in)).astype(BFLOAT16), slot.shape)
+        return np.resize((block if dtype == E4M3 else block / np.sqrt(fan_in)).astype(dtype), slot.shape)
 
     directory.mkdir(parents=True)
-    write_json(directory / "config.json", to_config(spec, "bfloat16"))
+    config = to_config(spec, "bfloat16")
+    if fp8:
+        size = None if fp8 == "tensor" else [BLOCK, BLOCK]
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "static",
+            "weight_block_size": size,
+        }
+    write_json(directory / "config.json", config)
     shards: list[list[safetensors.Pending]] = [[]]
     for slot in hf.slots(spec):
         name = f"{'' if slot.path.split('/')[0] in ('vision', 'projector') else 'language_model.model.'}{slot.name}"
         name = name.replace("model.lm_head", "lm_head")
         if sum(tensor.bytes for tensor in shards[-1]) > SHARD:
             shards.append([])
-        shards[-1].append(safetensors.Pending(name, BFLOAT16, slot.shape, lambda slot=slot: value(slot)))
+        dtype = E4M3 if fp8 and slot.path.startswith("decoder/layers/") and len(slot.shape) == 2 else BFLOAT16
+        shards[-1].append(safetensors.Pending(name, dtype, slot.shape, partial(value, slot, dtype)))
+        if dtype == E4M3:
+            grid = () if fp8 == "tensor" else tuple(-(-n // BLOCK) for n in slot.shape)
+            for scale, shape in (("weight_scale_inv", grid), ("activation_scale", ())):
+                ones = partial(np.full, shape, slot.shape[1] ** -0.5, np.float32)
+                shards[-1].append(safetensors.Pending(name.removesuffix("weight") + scale, FLOAT32, shape, ones))
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     for name, tensors in zip(names, shards, strict=True):
         safetensors.write(directory / name, tensors, {"format": "pt"})
@@ -168,9 +189,9 @@ def one_stage(name: str, directory: Path) -> None:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def measure(layers: int, directory: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
+def measure(layers: int, directory: Path, stages: list[str], fp8: str | None) -> dict[str, dict[str, Any]]:
     """What each stage took."""
-    write_checkpoint(directory / "hf", shallow("mistral-small-3.1-24b", layers))
+    write_checkpoint(directory / "hf", shallow("mistral-small-3.1-24b", layers), fp8)
     (directory / "recipe.yaml").write_text(json.dumps(recipe(layers, directory)))
     write_rows(directory)
     found = {}
@@ -216,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--fp8", choices=("tensor", "blocks"), help="the checkpoint's layers are FP8")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--directory", type=Path, help="for some 30 GB (default: a temporary one)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -226,7 +248,7 @@ def main() -> None:
     for layers in args.layers:
         directory = Path(tempfile.mkdtemp(dir=args.directory))
         try:
-            found[layers] = measure(layers, directory, args.stages)
+            found[layers] = measure(layers, directory, args.stages, args.fp8)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "tensorstore", "numpy")}

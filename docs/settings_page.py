@@ -34,7 +34,7 @@ WORDS = {
     "steps": "Updates of the parameters.",
     "seed": "Of the order of the data and of everything that is drawn.",
     "model": "Sizes: a preset, changes to the sizes of the source, or both; see [the recipe file](recipe.md).",
-    "path": "The Hugging Face directory.",
+    "path": "The model's directory, or its name on the hub: hf://org/name[@revision], or mistralai/name.",
     "temperature": "By which logits are divided before a token is drawn; 0 takes the most probable one.",
     "max_completion_length": "Tokens of an answer, at most.",
     "lr": "The learning rate after the warm-up.",

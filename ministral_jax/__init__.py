@@ -13,8 +13,8 @@ __version__ = "0.2.0"
 
 
 def load(path: str | Path, dtype: Any = "float32", placement: Placement | None = None) -> tuple[VLM, dict[str, Any]]:
-    """A model and its parameters, from a finished stage's directory or a Hugging Face directory, at gs:// too, and that
-    at s3://; whole, or cut over a mesh as `placement` says.
+    """A model and its parameters, from a finished stage's directory, at gs:// too, a model's directory, that at s3://
+    too, or a model's name on the Hugging Face hub; whole, or cut over a mesh as `placement` says.
 
     `model.apply({"params": params}, tokens, positions=..., segments=..., images=...)` gives logits `[B, T, V]`; see
     `ministral_jax.models.vlm.VLM` for the layout of the batch.
@@ -26,11 +26,13 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
 
     from ministral_jax.errors import UserError
     from ministral_jax.interop.checkpoint import import_checkpoint, is_checkpoint, read_spec
+    from ministral_jax.interop.hub import downloaded, hub_name
     from ministral_jax.models.vlm import VLM, Compute, param_shardings
     from ministral_jax.places import fetched, place
     from ministral_jax.stages.base import load_stage
 
-    path = place(path, "checkpoint")
+    name = hub_name(path)
+    path = place(path, "checkpoint") if name is None else downloaded(name)
     if (path / "manifest.json").is_file():
         spec, params = load_stage(path, jnp.dtype(dtype), placement)
     elif is_checkpoint(path):

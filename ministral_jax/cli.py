@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ministral_jax.certify.command import add_certify
 from ministral_jax.console import log, say
 from ministral_jax.doctor.command import add_doctor
 from ministral_jax.errors import UserError
+from ministral_jax.interop.hub import model_place
 from ministral_jax.runs.evaluate_command import add_evaluate
 
 if TYPE_CHECKING:
@@ -170,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="let a checkpoint go on from a text, a chat or images")
     generate.add_argument(
-        "checkpoint", type=any_place, help="directory of a finished stage, or a Hugging Face directory"
+        "checkpoint", type=model_place, help="directory of a finished stage or of a model, or its name on the hub"
     )
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument(
@@ -236,12 +238,16 @@ def _run(args: argparse.Namespace) -> None:
     from ministral_jax.runs.survey import made_specs, shelves
 
     settings, stages = sort_words(args.rest)
-    recipe = load_recipe(args.recipe, settings, lambda name: made_specs(args.run_dir or Path("runs") / name))
+    load = partial(load_recipe, args.recipe, settings, lambda name: made_specs(args.run_dir or Path("runs") / name))
+    recipe = load()
     run_dir = args.run_dir or Path("runs") / recipe.name
+    made = made_specs(run_dir)
+    fetched = [stage.fetch() for name, stage in recipe.stages.items() if name not in made]
+    recipe = load() if any(fetched) else recipe  # what has been downloaded has sizes, and so companions
     if args.all and stages:
         raise UserError(f"--all runs every stage, {', '.join(stages)} too; give the names or --all")
     stages = list(recipe.stages) if args.all else stages
-    resolve_specs(recipe, order(recipe, stages), made_specs(run_dir))  # before the directory is made
+    resolve_specs(recipe, order(recipe, stages), made)  # before the directory is made
     shelves(args.taken_from)
     if args.dry_run:
         return _dry_run(recipe, run_dir, stages, args.taken_from)
@@ -249,9 +255,9 @@ def _run(args: argparse.Namespace) -> None:
         use_cpu(args.cpu_devices)
     join(recipe.limits, args.distributed, args.coordinator, args.process_count, args.process_index)
     with opened(run_dir):
-        made = run_recipe(recipe, run_dir, stages, args.taken_from)
+        ran = run_recipe(recipe, run_dir, stages, args.taken_from)
         if is_first():
-            _finish_run(recipe, run_dir, made)
+            _finish_run(recipe, run_dir, ran)
         barrier("reported")
 
 

@@ -6,14 +6,16 @@ import argparse
 import sys
 from typing import Any
 
-from ministral_jax.arguments import any_place
+from ministral_jax.interop.hub import model_place
 
 
 def add_doctor(commands: Any) -> None:
     """Declare the command on the subparsers of the command line."""
     text = "what is wrong with a checkpoint directory, before any device works on it; reads headers alone"
     doctor = commands.add_parser("doctor", help=text)
-    doctor.add_argument("source", type=any_place, metavar="SRC", help="a Hugging Face or Mistral directory")
+    doctor.add_argument(
+        "source", type=model_place, metavar="SRC", help="a Hugging Face or Mistral directory, or a name on the hub"
+    )
     doctor.set_defaults(command=_doctor)
 
 
@@ -23,9 +25,10 @@ def _doctor(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from ministral_jax.doctor.examine import examine
+    from ministral_jax.interop.hub import located
     from ministral_jax.places import fetched
 
-    found = examine(fetched(args.source))
+    found = examine(fetched(located(args.source)))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     colours = {"green": "green", "amber": "yellow", "red": "bold red"}
     for finding in found:

@@ -26,6 +26,7 @@ from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, ma
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.interop.checkpoint import is_checkpoint, read_spec
+from ministral_jax.interop.hub import located
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM
 from ministral_jax.places import fetched, refuse_url
@@ -56,7 +57,8 @@ def run_generate(args: Namespace) -> None:
         raise UserError(f"{args.output} is there already; give another --output or delete it")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}; it must not be negative")
-    spec, tokenizer = open_checkpoint(args.checkpoint)
+    checkpoint = located(args.checkpoint)
+    spec, tokenizer = open_checkpoint(checkpoint)
     options = _options(args, tokenizer)
     given = _lines(args.jsonl) if args.jsonl else [*enumerate(args.prompt)]
 
@@ -68,7 +70,7 @@ def run_generate(args: Namespace) -> None:
 
     rows = _usable(prepared, len(given), args.on_bad_row == "skip")
     prompts = [prompt for _, prompt in rows]
-    sample = _sampler(args.checkpoint, spec, options, args.dtype)
+    sample = _sampler(checkpoint, spec, options, args.dtype)
     if args.jsonl:
         _write(args.output, [row for row, _ in rows], prompts, sample, tokenizer)
     else:

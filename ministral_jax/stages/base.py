@@ -113,6 +113,10 @@ class Stage(Frozen):
         """Whether the checkpoint that the stage reads from outside of the run is not there (any more)."""
         return False
 
+    def fetch(self) -> bool:
+        """Whether the checkpoint that the stage reads from outside of the run was not here, and has been brought."""
+        return False
+
     def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
         """Of the parameters that it writes, in a recipe of these stages."""
         return "float32"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import BeforeValidator
+
+from ministral_jax.interop import hub
 from ministral_jax.interop.checkpoint import checkpoint_digest, import_checkpoint, is_checkpoint, read_spec
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import param_shardings
@@ -22,16 +25,25 @@ class Import(Stage):
     begins_anew: ClassVar = True
 
     do: Literal["import"]
-    path: Place
+    path: Annotated[Place, BeforeValidator(hub.named)]
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def directory(self) -> Path:
-        return place(self.path, "path =")
+        """That of a model on the hub is downloaded."""
+        name = hub.hub_name(self.path)
+        return place(self.path, "path =") if name is None else hub.downloaded(name)
 
     @property
     def is_gone(self) -> bool:
+        if (name := hub.hub_name(self.path)) is not None:
+            return hub.cached(name) is None
         return not is_checkpoint(self.directory)
+
+    def fetch(self) -> bool:
+        if hub.hub_name(self.path) is None or self.optional or not self.is_gone:
+            return False
+        return self.directory.is_dir()
 
     def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
         return self.dtype

@@ -1,0 +1,133 @@
+"""Models by their names on the Hugging Face hub, read through huggingface_hub (extra `hub`) into its cache.
+
+A name is hf://org/name, or mistralai/name where no directory `mistralai` is, and may end in @revision. What the cache
+has is taken as it is and nobody is asked whether there is a newer one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ministral_jax import yaml12
+from ministral_jax.arguments import any_place
+from ministral_jax.errors import UserError
+from ministral_jax.lazy import Lazy
+
+if TYPE_CHECKING:
+    import huggingface_hub
+    from huggingface_hub import errors
+else:
+    huggingface_hub, errors = Lazy("huggingface_hub"), Lazy("huggingface_hub.errors")
+
+_NAME = re.compile(r"(?:hf:/{1,2}([\w.-]+/[\w.-]+)|(mistralai/[\w.-]+))(@[\w./-]+)?")
+_SMALL = ("*.json", "*.jinja", "SYSTEM_PROMPT.txt")
+"""Configurations, tokenizer, chat template and indices."""
+_FORMATS = (("config.json", "model"), ("params.json", "consolidated"))
+"""What describes a model, and how the names of its weights begin; of two formats the first is taken."""
+
+
+def hub_name(text: str | Path, root: Path = Path()) -> str | None:
+    """`org/name` or `org/name@revision` where `text` names a model on the hub, and no path below `root`."""
+    if not isinstance(text, (str, Path)):  # in an object store
+        return None
+    if (match := _NAME.fullmatch(str(text))) is None or (match[2] and (root / "mistralai").exists()):
+        return None
+    return (match[1] or match[2]) + (match[3] or "")
+
+
+def named(value: Any) -> Any:
+    """A setting that is a path or a model's name; that as hf://org/name, wherever the recipe lies."""
+    root = getattr(value, "root", None) or yaml12.root_of(value) or Path()
+    name = hub_name(value, root) if isinstance(value, str) else None
+    return value if name is None else f"hf://{name}"
+
+
+def model_place(text: str) -> Path:
+    """Type of a command's argument that is a directory or a model's name."""
+    name = hub_name(text)
+    return any_place(text) if name is None else Path(f"hf:/{name}")
+
+
+def located(path: Path) -> Path:
+    """A directory as it is, and of a model on the hub the one where its files are or are downloaded to."""
+    name = hub_name(path)
+    return path if name is None else downloaded(name)
+
+
+def cached(name: str) -> Path | None:
+    """Where the files of a model lie, None if not all of them are on this machine. Nothing goes on the network."""
+    if find_spec("huggingface_hub") is None:
+        return None
+    try:
+        return _files(name, local_files_only=True)
+    except (UserError, errors.LocalEntryNotFoundError):
+        return None
+
+
+def downloaded(name: str) -> Path:
+    """Where the files of a model lie: those that are read of one format, and no others. What was cut off goes on where
+    it stopped.
+
+    Raises:
+        UserError: huggingface_hub is not installed; no such model or revision, or not for this user; or the hub cannot
+            be reached.
+    """
+    if find_spec("huggingface_hub") is None:
+        raise UserError(
+            f"{name} is on the hub, which needs huggingface_hub; in the checkout, pip install -e '.[hub]'; or give a "
+            "directory"
+        )
+    if (found := cached(name)) is not None:
+        return found
+    try:
+        return _files(name, local_files_only=False)
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{name}: its owners let only users in who agree to their terms, with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: the hub has no such revision") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{name}: neither a directory here nor on the hub, or for others (`hf auth login`)") from None
+    except errors.LocalEntryNotFoundError:
+        repository, _, revision = name.partition("@")
+        wanted = (*_SMALL, *(f"{stem}*.safetensors" for _, stem in _FORMATS[:1]))
+        command = f"hf download {repository}{revision and f' --revision {revision}'}"
+        raise UserError(
+            f"{name} is not on this machine, or not all of it, and the hub cannot be reached; where it can, run "
+            f"`{command} {' '.join(f'--include {pattern!r}' for pattern in wanted)}`, or give a directory"
+        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # of the several libraries that it talks to the hub with
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} could not be downloaded: {why}; run again, what is here is kept") from None
+
+
+def _files(name: str, local_files_only: bool) -> Path:
+    repository, _, revision = name.partition("@")
+
+    def get(patterns: Sequence[str]) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=[*patterns], local_files_only=local_files_only
+            )
+        )
+
+    return _with_weights(name, get)
+
+
+def _with_weights(name: str, get: Callable[[Sequence[str]], Path]) -> Path:
+    from ministral_jax.interop.shards import weight_files  # which every command would wait for
+
+    directory = get(_SMALL)
+    for config, stem in _FORMATS:
+        if (directory / config).is_file():
+            directory = get((*_SMALL, f"{stem}*.safetensors"))
+            if weight_files(directory, stem):
+                return directory
+    raise UserError(f"{name}: the hub has no model.safetensors or consolidated.safetensors with a configuration of it")

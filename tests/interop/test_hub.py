@@ -1,0 +1,162 @@
+"""Models by their names on the hub. No test here goes on the network: huggingface_hub's one entry is replaced."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from interop_cases import SPEC
+
+import ministral_jax
+from ministral_jax.errors import UserError
+from ministral_jax.interop import hub
+from ministral_jax.settings import Rooted
+from ministral_jax.stages.import_ import Import
+
+errors = pytest.importorskip("huggingface_hub.errors")
+
+NAME = "mistralai/Small"
+
+
+class Hub:
+    """A hub with one repository, and a cache of it."""
+
+    def __init__(self, files: Path, cache: Path):
+        self.files, self.cache, self.asked, self.fault = files, cache, [], None
+
+    def snapshot_download(self, repository, *, revision, allow_patterns, local_files_only) -> str:
+        wanted = [f for f in self.files.iterdir() if any(fnmatch.fnmatch(f.name, p) for p in allow_patterns)]
+        missing = [file for file in wanted if not (self.cache / file.name).is_file()]
+        if local_files_only:
+            if missing or not self.cache.is_dir():
+                raise errors.LocalEntryNotFoundError("not all here")
+            return str(self.cache)
+        self.asked.append((repository, revision))
+        if self.fault is not None:
+            raise self.fault
+        self.cache.mkdir(exist_ok=True)
+        for file in missing:
+            shutil.copy(file, self.cache)
+        return str(self.cache)
+
+
+@pytest.fixture
+def repository(exported, tmp_path, monkeypatch):
+    """With weights in both formats, as Mistral releases them."""
+    for name in (
+        "consolidated.safetensors",
+        "params.json",
+        "tekken.json",
+        "README.md",
+        "picture.png",
+        "chat_template.jinja",
+    ):
+        (exported / name).write_text("{}")
+    found = Hub(exported, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", found.snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_one_format_is_downloaded_once_and_read(repository, params):
+    assert hub.cached(NAME) is None
+    _, found = ministral_jax.load(NAME)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
+    here = {file.name for file in repository.cache.iterdir()}
+    configs = {"config.json", "generation_config.json", "processor_config.json", "params.json"}
+    assert here == configs | {"model.safetensors", "tekken.json", "chat_template.jinja"}
+    asked = len(repository.asked)
+    assert hub.downloaded(NAME) == hub.cached(NAME) == repository.cache
+    assert len(repository.asked) == asked
+
+
+def test_what_was_cut_off_goes_on(repository):
+    hub.downloaded(NAME)
+    (repository.cache / "model.safetensors").unlink()
+    assert hub.cached(NAME) is None
+    hub.downloaded(f"{NAME}@v1")
+    assert (repository.cache / "model.safetensors").is_file()
+    assert repository.asked[-1] == (NAME, "v1")
+
+
+def test_mistrals_own_format_is_taken_where_there_is_no_other(repository):
+    (repository.files / "config.json").unlink()
+    (repository.files / "model.safetensors").unlink()
+    hub.downloaded(NAME)
+    assert (repository.cache / "consolidated.safetensors").is_file()
+
+
+def test_a_stage_imports_by_name(repository, tmp_path):
+    stage = Import(do="import", path=Rooted.at(NAME, tmp_path))
+    assert stage.path == f"hf://{NAME}"
+    assert Import.model_validate(stage.model_dump()) == stage
+    assert stage.is_gone and not repository.asked
+    assert stage.fetch() and not stage.is_gone and not stage.fetch()
+    assert stage.resolve(None, "stages.a") == SPEC
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("mistralai/Small", "mistralai/Small"),
+        ("mistralai/Small@v1", "mistralai/Small@v1"),
+        ("hf://someone/Small", "someone/Small"),
+        (Path("hf://someone/Small"), "someone/Small"),
+        ("models/small", None),
+        ("/mistralai/Small", None),
+        ("mistralai/Small/hf", None),
+        ("gs://mistralai/Small", None),
+        ("../mistralai/Small", None),
+    ],
+)
+def test_what_is_a_name_and_what_a_path(text, name, tmp_path):
+    assert hub.hub_name(text, tmp_path) == name
+
+
+def test_a_directory_is_taken_before_a_name(tmp_path):
+    (tmp_path / "mistralai").mkdir()
+    assert hub.hub_name(NAME, tmp_path) is None
+    assert Import(do="import", path=Rooted.at(NAME, tmp_path)).path == str(tmp_path / NAME)
+
+
+def fault(kind):
+    """One of the hub's answers, made without the request that it would belong to."""
+    made = kind.__new__(kind)
+    Exception.__init__(made, "the hub says no\nat length")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (
+            errors.LocalEntryNotFoundError,
+            "is not on this machine, or not all of it, .*run `hf download mistralai/Small --i",
+        ),
+        (errors.GatedRepoError, "let only users in who agree to their terms"),
+        (errors.RepositoryNotFoundError, "neither a directory here nor on the hub"),
+        (errors.RevisionNotFoundError, "no such revision"),
+        (errors.HfHubHTTPError, "could not be downloaded: the hub says no; run again, what is here is kept$"),
+        (TimeoutError, "could not be downloaded: the hub says no"),
+    ],
+)
+def test_what_the_hub_answers_is_one_sentence(repository, kind, sentence):
+    repository.fault = fault(kind)
+    with pytest.raises(UserError, match=f"^{NAME}.*{sentence}") as said:
+        hub.downloaded(NAME)
+    assert "\n" not in str(said.value)
+
+
+def test_what_is_missing_is_said(repository, monkeypatch):
+    (repository.files / "model.safetensors").unlink()
+    (repository.files / "consolidated.safetensors").unlink()
+    with pytest.raises(UserError, match=f"^{NAME}: the hub has no model.safetensors or consolidated.safetensors"):
+        hub.downloaded(NAME)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    assert hub.cached(NAME) is None
+    with pytest.raises(UserError, match=r"needs huggingface_hub; in the checkout, pip install -e '.\[hub\]'"):
+        hub.downloaded(NAME)
