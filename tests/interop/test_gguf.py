@@ -16,7 +16,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.interop import gguf_format
 from ministral_jax.interop.export import Export, export
 from ministral_jax.interop.formats import FORMATS
-from ministral_jax.interop.hf import export_hf, slots
+from ministral_jax.interop.hf import Slot, export_hf, slots
 from ministral_jax.models.spec import RopeSpec
 from ministral_jax.models.vision import MEAN
 from ministral_jax.stages.export import Export as ExportStage
@@ -224,6 +224,17 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
     used = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert used < 2 * largest
+
+
+def test_all_processes_fetch_the_same_tensors(tmp_path, params, monkeypatch):
+    """In one order: those that do not write would wait for ever otherwise."""
+    taken, take = [], Slot.take
+    monkeypatch.setattr(Slot, "take", lambda self, params: taken.append((self.path, self.layer)) or take(self, params))
+    written(SPEC, tmp_path / "out", params=params)
+    by_writer = list(taken)
+    taken.clear()
+    FORMATS["gguf"].fetch(Export(params, SPEC, "float32"))
+    assert taken == by_writer and len(taken) == 46
 
 
 def test_an_export_is_replaced_and_nothing_else(tmp_path, params):
