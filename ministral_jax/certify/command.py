@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax.arguments import any_place
+from ministral_jax.interop.hub import model_place
 
 if TYPE_CHECKING:
     from ministral_jax.certify.certificate import Certificate
@@ -16,8 +17,8 @@ def add_certify(commands: Any) -> None:
     """Declare the commands on the subparsers of the command line."""
     certify = commands.add_parser("certify", help="compare an export with the model it was made from, and say so in it")
     certify.add_argument("directory", type=any_place, metavar="DIR", help="an export, in which certificate.json is put")
-    text = "the finished stage, or another export, that it has to equal"
-    certify.add_argument("--against", type=any_place, required=True, metavar="CHECKPOINT", help=text)
+    text = "the finished stage, another export or model on the hub, that it has to equal"
+    certify.add_argument("--against", type=model_place, required=True, metavar="CHECKPOINT", help=text)
     certify.set_defaults(command=_certify)
     push = commands.add_parser("push", help="send an export to a hub, with the login that huggingface_hub has")
     push.add_argument("directory", type=any_place, metavar="DIR")
@@ -32,10 +33,11 @@ def _certify(args: argparse.Namespace) -> int:
     from ministral_jax.certify.certificate import FILE, certify
     from ministral_jax.certify.in_card import put_in_card
     from ministral_jax.files import write_json
+    from ministral_jax.interop.hub import located
     from ministral_jax.places import fetched
     from ministral_jax.stages.card import NAME
 
-    found = certify(fetched(args.directory), args.against)
+    found = certify(fetched(args.directory), located(args.against))
     write_json(args.directory / FILE, found.model_dump())
     if (card := args.directory / NAME).is_file():
         put_in_card(card, found)

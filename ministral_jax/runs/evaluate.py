@@ -17,6 +17,7 @@ from ministral_jax.evaluation.suites import asked_for
 from ministral_jax.evaluation.tasks import Asking
 from ministral_jax.explain import validate
 from ministral_jax.files import digest_of, file_digest
+from ministral_jax.interop.hub import located
 from ministral_jax.runs.generate import open_checkpoint, placed_checkpoint
 from ministral_jax.stages.figures import Share, wilson
 from ministral_jax.stages.manifest import digest, read_manifest
@@ -33,18 +34,19 @@ def run_evaluate(args: Namespace) -> Table:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; it must be at least 1")
     tasks, lacking = asked_for(args.tasks)
-    spec, tokenizer = open_checkpoint(args.checkpoint)
-    held_out = _held_out(args.checkpoint)
-    model, params, placement = placed_checkpoint(args.checkpoint, spec, args.dtype)
+    checkpoint = located(args.checkpoint)
+    spec, tokenizer = open_checkpoint(checkpoint)
+    held_out = _held_out(checkpoint)
+    model, params, placement = placed_checkpoint(checkpoint, spec, args.dtype)
     kept = None
     if args.output is not None:
-        of = {"checkpoint": _identity(args.checkpoint), "dtype": model.compute.dtype, "held_out": held_out}
+        of = {"checkpoint": _identity(checkpoint), "dtype": model.compute.dtype, "held_out": held_out}
         of |= asking.model_dump(mode="json")
         kept = Kept(args.output, of)
     if lacking:
         say(f"not in lm-evaluation-harness and not measured: {', '.join(lacking)}")
     examinee = Examinee(model, params, placement, tokenizer, held_out, args.batch, poll_slow)
-    return score_table(args.checkpoint.name, evaluate(tasks, examinee, asking, kept))
+    return score_table(checkpoint.name, evaluate(tasks, examinee, asking, kept))
 
 
 def score_table(title: str, results: dict[str, dict[str, Any]]) -> Table:

@@ -6,13 +6,14 @@ import argparse
 from typing import Any
 
 from ministral_jax.arguments import add_processes, any_place
+from ministral_jax.interop.hub import model_place
 
 
 def add_evaluate(commands: Any) -> None:
     """The command, to the subparsers of `cli`."""
     evaluate = commands.add_parser("evaluate", help="a checkpoint's scores at tasks")
     evaluate.add_argument(
-        "checkpoint", type=any_place, help="directory of a finished stage, or a Hugging Face directory"
+        "checkpoint", type=model_place, help="directory of a finished stage or of a model, or its name on the hub"
     )
     names = "digits, needle, .. which are made here; tasks of lm-evaluation-harness; `paper`, the paper's benchmarks"
     evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK[@SHOTS]", help=names)
