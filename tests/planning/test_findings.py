@@ -31,6 +31,7 @@ BARE = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, s
 PLANTS = {
     # name: machine, stage, what is there before, what is planted, level, words of the finding
     "fp8": (V5P, SHORT, [], ["compute.matmul=fp8"], "warning", [".compute.matmul = fp8 is predicted as bfloat16"]),
+    "quantize": (V5P, SHORT, [], ["quantize=fp8"], "warning", [".quantize = fp8 is predicted as bfloat16"]),
     "a side is split": (
         TORUS, SHORT, ["mesh.fsdp=32"], ["mesh.fsdp=16"],
         "warning", [".mesh on v5p:4x4x8 splits a side", "fsdp 16 has 2 of the 4 places of side y",
