@@ -48,7 +48,10 @@ class Export(Stage):
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
-        FORMATS[self.format].check(spec)
+        try:
+            FORMATS[self.format].check(spec)
+        except UserError as problem:
+            raise UserError(f"{where}: {problem}") from None
         if self.format == "fp8" and not any(reads_rows(type(one)) for one in ancestors(self, graph.stages)):
             raise UserError(
                 f"{where}.format = fp8 needs rows to find scales on, and neither {self.source!r} nor a stage that it "

@@ -19,6 +19,7 @@ from ministral_jax.interop.formats import FORMATS
 from ministral_jax.interop.hf import Slot, export_hf, slots
 from ministral_jax.models.spec import RopeSpec
 from ministral_jax.models.vision import MEAN
+from ministral_jax.stages.base import Graph
 from ministral_jax.stages.export import Export as ExportStage
 
 # Rows of 64 and 32 can become whole numbers, those of 48 (the feed-forward's) cannot.
@@ -269,6 +270,9 @@ def test_what_llama_cpp_cannot_say_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs gguf, which is not installed; .*'\.\[gguf\]'"):
         written(TEXT, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    stage = ExportStage(do="export", source="a", format="gguf")
+    with pytest.raises(UserError, match=r"^stages.b: format = gguf needs gguf"):  # before anything is run
+        stage.check_sizes(TEXT, Graph({"b": stage}, {"a": TEXT}), "stages.b")
 
 
 def test_a_stage_has_a_number_format_of_its_format():
