@@ -11,7 +11,7 @@ from ministral_jax.doctor.weights import held, native_held
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf_config import from_config
 from ministral_jax.interop.native_config import from_params
-from ministral_jax.models.spec import PRESETS, ModelSpec
+from ministral_jax.models.spec import PRESETS, ModelSpec, RopeSpec
 
 _CLASS_THETA = 1e6
 """Of `Ministral3Config`, where nothing is said."""
@@ -118,25 +118,24 @@ def positions(source: Source, spec: ModelSpec | None) -> Iterator[Finding]:
     yield Finding(
         "green", "RoPE", f"{said}, temperature {beta or 'off'}, context {text.get('max_position_embeddings')}"
     )
-    if form == "yarn":
-        yield from _yarn(rope)
-    if text.get("model_type") == "ministral3" and not beta:
+    name = _like(spec) if spec else None
+    like = PRESETS[name].rope if name else RopeSpec()
+    if form == "yarn" and spec is not None:
+        yield from _yarn(rope, spec.rope.attention_factor, like.attention_factor)
+    if text.get("model_type") == "ministral3" and not beta and (name is None or like.temperature_beta):
         absent = "llama_4_scaling_beta is absent: the position temperature is off, which every Ministral 3 has"
         yield Finding("amber", "RoPE", f"{absent}; some converters drop it (vLLM#48621)")
-    name = _like(spec) if spec else None
-    if name and isinstance(theta, int | float) and theta != (usual := PRESETS[name].rope.theta):
-        said = f"θ is {theta:g}, {name} has {usual:g}"
+    if name and isinstance(theta, int | float) and theta != like.theta:
+        said = f"θ is {theta:g}, {name} has {like.theta:g}"
         dropped = theta == _CLASS_THETA and not name.startswith("tiny")
         why = ": the default of transformers' class, so a save has lost it" if dropped else ""
         yield Finding("red" if dropped else "amber", "RoPE", said + why)
 
 
-def _yarn(rope: Json) -> Iterator[Finding]:
-    factor, scale = rope.get("factor"), rope.get("attention_factor")
-    both = rope.get("mscale"), rope.get("mscale_all_dim")
-    if scale is None and not all(both) and isinstance(factor, int | float) and factor > 1:
-        grown = f"{0.1 * math.log(factor) + 1:.4f}"
-        said = f"mscale is {both[0]}, mscale_all_dim {both[1]}: cos and sin grow by {grown}, which the family's do not"
+def _yarn(rope: Json, grown: float, usual: float) -> Iterator[Finding]:
+    if not math.isclose(grown, usual, rel_tol=1e-6):
+        both = f"mscale is {rope.get('mscale')}, mscale_all_dim {rope.get('mscale_all_dim')}"
+        said = f"{both}: cos and sin grow by {grown:.4f}, those of the models of this size by {usual:.4f}"
         yield Finding("amber", "RoPE", f"{said} (vLLM#48621, llama.cpp#17945)")
     if rope.get("truncate") is False:
         yield Finding(

@@ -170,3 +170,12 @@ def test_a_class_default_of_theta_is_named(copy):
     rope(config)["rope_theta"] = 1e6
     (copy / "config.json").write_text(json.dumps(config))
     assert any(f.level == "red" and "ministral-3-14b has 1e+09" in f.said for f in examine(copy))
+
+
+def test_each_model_has_the_magnitude_of_its_own_yarn(tmp_path):
+    """Mistral Medium 3.5's cos and sin grow, and it was first released with a configuration in which they do not."""
+    edit(tmp_path, "config.json", lambda c: c.update(hf.to_config(PRESETS["mistral-medium-3.5-128b"], "bfloat16")))
+    of_rope = lambda: [f for f in examine(tmp_path) if f.subject == "RoPE"]
+    assert [f.level for f in of_rope()] == ["green"]
+    edit(tmp_path, "config.json", lambda c: rope(c).update(mscale_all_dim=1.0))
+    assert [(f.level, "grow by 1.0000, those of" in f.said) for f in of_rope()] == [("green", False), ("amber", True)]
