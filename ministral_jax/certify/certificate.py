@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from pydantic import BaseModel, Field
 
+import ministral_jax
 from ministral_jax.certify.checks import Check, checks, file_digests
 from ministral_jax.certify.controls import CONTROLS, copied
+from ministral_jax.certify.gguf_file import LIMITS, as_text, ask_llama, kind_of, read_gguf
 from ministral_jax.certify.prompts import Prompt, prompts
-from ministral_jax.certify.readers import Reader, opened, readers
+from ministral_jax.certify.readers import LIMIT, Opened, Read, Reader, opened, readers
 from ministral_jax.console import say
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
+from ministral_jax.interop.llama import has_llama
 from ministral_jax.models.spec import ModelSpec
 
 FILE = "certificate.json"
-LIMIT = 1e-4
-"""Of max |Δlogit| / max |logit| between our reading of a file and another's, both in float32: round-off of up to forty
-layers is below it, and every control has to be above."""
 
 
 class Reading(BaseModel):
@@ -77,15 +79,21 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
     """
     layout = layout_of(directory)
     trained = opened(checkpoint)
-    spec = trained.model.spec
-    found, tokenizer, ours = checks(directory, checkpoint, trained)
+    found, tokenizer, ours = checks(directory, checkpoint, trained, layout)
     readings, failures, absent = list[Reading](), list[Failure](), list[str]()
     if ours is not None:  # else nothing can be read
-        asked, absent = readers(layout)
+        asked, absent = _asked(layout, directory, trained)
+        if layout == "gguf":
+            trained = as_text(trained)
+        spec = trained.model.spec
         given = prompts(spec, tokenizer)
         wanted, own = {p.name: trained.read(p) for p in given}, {p.name: ours.read(p) for p in given}
-        readings = [r for reader in asked for r in _readings(reader, directory, spec, given, wanted, own)]
-        failures = [f for reader in asked for f in _failures(reader, layout, directory, spec, given[-1], own)]
+        apart = lambda read: difference(read(given[-1]), own[given[-1].name])
+        for reader in asked:
+            here = [*_readings(reader, directory, spec, given, wanted, own)]
+            readings += here
+            limit = max(LIMIT, 2 * here[-1].to_ours)
+            failures += _failures(reader, layout, directory, spec, apart, limit)
     holds = all(check.holds for check in found) and all(r.holds for r in readings) and all(f.fails for f in failures)
     return Certificate(
         holds=holds and bool(readings),
@@ -105,7 +113,26 @@ def layout_of(directory: Path) -> str:
         return "fp8" if read_object(directory / "config.json").get("quantization_config") else "hf"
     if (directory / "params.json").is_file():
         return "native"
-    raise UserError(f"{directory} is no export that can be certified: it has neither config.json nor params.json")
+    if (directory / "model.gguf").is_file():
+        if find_spec("gguf") is None:
+            raise UserError(
+                f"{directory} is read with gguf, which is not installed; in the checkout, pip install -e '.[gguf]'"
+            )
+        return "gguf"
+    raise UserError(f"{directory} is no export that can be certified: no config.json, params.json or model.gguf")
+
+
+def _asked(layout: str, directory: Path, trained: Opened) -> tuple[list[Reader], list[str]]:
+    """What reads an export and is installed, this project first, and what is not."""
+    ours = f"ministral_jax {ministral_jax.__version__}"
+    if layout != "gguf":
+        others, absent = readers(layout)
+        return [Reader(ours, lambda path, _: opened(path).read), *others], absent
+    found = [Reader(f"{ours} with gguf", lambda path, _: read_gguf(path, trained).read)]
+    if not has_llama():
+        return found, ["llama.cpp"]
+    name = f"llama.cpp in llama-cpp-python {import_module('llama_cpp').__version__}"
+    return [*found, Reader(name, ask_llama, LIMITS[kind_of(directory)])], []
 
 
 def _readings(
@@ -129,7 +156,7 @@ def _readings(
             max_difference=float(np.abs(logits - trained).max()),
             argmax=float((logits.argmax(-1) == trained.argmax(-1)).mean()),
             to_ours=apart,
-            holds=apart <= LIMIT,
+            holds=apart <= reader.limit,
         )
 
 
@@ -146,9 +173,10 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def _failures(
-    reader: Reader, layout: str, directory: Path, spec: ModelSpec, prompt: Prompt, own: dict[str, np.ndarray]
+    reader: Reader, layout: str, directory: Path, spec: ModelSpec, apart: Callable[[Read], float], limit: float
 ) -> Iterator[Failure]:
-    """`prompt` is the one on which all faults show: the longest."""
+    """`apart` compares on the prompt on which all faults show, the longest. `limit`: at least twice what the file
+    itself differs by from our reading of it."""
     for control in CONTROLS[layout]:
         if not control.applies(spec):
             continue
@@ -157,9 +185,8 @@ def _failures(
             copied(directory, copy := Path(scratch, "copy"))
             control.plant(copy, spec)
             try:
-                apart = difference(reader.open(copy, spec)(prompt), own[prompt.name])
-                refused = None
+                found, refused = apart(reader.open(copy, spec)), None
             except Exception as error:  # whatever another program says to a damaged file
-                apart, refused = None, f"{type(error).__name__}: {error!s:.200}"
-        fails = refused is not None or (apart is not None and apart > LIMIT)
-        yield Failure(control=control.name, reader=reader.name, difference=apart, refused=refused, fails=fails)
+                found, refused = None, f"{type(error).__name__}: {error!s:.200}"
+        fails = found is None or found > limit
+        yield Failure(control=control.name, reader=reader.name, difference=found, refused=refused, fails=fails)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from ministral_jax.certify.gguf_file import as_text, read_gguf, wrong_tensors
 from ministral_jax.certify.readers import Opened, opened
 from ministral_jax.data.chat import render
 from ministral_jax.data.config import TokenizerConfig
@@ -42,22 +43,34 @@ class Check(BaseModel):
     said: str
 
 
-def checks(directory: Path, checkpoint: Path, trained: Opened) -> tuple[list[Check], Tokenizer | None, Opened | None]:
+def checks(
+    directory: Path, checkpoint: Path, trained: Opened, layout: str
+) -> tuple[list[Check], Tokenizer | None, Opened | None]:
     """All checks, the tokenizer of the export, and the export as we read it; None where it cannot be read."""
-    red = [finding for finding in examine(directory) if finding.level == "red"]
-    said = "; ".join(f"{finding.subject}: {finding.said}" for finding in red) or "nothing is red"
-    found, tokenizer = [Check(name="doctor", holds=not red, said=said)], None
+    found, tokenizer = [] if layout == "gguf" else [_examined(directory)], None
     try:
         tokenizer = _tokenizer(directory)
         found += _words(directory, checkpoint, tokenizer, trained.model.spec)
-        held, ours = open_checkpoint(directory), opened(directory)
+        if layout == "gguf":
+            ours, wanted = read_gguf(directory, trained), as_text(trained)
+        else:
+            ours, wanted = opened(directory), trained
+        sizes = _sizes(ours.model.spec, wanted.model.spec)
+        found.append(sizes)
+        if sizes.holds and layout == "gguf":
+            wrong, count, kinds = wrong_tensors(directory, trained, tokenizer)
+            found.append(_tensors(wrong, count, kinds))
+        elif sizes.holds:
+            found.append(_tensors(*_wrong(open_checkpoint(directory), ours.params, trained.params)))
     except UserError as error:
         return [*found, Check(name="readable", holds=False, said=str(error))], tokenizer, None
-    sizes = _sizes(held.spec, trained.model.spec)
-    found.append(sizes)
-    if sizes.holds:
-        found.append(_tensors(held, ours.params, trained.params))
     return found, tokenizer, ours if sizes.holds else None
+
+
+def _examined(directory: Path) -> Check:
+    red = [finding for finding in examine(directory) if finding.level == "red"]
+    said = "; ".join(f"{finding.subject}: {finding.said}" for finding in red) or "nothing is red"
+    return Check(name="doctor", holds=not red, said=said)
 
 
 def file_digests(directory: Path) -> dict[str, str]:
@@ -73,26 +86,32 @@ def _sizes(file: ModelSpec, trained: ModelSpec) -> Check:
     return Check(name="configuration", holds=not other, said="; ".join(other) or "the sizes and positions of training")
 
 
-def _tensors(held: Checkpoint, ours: Params, trained: Params) -> Check:
-    """Every tensor of the file is the parameter, rounded to its dtype; in FP8 to within rounding."""
-    wrong, worst, kinds = [], 0.0, set()
+def _wrong(held: Checkpoint, ours: Params, trained: Params) -> tuple[list[str], int, set[str]]:
+    """Tensors that are not the parameter, rounded to their dtype, or in FP8 to within rounding; how many there are, and
+    of which kinds."""
+    wrong, kinds = [], set()
     for slot in held.slots:
         tensor, value = held.tensors[slot.name], slot.take(trained)
-        kinds.add("FP8" if isinstance(tensor, Scaled) else tensor.dtype.name)
         if isinstance(tensor, Scaled):
-            size = np.linalg.norm(value.ravel().astype(np.float64))
-            lost = np.linalg.norm((slot.take(ours) - value).ravel().astype(np.float64)) / max(size, 1e-30)
-            worst = max(worst, float(lost))
-            is_right = lost <= EIGHT_BITS
+            kinds.add("FP8")
+            lost = np.linalg.norm((slot.take(ours) - value).ravel().astype(np.float64))
+            is_right = lost <= EIGHT_BITS * np.linalg.norm(value.ravel().astype(np.float64))
         else:
+            kinds.add(tensor.dtype.name)
             is_right = np.array_equal(value.astype(tensor.dtype), tensor.read())
         if not is_right:
             wrong.append(slot.name)
+    return wrong, len(held.slots), kinds
+
+
+def _tensors(wrong: list[str], count: int, kinds: set[str]) -> Check:
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         return Check(name="tensors", holds=False, said=f"{wrong[0]}{more}: not the trained parameter")
-    exact = "bit for bit the trained ones in " if not worst else f"the trained ones to {worst:.1%} in "
-    return Check(name="tensors", holds=True, said=f"{len(held.slots)} tensors, {exact}{', '.join(sorted(kinds))}")
+    exact = "to within rounding" if kinds & {"FP8", "Q8_0", "Q4_0"} else "bit for bit"
+    return Check(
+        name="tensors", holds=True, said=f"{count} tensors, {exact} the trained ones in {', '.join(sorted(kinds))}"
+    )
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from ministral_jax.certify.gguf_file import drop_head, permute_back, set_key
 from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
 from ministral_jax.models.spec import ModelSpec
@@ -138,5 +139,11 @@ NATIVE_CONTROLS = (
     Control(HF_CONTROLS[2].name, HF_CONTROLS[2].applies, _native_permuted),
     Control(HF_CONTROLS[3].name, HF_CONTROLS[3].applies, _native_headless),
 )
-CONTROLS = {"hf": HF_CONTROLS, "fp8": HF_CONTROLS, "native": NATIVE_CONTROLS}
+GGUF_CONTROLS = (
+    Control(HF_CONTROLS[0].name, _has_temperature, set_key("attention.temperature_scale", lambda beta: 0.0)),
+    Control(HF_CONTROLS[1].name, HF_CONTROLS[1].applies, set_key("rope.scaling.factor", lambda factor: 2 * factor)),
+    Control(HF_CONTROLS[2].name, HF_CONTROLS[2].applies, permute_back),
+    Control(HF_CONTROLS[3].name, HF_CONTROLS[3].applies, drop_head),
+)
+CONTROLS = {"gguf": GGUF_CONTROLS, "hf": HF_CONTROLS, "fp8": HF_CONTROLS, "native": NATIVE_CONTROLS}
 """By format."""

@@ -31,23 +31,27 @@ Read = Callable[[Prompt], np.ndarray]
 """Logits `[n, V]`, float64, of the last n positions of a prompt, at most `COMPARED`."""
 
 
+LIMIT = 1e-4
+"""Of max |Δlogit| / max |logit| between our reading of a file and another's, both in float32: round-off of up to forty
+layers is below it, and every control has to be above."""
+
+
 @dataclass(frozen=True)
 class Reader:
-    """`open` loads a directory; its errors are those of the program."""
+    """`open` loads a directory; its errors are those of the program. `limit`: see `LIMIT`."""
 
     name: str
     open: Callable[[Path, ModelSpec], Read]
+    limit: float = LIMIT
 
 
 def readers(layout: str) -> tuple[list[Reader], list[str]]:
-    """Those that read a format and are installed, ours first, and what is not."""
-    found, absent = [Reader(f"ministral_jax {ministral_jax.__version__}", lambda path, _: opened(path).read)], []
+    """Other programs that read a format and are installed, and those that are not."""
     if layout == "hf":
         if find_spec("transformers") and find_spec("torch"):
-            found.append(Reader(f"transformers {version('transformers')}", _transformers))
-        else:
-            absent.append("transformers")
-    return found, absent
+            return [Reader(f"transformers {version('transformers')}", _transformers)], []
+        return [], ["transformers"]
+    return [], []
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------

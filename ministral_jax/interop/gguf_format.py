@@ -103,18 +103,18 @@ def _write(model: Export, directory: Path) -> None:
             (file.read_text() for file in files_of(model.files) if file.name == "chat_template.jinja"), None
         )
         add_tokenizer(writer, tokenizer, spec.vocab, template)
-    _write_tensors(writer, model, slots(spec, _TEXT), model.dtype)
+    _write_tensors(writer, model, decoder_slots(spec), model.dtype)
     if spec.vision is not None:
         dtype = model.dtype if model.dtype in ("float32", "bfloat16") else "float16"
         writer = _writer(directory / "mmproj.gguf", "clip", dtype)
         _add_vision_sizes(writer, spec)
-        _write_tensors(writer, model, _vision_slots(spec, tokenizer), dtype)
+        _write_tensors(writer, model, vision_slots(spec, tokenizer), dtype)
 
 
 def _fetch(model: Export) -> None:
-    found = slots(model.spec, _TEXT)
+    found = decoder_slots(model.spec)
     if model.spec.vision is not None:
-        found += _vision_slots(model.spec, _tokenizer(model))
+        found += vision_slots(model.spec, _tokenizer(model))
     for slot in found:
         slot.take(model.params)
 
@@ -128,8 +128,14 @@ def _tokenizer(model: Export) -> Tokenizer | None:
     return next((read_tokenizer(file) for file in files_of(model.files) if file.name == "tekken.json"), None)
 
 
-def _vision_slots(spec: ModelSpec, tokenizer: Tokenizer | None) -> list[Slot]:
-    """What llama.cpp sets between the rows of an image's tokens comes with the tower: the embedding of [IMG_BREAK]."""
+def decoder_slots(spec: ModelSpec) -> list[Slot]:
+    """Every tensor of `model.gguf`."""
+    return slots(spec, _TEXT)
+
+
+def vision_slots(spec: ModelSpec, tokenizer: Tokenizer | None) -> list[Slot]:
+    """Every tensor of `mmproj.gguf`. What llama.cpp sets between the rows of an image's tokens comes with the tower:
+    the embedding of [IMG_BREAK]."""
     line_break = _IMAGE_BREAK if tokenizer is None else tokenizer.image_ids[1]
     return [
         *slots(spec, _VISION),

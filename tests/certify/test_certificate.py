@@ -39,6 +39,7 @@ def ours_alone(monkeypatch):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *backend: devices)
     monkeypatch.setattr(readers, "find_spec", lambda name: None)
+    monkeypatch.setattr(certificate, "has_llama", lambda: False)
 
 
 HEAD, LICENCE = "---\nlicense: mit\n---\n# Name\n", "## Licence\n\nmit\n"
@@ -75,7 +76,7 @@ SCALES = {"attention": {"input": 1.0, "mixed": 1.0}, "mlp": {"input": 1.0, "hidd
 LAYERS = jax.tree.map(lambda scale: np.full(SPEC.layers, scale, np.float32), SCALES)
 
 
-@pytest.mark.parametrize("name, kl", [("native", 1e-3), ("fp8", 0.5)])
+@pytest.mark.parametrize("name, kl", [("native", 1e-3), ("fp8", 0.5), ("gguf", 1e-3)])
 def test_other_formats_are_certified(pair, tmp_path, name, kl):
     files, scales = [pair[1] / "tekken.json"], {"decoder": {"layers": LAYERS}} if name == "fp8" else None
     model = Export(random_params(SPEC), SPEC, "bfloat16", files, scales)
@@ -109,7 +110,7 @@ def test_what_is_not_the_model_is_not_certified(pair, tmp_path, fault):
     copy = shutil.copytree(pair[0], tmp_path / "copy")
     plant, words = FAULTS[fault]
     plant(copy)
-    found, *_ = checks(copy, pair[1], readers.opened(pair[1]))
+    found, *_ = checks(copy, pair[1], readers.opened(pair[1]), "hf")
     failed = [check.said for check in found if not check.holds]
     assert len(failed) and any(words in said for said in failed), found
 
