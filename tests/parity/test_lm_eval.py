@@ -8,20 +8,20 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from examinee_cases import SPEC, examinee  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
-from PIL import Image  # noqa: E402
+from examinee_cases import SPEC, examinee
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from PIL import Image
 
-from ministral_jax.data.chat import render  # noqa: E402
-from ministral_jax.data.conversation import Message  # noqa: E402
-from ministral_jax.errors import UserError  # noqa: E402
-from ministral_jax.evaluation.examinee import Continued, Manner, windows  # noqa: E402
-from ministral_jax.evaluation.harness import HarnessModel, run_harness  # noqa: E402
-from ministral_jax.evaluation.suites import SUITES, Asked  # noqa: E402
-from ministral_jax.evaluation.tasks import Asking  # noqa: E402
-from ministral_jax.sampling.engine import Prompt, as_prompt  # noqa: E402
+from ministral_jax.data.chat import render
+from ministral_jax.data.conversation import Message
+from ministral_jax.errors import UserError
+from ministral_jax.evaluation.examinee import Continued, Manner, windows
+from ministral_jax.evaluation.harness import HarnessModel, run_harness
+from ministral_jax.evaluation.suites import SUITES, Asked
+from ministral_jax.evaluation.tasks import Asking
+from ministral_jax.sampling.engine import Prompt, as_prompt
 
 pytestmark = pytest.mark.parity
 TASKS = {
