@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,7 @@ def _summary(made: Sequence[Made], spec: ModelSpec) -> str:
     begin = {"import": "an imported model", "train": "a model trained from scratch"}.get(first.manifest.do, "a model")
     return (
         f"A model of {_count(spec.parameters)} parameters that reads {sees}, made with ministral_jax "
-        f"{ministral_jax.__version__} from `{first.name}`, {begin}, with {len(made) - 1} more "
+        f"{ministral_jax.__version__} from `{first.name}`, {begin}, in {len(made) - 1} "
         f"stages{f' and {_count(trained)} tokens' if trained else ''}. Its context is {spec.context:,} tokens."
     )
 
@@ -124,24 +125,27 @@ def _step(stage: Made) -> tuple[str, ...]:
 
 
 def _figures(made: Sequence[Made]) -> Iterator[str]:
-    """Held-out figures of all stages that have some."""
-    if rows := [row for stage in made for row in _figures_of(stage)]:
+    """Held-out figures: all of the model itself, and of each stage before it the most telling one."""
+    rows = [row for stage in made[:-1] for row in itertools.islice(_figures_of(stage), 1)]
+    if rows := [*rows, *_figures_of(made[-1])]:
         said = "On held-out documents and prompts; the interval holds 95 % of what others of their kind would give."
         yield f"## Figures\n\n{said}\n\n{_table(('stage', 'figure', 'value', '95 %', 'of'), rows)}"
 
 
 def _figures_of(stage: Made) -> Iterator[tuple[str, ...]]:
-    from ministral_jax.stages import figures  # the verbs, which import this module
+    from ministral_jax.stages import verbs  # which import this module
 
     metrics, held_out = stage.manifest.metrics, stage.manifest.held_out or HeldOut()
-    for name, figure in figures().items():
-        if (value := metrics.get(name)) is None:
+    for figure in verbs()[stage.manifest.do].figures if stage.manifest.do in verbs() else ():
+        if (value := metrics.get(figure.name)) is None:
             continue
-        ends, count = held_out.intervals.get(name), f"{held_out.documents} documents" if held_out.documents else ""
+        form = (lambda x: f"{x:.1%}") if figure.unit == "share" else lambda x: f"{x:.4g}"
+        ends, count = held_out.intervals.get(figure.name), f"{held_out.documents} documents"
         if share := share_of(metrics, figure):
             ends, count = (share.low, share.high), f"{share.count} prompts"
-        between = f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
-        yield stage.name, f"{figure.label}{figure.unit and f', {figure.unit}'}", f"{value:.4g}", between, count
+        between = f"{form(ends[0])} to {form(ends[1])}" if ends else ""
+        unit = "" if figure.unit in ("", "share") or figure.unit in figure.label else f", {figure.unit}"
+        yield stage.name, figure.label + unit, form(value), between, count if ends else ""
 
 
 def _sizes(spec: ModelSpec) -> Iterator[tuple[str, ...]]:

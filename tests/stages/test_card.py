@@ -57,7 +57,7 @@ def test_an_export_has_a_card(run):
     order = [line.split(" | ")[0].strip("| ") for line in lines if re.search(r"\| (train|distill|grpo) \|", line)]
     assert order == ["parent", "short", "child"]
     assert "| short | KL to the teacher, nats per token | 0.03 | 0.02 to 0.04 | 66 documents |" in lines
-    assert "| child | right answers, share | 0.5 | 0.4038 to 0.5962 | 100 prompts |" in lines  # Wilson's
+    assert "| child | right answers | 50.0% | 40.4% to 59.6% | 100 prompts |" in lines  # Wilson's
     assert "Unknown." in body and "AutoModelForImageTextToText.from_pretrained" in body
 
 
