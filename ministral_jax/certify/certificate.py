@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 import ministral_jax
 from ministral_jax.certify.checks import Check, checks, file_digests
 from ministral_jax.certify.controls import CONTROLS, copied
-from ministral_jax.certify.gguf_file import LIMITS, as_text, ask_llama, kind_of, read_gguf
+from ministral_jax.certify.gguf_file import as_text, ask_llama, llama_limit, read_gguf
 from ministral_jax.certify.prompts import Prompt, prompts
 from ministral_jax.certify.readers import LIMIT, Opened, Read, Reader, opened, readers
 from ministral_jax.console import say
@@ -132,7 +132,7 @@ def _asked(layout: str, directory: Path, trained: Opened) -> tuple[list[Reader],
     if not has_llama():
         return found, ["llama.cpp"]
     name = f"llama.cpp in llama-cpp-python {import_module('llama_cpp').__version__}"
-    return [*found, Reader(name, ask_llama, LIMITS[kind_of(directory)])], []
+    return [*found, Reader(name, ask_llama, llama_limit(directory))], []
 
 
 def _readings(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from einops import rearrange
 
@@ -33,7 +34,7 @@ LOST = {"F32": 0.0, "F16": 0.0, "BF16": 0.0, "Q8_0": 0.02, "Q4_0": 0.2}
 """By the kind of a tensor, the most of its Frobenius norm that rounding to blocks takes away; 0: it is the parameter,
 rounded."""
 LIMITS = {"F32": 1e-4, "F16": 1e-2, "BF16": 5e-2, "Q8_0": 1e-1, "Q4_0": 1e-1}
-"""By the kind of most matrices, of max |Δlogit| / max |logit| between llama.cpp and the numbers of the file: llama.cpp
+"""By kind of matrix, of max |Δlogit| / max |logit| between llama.cpp and the numbers of the file: llama.cpp
 rounds what it multiplies them with to the same kind, or to 8 bits."""
 
 
@@ -43,10 +44,10 @@ def as_text(opened: Opened) -> Opened:
     return replace(opened, model=VLM(spec, opened.model.compute), params={"decoder": opened.params["decoder"]})
 
 
-def kind_of(directory: Path) -> str:
-    """The kind of most matrices."""
-    kinds = [t.tensor_type.name for t in _tensors(directory / "model.gguf").values() if len(t.shape) > 1]
-    return max(set(kinds), key=kinds.count)
+def llama_limit(directory: Path) -> float:
+    """Of `LIMITS`, that of the coarsest kind of matrix."""
+    kinds = {t.tensor_type.name for t in _tensors(directory / "model.gguf").values() if len(t.shape) > 1}
+    return max(LIMITS[kind] for kind in kinds)
 
 
 def read_gguf(directory: Path, trained: Opened) -> Opened:
@@ -79,12 +80,21 @@ def wrong_tensors(directory: Path, trained: Opened, tokenizer: Tokenizer | None)
             kinds.add(kind := tensors[slot.name].tensor_type.name)
             count += 1
             if LOST[kind] == 0:
-                same = np.array_equal(found, _dequantised(gguf.quantize(value, tensors[slot.name].tensor_type), kind))
+                same = any(np.array_equal(found, _rounded(one, kind)) for one in (value, _narrow(value)))
             else:
                 same = np.linalg.norm(found - value) <= LOST[kind] * np.linalg.norm(value)
             if not same:
                 wrong.append(slot.name)
     return wrong, count, kinds
+
+
+def _narrow(value: np.ndarray) -> np.ndarray:
+    """As an export in bfloat16 has also what it writes in float32: that is how it loads the parameters."""
+    return value.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _rounded(value: np.ndarray, kind: str) -> np.ndarray:
+    return _dequantised(gguf.quantize(value, gguf.GGMLQuantizationType[kind]), kind)
 
 
 def ask_llama(directory: Path, spec: ModelSpec) -> Read:

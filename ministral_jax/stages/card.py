@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import Field, ValidationError
 import ministral_jax
 from ministral_jax.errors import UserError
 from ministral_jax.explain import explain
+from ministral_jax.interop.hub import hub_name
 from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.settings import Frozen
@@ -89,8 +89,9 @@ def _front(made: Sequence[Made], layout: str, config: CardConfig) -> str:
 
 
 def _hub_name(manifest: Manifest) -> str | None:
-    path = str(manifest.config.get("path", ""))
-    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None
+    """Of the import that a lineage begins with, where it is one from a hub."""
+    name = hub_name(str(manifest.config.get("path", "")))
+    return None if name is None else name.partition("@")[0]
 
 
 def _body(made: Sequence[Made], layout: str, config: CardConfig) -> str:

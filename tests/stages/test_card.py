@@ -69,6 +69,12 @@ def test_what_the_user_says_stands_in_it(run, tmp_path):
     assert "--load-format mistral" in body
 
 
+def test_a_parent_from_a_hub_is_named(tmp_path):
+    stage(tmp_path, "parent", "import", config={"do": "import", "path": "hf://owner/Parent-24B@main"})
+    front, body = parts(write_card(tmp_path / "parent", tmp_path / "card", "hf", CardConfig()).read_text())
+    assert front["base_model"] == "owner/Parent-24B" and "an imported model" in body
+
+
 def test_a_lineage_ends_where_a_parent_is_gone(run, tmp_path):
     (run / "short" / "manifest.json").unlink()
     _, body = parts(write_card(run / "child", tmp_path / "card", "gguf", CardConfig()).read_text())
