@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for meshes and one compilation cache for the whole suite."""
+"""Eight virtual CPU devices for meshes, no hub, and one compilation cache for the whole suite."""
 
 import os
 import tempfile
@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
 # most of the suite's time is compiling programs that run for a moment
 os.environ.setdefault(
     "XLA_FLAGS",
