@@ -17,6 +17,7 @@ from ministral_jax.certify.controls import CONTROLS, copied
 from ministral_jax.certify.gguf_file import as_text, ask_llama, llama_limit, read_gguf
 from ministral_jax.certify.prompts import Prompt, prompts
 from ministral_jax.certify.readers import LIMIT, Opened, Read, Reader, opened, readers
+from ministral_jax.certify.serving import Serving, serving
 from ministral_jax.console import say
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
@@ -67,6 +68,7 @@ class Certificate(BaseModel):
     controls: list[Failure] = Field(default_factory=list)
     not_installed: list[str] = Field(default_factory=list)
     """Readers of the format that were not asked."""
+    serving: Serving | None = None
     files: dict[str, str]
     """SHA-256 of every file that is certified."""
 
@@ -103,6 +105,7 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
         readings=readings,
         controls=failures,
         not_installed=absent,
+        serving=serving(directory) if ours is not None else None,
         files=file_digests(directory),
     )
 

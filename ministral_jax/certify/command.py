@@ -56,6 +56,8 @@ def show(found: Certificate) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from ministral_jax.certify.in_card import paces_of
+
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
     def line(holds: bool, said: str) -> None:
@@ -69,6 +71,8 @@ def show(found: Certificate) -> None:
     for f in found.controls:
         said = f"refused, {f.refused}" if f.refused else f"differs by {f.difference:.1e}"
         line(f.fails, f"control, {f.reader}, {f.control}: {said}")
+    if found.serving is not None:
+        console.print(paces_of(found.serving))
     for name in found.not_installed:
         console.print(f"not asked: {name} is not installed")
     console.print("certified" if found.holds else "NOT certified")

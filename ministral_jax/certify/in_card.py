@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ministral_jax.certify.certificate import Certificate
+from ministral_jax.certify.serving import Serving
 from ministral_jax.files import write_text
 
 TITLE = "## Certificate"
@@ -36,4 +37,15 @@ def section_of(found: Certificate) -> str:
     if found.controls:
         names = ", ".join(dict.fromkeys(failure.control for failure in found.controls))
         lines.append(f"\nCopies with a fault are told from it by every reader: {names}.")
+    if found.serving is not None:
+        lines.append(f"\n{paces_of(found.serving)}.")
     return "\n".join(lines)
+
+
+def paces_of(said: Serving) -> str:
+    """In words."""
+    text = f"The weights are {said.bytes / 1e6:,.1f} MB"
+    if said.prompt_per_second is None or said.generated_per_second is None:
+        return text
+    paces = f"{said.prompt_per_second:,.0f} tokens of a prompt and {said.generated_per_second:,.0f} new ones"
+    return f"{text}; llama.cpp reads {paces} in a second, on {said.machine}"

@@ -60,9 +60,8 @@ def test_an_export_is_certified(pair, capsys):
     assert not {"certificate.json", "README.md"} & found.files.keys()
     card = (directory / "README.md").read_text()
     assert card.startswith(f"{HEAD}\n{LICENCE}\n## Certificate\n\nCertified against `trained`")
-    assert (
-        "| long |" in card and "yesterday" not in card and "bit for bit" in card and card.count("## Certificate") == 1
-    )
+    assert "| long |" in card and "yesterday" not in card and card.count("## Certificate") == 1
+    assert "bit for bit" in card and f"The weights are {found.serving.bytes / 1e6:.1f} MB." in card
 
 
 def edit(directory, change) -> None:

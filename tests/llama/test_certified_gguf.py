@@ -9,6 +9,7 @@ from model_cases import random_params
 from test_llama_cpp import UNTIED
 
 from ministral_jax.certify.certificate import certify
+from ministral_jax.certify.in_card import section_of
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import load_tokenizer
 from ministral_jax.interop.export import Export, export
@@ -29,3 +30,5 @@ def test_llama_certifies(dtype, tmp_path, monkeypatch):
     theirs = [reading for reading in found.readings if reading.reader.startswith("llama.cpp")]
     assert [reading.prompt for reading in theirs] == ["text", "long"]
     assert sum(failure.reader.startswith("llama.cpp") for failure in found.controls) == 4
+    assert found.serving and found.serving.prompt_per_second and found.serving.generated_per_second
+    assert "new ones in a second" in section_of(found)
