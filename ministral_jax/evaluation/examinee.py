@@ -239,4 +239,4 @@ def _sums(read: dict[str, Any], rows: int) -> list[tuple[float, bool]]:
     nats = np.bincount(row[counted], read["ce"].ravel()[counted].astype(np.float64), rows)
     wrong = (read["prediction"] != read["labels"]).ravel()[counted]
     misses = np.bincount(row[counted], wrong, rows)
-    return [(-float(nats[n]), misses[n] == 0) for n in range(rows)]
+    return [(-float(nats[n]), bool(misses[n] == 0)) for n in range(rows)]
