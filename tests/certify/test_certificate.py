@@ -11,7 +11,8 @@ from model_cases import random_params, vlm
 from ministral_jax import cli
 from ministral_jax.certify import certificate, readers
 from ministral_jax.certify.checks import checks
-from ministral_jax.certify.controls import HF_CONTROLS, change_tensor
+from ministral_jax.certify.controls import CONTROLS, HF_CONTROLS, Control, change_tensor
+from ministral_jax.certify.in_card import section_of
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.interop.export import Export, export
@@ -69,6 +70,15 @@ def edit(directory, change) -> None:
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+
+
+def test_a_comparison_that_tells_nothing_certifies_nothing(pair, monkeypatch):
+    nothing = Control("nothing changed", lambda spec: True, lambda directory, spec: None)
+    monkeypatch.setitem(CONTROLS, "hf", (nothing,))
+    found = certificate.certify(*pair)
+    assert not found.holds and all(check.holds for check in found.checks)
+    assert [failure.fails for failure in found.controls] == [False]
+    assert "nothing changed is not told by ministral_jax" in section_of(found)
 
 
 SCALES = {"attention": {"input": 1.0, "mixed": 1.0}, "mlp": {"input": 1.0, "hidden": 1.0}}
