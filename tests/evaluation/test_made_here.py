@@ -1,6 +1,7 @@
 """Tasks that are made here, asked of one who knows the answers, and what becomes of results that were interrupted."""
 
 import json
+import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -117,3 +118,12 @@ def test_names_of_tasks():
         asked_for(["mmlu@few"])
     with pytest.raises(UserError, match="--tasks digits@3: a task that is made here has no examples"):
         evaluate([Asked("digits", 3)], None, Asking())
+
+
+def test_a_task_of_the_harness_needs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "ministral_jax.evaluation.harness", raising=False)
+    with pytest.raises(
+        UserError, match=r"--tasks mmlu@5: is none of arithmetic, .*pip install 'ministral-jax\[eval\]'"
+    ):
+        evaluate([Asked("mmlu", 5)], None, Asking())
