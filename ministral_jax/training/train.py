@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ministral_jax.distributed.processes import Preempted, Shapes, compiles, poll, saving, shapes_of
 from ministral_jax.errors import UserError
@@ -40,6 +40,12 @@ class Steps(Frozen):
     track: Track = "tensorboard"
     """Where figures are shown beside metrics.jsonl; `wandb` and `trackio` when they are installed."""
     profile: ProfileConfig | None = None
+
+    @model_validator(mode="after")
+    def _profile_is_of_a_step(self) -> Self:
+        if self.profile is not None and self.profile.start > self.steps:
+            raise ValueError(f"profile.start = {self.profile.start} comes after the last of {self.steps} steps")
+        return self
 
 
 @dataclass(frozen=True)

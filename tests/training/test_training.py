@@ -497,6 +497,8 @@ def test_a_profile_tells_where_the_time_of_the_steps_that_were_asked_for_went(tm
     found = {(row["scope"], row["part"]) for row in table["rows"]}
     assert found >= {("attend", "forward"), ("mlp", "backward"), ("loss head", "forward"), ("optimizer", "")}
     assert "profile: 2 steps of " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"profile.start = 5 comes after the last of 4 steps"):
+        Steps(steps=4, profile=ProfileConfig())
 
 
 class Service:
