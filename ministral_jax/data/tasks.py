@@ -283,7 +283,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """uint8 images `[N, 8, 8]` scaled from 0..16 to 0..255, and labels and groups `[N]`."""
     from sklearn.datasets import load_digits  # a second to import, and only these tasks need it
 
-    pixels, labels = load_digits(return_X_y=True)
+    found: Any = load_digits(return_X_y=True)  # Any: its types name pandas where that is installed
+    pixels, labels = found
     images = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     return images, labels, np.array([stable_key(image.tobytes().hex()) % GROUPS for image in images])
 
