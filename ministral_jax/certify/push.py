@@ -7,10 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ministral_jax.certify.certificate import FILE, Certificate
 from ministral_jax.certify.checks import file_digests
 from ministral_jax.console import say
 from ministral_jax.errors import UserError
+from ministral_jax.interop.hub import first_line
 from ministral_jax.places import fetched, refuse_url
 
 
@@ -46,11 +49,14 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _certified(directory: Path) -> str:
-    """What its certificate says. Raises `UserError`: it does not hold, or other files lie there now."""
+    """What its certificate says. Raises `UserError`: it does not hold or is damaged, or other files lie there now."""
     path = directory / FILE
     if not path.is_file():
         return "not certified: `ministral-jax certify` has not been run on it"
-    found = Certificate.model_validate_json(path.read_bytes())
+    try:
+        found = Certificate.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise UserError(f"{path} is no certificate of this program; run ministral-jax certify again") from None
     if not found.holds:
         raise UserError(f"{path} says that the export is not the model it was made from; export it again")
     now = file_digests(directory)
@@ -64,7 +70,6 @@ def _send(directory: Path, repository: str, private: bool, names: list[str]) -> 
     if find_spec("huggingface_hub") is None:
         raise UserError("push needs huggingface_hub, which is not installed; in the checkout, pip install -e '.[hub]'")
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if get_token() is None:
         raise UserError("push needs a login of the hub: run `hf auth login`, or set HF_TOKEN")
@@ -73,5 +78,5 @@ def _send(directory: Path, repository: str, private: bool, names: list[str]) -> 
         api.create_repo(repository, private=private, exist_ok=True)
         sent = dict(folder_path=directory, repo_id=repository, allow_patterns=names, commit_message="Export")
         return str(api.upload_folder(**sent))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"push to {repository}: {str(error).splitlines()[0]:.300}") from None
+    except Exception as error:  # of the several libraries that it talks to the hub with
+        raise UserError(f"push to {repository}: {first_line(error)}") from None

@@ -64,7 +64,7 @@ def cached(name: str) -> Path | None:
         return None
     try:
         return _files(name, local_files_only=True)
-    except (UserError, errors.LocalEntryNotFoundError):
+    except (UserError, errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
 
 
@@ -73,8 +73,8 @@ def downloaded(name: str) -> Path:
     it stopped.
 
     Raises:
-        UserError: huggingface_hub is not installed; no such model or revision, or not for this user; or the hub cannot
-            be reached.
+        UserError: huggingface_hub is not installed; no such model or revision, or not for this user; a name that can be
+            none; or the hub cannot be reached.
     """
     if find_spec("huggingface_hub") is None:
         raise UserError(
@@ -93,6 +93,8 @@ def downloaded(name: str) -> Path:
         raise UserError(f"{name}: the hub has no such revision") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{name}: neither a directory here nor on the hub, or for others (`hf auth login`)") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{name} can be no name on the hub: {first_line(error)}") from None
     except errors.LocalEntryNotFoundError:
         repository, _, revision = name.partition("@")
         wanted = (*_SMALL, *(f"{stem}*.safetensors" for _, stem in _FORMATS[:1]))
@@ -104,8 +106,14 @@ def downloaded(name: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # of the several libraries that it talks to the hub with
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name} could not be downloaded: {why}; run again, what is here is kept") from None
+        raise UserError(
+            f"{name} could not be downloaded: {first_line(error)}; run again, what is here is kept"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, at most 300 characters; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def _files(name: str, local_files_only: bool) -> Path:

@@ -11,10 +11,6 @@ from ministral_jax.certify.certificate import FILE, Certificate
 from ministral_jax.certify.checks import file_digests
 
 
-class HfHubHTTPError(Exception):
-    pass
-
-
 class Hub(types.ModuleType):
     """huggingface_hub, as far as it is used."""
 
@@ -22,13 +18,11 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.__spec__ = ModuleSpec("huggingface_hub", None)
         self.asked, self.token, self.fault = [], "hf_secret", None
-        self.errors = types.ModuleType("huggingface_hub.errors")
-        self.errors.HfHubHTTPError, self.errors.HFValidationError = HfHubHTTPError, ValueError
         self.HfApi, self.get_token = lambda: self, lambda: self.token
 
     def create_repo(self, *args, **named):
         if self.fault:
-            raise HfHubHTTPError(self.fault)
+            raise self.fault
         self.asked.append(("create", args, named))
 
     def upload_folder(self, **named):
@@ -40,7 +34,6 @@ class Hub(types.ModuleType):
 def hub(monkeypatch):
     hub = Hub()
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub.errors)
     return hub
 
 
@@ -86,11 +79,16 @@ def changed(hub, export):
 FAULTS = {
     "the certificate": (lambda hub, export: certificate(export, False), "is not the model it was made from"),
     "another file": (changed, "config.json is not as it was certified"),
+    "no certificate": (lambda hub, export: (export / FILE).write_text("{"), "is no certificate of this program"),
     "no weights": (lambda hub, export: (export / "model.safetensors").unlink(), "has no weights"),
     "no login": (lambda hub, export: setattr(hub, "token", None), "HF_TOKEN"),
     "the hub": (
-        lambda hub, export: setattr(hub, "fault", "403: not yours\nmore"),
+        lambda hub, export: setattr(hub, "fault", RuntimeError("403: not yours\nmore")),
         "push to owner/name: 403: not yours",
+    ),
+    "a hub that says nothing": (
+        lambda hub, export: setattr(hub, "fault", TimeoutError()),
+        "push to owner/name: TimeoutError",
     ),
 }
 

@@ -160,3 +160,8 @@ def test_what_is_missing_is_said(repository, monkeypatch):
     assert hub.cached(NAME) is None
     with pytest.raises(UserError, match=r"needs huggingface_hub; in the checkout, pip install -e '.\[hub\]'"):
         hub.downloaded(NAME)
+
+
+def test_what_can_be_no_name_is_said():
+    with pytest.raises(UserError, match=r"^org/na--me can be no name on the hub: .*na--me"):
+        hub.downloaded("org/na--me")
