@@ -41,7 +41,7 @@ DEFAULT_LIMIT = 4000
 GROUPS = 128
 """Of digits, some 14 each: small ones, so that what is held out is close to the share that is asked for, and large
 enough for 27,000 sums."""
-DEFAULTWORDS = 40
+DEFAULT_WORDS = 40
 """Around a needle at most: some 110 tokens with the tiny tokenizer."""
 NOISE = 10
 """One pair in so many is mislabelled, so that a calibrated judge is not certain of anything."""
@@ -60,7 +60,7 @@ def read_task(config: SourceConfig, prompts: bool = False, pairs: bool = False) 
 
     As `prompts` they end with the question; one of preferences has its answers as columns `chosen` and `rejected`.
     """
-    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking, config.words or DEFAULTWORDS):
+    for document in _made(config.kind, config.limit or DEFAULT_LIMIT, config.thinking, config.words or DEFAULT_WORDS):
         if config.kind != "preferences":
             yield replace(document, messages=document.messages[:-1]) if prompts else document
         elif prompts:

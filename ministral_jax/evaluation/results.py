@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ministral_jax.console import say
-from ministral_jax.distributed.collectives import barrier, is_first
+from ministral_jax.distributed.collectives import barrier, from_first, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import Examinee
 from ministral_jax.evaluation.suites import Asked
@@ -56,32 +57,33 @@ def evaluate(
     Raises:
         UserError: a task that is not there or cannot be asked, or results of something else.
     """
-    known = {task: kept.read(task) if kept is not None else None for task in tasks}
-    for task in tasks:
-        if task.task in TASKS and task.shots is not None:
-            raise UserError(f"--tasks {task}: a task that is made here has no examples before its questions")
+    check_installed(tasks)
+    known = [kept.read(task) if kept is not None else None for task in tasks]
     barrier("results read")  # before one of them is written
     found: dict[str, dict[str, Any]] = {}
-    for task, result in known.items():
+    # all processes have the same to do, also where only the first sees the directory
+    for task, result in zip(tasks, from_first(known), strict=True):
+        is_new = result is None
         if result is not None:
             say(f"{task}: is there already")
         elif task.task in TASKS:
             result = ask(task.task, examinee, asking)
         else:
-            result = _by_harness(task, examinee, asking)
+            from ministral_jax.evaluation.harness import run_harness
+
+            result = run_harness(task, examinee, asking)
         found[str(task)] = result
-        if kept is not None and known[task] is None and is_first():
+        if kept is not None and is_new and is_first():
             kept.directory.mkdir(parents=True, exist_ok=True)
             write_json(kept.path(task), {"of": kept.identity, "result": result})
     return found
 
 
-def _by_harness(task: Asked, examinee: Examinee, asking: Asking) -> dict[str, Any]:
-    try:
-        from ministral_jax.evaluation.harness import run_harness
-    except ImportError as error:
+def check_installed(tasks: Sequence[Asked]) -> None:
+    """Raises `UserError`: one of them is not made here, and lm-evaluation-harness is not installed."""
+    other = next((task for task in tasks if task.task not in TASKS), None)
+    if other is not None and find_spec("lm_eval") is None:
         raise UserError(
-            f"--tasks {task}: is none of {', '.join(TASKS)}, and tasks of lm-evaluation-harness need the extra eval: "
-            f"pip install 'ministral-jax[eval]' ({error})"
-        ) from None
-    return run_harness(task, examinee, asking)
+            f"--tasks {other}: is none of {', '.join(TASKS)}, and tasks of lm-evaluation-harness need the extra eval; "
+            "in the checkout, pip install -e '.[eval]'"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ministral_jax.errors import UserError
+from ministral_jax.evaluation.tasks import TASKS
 
 
 class Benchmark(NamedTuple):
@@ -78,7 +79,7 @@ class Asked(NamedTuple):
 
 def asked_for(words: Sequence[str]) -> tuple[list[Asked], list[str]]:
     """Tasks that `NAME`, `NAME@SHOTS` and names of suites stand for, each once, and what suites have that the harness
-    lacks. Raises `UserError`: shots that are no number."""
+    lacks. Raises `UserError`: shots that are no number, or of a task that is made here."""
     found, lacking = dict[Asked, None](), list[str]()
     for word in words:
         if word in SUITES:
@@ -88,5 +89,7 @@ def asked_for(words: Sequence[str]) -> tuple[list[Asked], list[str]]:
         name, at, shots = word.partition("@")
         if at and not shots.isdecimal():
             raise UserError(f"--tasks {word}: after @ stands the number of examples, such as {name}@5")
+        if at and name in TASKS:
+            raise UserError(f"--tasks {word}: a task that is made here has no examples before its questions")
         found[Asked(name, int(shots) if at else None)] = None
     return [*found], lacking

@@ -9,14 +9,16 @@ from typing import Any
 from rich.table import Table
 
 from ministral_jax.console import say
+from ministral_jax.distributed.collectives import from_first
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import Examinee
-from ministral_jax.evaluation.results import Kept, evaluate
+from ministral_jax.evaluation.results import Kept, check_installed, evaluate
 from ministral_jax.evaluation.suites import asked_for
 from ministral_jax.evaluation.tasks import Asking
 from ministral_jax.explain import validate
 from ministral_jax.files import digest_of, file_digest
+from ministral_jax.interop.checkpoint import CONFIGS
 from ministral_jax.interop.hub import located
 from ministral_jax.runs.generate import open_checkpoint, placed_checkpoint
 from ministral_jax.stages.figures import Share, wilson
@@ -34,13 +36,16 @@ def run_evaluate(args: Namespace) -> Table:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; it must be at least 1")
     tasks, lacking = asked_for(args.tasks)
+    check_installed(tasks)
     checkpoint = located(args.checkpoint)
     spec, tokenizer = open_checkpoint(checkpoint)
     held_out = _held_out(checkpoint)
     model, params, placement = placed_checkpoint(checkpoint, spec, args.dtype)
     kept = None
     if args.output is not None:
-        of = {"checkpoint": _identity(checkpoint), "dtype": model.compute.dtype, "held_out": held_out}
+        # weights may lie on a disk of each process, with times of their own
+        of = {"checkpoint": from_first(_identity(checkpoint)), "tokenizer": tokenizer.digest, "held_out": held_out}
+        of |= {"dtype": model.compute.dtype}
         of |= asking.model_dump(mode="json")
         kept = Kept(args.output, of)
     if lacking:
@@ -83,4 +88,5 @@ def _identity(checkpoint: Path) -> str:
         return digest(checkpoint)
     weights = [(path.name, path.stat()) for path in sorted(checkpoint.glob("*.safetensors"))]
     files = [(name, found.st_size, found.st_mtime_ns) for name, found in weights]
-    return digest_of([file_digest(checkpoint / "config.json"), files])
+    configs = [file_digest(checkpoint / name) for name in CONFIGS if (checkpoint / name).is_file()]
+    return digest_of([*configs, files])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import DEFAULT_BATCH, Examinee
-from ministral_jax.evaluation.results import Kept, evaluate
+from ministral_jax.evaluation.results import Kept, check_installed, evaluate
 from ministral_jax.evaluation.suites import asked_for
 from ministral_jax.evaluation.tasks import TASKS, Asking
+from ministral_jax.files import digest_of
 from ministral_jax.losses.evaluation import make_evaluate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM
@@ -53,6 +56,11 @@ class Evaluate(rows.RowStage):
             if spec.vision is None and task.task in TASKS and TASKS[task.task].shows:
                 raise UserError(f"{where}.tasks.names: {task} shows images and the model has no vision")
 
+    def prepare(self, job: Job[Evaluate], packing: rows.Packing) -> None:
+        if self.tasks is not None:
+            check_installed(asked_for(self.tasks.names)[0])
+        super().prepare(job, packing)
+
     def programs(self, job: Job[Evaluate]) -> dict[str, Program]:
         return rows.evaluation_programs(job, job.spec)
 
@@ -70,12 +78,19 @@ class Evaluate(rows.RowStage):
             model, params, job.placement, data.tokenizer, self.data.held_out, self.tasks.batch, poll_slow
         )
         asked, _ = asked_for(self.tasks.names)
-        kept = Kept(job.directory / "tasks", {"checkpoint": digest(job.source)})
+        kept = Kept(job.directory / "tasks", self._identity(job, data.tokenizer))
         scores = evaluate(asked, examinee, self.tasks, kept)
         shares = {name: score for name, score in scores.items() if "accuracy" in score}
         figures = {f"task_{name}": score["accuracy"] for name, score in shares.items()}
         counts = {f"count_{name}": float(score["count"]) for name, score in shares.items()}
         return Result(found.figures | figures | counts, details=details | {"tasks": scores})
+
+    def _identity(self, job: Job[Evaluate], tokenizer: Tokenizer) -> dict[str, Any]:
+        """All that scores depend on: of a stage that was cut off, other settings may stand now than began it."""
+        assert self.tasks is not None
+        of = {"checkpoint": digest(job.source), "tokenizer": tokenizer.digest, "held_out": self.data.held_out}
+        of |= {"model": digest_of(job.spec.model_dump(mode="json")), "compute": digest_of(asdict(self.compute))}
+        return of | self.tasks.model_dump(mode="json", include=set(Asking.model_fields))
 
 
 def evaluation_name(stage: str) -> str:

@@ -1,5 +1,7 @@
 """The task of handwritten digits finds what a stage's figure says of the same pictures in packed rows."""
 
+import json
+
 import pytest
 from examinee_cases import SPEC, examinee
 from reuse_cases import write
@@ -39,7 +41,10 @@ def test_the_task_of_digits_has_the_figure_of_held_out_rows(tmp_path, monkeypatc
     assert found.metrics["task_digits"] == pytest.approx(found.metrics["digit_accuracy"], abs=1e-12)
     assert 0.02 < found.metrics["task_digits"] < 0.4
     assert found.metrics["count_digits"] == found.details["held_out"]["documents"] > 100
-    assert (job.directory / "tasks" / "digits.json").is_file() and found.details["tasks"]["digits"]["logprob"] < 0
+    kept = json.loads((job.directory / "tasks" / "digits.json").read_bytes())
+    assert kept["result"] == found.details["tasks"]["digits"] and kept["result"]["logprob"] < 0
+    assert kept["of"].keys() >= {"checkpoint", "tokenizer", "model", "compute", "held_out", "think", "max_tokens"}
+    assert kept["of"]["limit"] == 999 and "batch" not in kept["of"]
 
 
 def test_a_task_of_pictures_needs_a_model_with_eyes(tmp_path):
