@@ -22,6 +22,7 @@ from ministral_jax.console import say
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
 from ministral_jax.interop.llama import has_llama
+from ministral_jax.interop.shards import NATIVE_STEM, weight_files
 from ministral_jax.models.spec import ModelSpec
 
 FILE = "certificate.json"
@@ -111,7 +112,9 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
 
 
 def layout_of(directory: Path) -> str:
-    """The format of an export. Raises `UserError`: of none that is certified."""
+    """The format of an export. Raises `UserError`: of none that is certified, or of two."""
+    if (directory / "config.json").is_file() and weight_files(directory, NATIVE_STEM):
+        raise UserError(f"{directory} holds two formats, and a certificate is of one; give each a directory of its own")
     if (directory / "config.json").is_file():
         return "fp8" if read_object(directory / "config.json").get("quantization_config") else "hf"
     if (directory / "params.json").is_file():

@@ -14,7 +14,7 @@ from ministral_jax.certify.checks import file_digests
 from ministral_jax.console import say
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hub import first_line
-from ministral_jax.places import fetched, refuse_url
+from ministral_jax.places import fetched
 
 
 def push(args: argparse.Namespace) -> None:
@@ -25,7 +25,6 @@ def push(args: argparse.Namespace) -> None:
             no huggingface_hub, no login, or what the hub says.
     """
     directory = fetched(args.directory)
-    refuse_url(args.repository, "REPO")
     if args.repository.count("/") != 1 or not all(args.repository.split("/")):
         raise UserError(f"REPO {args.repository!r} is not OWNER/NAME")
     files = _files(directory)
@@ -41,6 +40,8 @@ def push(args: argparse.Namespace) -> None:
 
 def _files(directory: Path) -> list[Path]:
     """What is sent: all but what begins with a dot."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
     found = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
     if not any(path.suffix in (".safetensors", ".gguf") for path in found):
@@ -58,7 +59,10 @@ def _certified(directory: Path) -> str:
     except ValidationError:
         raise UserError(f"{path} is no certificate of this program; run ministral-jax certify again") from None
     if not found.holds:
-        raise UserError(f"{path} says that the export is not the model it was made from; export it again")
+        raise UserError(
+            f"{path} says that the export is not {found.against}; certify it against the stage that it was made from, "
+            "or export it again"
+        )
     now = file_digests(directory)
     if changed := sorted(name for name in found.files.keys() | now.keys() if found.files.get(name) != now.get(name)):
         raise UserError(f"{directory}: {changed[0]} is not as it was certified; run ministral-jax certify again")

@@ -90,10 +90,14 @@ def opened(path: Path) -> Opened:
 
 
 def _spec(path: Path) -> ModelSpec:
-    from ministral_jax.interop.checkpoint import read_spec
+    from ministral_jax.interop.checkpoint import is_checkpoint, read_spec
     from ministral_jax.stages.manifest import finished
 
-    return finished(path).spec if (path / "manifest.json").is_file() else read_spec(path)
+    if (path / "manifest.json").is_file():
+        return finished(path).spec
+    if not is_checkpoint(path):
+        raise UserError(f"{path} is neither a finished stage (manifest.json) nor a model (config.json or params.json)")
+    return read_spec(path)
 
 
 def _made(model: VLM, count: int, rules: Rules) -> Any:

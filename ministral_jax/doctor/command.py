@@ -22,6 +22,7 @@ def add_doctor(commands: Any) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     """0: nothing is red; 1: something is."""
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from ministral_jax.doctor.examine import examine
@@ -31,8 +32,12 @@ def _doctor(args: argparse.Namespace) -> int:
     found = examine(fetched(located(args.source)))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     colours = {"green": "green", "amber": "yellow", "red": "bold red"}
+    lines = Table.grid(padding=(0, 1, 0, 0))  # what does not fit a line goes on below itself
+    lines.add_column(min_width=6)
+    lines.add_column(min_width=14)
     for finding in found:
-        console.print(Text(f"{finding.level:6}", colours[finding.level]) + f" {finding.subject:14} {finding.said}")
+        lines.add_row(Text(finding.level, colours[finding.level]), finding.subject, Text(finding.said))
+    console.print(lines)
     count = {level: sum(finding.level == level for finding in found) for level in colours}
     console.print(f"{count['red']} red, {count['amber']} amber, {count['green']} green")
     return int(count["red"] > 0)

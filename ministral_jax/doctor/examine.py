@@ -16,13 +16,14 @@ def examine(directory: Path) -> list[Finding]:
         raise UserError(f"{directory} is not a directory")
     source = Source(directory)
     spec, found = configuration.sizes(source)
+    whole = weights.whole(source)
     parts: list[Callable[[], Iterator[Finding]]] = [
         lambda: weights.files(source),
         lambda: iter(found),
-        lambda: weights.tensors(source, spec) if spec and (source.weights or source.native_weights) else iter(()),
-        lambda: weights.scales(source),
+        lambda: weights.tensors(source, spec) if spec and whole and source.any_weights else iter(()),
+        lambda: weights.scales(source) if whole else iter(()),
         lambda: configuration.two_formats(source),
-        lambda: configuration.tying(source),
+        lambda: configuration.tying(source) if whole else iter(()),
         lambda: configuration.positions(source, spec),
         lambda: configuration.vision(source),
         lambda: words.tokenizer(source, spec),

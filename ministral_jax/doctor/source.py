@@ -75,6 +75,10 @@ class Source:
     def native_weights(self) -> list[str]:
         return [name for name in self._safetensors() if name.startswith("consolidated")]
 
+    @property
+    def any_weights(self) -> bool:
+        return bool(self.weights or self.native_weights)
+
     def _safetensors(self) -> Iterator[str]:
         return (path.name for path in sorted(self.directory.glob("*.safetensors")))
 

@@ -29,6 +29,13 @@ def held(source: Source) -> dict[str, Tensor]:
     return {short(name): tensor for tensors in parts for name, tensor in tensors.items()}
 
 
+def whole(source: Source) -> bool:
+    """Whether every file of weights that is there, or that an index names, can be read: else what is not found may
+    stand in one that cannot."""
+    wanted = {*source.weights, *_weight_map(source).values()}
+    return wanted <= source.tensors.keys() and set(source.native_weights) <= source.native_tensors.keys()
+
+
 def native_held(source: Source) -> dict[str, Tensor]:
     """Tensors of a directory in Mistral's own format."""
     return {name: tensor for tensors in source.native_tensors.values() for name, tensor in tensors.items()}
@@ -60,8 +67,8 @@ def _format(source: Source) -> Iterator[Finding]:
     size = sum(path.stat().st_size for path in source.directory.glob("*.safetensors"))
     kinds = Counter(tensor.dtype.name for tensor in tensors)
     count = len(source.weights) + len(source.native_weights)
-    said = f"{count} file{'s' * (count > 1)} of weights, {size / 1e9:,.3f} GB, "
-    said += ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.most_common())
+    said = f"{count} file{'s' * (count > 1)} of weights, {size / 1e9:,.3f} GB"
+    said += "".join(f", {count} tensors in {kind}" for kind, count in kinds.most_common())
     if ours and theirs:
         yield Finding("green", "format", f"Hugging Face and Mistral's own: {said}")
         both = "both formats lie in one directory: a glob of *.safetensors loads the model twice (vLLM#40765); the "
@@ -70,6 +77,11 @@ def _format(source: Source) -> Iterator[Finding]:
         yield Finding("green", "format", f"{'Hugging Face' if ours else 'Mistral'}: {said}")
     elif pickled := [path.name for kind in ("*.bin", "*.pth", "*.pt") for path in source.directory.glob(kind)]:
         yield Finding("red", "format", f"{some(pickled)}: pickled weights, which are not read; convert to safetensors")
+    elif source.has("manifest.json"):
+        said = f"{source.directory} is a stage; `ministral-jax export` makes of a finished one what is examined here"
+        yield Finding("red", "format", said)
+    elif any(source.directory.glob("*.gguf")):
+        yield Finding("red", "format", "GGUF files, which are not examined; `ministral-jax certify` compares them")
     else:
         yield Finding("red", "format", f"{source.directory} has no weights (*.safetensors)")
     if ours and not source.has("config.json"):

@@ -124,6 +124,18 @@ def test_what_is_not_the_model_is_not_certified(pair, tmp_path, fault):
     assert len(failed) and any(words in said for said in failed), found
 
 
+def test_a_certificate_is_of_one_format(pair, tmp_path, capsys):
+    copy = shutil.copytree(pair[0], tmp_path / "copy")
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
+    assert cli.main(["certify", str(copy), "--against", str(pair[1])]) == 2
+    assert "two formats" in capsys.readouterr().err
+
+
+def test_what_is_compared_with_is_a_model(pair, tmp_path, capsys):
+    assert cli.main(["certify", str(pair[0]), "--against", str(tmp_path)]) == 2
+    assert "neither a finished stage" in capsys.readouterr().err
+
+
 def test_figures_of_logits():
     p, q = np.random.default_rng(0).standard_normal((2, 5, 7))
     soft = np.exp(p) / np.exp(p).sum(-1, keepdims=True), np.exp(q) / np.exp(q).sum(-1, keepdims=True)

@@ -77,7 +77,7 @@ def changed(hub, export):
 
 
 FAULTS = {
-    "the certificate": (lambda hub, export: certificate(export, False), "is not the model it was made from"),
+    "the certificate": (lambda hub, export: certificate(export, False), "is not child; certify it against the stage"),
     "another file": (changed, "config.json is not as it was certified"),
     "no certificate": (lambda hub, export: (export / FILE).write_text("{"), "is no certificate of this program"),
     "no weights": (lambda hub, export: (export / "model.safetensors").unlink(), "has no weights"),
@@ -102,5 +102,11 @@ def test_what_cannot_be_sent_is_said(hub, export, fault, capsys):
 
 
 def test_a_name_that_is_none(export, capsys):
-    assert cli.main(["push", str(export), "name"]) == 2
-    assert "OWNER/NAME" in capsys.readouterr().err
+    for name in ("name", "hf://owner/name"):
+        assert cli.main(["push", str(export), name]) == 2
+        assert "is not OWNER/NAME" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_not_there(tmp_path, capsys):
+    assert push(tmp_path / "nowhere") == 2
+    assert "nowhere is not a directory" in capsys.readouterr().err

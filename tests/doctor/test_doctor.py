@@ -165,6 +165,19 @@ def test_a_planted_fault_is_named(copy, fault):
     assert cli.main(["doctor", str(copy)]) == int(any(finding.level == "red" for finding in found))
 
 
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.startswith(("a pointer", "a shard that"))])
+def test_what_cannot_be_read_is_not_called_missing(copy, fault):
+    FAULTS[fault][0](copy)
+    assert not {finding.subject for finding in examine(copy)} & {"tensors", "tying", "FP8"}
+
+
+@pytest.mark.parametrize(("file", "words"), [("manifest.json", "ministral-jax export"), ("model.gguf", "certify")])
+def test_what_is_made_here_is_told_what_it_is_for(tmp_path, file, words, capsys):
+    (tmp_path / file).write_text("{}")
+    assert cli.main(["doctor", str(tmp_path)]) == 1
+    assert words in capsys.readouterr().out
+
+
 def test_a_class_default_of_theta_is_named(copy):
     config = hf.to_config(PRESETS["ministral-3-14b"], "bfloat16")
     rope(config)["rope_theta"] = 1e6
