@@ -63,8 +63,7 @@ def export(model: Export, layout: Format, directory: Path) -> None:
     check_params(model.params, model.spec, "export")
     check_dtype(model.dtype, layout)
     layout.check(model.spec)
-    if directory.exists() and not is_export(directory):
-        raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
+    check_free(directory)
     files = files_of(model.files)
     for file in files:
         if not file.is_file():
@@ -74,6 +73,12 @@ def export(model: Export, layout: Format, directory: Path) -> None:
     else:
         layout.fetch(model)
     barrier("exported")
+
+
+def check_free(directory: Path) -> None:
+    """Raises `UserError`: the directory holds something that an export may not replace."""
+    if directory.exists() and not (directory.is_dir() and is_export(directory)):
+        raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
 
 
 def check_dtype(dtype: str, layout: Format) -> None:

@@ -6,6 +6,7 @@ has is taken as it is and nobody is asked whether there is a newer one.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -48,8 +49,11 @@ def named(value: Any) -> Any:
 
 def model_place(text: str) -> Path:
     """Type of a command's argument that is a directory or a model's name."""
-    name = hub_name(text)
-    return any_place(text) if name is None else Path(f"hf:/{name}")
+    if (name := hub_name(text)) is not None:
+        return Path(f"hf:/{name}")
+    if text.startswith("hf:"):
+        raise argparse.ArgumentTypeError(f"{text} names no model on the hub; give hf://owner/name, or with @revision")
+    return any_place(text)
 
 
 def located(path: Path) -> Path:

@@ -99,7 +99,7 @@ def _body(made: Sequence[Made], layout: str, config: CardConfig) -> str:
     spec = last.manifest.spec
     parts = [
         f"# {last.name}\n\n{_summary(made, spec)}",
-        f"## Use it\n\n{_USES.get(layout, _USES['hf']).format(auto=_auto(spec))}",
+        f"## Use it\n\n{_USES.get(layout, _USES['hf']).format(auto=_auto(spec), tower=_tower(spec))}",
         f"## Lineage\n\n{_table(('stage', 'made by', 'parameters', 'tokens', 'steps', 'with'), map(_step, made))}",
         *_figures(made),
         f"## Sizes\n\n{_table(('', ''), _sizes(spec))}",
@@ -112,10 +112,14 @@ def _summary(made: Sequence[Made], spec: ModelSpec) -> str:
     first, sees = made[0], "images and text" if spec.vision is not None else "text"
     trained = sum(stage.manifest.tokens for stage in made)
     begin = {"import": "an imported model", "train": "a model trained from scratch"}.get(first.manifest.do, "a model")
+    count = len(made) - 1
+    way = f"from `{first.name}`, {begin}, in {count} stage{'s' * (count > 1)}"
+    if not count:  # it is the first, or its parents are gone
+        way = f"in one stage (`{first.manifest.do}`)"
     return (
         f"A model of {_count(spec.parameters)} parameters that reads {sees}, made with ministral_jax "
-        f"{ministral_jax.__version__} from `{first.name}`, {begin}, in {len(made) - 1} "
-        f"stages{f' and {_count(trained)} tokens' if trained else ''}. Its context is {spec.context:,} tokens."
+        f"{ministral_jax.__version__} {way}{f' and {_count(trained)} tokens' if trained else ''}. "
+        f"Its context is {spec.context:,} tokens."
     )
 
 
@@ -171,6 +175,10 @@ def _auto(spec: ModelSpec) -> str:
     return "AutoModelForCausalLM" if spec.vision is None else "AutoModelForImageTextToText"
 
 
+def _tower(spec: ModelSpec) -> str:
+    return "" if spec.vision is None else " --mmproj mmproj.gguf"
+
+
 _USES = {
     "hf": """```python
 from transformers import AutoTokenizer, {auto}
@@ -186,7 +194,7 @@ vllm serve . --config-format mistral --load-format mistral --tokenizer-mode mist
 
 Here `.` is this directory or its name on a hub.""",
     "gguf": """```bash
-llama-cli --model model.gguf --prompt "Hello"
+llama-server --model model.gguf{tower}
 ```""",
 }
 

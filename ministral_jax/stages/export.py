@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from ministral_jax.data.tokenizer import export_template, export_tokenizer
 from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
+from ministral_jax.interop.checkpoint import is_checkpoint
 from ministral_jax.interop.export import Export as Model
-from ministral_jax.interop.export import check_dtype, export
+from ministral_jax.interop.export import check_dtype, check_free, export
 from ministral_jax.interop.formats import FORMATS, FormatName
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage, stage_tokenizer
@@ -78,6 +79,9 @@ def export_stage(
     """Export a finished stage in the layout of that name in `FORMATS`, with the tokenizer its data was made with and a
     model card. All processes call it, the first writes."""
     check_dtype(dtype, FORMATS[layout])
+    check_free(destination)  # before what takes long
+    if is_checkpoint(stage_directory) and not (stage_directory / "manifest.json").is_file():
+        raise UserError(f"{stage_directory} is a model and no finished stage; an import stage of a recipe makes it one")
     spec, params = load_stage(stage_directory, jnp.dtype(loaded_dtype(dtype)), placement)
     scales = activation_scales(stage_directory, spec, params, placement, CALIBRATION) if layout == "fp8" else None
     tokenizer = stage_tokenizer(stage_directory)

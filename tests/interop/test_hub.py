@@ -12,6 +12,7 @@ import pytest
 from interop_cases import SPEC
 
 import ministral_jax
+from ministral_jax import cli
 from ministral_jax.errors import UserError
 from ministral_jax.interop import hub
 from ministral_jax.settings import Rooted
@@ -165,3 +166,9 @@ def test_what_is_missing_is_said(repository, monkeypatch):
 def test_what_can_be_no_name_is_said():
     with pytest.raises(UserError, match=r"^org/na--me can be no name on the hub: .*na--me"):
         hub.downloaded("org/na--me")
+
+
+def test_a_name_without_its_owner_is_said(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "hf://name"])
+    assert "hf://name names no model on the hub; give hf://owner/name" in capsys.readouterr().err

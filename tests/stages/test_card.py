@@ -61,6 +61,21 @@ def test_an_export_has_a_card(run):
     assert "Unknown." in body and "AutoModelForImageTextToText.from_pretrained" in body
 
 
+def test_where_nothing_may_be_written_nothing_is_computed(run, tmp_path):
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file exists and is not an export"):
+        export_stage(run / "short", tmp_path / "file", "float32", placement)  # which has no parameters
+
+
+def test_a_model_is_no_stage(run, tmp_path):
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
+    (tmp_path / "brought").mkdir()
+    (tmp_path / "brought" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="brought is a model and no finished stage; an import stage"):
+        export_stage(tmp_path / "brought", tmp_path / "hf", "float32", placement)
+
+
 def test_what_the_user_says_stands_in_it(run, tmp_path):
     config = CardConfig(license="apache-2.0", base_model="owner/Parent-24B", languages=("en", "no"))
     front, body = parts(write_card(run / "child", tmp_path / "card", "native", config).read_text())
@@ -72,13 +87,14 @@ def test_what_the_user_says_stands_in_it(run, tmp_path):
 def test_a_parent_from_a_hub_is_named(tmp_path):
     stage(tmp_path, "parent", "import", config={"do": "import", "path": "hf://owner/Parent-24B@main"})
     front, body = parts(write_card(tmp_path / "parent", tmp_path / "card", "hf", CardConfig()).read_text())
-    assert front["base_model"] == "owner/Parent-24B" and "an imported model" in body
+    assert front["base_model"] == "owner/Parent-24B" and "in one stage (`import`)" in body
 
 
 def test_a_lineage_ends_where_a_parent_is_gone(run, tmp_path):
     (run / "short" / "manifest.json").unlink()
     _, body = parts(write_card(run / "child", tmp_path / "card", "gguf", CardConfig()).read_text())
-    assert "| short |" not in body and "| child | grpo |" in body
+    assert "| short |" not in body and "| child | grpo |" in body and "in one stage (`grpo`)" in body
+    assert "--mmproj mmproj.gguf" in body
 
 
 def test_what_no_hub_would_take_is_refused():
