@@ -54,10 +54,10 @@ def read_gguf(directory: Path, trained: Opened) -> Opened:
     """`model.gguf` with the sizes of what it was made from, whose tensors are taken by name, and its own positions.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: a tensor is missing, of another shape or in numbers that are not certified, or the file is damaged.
     """
-    spec = trained.model.spec.model_copy(update={"vision": None, "rope": _rope(directory, trained.model.spec)})
     tensors = _tensors(directory / "model.gguf")
+    spec = trained.model.spec.model_copy(update={"vision": None, "rope": _rope(directory, trained.model.spec)})
     if "output.weight" not in tensors:
         spec = spec.model_copy(update={"tied": True})
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(spec))
@@ -108,9 +108,16 @@ def ask_llama(directory: Path, spec: ModelSpec) -> Read:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
+    """By name. Raises `UserError`: the file is missing or damaged, or has numbers that are not certified."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    try:
+        found = gguf.GGUFReader(path).tensors
+    except (ValueError, LookupError, OverflowError) as error:
+        raise UserError(f"{path} is no GGUF file, or damaged ({error!s:.200})") from None
+    if other := next((t for t in found if t.tensor_type.name not in LOST), None):
+        raise UserError(f"{path}: {other.name} is {other.tensor_type.name}; {', '.join(LOST)} can be certified")
+    return {tensor.name: tensor for tensor in found}
 
 
 def _value(tensors: dict[str, Any], slot: Slot) -> np.ndarray:

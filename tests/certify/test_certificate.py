@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -134,6 +135,20 @@ def test_a_certificate_is_of_one_format(pair, tmp_path, capsys):
 def test_what_is_compared_with_is_a_model(pair, tmp_path, capsys):
     assert cli.main(["certify", str(pair[0]), "--against", str(tmp_path)]) == 2
     assert "neither a finished stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, words", [(None, "is no GGUF file, or damaged"), ("Q5_0", "norm.weight is Q5_0; F32")])
+def test_a_file_that_cannot_be_read_is_not_certified(pair, tmp_path, kind, words):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    if kind is not None:
+        writer = gguf.GGUFWriter(path, "mistral3")
+        writer.add_tensor("norm.weight", np.zeros(22, np.uint8), raw_dtype=gguf.GGMLQuantizationType[kind])
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+    found, *_, ours = checks(tmp_path, pair[1], readers.opened(pair[1]), "gguf")
+    assert ours is None and not found[-1].holds and words in found[-1].said
 
 
 def test_figures_of_logits():
