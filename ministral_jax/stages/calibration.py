@@ -16,7 +16,7 @@ from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute
 from ministral_jax.stages import verbs
 from ministral_jax.stages.base import Graph, Job, Params, Stage
-from ministral_jax.stages.manifest import finished, read_manifest
+from ministral_jax.stages.manifest import ancestry
 from ministral_jax.stages.rows import BatchConfig, RowStage, open_data, train_batches
 
 
@@ -49,14 +49,9 @@ def activation_scales(
 
 def _reader(stage_directory: Path) -> tuple[str, dict[str, Any]]:
     """Name and settings of the stage whose rows are read."""
-    directory = stage_directory
-    while (manifest := read_manifest(directory)) is not None:
+    for manifest in ancestry(stage_directory):
         if (kind := verbs().get(manifest.do)) is not None and reads_rows(kind):
             return manifest.stage, manifest.config
-        if (parent := manifest.inputs.get("parent")) is None:
-            break
-        directory = directory.resolve().parent / parent.stage
-    finished(directory)  # which a stage that is not there is not
     raise UserError(
         f"{stage_directory}: format fp8 needs rows to find scales on, and no stage that it comes from reads any"
     )

@@ -19,7 +19,7 @@ from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.settings import Frozen
 from ministral_jax.stages.figures import share_of
-from ministral_jax.stages.manifest import Manifest, finished, read_manifest
+from ministral_jax.stages.manifest import Manifest, ancestry, finished
 
 NAME = "README.md"
 
@@ -47,8 +47,11 @@ def read_card(values: dict[str, Any]) -> CardConfig:
 class Made:
     """A finished stage of a lineage."""
 
-    name: str
     manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.stage
 
     @property
     def inputs(self) -> str:
@@ -57,13 +60,8 @@ class Made:
 
 def lineage(stage_directory: Path) -> list[Made]:
     """A finished stage and the parents that are still beside it, the oldest first."""
-    found = [Made(stage_directory.name, finished(stage_directory))]
-    while (parent := found[0].manifest.inputs.get("parent")) is not None:
-        manifest = read_manifest(stage_directory.parent / parent.stage)
-        if manifest is None:
-            break
-        found.insert(0, Made(parent.stage, manifest))
-    return found
+    finished(stage_directory)
+    return [Made(manifest) for manifest in ancestry(stage_directory)][::-1]
 
 
 def write_card(stage_directory: Path, path: Path, layout: str, config: CardConfig) -> Path:

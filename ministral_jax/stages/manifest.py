@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,17 @@ def finished(stage_directory: Path) -> Manifest:
     if (manifest := read_manifest(stage_directory)) is None:
         raise UserError(f"{stage_directory} is not a finished stage: it has no manifest.json that says so")
     return manifest
+
+
+def ancestry(stage_directory: Path) -> Iterator[Manifest]:
+    """The manifest of a finished stage and those of its parents that are still beside it, the nearest first; of a stage
+    that was taken from another run, beside it there."""
+    directory = stage_directory
+    while (manifest := read_manifest(directory)) is not None:
+        yield manifest
+        if (parent := manifest.inputs.get("parent")) is None:
+            return
+        directory = directory.resolve().parent / parent.stage
 
 
 def refuse_export(directory: Path) -> None:

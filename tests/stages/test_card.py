@@ -1,6 +1,8 @@
 """The model card of an export: what a hub reads of it, lineage, figures and licence."""
 
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,7 +12,7 @@ from model_cases import random_params, vlm
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
-from ministral_jax.stages.card import CardConfig, read_card, write_card
+from ministral_jax.stages.card import CardConfig, lineage, read_card, write_card
 from ministral_jax.stages.export import export_stage
 from ministral_jax.stages.manifest import digest
 from ministral_jax.training.checkpoint import save_params
@@ -90,11 +92,25 @@ def test_a_parent_from_a_hub_is_named(tmp_path):
     assert front["base_model"] == "owner/Parent-24B" and "in one stage (`import`)" in body
 
 
+def test_a_lineage_is_found_from_within_its_directory(run, monkeypatch):
+    monkeypatch.chdir(run / "child")
+    assert [made.name for made in lineage(Path())] == ["parent", "short", "child"]
+
+
 def test_a_lineage_ends_where_a_parent_is_gone(run, tmp_path):
     (run / "short" / "manifest.json").unlink()
     _, body = parts(write_card(run / "child", tmp_path / "card", "gguf", CardConfig()).read_text())
     assert "| short |" not in body and "| child | grpo |" in body and "in one stage (`grpo`)" in body
     assert "--mmproj mmproj.gguf" in body
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_loaded(run):
+    shutil.rmtree(run / "child" / "params")
+    (run / "mine").mkdir()
+    (run / "mine" / "notes").write_text("mine")
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
+    with pytest.raises(UserError, match="mine exists and is not an export of this program"):
+        export_stage(run / "child", run / "mine", "float32", placement)
 
 
 def test_what_no_hub_would_take_is_refused():
