@@ -72,7 +72,8 @@ class Slot:
         return self.turned(fetch(self.leaf(params)))
 
     def view(self, value: np.ndarray) -> np.ndarray:
-        """A tensor from the file with its axes as ours; of a mapped file, nothing is read yet."""
+        """A tensor from the file with its axes as ours. Of a mapped file nothing is read yet, but where features of a
+        head are paired in another way: that is a copy."""
         ours, theirs = self.pattern.split(" -> ")
         return self._rearrange(value, f"{theirs} -> {ours}")
 
