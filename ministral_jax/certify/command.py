@@ -54,14 +54,17 @@ def _push(args: argparse.Namespace) -> None:
 def show(found: Certificate) -> None:
     """On the terminal."""
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from ministral_jax.certify.in_card import paces_of
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
+    lines = Table.grid(padding=(0, 1, 0, 0))  # what does not fit a line goes on below itself
+
     def line(holds: bool, said: str) -> None:
-        console.print(Text("holds " if holds else "FAILS ", "green" if holds else "bold red") + said)
+        lines.add_row(Text("holds" if holds else "FAILS", "green" if holds else "bold red"), Text(said))
 
     for check in found.checks:
         line(check.holds, f"{check.name}: {check.said}")
@@ -71,6 +74,7 @@ def show(found: Certificate) -> None:
     for f in found.controls:
         said = f"refused, {f.refused}" if f.refused else f"differs by {f.difference:.1e}"
         line(f.fails, f"control, {f.reader}, {f.control}: {said}")
+    console.print(lines)
     if found.serving is not None:
         console.print(paces_of(found.serving))
     for name in found.not_installed:

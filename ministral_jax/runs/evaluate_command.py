@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ministral_jax.arguments import add_processes, any_place
@@ -53,5 +54,5 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     table = run_evaluate(args)
     if is_first():
-        Console(width=120).print(table)
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
     barrier("evaluated")
