@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -69,7 +70,9 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
             if b"\0" in head[:4] and not head.startswith(tuple(_COMPRESSED)):
                 raise UserError(f"{path} begins with zero bytes, as UTF-16 does; convert it to UTF-8")
             file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-            yield file
+            # a bucket's file has no `readline` of so many bytes at most; Any: what reads is no `IO` to a type checker
+            plain: Any = file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(cast(Any, file))
+            yield plain
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} is damaged or cut short ({error})") from None
     except OSError as error:
