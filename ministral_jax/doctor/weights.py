@@ -7,26 +7,20 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ministral_jax.doctor.source import Finding, Level, Source, section, some
-from ministral_jax.interop.hf import TABLE, slots
+from ministral_jax.interop.hf import TABLE, is_buffer, short_name, slots
 from ministral_jax.interop.native import NATIVE_TABLE
 from ministral_jax.interop.safetensors import Tensor
 from ministral_jax.models.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 _SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_scale|[kv]_scale|qscale_(weight|act))$")
-_BUFFER = re.compile(r"(rotary_emb|patch_positional_embedding)\.")
-
-
-def short(name: str) -> str:
-    """A tensor's name without the prefixes that are in use."""
-    return re.sub(r"^(language_model\.|model\.)+", "", name)
 
 
 def held(source: Source) -> dict[str, Tensor]:
     """Tensors of a Hugging Face directory by their short names; of the files that its index names, where it has one."""
     named = set(_weight_map(source).values()) or set(source.weights)
     parts = (tensors for file, tensors in source.tensors.items() if file in named)
-    return {short(name): tensor for tensors in parts for name, tensor in tensors.items()}
+    return {short_name(name): tensor for tensors in parts for name, tensor in tensors.items()}
 
 
 def whole(source: Source) -> bool:
@@ -109,7 +103,7 @@ def tensors(source: Source, spec: ModelSpec) -> Iterator[Finding]:
     hf = bool(source.weights)
     wanted = {slot.name: slot.shape for slot in slots(spec, TABLE if hf else NATIVE_TABLE)}
     found = held(source) if hf else native_held(source)
-    extra = {name for name in found.keys() - wanted.keys() if not (_SCALE.search(name) or _BUFFER.search(name))}
+    extra = {name for name in found.keys() - wanted.keys() if not (_SCALE.search(name) or is_buffer(name))}
     missing = wanted.keys() - found.keys() - {"lm_head.weight"}  # of which `tying` speaks
     wrong = {n for n in wanted.keys() & found.keys() if found[n].shape != wanted[n]}
     if missing:

@@ -18,7 +18,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
 from ministral_jax.interop.export import WRITER, Export, Format, files_of
 from ministral_jax.interop.gguf_tokenizer import add_tokenizer
-from ministral_jax.interop.hf import Slot, slots
+from ministral_jax.interop.slots import NEIGHBOURS, Slot, table_of, table_slots
 from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vision import MEAN, STD
@@ -28,39 +28,43 @@ if TYPE_CHECKING:
 else:
     gguf = Lazy("gguf")
 
-# Our parameter -> tensor and how its axes move, as in `hf.TABLE`. llama.cpp rotates neighbouring pairs of features and
-# we the two halves of a head: queries and keys are laid so that a pair stands together.
-_TEXT = {
-    "decoder/embed": ("token_embd.weight", "V D -> V D"),
-    "decoder/layers/attention_norm": ("blk.{}.attn_norm.weight", "D -> D"),
-    "decoder/layers/attention/q": ("blk.{}.attn_q.weight", "D H (r s) -> (H s r) D"),
-    "decoder/layers/attention/k": ("blk.{}.attn_k.weight", "D K (r s) -> (K s r) D"),
-    "decoder/layers/attention/v": ("blk.{}.attn_v.weight", "D K h -> (K h) D"),
-    "decoder/layers/attention/o": ("blk.{}.attn_output.weight", "H h D -> D (H h)"),
-    "decoder/layers/mlp_norm": ("blk.{}.ffn_norm.weight", "D -> D"),
-    "decoder/layers/mlp/gate": ("blk.{}.ffn_gate.weight", "D F -> F D"),
-    "decoder/layers/mlp/up": ("blk.{}.ffn_up.weight", "D F -> F D"),
-    "decoder/layers/mlp/down": ("blk.{}.ffn_down.weight", "F D -> D F"),
-    "decoder/norm": ("output_norm.weight", "D -> D"),
-    "decoder/head": ("output.weight", "D V -> V D"),
-}
-_VISION = {
-    "vision/patch_embed": ("v.patch_embd.weight", "(c p q) W -> W c p q"),
-    "vision/norm": ("v.pre_ln.weight", "W -> W"),
-    "vision/layers/attention_norm": ("v.blk.{}.ln1.weight", "W -> W"),
-    "vision/layers/attention/q": ("v.blk.{}.attn_q.weight", "W N (r t) -> (N t r) W"),
-    "vision/layers/attention/k": ("v.blk.{}.attn_k.weight", "W N (r t) -> (N t r) W"),
-    "vision/layers/attention/v": ("v.blk.{}.attn_v.weight", "W N n -> (N n) W"),
-    "vision/layers/attention/o": ("v.blk.{}.attn_out.weight", "N n W -> W (N n)"),
-    "vision/layers/mlp_norm": ("v.blk.{}.ln2.weight", "W -> W"),
-    "vision/layers/mlp/gate": ("v.blk.{}.ffn_gate.weight", "W M -> M W"),
-    "vision/layers/mlp/up": ("v.blk.{}.ffn_up.weight", "W M -> M W"),
-    "vision/layers/mlp/down": ("v.blk.{}.ffn_down.weight", "M W -> W M"),
-    "projector/norm": ("mm.input_norm.weight", "W -> W"),
-    "projector/merge": ("mm.patch_merger.weight", "A W -> W A"),
-    "projector/linear_1": ("mm.1.weight", "W P -> P W"),
-    "projector/linear_2": ("mm.2.weight", "P D -> D P"),
-}
+_TEXT = table_of(
+    {
+        "decoder/embed": "token_embd.weight",
+        "decoder/layers/attention_norm": "blk.{}.attn_norm.weight",
+        "decoder/layers/attention/q": "blk.{}.attn_q.weight",
+        "decoder/layers/attention/k": "blk.{}.attn_k.weight",
+        "decoder/layers/attention/v": "blk.{}.attn_v.weight",
+        "decoder/layers/attention/o": "blk.{}.attn_output.weight",
+        "decoder/layers/mlp_norm": "blk.{}.ffn_norm.weight",
+        "decoder/layers/mlp/gate": "blk.{}.ffn_gate.weight",
+        "decoder/layers/mlp/up": "blk.{}.ffn_up.weight",
+        "decoder/layers/mlp/down": "blk.{}.ffn_down.weight",
+        "decoder/norm": "output_norm.weight",
+        "decoder/head": "output.weight",
+    },
+    NEIGHBOURS,
+)
+_VISION = table_of(
+    {
+        "vision/patch_embed": "v.patch_embd.weight",
+        "vision/norm": "v.pre_ln.weight",
+        "vision/layers/attention_norm": "v.blk.{}.ln1.weight",
+        "vision/layers/attention/q": "v.blk.{}.attn_q.weight",
+        "vision/layers/attention/k": "v.blk.{}.attn_k.weight",
+        "vision/layers/attention/v": "v.blk.{}.attn_v.weight",
+        "vision/layers/attention/o": "v.blk.{}.attn_out.weight",
+        "vision/layers/mlp_norm": "v.blk.{}.ln2.weight",
+        "vision/layers/mlp/gate": "v.blk.{}.ffn_gate.weight",
+        "vision/layers/mlp/up": "v.blk.{}.ffn_up.weight",
+        "vision/layers/mlp/down": "v.blk.{}.ffn_down.weight",
+        "projector/norm": "mm.input_norm.weight",
+        "projector/merge": "mm.patch_merger.weight",
+        "projector/linear_1": "mm.1.weight",
+        "projector/linear_2": "mm.2.weight",
+    },
+    NEIGHBOURS,
+)
 
 _IMAGE_BREAK = 12
 """Tekken's [IMG_BREAK], where no tokenizer says otherwise."""
@@ -130,7 +134,7 @@ def _tokenizer(model: Export) -> Tokenizer | None:
 
 def decoder_slots(spec: ModelSpec) -> list[Slot]:
     """Every tensor of `model.gguf`."""
-    return slots(spec, _TEXT)
+    return table_slots(spec, _TEXT)
 
 
 def vision_slots(spec: ModelSpec, tokenizer: Tokenizer | None) -> list[Slot]:
@@ -138,7 +142,7 @@ def vision_slots(spec: ModelSpec, tokenizer: Tokenizer | None) -> list[Slot]:
     the embedding of [IMG_BREAK]."""
     line_break = _IMAGE_BREAK if tokenizer is None else tokenizer.image_ids[1]
     return [
-        *slots(spec, _VISION),
+        *table_slots(spec, _VISION),
         Slot("decoder/embed", line_break, "v.token_embd.img_break", "D -> D", {"D": spec.width}),
     ]
 

@@ -17,40 +17,43 @@ from ministral_jax.interop.export import Export, Format, export, write_shards
 from ministral_jax.interop.fp8_weights import HF_NAMES, block_size, with_scales
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.interop.shards import named_tensors
-from ministral_jax.interop.slots import Checkpoint, Slot, Table, check_depth, table_slots
+from ministral_jax.interop.slots import HALVES, Checkpoint, Slot, Table, check_depth, table_of, table_slots
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params
 
 # Those of the decoder lie under `language_model.model.`.
-TABLE = {
-    "decoder/embed": ("embed_tokens.weight", "V D -> V D"),
-    "decoder/layers/attention_norm": ("layers.{}.input_layernorm.weight", "D -> D"),
-    "decoder/layers/attention/q": ("layers.{}.self_attn.q_proj.weight", "D H h -> (H h) D"),
-    "decoder/layers/attention/k": ("layers.{}.self_attn.k_proj.weight", "D K h -> (K h) D"),
-    "decoder/layers/attention/v": ("layers.{}.self_attn.v_proj.weight", "D K h -> (K h) D"),
-    "decoder/layers/attention/o": ("layers.{}.self_attn.o_proj.weight", "H h D -> D (H h)"),
-    "decoder/layers/mlp_norm": ("layers.{}.post_attention_layernorm.weight", "D -> D"),
-    "decoder/layers/mlp/gate": ("layers.{}.mlp.gate_proj.weight", "D F -> F D"),
-    "decoder/layers/mlp/up": ("layers.{}.mlp.up_proj.weight", "D F -> F D"),
-    "decoder/layers/mlp/down": ("layers.{}.mlp.down_proj.weight", "F D -> D F"),
-    "decoder/norm": ("norm.weight", "D -> D"),
-    "decoder/head": ("lm_head.weight", "D V -> V D"),
-    "vision/patch_embed": ("vision_tower.patch_conv.weight", "(c p q) W -> W c p q"),
-    "vision/norm": ("vision_tower.ln_pre.weight", "W -> W"),
-    "vision/layers/attention_norm": ("vision_tower.transformer.layers.{}.attention_norm.weight", "W -> W"),
-    "vision/layers/attention/q": ("vision_tower.transformer.layers.{}.attention.q_proj.weight", "W N n -> (N n) W"),
-    "vision/layers/attention/k": ("vision_tower.transformer.layers.{}.attention.k_proj.weight", "W N n -> (N n) W"),
-    "vision/layers/attention/v": ("vision_tower.transformer.layers.{}.attention.v_proj.weight", "W N n -> (N n) W"),
-    "vision/layers/attention/o": ("vision_tower.transformer.layers.{}.attention.o_proj.weight", "N n W -> W (N n)"),
-    "vision/layers/mlp_norm": ("vision_tower.transformer.layers.{}.ffn_norm.weight", "W -> W"),
-    "vision/layers/mlp/gate": ("vision_tower.transformer.layers.{}.feed_forward.gate_proj.weight", "W M -> M W"),
-    "vision/layers/mlp/up": ("vision_tower.transformer.layers.{}.feed_forward.up_proj.weight", "W M -> M W"),
-    "vision/layers/mlp/down": ("vision_tower.transformer.layers.{}.feed_forward.down_proj.weight", "M W -> W M"),
-    "projector/norm": ("multi_modal_projector.norm.weight", "W -> W"),
-    "projector/merge": ("multi_modal_projector.patch_merger.merging_layer.weight", "A W -> W A"),
-    "projector/linear_1": ("multi_modal_projector.linear_1.weight", "W P -> P W"),
-    "projector/linear_2": ("multi_modal_projector.linear_2.weight", "P D -> D P"),
-}
+TABLE = table_of(
+    {
+        "decoder/embed": "embed_tokens.weight",
+        "decoder/layers/attention_norm": "layers.{}.input_layernorm.weight",
+        "decoder/layers/attention/q": "layers.{}.self_attn.q_proj.weight",
+        "decoder/layers/attention/k": "layers.{}.self_attn.k_proj.weight",
+        "decoder/layers/attention/v": "layers.{}.self_attn.v_proj.weight",
+        "decoder/layers/attention/o": "layers.{}.self_attn.o_proj.weight",
+        "decoder/layers/mlp_norm": "layers.{}.post_attention_layernorm.weight",
+        "decoder/layers/mlp/gate": "layers.{}.mlp.gate_proj.weight",
+        "decoder/layers/mlp/up": "layers.{}.mlp.up_proj.weight",
+        "decoder/layers/mlp/down": "layers.{}.mlp.down_proj.weight",
+        "decoder/norm": "norm.weight",
+        "decoder/head": "lm_head.weight",
+        "vision/patch_embed": "vision_tower.patch_conv.weight",
+        "vision/norm": "vision_tower.ln_pre.weight",
+        "vision/layers/attention_norm": "vision_tower.transformer.layers.{}.attention_norm.weight",
+        "vision/layers/attention/q": "vision_tower.transformer.layers.{}.attention.q_proj.weight",
+        "vision/layers/attention/k": "vision_tower.transformer.layers.{}.attention.k_proj.weight",
+        "vision/layers/attention/v": "vision_tower.transformer.layers.{}.attention.v_proj.weight",
+        "vision/layers/attention/o": "vision_tower.transformer.layers.{}.attention.o_proj.weight",
+        "vision/layers/mlp_norm": "vision_tower.transformer.layers.{}.ffn_norm.weight",
+        "vision/layers/mlp/gate": "vision_tower.transformer.layers.{}.feed_forward.gate_proj.weight",
+        "vision/layers/mlp/up": "vision_tower.transformer.layers.{}.feed_forward.up_proj.weight",
+        "vision/layers/mlp/down": "vision_tower.transformer.layers.{}.feed_forward.down_proj.weight",
+        "projector/norm": "multi_modal_projector.norm.weight",
+        "projector/merge": "multi_modal_projector.patch_merger.merging_layer.weight",
+        "projector/linear_1": "multi_modal_projector.linear_1.weight",
+        "projector/linear_2": "multi_modal_projector.linear_2.weight",
+    },
+    HALVES,
+)
 
 
 def slots(spec: ModelSpec, table: Table = TABLE) -> list[Slot]:
@@ -120,14 +123,18 @@ def open_hf(directory: Path) -> Checkpoint:
     from_config(config, where, True)  # another architecture is refused, whatever its weights are
     quantised = config.get("quantization_config")
     block = block_size(quantised, where) if quantised else None
-    found = named_tensors(directory, "model", _short)
+    found = named_tensors(directory, "model", lambda name: None if is_buffer(name) else short_name(name))
     spec = from_config(config, where, "lm_head.weight" in found)
     check_depth(spec, len(found), directory)
     tensors = with_scales(found, HF_NAMES, block, str(directory)) if quantised else found
     return Checkpoint(directory, spec, slots(spec), tensors)
 
 
-def _short(name: str) -> str | None:
+def short_name(name: str) -> str:
     """As `TABLE` has it: the prefixes `language_model.model.`, `model.language_model.` and `model.` are all in use."""
-    short = re.sub(r"^(language_model\.|model\.)+", "", name)
-    return None if _BUFFER.search(short) else short  # older releases kept what the configuration says
+    return re.sub(r"^(language_model\.|model\.)+", "", name)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether it is of a tensor that older releases kept beside the weights, and the configuration says anyway."""
+    return _BUFFER.search(name) is not None

@@ -14,45 +14,40 @@ from ministral_jax.interop.export import Export, Format, write_shards
 from ministral_jax.interop.fp8_weights import Names, with_scales
 from ministral_jax.interop.native_config import from_params, load_params, to_params
 from ministral_jax.interop.shards import NATIVE_STEM, named_tensors
-from ministral_jax.interop.slots import Checkpoint, check_depth, table_slots
+from ministral_jax.interop.slots import NEIGHBOURS, Checkpoint, check_depth, table_of, table_slots
 
-# Our parameter -> the file's tensor and how its axes move, with the letters of `slots`. RoPE rotates the pairs
-# (2i, 2i + 1) of a head here and (i, i + h/2) in ours, so a head's rows of q and k stand in another order.
-NATIVE_TABLE = {
-    "decoder/embed": ("tok_embeddings.weight", "V D -> V D"),
-    "decoder/layers/attention_norm": ("layers.{}.attention_norm.weight", "D -> D"),
-    "decoder/layers/attention/q": ("layers.{}.attention.wq.weight", "D H (r s) -> (H s r) D"),
-    "decoder/layers/attention/k": ("layers.{}.attention.wk.weight", "D K (r s) -> (K s r) D"),
-    "decoder/layers/attention/v": ("layers.{}.attention.wv.weight", "D K h -> (K h) D"),
-    "decoder/layers/attention/o": ("layers.{}.attention.wo.weight", "H h D -> D (H h)"),
-    "decoder/layers/mlp_norm": ("layers.{}.ffn_norm.weight", "D -> D"),
-    "decoder/layers/mlp/gate": ("layers.{}.feed_forward.w1.weight", "D F -> F D"),
-    "decoder/layers/mlp/up": ("layers.{}.feed_forward.w3.weight", "D F -> F D"),
-    "decoder/layers/mlp/down": ("layers.{}.feed_forward.w2.weight", "F D -> D F"),
-    "decoder/norm": ("norm.weight", "D -> D"),
-    "decoder/head": ("output.weight", "D V -> V D"),
-    "vision/patch_embed": ("vision_encoder.patch_conv.weight", "(c p q) W -> W c p q"),
-    "vision/norm": ("vision_encoder.ln_pre.weight", "W -> W"),
-    "vision/layers/attention_norm": ("vision_encoder.transformer.layers.{}.attention_norm.weight", "W -> W"),
-    "vision/layers/attention/q": (
-        "vision_encoder.transformer.layers.{}.attention.wq.weight",
-        "W N (r t) -> (N t r) W",
-    ),
-    "vision/layers/attention/k": (
-        "vision_encoder.transformer.layers.{}.attention.wk.weight",
-        "W N (r t) -> (N t r) W",
-    ),
-    "vision/layers/attention/v": ("vision_encoder.transformer.layers.{}.attention.wv.weight", "W N n -> (N n) W"),
-    "vision/layers/attention/o": ("vision_encoder.transformer.layers.{}.attention.wo.weight", "N n W -> W (N n)"),
-    "vision/layers/mlp_norm": ("vision_encoder.transformer.layers.{}.ffn_norm.weight", "W -> W"),
-    "vision/layers/mlp/gate": ("vision_encoder.transformer.layers.{}.feed_forward.w1.weight", "W M -> M W"),
-    "vision/layers/mlp/up": ("vision_encoder.transformer.layers.{}.feed_forward.w3.weight", "W M -> M W"),
-    "vision/layers/mlp/down": ("vision_encoder.transformer.layers.{}.feed_forward.w2.weight", "M W -> W M"),
-    "projector/norm": ("pre_mm_projector_norm.weight", "W -> W"),
-    "projector/merge": ("patch_merger.merging_layer.weight", "A W -> W A"),
-    "projector/linear_1": ("vision_language_adapter.w_in.weight", "W P -> P W"),
-    "projector/linear_2": ("vision_language_adapter.w_out.weight", "P D -> D P"),
-}
+NATIVE_TABLE = table_of(
+    {
+        "decoder/embed": "tok_embeddings.weight",
+        "decoder/layers/attention_norm": "layers.{}.attention_norm.weight",
+        "decoder/layers/attention/q": "layers.{}.attention.wq.weight",
+        "decoder/layers/attention/k": "layers.{}.attention.wk.weight",
+        "decoder/layers/attention/v": "layers.{}.attention.wv.weight",
+        "decoder/layers/attention/o": "layers.{}.attention.wo.weight",
+        "decoder/layers/mlp_norm": "layers.{}.ffn_norm.weight",
+        "decoder/layers/mlp/gate": "layers.{}.feed_forward.w1.weight",
+        "decoder/layers/mlp/up": "layers.{}.feed_forward.w3.weight",
+        "decoder/layers/mlp/down": "layers.{}.feed_forward.w2.weight",
+        "decoder/norm": "norm.weight",
+        "decoder/head": "output.weight",
+        "vision/patch_embed": "vision_encoder.patch_conv.weight",
+        "vision/norm": "vision_encoder.ln_pre.weight",
+        "vision/layers/attention_norm": "vision_encoder.transformer.layers.{}.attention_norm.weight",
+        "vision/layers/attention/q": "vision_encoder.transformer.layers.{}.attention.wq.weight",
+        "vision/layers/attention/k": "vision_encoder.transformer.layers.{}.attention.wk.weight",
+        "vision/layers/attention/v": "vision_encoder.transformer.layers.{}.attention.wv.weight",
+        "vision/layers/attention/o": "vision_encoder.transformer.layers.{}.attention.wo.weight",
+        "vision/layers/mlp_norm": "vision_encoder.transformer.layers.{}.ffn_norm.weight",
+        "vision/layers/mlp/gate": "vision_encoder.transformer.layers.{}.feed_forward.w1.weight",
+        "vision/layers/mlp/up": "vision_encoder.transformer.layers.{}.feed_forward.w3.weight",
+        "vision/layers/mlp/down": "vision_encoder.transformer.layers.{}.feed_forward.w2.weight",
+        "projector/norm": "pre_mm_projector_norm.weight",
+        "projector/merge": "patch_merger.merging_layer.weight",
+        "projector/linear_1": "vision_language_adapter.w_in.weight",
+        "projector/linear_2": "vision_language_adapter.w_out.weight",
+    },
+    NEIGHBOURS,
+)
 
 
 NATIVE_NAMES = Names(".weight", ".qscale_weight", ".qscale_act")

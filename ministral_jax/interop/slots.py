@@ -24,6 +24,49 @@ from ministral_jax.models.vlm import Params
 Table = Mapping[str, tuple[str, str]]
 """Our parameter -> a format's tensor and how its axes move. {} is the layer. Letters are sizes, see `_sizes`."""
 
+HALVES = {
+    "decoder/embed": "V D -> V D",
+    "decoder/layers/attention_norm": "D -> D",
+    "decoder/layers/attention/q": "D H h -> (H h) D",
+    "decoder/layers/attention/k": "D K h -> (K h) D",
+    "decoder/layers/attention/v": "D K h -> (K h) D",
+    "decoder/layers/attention/o": "H h D -> D (H h)",
+    "decoder/layers/mlp_norm": "D -> D",
+    "decoder/layers/mlp/gate": "D F -> F D",
+    "decoder/layers/mlp/up": "D F -> F D",
+    "decoder/layers/mlp/down": "F D -> D F",
+    "decoder/norm": "D -> D",
+    "decoder/head": "D V -> V D",
+    "vision/patch_embed": "(c p q) W -> W c p q",
+    "vision/norm": "W -> W",
+    "vision/layers/attention_norm": "W -> W",
+    "vision/layers/attention/q": "W N n -> (N n) W",
+    "vision/layers/attention/k": "W N n -> (N n) W",
+    "vision/layers/attention/v": "W N n -> (N n) W",
+    "vision/layers/attention/o": "N n W -> W (N n)",
+    "vision/layers/mlp_norm": "W -> W",
+    "vision/layers/mlp/gate": "W M -> M W",
+    "vision/layers/mlp/up": "W M -> M W",
+    "vision/layers/mlp/down": "M W -> W M",
+    "projector/norm": "W -> W",
+    "projector/merge": "A W -> W A",
+    "projector/linear_1": "W P -> P W",
+    "projector/linear_2": "P D -> D P",
+}
+"""How axes move where RoPE pairs the features (i, i + h/2) of a head, as ours does."""
+NEIGHBOURS = HALVES | {
+    "decoder/layers/attention/q": "D H (r s) -> (H s r) D",
+    "decoder/layers/attention/k": "D K (r s) -> (K s r) D",
+    "vision/layers/attention/q": "W N (r t) -> (N t r) W",
+    "vision/layers/attention/k": "W N (r t) -> (N t r) W",
+}
+"""Where it pairs (2i, 2i + 1): a head's rows of q and k stand in another order."""
+
+
+def table_of(names: Mapping[str, str], axes: Mapping[str, str]) -> Table:
+    """Of a format's names of tensors."""
+    return {path: (name, axes[path]) for path, name in names.items()}
+
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
     """The letters of a table: D width, H heads, K kv heads, h head width, F mlp width, V vocab; of the vision tower, W
