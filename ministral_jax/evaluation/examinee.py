@@ -23,7 +23,7 @@ from ministral_jax.distributed.placement import Placement
 from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading
 from ministral_jax.losses.head import LossHead
-from ministral_jax.models.vlm import VLM, Params
+from ministral_jax.models.vlm import VLM, Params, head_of
 from ministral_jax.sampling.engine import Completion, Prompt, SamplingOptions, stream, watched
 
 DEFAULT_BATCH = 16
@@ -154,12 +154,10 @@ class Examinee:
         numbers = np.broadcast_to(np.arange(count, dtype=np.int32)[:, None], counted.shape)
         nothing = np.zeros_like(counted)
         batch |= dict(loss_mask=counted, answer_mask=nothing, text_bytes=nothing, document=numbers)
-        decoder = self.params["decoder"]
-        head = {"decoder": {key: decoder[key] for key in ("embed", "head") if key in decoder}}
         with jax.set_mesh(place.mesh):
             placed = place_whole(place, batch, spec.vision)
             states = forward(spec, self.model.compute, place)(self.params, placed)
-            read = jax.device_get(reading(LossHead(place, place.rules))(states, head, None, placed))
+            read = jax.device_get(reading(LossHead(place, place.rules))(states, head_of(self.params), None, placed))
         return _sums(read, len(rows))
 
     def _complete(self, prompts: list[Prompt], manner: Manner) -> list[Said]:

@@ -16,7 +16,7 @@ from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.held_out import HeldOut, document_sums, held_out_figures
 from ministral_jax.losses.targets import Hidden
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, Params, head_matrix, image_features
+from ministral_jax.models.vlm import IMAGE_KEYS, VLM, Compute, Params, head_matrix, head_of, image_features
 
 Batch = dict[str, Array]
 TeacherFn = Callable[[Params, Batch], tuple[Float[Array, "B T D'"], Params]]
@@ -94,10 +94,6 @@ def make_evaluate(
         teacher's.
     """
 
-    def head(params: Params) -> Params:
-        decoder = params["decoder"]
-        return {"decoder": {key: decoder[key] for key in ("embed", "head") if key in decoder}}
-
     def evaluate(params: Params, constants: Params | None, batches: Iterable[Batch]) -> tuple[HeldOut, Predictions]:
         sums: list[Any] = []
         predictions: Predictions = []
@@ -105,10 +101,10 @@ def make_evaluate(
             targets = None
             if teacher is not None and constants is not None:
                 their_states, theirs = teacher(with_tower(constants, params), batch)
-                targets = (their_states, head(theirs))
+                targets = (their_states, head_of(theirs))
             states = forward(spec, compute, placement)(params, batch)
             read = reading(LossHead(placement, teacher_rules or placement.rules))
-            found = jax.device_get(read(states, head(params), targets, batch))
+            found = jax.device_get(read(states, head_of(params), targets, batch))
             sums.append(document_sums(found, teacher_context))
             predictions.append(found["prediction"][:, np.argsort(placement.order(found["prediction"].shape[1]))])
         return held_out_figures(sums), predictions

@@ -219,6 +219,12 @@ def head_matrix(params: Params) -> Float[Array, "D V"]:
     return decoder["head"] if "head" in decoder else decoder["embed"].T
 
 
+def head_of(params: Params) -> Params:
+    """Of a model's parameters (or shapes, or shardings) those that `head_matrix` reads."""
+    name = "head" if "head" in params["decoder"] else "embed"
+    return {"decoder": {name: params["decoder"][name]}}
+
+
 def check_params(params: Params, spec: ModelSpec, where: str) -> None:
     """Raise `UserError` naming the first leaf of `params` (arrays or shapes) that a model of `spec` lacks, adds or has
     in another shape; `where` says in the message where the parameters came from."""

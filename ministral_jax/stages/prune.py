@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from pydantic import Field
 
@@ -13,13 +12,13 @@ from ministral_jax.distributed.processes import polled
 from ministral_jax.losses.evaluation import forward, make_evaluate
 from ministral_jax.losses.held_out import HeldOut
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, placed_params
+from ministral_jax.models.vlm import VLM, head_of, placed_params
 from ministral_jax.pruning.statistics import batch_sums, calibrated
 from ministral_jax.pruning.surgery import PruneOptions, Surgery, check_target
 from ministral_jax.stages import rows
 from ministral_jax.stages.base import Graph, Job, ModelRef, Params, Program, Result, Stage, load_stage
 from ministral_jax.stages.figures import Figure
-from ministral_jax.teachers.apart import STATES, head_of
+from ministral_jax.teachers.apart import STATES
 from ministral_jax.teachers.teacher import from_states
 from ministral_jax.training.progress import ProgressLine
 
@@ -58,13 +57,10 @@ class Prune(rows.RowStage):
         surgery = Surgery(job.spec, list, self.options, self.seed, self.compute, job.placement)
         calibrate = batch_sums, (VLM(source, self.compute.unrounded), True, weighted, params, calibrated(batch))
         ours = {"calibrate": calibrate, **surgery.programs(source, dtype)}
-        states = (self.batch.sequences, self.batch.length, source.width)
-        said = jax.ShapeDtypeStruct(
-            states, jnp.dtype(self.compute.dtype), sharding=job.placement.batch_sharding(STATES, 3)
-        )
+        teacher = from_states(source, head_of(params), rows.abstract_states(job, source))
         return {
             **{name: Program(*program)._replace(rules=job.placement.rules) for name, program in ours.items()},
-            **rows.evaluation_programs(job, job.spec, from_states(source, head_of(params), said), dtype),
+            **rows.evaluation_programs(job, job.spec, teacher, dtype),
         }
 
     def run(self, job: Job[Prune]) -> Result:

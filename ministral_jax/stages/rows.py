@@ -28,9 +28,9 @@ from ministral_jax.errors import UserError
 from ministral_jax.losses.evaluation import forward, reading, with_tower
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import Compute, placed_params
+from ministral_jax.models.vlm import Compute, head_of, placed_params
 from ministral_jax.settings import Frozen
-from ministral_jax.stages.base import Graph, Job, Params, Program, Stage
+from ministral_jax.stages.base import Graph, Job, Program, Stage
 from ministral_jax.stages.checks import check_compute
 from ministral_jax.stages.manifest import read_manifest
 from ministral_jax.teachers.apart import READ, TWIN
@@ -264,6 +264,14 @@ def abstract_batch(
     return placement.described(batch_shapes(batch.sequences, batch.length, floats, patches, bins, job.spec.vision))
 
 
+def abstract_states(job: Job[Any], spec: ModelSpec) -> jax.ShapeDtypeStruct:
+    """Final states of a model of `spec` for a global batch, as the stage computes them and lays its rows."""
+    shape = (job.stage.batch.sequences, job.stage.batch.length, spec.width)
+    return jax.ShapeDtypeStruct(
+        shape, jnp.dtype(job.stage.compute.dtype), sharding=job.placement.batch_sharding("states", 3)
+    )
+
+
 def evaluation_programs(
     job: Job[Any], spec: ModelSpec, teacher: Teacher | None = None, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Program]:
@@ -277,17 +285,14 @@ def evaluation_programs(
     def as_rows(states: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(states.shape, states.dtype, sharding=placement.batch_sharding("states", 3))
 
-    def head(params: Params) -> Params:
-        return {"decoder": {key: params["decoder"][key] for key in ("embed", "head") if key in params["decoder"]}}
-
     with jax.set_mesh(placement.mesh):
         states = as_rows(jax.eval_shape(run, params, batch))
         if teacher is not None:
             constants = with_tower(teacher.constants, params)
             theirs, _ = jax.eval_shape(teacher.held_out, constants, batch | teacher.held_out_arrays)
-            targets = (as_rows(theirs), head(teacher.constants))
+            targets = (as_rows(theirs), head_of(teacher.constants))
     read = reading(LossHead(placement, job.teacher_placement.rules))
     return {
         "evaluate/states": Program(run, (params, batch)),
-        "evaluate/figures": Program(read, (states, head(params), targets, batch)),
+        "evaluate/figures": Program(read, (states, head_of(params), targets, batch)),
     }

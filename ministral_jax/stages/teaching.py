@@ -21,14 +21,14 @@ from ministral_jax.losses.evaluation import hidden, with_features
 from ministral_jax.losses.head import LossHead
 from ministral_jax.losses.targets import Targets, check_options
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, head_matrix, param_shardings, placed_params
+from ministral_jax.models.vlm import VLM, head_matrix, head_of, param_shardings, placed_params
 from ministral_jax.settings import Frozen
 from ministral_jax.stages.base import Graph, Job, Params, load_stage
 from ministral_jax.stages.looped import FROZEN, Looped
 from ministral_jax.stages.manifest import digest, finished
 from ministral_jax.stages.record import Record, recorded_teacher
-from ministral_jax.stages.rows import Packing
-from ministral_jax.teachers.apart import STATES, Apart, TeacherMesh, head_of, states_program
+from ministral_jax.stages.rows import Packing, abstract_states
+from ministral_jax.teachers.apart import Apart, TeacherMesh, states_program
 from ministral_jax.teachers.store import Store
 from ministral_jax.teachers.teacher import Teacher, from_states, online, stored
 from ministral_jax.training.state import LossFn
@@ -198,7 +198,7 @@ def described_teacher(job: Job[Any]) -> Teacher:
     params = placed_params(spec, placement, dtype)
     if (own := job.teacher_apart) is not None:
         return from_states(
-            spec, head_of(params), _states(job, spec), _programs(job, spec, placed_params(spec, own, dtype))
+            spec, head_of(params), abstract_states(job, spec), _programs(job, spec, placed_params(spec, own, dtype))
         )
     if spec.vision == job.spec.vision:  # as will be found, but where a stage between them has trained the tower
         params = without_tower(params)
@@ -253,7 +253,7 @@ def open_teacher(job: Job[Any], data: PackedData) -> Teacher:
     if (own := job.teacher_apart) is not None:
         spec, params = load_stage(directory, dtype, own)
         head = jax.tree.map(handed, head_of(params), head_of(param_shardings(spec, placement)))
-        return from_states(spec, head, _states(job, spec), _programs(job, spec, params))
+        return from_states(spec, head, abstract_states(job, spec), _programs(job, spec, params))
     spec, params = load_stage(directory, dtype, placement)
     return online(spec, params, stage.compute, placement, stage.batch.length)
 
@@ -264,13 +264,6 @@ def _programs(job: Job[Any], spec: ModelSpec, params: Params) -> Apart:
     assert own is not None
     read = states_program(spec, stage.compute, own, job.placement, stage.batch.microbatches)
     return Apart(read, params, own, job.placement)
-
-
-def _states(job: Job[Any], spec: ModelSpec) -> jax.ShapeDtypeStruct:
-    """What such a teacher hands over of a global batch."""
-    batch, dtype = job.stage.batch, jnp.dtype(job.stage.compute.dtype)
-    shape = (batch.sequences, batch.length, spec.width)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=job.placement.batch_sharding(STATES, 3))
 
 
 def _teacher_directory(job: Job[Any]) -> Path:

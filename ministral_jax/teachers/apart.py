@@ -93,9 +93,3 @@ def states_program(
         return found if np.array_equal(order, np.arange(length)) else found[:, order]
 
     return jax.jit(states)
-
-
-def head_of(params: Params) -> Params:
-    """Of a model's parameters (or shapes, or shardings) those of its output matrix."""
-    name = "head" if "head" in params["decoder"] else "embed"
-    return {"decoder": {name: params["decoder"][name]}}

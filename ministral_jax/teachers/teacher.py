@@ -70,7 +70,7 @@ def online_targets(spec: ModelSpec, compute: Compute, rules: Rules) -> Callable[
 
 def from_states(spec: ModelSpec, head: Params, states: jax.ShapeDtypeStruct, apart: Apart | None = None) -> Teacher:
     """A model that is elsewhere, or gone: batches bring its final states. `states`: those of a global batch; `head`:
-    its output matrix, see `apart.head_of`; `apart`: where it runs on a mesh of its own."""
+    its output matrix, see `vlm.head_of`; `apart`: where it runs on a mesh of its own."""
     taught = lambda constants, batch: Hidden(batch[STATES], head_matrix(constants))
     whole = lambda constants, batch: (batch[STATES], constants)
     flops, arrays = spec.flops_per_token(states.shape[1]), {STATES: states}
