@@ -108,9 +108,11 @@ CASES = {
 }  # fmt: skip
 
 
-def write_pictures(directory: Path) -> None:
+def write_pictures(directory: Path) -> Path:
+    """Into a directory, which is returned."""
     Image.new("RGB", (30, 10), (200, 30, 30)).save(directory / "wide.png")
     Image.new("RGB", (5, 6), (30, 30, 200)).save(directory / "small.png")
+    return directory
 
 
 def with_pictures(messages: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:

@@ -101,16 +101,17 @@ def _has_temperature(spec: ModelSpec) -> bool:
     return spec.rope.temperature_beta > 0 and spec.rope.original_context is not None
 
 
-HF_CONTROLS = (
-    Control("temperature key removed", _has_temperature, _hf_rope(lambda rope: rope.pop("llama_4_scaling_beta"))),
-    Control(
-        "YaRN factor doubled",
-        lambda spec: spec.rope.yarn_factor > 1,
-        _hf_rope(lambda rope: rope.update(factor=2 * rope["factor"])),
-    ),
-    Control("q and k not permuted", lambda spec: True, _hf_unpermuted),
-    Control("untied head dropped", lambda spec: not spec.tied, _hf_headless),
-)
+Plant = Callable[[Path, ModelSpec], None]
+
+
+def _controls(no_temperature: Plant, yarn_doubled: Plant, not_permuted: Plant, headless: Plant) -> tuple[Control, ...]:
+    """The same faults of every format."""
+    return (
+        Control("temperature key removed", _has_temperature, no_temperature),
+        Control("YaRN factor doubled", lambda spec: spec.rope.yarn_factor > 1, yarn_doubled),
+        Control("q and k not permuted", lambda spec: True, not_permuted),
+        Control("untied head dropped", lambda spec: not spec.tied, headless),
+    )
 
 
 def _native(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, ModelSpec], None]:
@@ -129,21 +130,23 @@ def _native_headless(directory: Path, spec: ModelSpec) -> None:
     _edit(directory, "params.json", lambda params: params.update(tied_embeddings=True))
 
 
-NATIVE_CONTROLS = (
-    Control(HF_CONTROLS[0].name, _has_temperature, _native(lambda params: params.pop("llama_4_scaling"))),
-    Control(
-        HF_CONTROLS[1].name,
-        HF_CONTROLS[1].applies,
-        _native(lambda params: params["yarn"].update(factor=2 * params["yarn"]["factor"])),
-    ),
-    Control(HF_CONTROLS[2].name, HF_CONTROLS[2].applies, _native_permuted),
-    Control(HF_CONTROLS[3].name, HF_CONTROLS[3].applies, _native_headless),
+_OF_HF = _controls(
+    _hf_rope(lambda rope: rope.pop("llama_4_scaling_beta")),
+    _hf_rope(lambda rope: rope.update(factor=2 * rope["factor"])),
+    _hf_unpermuted,
+    _hf_headless,
 )
-GGUF_CONTROLS = (
-    Control(HF_CONTROLS[0].name, _has_temperature, set_key("attention.temperature_scale", lambda beta: 0.0)),
-    Control(HF_CONTROLS[1].name, HF_CONTROLS[1].applies, set_key("rope.scaling.factor", lambda factor: 2 * factor)),
-    Control(HF_CONTROLS[2].name, HF_CONTROLS[2].applies, permute_back),
-    Control(HF_CONTROLS[3].name, HF_CONTROLS[3].applies, drop_head),
+_OF_NATIVE = _controls(
+    _native(lambda params: params.pop("llama_4_scaling")),
+    _native(lambda params: params["yarn"].update(factor=2 * params["yarn"]["factor"])),
+    _native_permuted,
+    _native_headless,
 )
-CONTROLS = {"gguf": GGUF_CONTROLS, "hf": HF_CONTROLS, "fp8": HF_CONTROLS, "native": NATIVE_CONTROLS}
+_OF_GGUF = _controls(
+    set_key("attention.temperature_scale", lambda beta: 0.0),
+    set_key("rope.scaling.factor", lambda factor: 2 * factor),
+    permute_back,
+    drop_head,
+)
+CONTROLS = {"gguf": _OF_GGUF, "hf": _OF_HF, "fp8": _OF_HF, "native": _OF_NATIVE}
 """By format."""

@@ -12,7 +12,7 @@ from model_cases import random_params, vlm
 from ministral_jax import cli
 from ministral_jax.certify import certificate, readers
 from ministral_jax.certify.checks import checks
-from ministral_jax.certify.controls import CONTROLS, HF_CONTROLS, Control, change_tensor
+from ministral_jax.certify.controls import CONTROLS, Control, change_tensor
 from ministral_jax.certify.in_card import section_of
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
@@ -56,7 +56,7 @@ def test_an_export_is_certified(pair, capsys):
     assert found.holds and "certified" in said and found.not_installed == ["transformers"]
     assert [r.prompt for r in found.readings] == ["text", "image", "long"]
     assert all(r.to_ours == 0 and 0 < r.kl < 1e-3 for r in found.readings)
-    assert [f.control for f in found.controls] == [c.name for c in HF_CONTROLS]
+    assert [f.control for f in found.controls] == [c.name for c in CONTROLS["hf"]]
     assert all(f.fails and f.difference > 100 * found.limit for f in found.controls)
     assert {"config.json", "model.safetensors", "tekken.json"} <= found.files.keys()
     assert not {"certificate.json", "README.md"} & found.files.keys()

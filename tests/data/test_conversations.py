@@ -19,9 +19,7 @@ from ministral_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("conversations")
-    chat_cases.write_pictures(directory)
-    return directory
+    return chat_cases.write_pictures(tmp_path_factory.mktemp("conversations"))
 
 
 @pytest.fixture(scope="module")
