@@ -202,8 +202,8 @@ def _write(axes: Axes, note: Note, height: float) -> None:
 
 def _legend(axes: Axes, names: list[str], wide: bool) -> None:
     beside = wide and 3 < len(names) <= 16
-    # a long name would leave no room for the axes
-    told = [textwrap.fill(name, 28 if beside else 60) for name in names]
+    # a long name would leave no room for the axes, or go beyond them
+    told = [textwrap.fill(name, 28 if beside else 44) for name in names]
     style = {"handles": axes.get_legend_handles_labels()[0], "labels": told}
     if beside and sum(name.count("\n") + 1 for name in told) <= 20:
         axes.legend(**style, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
