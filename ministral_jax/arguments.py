@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ministral_jax.errors import UserError
 from ministral_jax.places import local_place, place, run_place
@@ -21,6 +22,13 @@ def _argument(check: Callable[[str, str], Path]) -> Callable[[str], Path]:
 
 
 any_place, run_directory, local_directory = map(_argument, (place, run_place, local_place))
+
+
+def add_taken_from(command: argparse.ArgumentParser) -> None:
+    """Where stages may be taken from that were made in the same way; see `runs.survey.shelves`."""
+    text = "a run or sweep from which stages are taken that were made in the same way; may be given several times"
+    options: Any = dict(dest="taken_from", action="append", default=[], type=run_directory, metavar="RUN", help=text)
+    command.add_argument("--from", **options)
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:

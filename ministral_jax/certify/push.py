@@ -18,7 +18,7 @@ from ministral_jax.places import fetched
 
 
 def push(args: argparse.Namespace) -> None:
-    """The command, with the arguments that `command` declares.
+    """The command, with the arguments that `commands` declares.
 
     Raises:
         UserError: no export, a certificate that does not hold or is of other files, a repository's name that is none,

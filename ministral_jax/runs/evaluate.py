@@ -26,7 +26,7 @@ from ministral_jax.stages.manifest import digest, read_manifest
 
 
 def run_evaluate(args: Namespace) -> Table:
-    """The command, with the arguments that `evaluate_command` declares; the table of what was found.
+    """The command, with the arguments that `commands` declares; the table of what was found.
 
     Raises:
         UserError: arguments, a checkpoint or a task that cannot be used.

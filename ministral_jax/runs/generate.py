@@ -42,7 +42,7 @@ Sample = Callable[[list[Prompt]], Iterator[list[Completion]]]
 
 
 def run_generate(args: Namespace) -> None:
-    """The command, with the arguments that `cli` declares.
+    """The command, with the arguments that `commands` declares.
 
     Raises:
         UserError: arguments that do not go together, a checkpoint, prompt or image that cannot be used.

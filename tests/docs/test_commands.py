@@ -87,7 +87,7 @@ def test_what_is_not_run_is_understood(command, monkeypatch, checkout):
         without = [word for word in words(command)[1:] if word != "--submit"]
         if args.scheduler != "local":
             assert cli.main(without) == 0
-    elif args.command is cli._run and args.recipe == "configs/tiny.yaml":  # what would be made
+    elif args.command is cli.run and args.recipe == "configs/tiny.yaml":  # what would be made
         assert cli.main([*words(command)[1:], "--dry-run"]) == 0
     if "sweep" not in command and hasattr(args, "recipe") and args.recipe.startswith(("configs/", "tests/")):
         settings, stages = sort_words(rest)

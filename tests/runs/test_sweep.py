@@ -18,8 +18,9 @@ import pytest
 import yaml
 from paths import TESTS
 
-from ministral_jax import cli, yaml12
+from ministral_jax import yaml12
 from ministral_jax.cli import main
+from ministral_jax.commands import sweep as sweep_command
 from ministral_jax.distributed.processes import Preempted
 from ministral_jax.errors import UserError
 from ministral_jax.files import write_json
@@ -256,7 +257,7 @@ def test_what_is_no_fault_of_a_point_ends_the_sweep(pretend, tmp_path, stop):
 
 def test_its_table_and_page_are_written_while_nobody_else_may(pretend, tmp_path, monkeypatch):
     owners = []
-    monkeypatch.setattr(cli, "_finish_sweep", lambda sweep_dir: owners.append(owner(sweep_dir)))
+    monkeypatch.setattr(sweep_command, "finish_sweep", lambda sweep_dir: owners.append(owner(sweep_dir)))
     assert main(["sweep", *PURE, "--run-dir", str(tmp_path / "s")]) == 0
     assert [said["pid"] for said in owners] == [os.getpid()] and owner(tmp_path / "s") is None
 

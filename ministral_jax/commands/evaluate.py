@@ -1,17 +1,17 @@
-"""What `ministral-jax evaluate` may be told. Importing this does not load JAX."""
+"""`ministral-jax evaluate`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from ministral_jax.arguments import add_processes, any_place
+from ministral_jax.commands.tables import print_table
 from ministral_jax.interop.hub import model_place
 
 
 def add_evaluate(commands: Any) -> None:
-    """The command, to the subparsers of `cli`."""
+    """Declare the command on the subparsers of the command line."""
     evaluate = commands.add_parser("evaluate", help="a checkpoint's scores at tasks")
     evaluate.add_argument(
         "checkpoint", type=model_place, help="directory of a finished stage or of a model, or its name on the hub"
@@ -42,8 +42,6 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ministral_jax.distributed.collectives import barrier, is_first
     from ministral_jax.distributed.processes import Limits, join, use_cpu
 
@@ -54,5 +52,5 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     table = run_evaluate(args)
     if is_first():
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        print_table(table)
     barrier("evaluated")
