@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
-
 from ministral_jax.errors import UserError
 
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -133,14 +131,6 @@ def file_digest(path: Path) -> str:
 def stable_key(name: str) -> int:
     """64 uniform bits that a name always gives, on any machine."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def mix(keys: np.ndarray, salt: int) -> np.ndarray:
-    """SplitMix64's finaliser over uint64 keys: another order for each salt, the same with any version of NumPy."""
-    z = keys + np.uint64(salt * 0x9E3779B97F4A7C15 % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -26,7 +26,7 @@ from ministral_jax.data.images import MOST_PIXELS, to_patches
 from ministral_jax.data.sources import Source, read_rows
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
-from ministral_jax.files import digest_of, mix, stable_key, write_json
+from ministral_jax.files import digest_of, stable_key, write_json
 from ministral_jax.models.spec import VisionSpec
 from ministral_jax.places import is_complete, new_directory, on_disk
 
@@ -86,6 +86,14 @@ def group_key(document: Document) -> int:
 def drawn(groups: np.ndarray, share: float) -> np.ndarray:
     """bool `[D]`: about this share of documents of these groups (uint64), always the same ones."""
     return mix(groups, _DRAW) / 2.0**64 < share
+
+
+def mix(keys: np.ndarray, salt: int) -> np.ndarray:
+    """SplitMix64's finaliser over uint64 keys: another order for each salt, the same with any version of NumPy."""
+    z = keys + np.uint64(salt * 0x9E3779B97F4A7C15 % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def tokenise(

@@ -23,9 +23,8 @@ import numpy as np
 
 from ministral_jax.data.bad_rows import SHOWN, LeftOut
 from ministral_jax.data.chat import TRAINABLE
-from ministral_jax.data.documents import Documents
+from ministral_jax.data.documents import Documents, mix
 from ministral_jax.errors import UserError
-from ministral_jax.files import mix
 
 _LOOKAHEAD = 64
 """Documents of a source among which the best fit is looked for."""
