@@ -26,17 +26,19 @@ def _doctor(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from ministral_jax.doctor.examine import examine
-    from ministral_jax.interop.hub import located
+    from ministral_jax.interop.hub import hub_name, outline
     from ministral_jax.places import fetched
 
-    found = examine(fetched(located(args.source)))
+    with outline(args.source) as directory:
+        found = examine(fetched(directory))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     colours = {"green": "green", "amber": "yellow", "red": "bold red"}
     lines = Table.grid(padding=(0, 1, 0, 0))  # what does not fit a line goes on below itself
     lines.add_column(min_width=6)
     lines.add_column(min_width=14)
     for finding in found:
-        lines.add_row(Text(finding.level, colours[finding.level]), finding.subject, Text(finding.said))
+        said = finding.said.replace(str(directory), hub_name(args.source) or str(directory))
+        lines.add_row(Text(finding.level, colours[finding.level]), finding.subject, Text(said))
     console.print(lines)
     count = {level: sum(finding.level == level for finding in found) for level in colours}
     console.print(f"{count['red']} red, {count['amber']} amber, {count['green']} green")

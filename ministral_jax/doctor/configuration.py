@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from ministral_jax.doctor.source import Finding, Json, Source, section
+from ministral_jax.doctor.source import Finding, Json, Source, section, some
 from ministral_jax.doctor.weights import held, native_held
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf_config import from_config
@@ -119,12 +119,15 @@ def positions(source: Source, spec: ModelSpec | None) -> Iterator[Finding]:
         "green", "RoPE", f"{said}, temperature {beta or 'off'}, context {text.get('max_position_embeddings')}"
     )
     name = _like(spec) if spec else None
+    if name and form == "yarn" and PRESETS[name].rope.yarn_factor == 1:
+        name = None  # Devstral Small 2 has the shape of Mistral Small 3.1 and positions of its own
     like = PRESETS[name].rope if name else RopeSpec()
     if form == "yarn" and spec is not None:
         yield from _yarn(rope, spec.rope.attention_factor, like.attention_factor)
     if text.get("model_type") == "ministral3" and not beta and (name is None or like.temperature_beta):
-        absent = "llama_4_scaling_beta is absent: the position temperature is off, which every Ministral 3 has"
-        yield Finding("amber", "RoPE", f"{absent}; some converters drop it (vLLM#48621)")
+        absent = "llama_4_scaling_beta is absent: the position temperature is off"
+        have = "which Ministral 3 and Devstral Small 2 have"
+        yield Finding("amber", "RoPE", f"{absent}, {have}; some converters drop it (vLLM#48621)")
     if name and isinstance(theta, int | float) and theta != like.theta:
         said = f"θ is {theta:g}, {name} has {like.theta:g}"
         dropped = theta == _CLASS_THETA and not name.startswith("tiny")
@@ -186,3 +189,12 @@ def two_formats(source: Source) -> Iterator[Finding]:
         if value is not None and params.get(key) not in (None, value):
             said = f"params.json says {key} {params[key]}, config.json {value}: two models in one directory"
             yield Finding("red", "format", said)
+
+
+def code(source: Source) -> Iterator[Finding]:
+    """Python of the repository's own, which `trust_remote_code` lets transformers run; here nothing of it is read."""
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if classes := section(source.json(name), "auto_map"):
+            said = f"{name} names code of its own in auto_map, {some([f'{k} {v}' for k, v in classes.items()])}"
+            why = "it is never run here, so what it does otherwise than the class's own code is lost"
+            yield Finding("amber", "code", f"{said}: transformers runs it with trust_remote_code; {why}")

@@ -23,6 +23,7 @@ def examine(directory: Path) -> list[Finding]:
         lambda: weights.tensors(source, spec) if spec and whole and source.any_weights else iter(()),
         lambda: weights.scales(source) if whole else iter(()),
         lambda: configuration.two_formats(source),
+        lambda: configuration.code(source),
         lambda: configuration.tying(source) if whole else iter(()),
         lambda: configuration.positions(source, spec),
         lambda: configuration.vision(source),

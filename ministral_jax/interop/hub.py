@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax import yaml12
 from ministral_jax.arguments import any_place
 from ministral_jax.errors import UserError
+from ministral_jax.files import MOST_JSON
 from ministral_jax.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ _SMALL = ("*.json", "*.jinja", "SYSTEM_PROMPT.txt")
 """Configurations, tokenizer, chat template and indices."""
 _FORMATS = (("config.json", "model"), ("params.json", "consolidated"))
 """What describes a model, and how the names of its weights begin; of two formats the first is taken."""
+_READ_AHEAD = 2**18
+"""Bytes of a file of weights that are asked for at once; most headers are shorter."""
 
 
 def hub_name(text: str | Path, root: Path = Path()) -> str | None:
@@ -80,15 +85,38 @@ def downloaded(name: str) -> Path:
         UserError: huggingface_hub is not installed; no such model or revision, or not for this user; a name that can be
             none; or the hub cannot be reached.
     """
+    with _explained(name):
+        return cached(name) or _files(name, local_files_only=False)
+
+
+@contextmanager
+def outline(path: Path) -> Iterator[Path]:
+    """A directory in which a model's headers can be read: that which is named, or where the cache has the model. Of
+    another one on the hub a passing one, of which the small files are downloaded and of the weights the headers alone:
+    files of the true sizes that hold nothing else. Files that no format has are there by name.
+
+    Raises:
+        UserError: as `downloaded`.
+    """
+    if (name := hub_name(path)) is None:
+        yield path
+        return
+    with TemporaryDirectory(prefix="ministral-jax-") as passing:
+        with _explained(name):
+            found = cached(name) or _outlined(name, Path(passing))
+        yield found
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What the hub, or the way to it, says of a model as a `UserError`."""
     if find_spec("huggingface_hub") is None:
         raise UserError(
             f"{name} is on the hub, which needs huggingface_hub; in the checkout, pip install -e '.[hub]'; or give a "
             "directory"
         )
-    if (found := cached(name)) is not None:
-        return found
     try:
-        return _files(name, local_files_only=False)
+        yield
     except errors.GatedRepoError:
         raise UserError(
             f"{name}: its owners let only users in who agree to their terms, with `hf auth login`"
@@ -101,11 +129,12 @@ def downloaded(name: str) -> Path:
         raise UserError(f"{name} can be no name on the hub: {first_line(error)}") from None
     except errors.LocalEntryNotFoundError:
         repository, _, revision = name.partition("@")
-        wanted = (*_SMALL, *(f"{stem}*.safetensors" for _, stem in _FORMATS[:1]))
         command = f"hf download {repository}{revision and f' --revision {revision}'}"
+        wanted, instead = ((*_SMALL, f"{stem}*.safetensors") for _, stem in _FORMATS)
         raise UserError(
             f"{name} is not on this machine, or not all of it, and the hub cannot be reached; where it can, run "
-            f"`{command} {' '.join(f'--include {pattern!r}' for pattern in wanted)}`, or give a directory"
+            f"`{command} {' '.join(f'--include {pattern!r}' for pattern in wanted)}`, with {instead[-1]!r} as the last "
+            "where the repository has only Mistral's own format; or give a directory"
         ) from None
     except UserError:
         raise
@@ -121,16 +150,17 @@ def first_line(error: Exception) -> str:
 
 
 def _files(name: str, local_files_only: bool) -> Path:
+    return _with_weights(name, lambda patterns: _snapshot(name, patterns, local_files_only))
+
+
+def _snapshot(name: str, patterns: Sequence[str], local_files_only: bool = False) -> Path:
+    """Where files of a model lie whose names are of `patterns`, in a directory that is called as the commit."""
     repository, _, revision = name.partition("@")
-
-    def get(patterns: Sequence[str]) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=[*patterns], local_files_only=local_files_only
-            )
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=[*patterns], local_files_only=local_files_only
         )
-
-    return _with_weights(name, get)
+    )
 
 
 def _with_weights(name: str, get: Callable[[Sequence[str]], Path]) -> Path:
@@ -143,3 +173,24 @@ def _with_weights(name: str, get: Callable[[Sequence[str]], Path]) -> Path:
             if weight_files(directory, stem):
                 return directory
     raise UserError(f"{name}: the hub has no model.safetensors or consolidated.safetensors with a configuration of it")
+
+
+def _outlined(name: str, directory: Path) -> Path:
+    """`directory`, filled as `outline` has it."""
+    small = _snapshot(name, _SMALL)
+    hub: Any = huggingface_hub.HfFileSystem(skip_instance_cache=True)
+    for entry in hub.ls(f"{name.partition('@')[0]}@{small.name}", detail=True):
+        if entry["type"] != "file":
+            continue
+        file = PurePosixPath(entry["name"]).name
+        here = directory / file
+        if (small / file).is_file():
+            here.symlink_to((small / file).resolve())
+        elif file.endswith(".safetensors"):
+            with hub.open(entry["name"], "rb", block_size=_READ_AHEAD) as there, here.open("wb") as head:
+                length = there.read(8)
+                head.write(length + there.read(min(int.from_bytes(length, "little"), MOST_JSON)))
+                head.truncate(entry["size"])
+        else:
+            here.touch()
+    return directory

@@ -145,7 +145,8 @@ PRESETS: dict[str, ModelSpec] = {
     "mistral-small-3.1-24b": ModelSpec(
         layers=40, width=5120, mlp_width=32_768, context=131_072, rope=RopeSpec(theta=1e9), **_REAL
     ),
-    # The base of its RoPE was found nowhere and is that of its class; an imported model has its own.
+    # Its config.json was not seen. That its RoPE has the base of its class, 10^6, follows from where its YaRN begins to
+    # slow frequencies: at pair 23 (GaijinEntertainment/daScript#3479, of a GGUF). An imported model has its own.
     "mistral-medium-3.5-128b": ModelSpec(
         **dict(_REAL, layers=88, width=12_288, mlp_width=28_672, heads=96, context=262_144),
         rope=RopeSpec(yarn_factor=64.0, original_context=4096, beta_fast=4.0, attention_factor=0.1 * math.log(64) + 1),

@@ -141,6 +141,10 @@ FAULTS = {
     "two models": (
         lambda d: edit(d, "params.json", lambda p: p.update(dim=24)), "red", "dim 24, config.json 20",
     ),
+    "code of its own": (
+        lambda d: edit(d, "config.json", lambda c: c.update(auto_map={"AutoModel": "modeling_own.Own"})),
+        "amber", "config.json names code of its own in auto_map, AutoModel modeling_own.Own: .*never run here",
+    ),
     "no JSON": (lambda d: (d / "config.json").write_text("{"), "red", "config.json: not valid JSON"),
     "nonsense": (
         lambda d: edit(d, "tekken.json", lambda t: t.update(special_tokens=[3])), "red", "form that nothing reads",

@@ -1,4 +1,5 @@
-"""Models by their names on the hub. No test here goes on the network: huggingface_hub's one entry is replaced."""
+"""Models by their names on the hub. No test here goes on the network: what downloads is replaced, or the hub is one on
+the loopback."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from interop_cases import SPEC
+from loopback_hub import loopback_hub
 
 import ministral_jax
 from ministral_jax import cli
@@ -124,6 +126,39 @@ def test_a_directory_is_taken_before_a_name(tmp_path):
     assert Import(do="import", path=Rooted.at(NAME, tmp_path)).path == str(tmp_path / NAME)
 
 
+@pytest.fixture
+def served(exported, tmp_path, monkeypatch):
+    """A repository of a hub on the loopback, and how many bytes of each file it has sent."""
+    (exported / "pytorch_model.bin").write_bytes(b"0" * 1000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_READ_AHEAD", 512)
+    with loopback_hub(exported, NAME) as (address, sent):
+        at = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", at)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield exported, sent
+
+
+def test_doctor_downloads_no_weights(served, capsys):
+    files, sent = served
+    code, said = cli.main(["doctor", str(files)]), capsys.readouterr().out
+    assert cli.main(["doctor", NAME]) == code
+    assert capsys.readouterr().out == said
+    assert 0 < sent["model.safetensors"] < (files / "model.safetensors").stat().st_size / 3
+    assert not sent["pytorch_model.bin"] and hub.cached(NAME) is None
+
+
+def test_doctor_calls_a_file_on_the_hub_by_its_name_there(served, capsys):
+    files, _ = served
+    weights = files / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert cli.main(["doctor", f"{NAME}@main"]) == 1
+    said = capsys.readouterr().out
+    assert f"{NAME}@main/model.safetensors: cut short, {weights.stat().st_size} bytes" in said
+
+
 def fault(kind):
     """One of the hub's answers, made without the request that it would belong to."""
     made = kind.__new__(kind)
@@ -136,7 +171,9 @@ def fault(kind):
     [
         (
             errors.LocalEntryNotFoundError,
-            "is not on this machine, or not all of it, .*run `hf download mistralai/Small --i",
+            "is not on this machine, .* run `hf download mistralai/Small --include '\\*.json' --include '\\*.jinja' "
+            r"--include 'SYSTEM_PROMPT.txt' --include 'model\*.safetensors'`, with 'consolidated\*.safetensors' as the "
+            "last where the repository has only Mistral's own format; or give a directory$",
         ),
         (errors.GatedRepoError, "let only users in who agree to their terms"),
         (errors.RepositoryNotFoundError, "neither a directory here nor on the hub"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from math import log
 
+import numpy as np
 import pytest
 
 from ministral_jax.errors import UserError
 from ministral_jax.interop.hf_config import from_config, to_config
+from ministral_jax.models.rope import frequencies, yarn_frequencies
 from ministral_jax.models.spec import PRESETS, ModelSpec, RopeSpec, VisionSpec
 
 SMALL, MEDIUM = "mistral-small-3.1-24b", "mistral-medium-3.5-128b"
@@ -68,6 +70,15 @@ def test_medium_is_written_as_it_was_released_and_comes_back():
     odd = RopeSpec(yarn_factor=2.0, original_context=32, attention_factor=1.25)
     spec = ModelSpec(**SIZES | {"rope": odd})
     assert from_config(to_config(spec, "float32"), "config.json", True) == spec
+
+
+@pytest.mark.parametrize(("theta", "pair"), [(1e6, 23), (1e4, 35), (1e8, 17), (1e9, 15)])
+def test_mediums_base_is_the_one_whose_band_begins_at_pair_23(theta, pair):
+    """As GaijinEntertainment/daScript#3479 says of a GGUF of it; other bases that the family has begin elsewhere."""
+    rope = PRESETS[MEDIUM].rope
+    slowed = yarn_frequencies(128, rope.model_copy(update={"theta": theta})) / frequencies(128, theta)
+    assert np.flatnonzero(slowed == 1)[-1] == pair
+    assert (rope.theta == theta) == (pair == 23)
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
