@@ -8,6 +8,7 @@ Whoever may read and write there is the affair of gcsfs and s3fs, which find cre
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -26,6 +27,7 @@ def _store(scheme: str) -> Any:
 
     for protocol in ("gcs", "gs", "s3"):
         conf.setdefault(protocol, {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises it also logs, with a traceback
     return fsspec.filesystem(scheme)
 
 
@@ -45,14 +47,22 @@ class BucketPath(PosixGPath):
 
     # ---- what is there ----
 
+    def _type(self) -> str | None:
+        """`file`, `directory`, or None where nothing is. The clients' own `isfile` says so too of a store that does not
+        answer, and a finished stage would be made again."""
+        try:
+            return self._ask("info")["type"]
+        except FileNotFoundError:
+            return None
+
     def exists(self, **_: Any) -> bool:
-        return self._ask("exists")
+        return self._type() is not None
 
     def is_file(self, **_: Any) -> bool:
-        return self._ask("isfile")
+        return self._type() == "file"
 
     def is_dir(self, **_: Any) -> bool:
-        return self._ask("isdir")
+        return self._type() == "directory"
 
     def is_symlink(self) -> bool:
         return False

@@ -86,6 +86,20 @@ def test_objects_answer_as_files_do(bucket):
     assert not bucket.exists()
 
 
+def test_a_store_that_does_not_answer_is_not_one_where_nothing_is(monkeypatch):
+    """A finished stage would be made again."""
+
+    class Gone:
+        def info(self, path):
+            raise ConnectionError("no route to host\nand a long tale")
+
+    monkeypatch.setattr(buckets, "_store", lambda scheme: Gone())
+    path = place("gs://bucket/run/manifest.json", "directory")
+    for ask in (path.exists, path.is_file, path.is_dir):
+        with pytest.raises(OSError, match=r"ConnectionError: no route to host: 'gs://bucket/run/manifest.json'$"):
+            ask()
+
+
 def test_of_many_who_create_an_object_one_does(bucket):
     made, threads = [], []
 

@@ -13,6 +13,7 @@ from ministral_jax.certify.certificate import FILE, Certificate
 from ministral_jax.certify.checks import file_digests
 from ministral_jax.console import say
 from ministral_jax.errors import UserError
+from ministral_jax.files import refuse_pointer
 from ministral_jax.interop.hub import first_line
 from ministral_jax.places import fetched
 
@@ -21,8 +22,8 @@ def push(args: argparse.Namespace) -> None:
     """The command, with the arguments that `commands` declares.
 
     Raises:
-        UserError: no export, a certificate that does not hold or is of other files, a repository's name that is none,
-            no huggingface_hub, no login, or what the hub says.
+        UserError: no export, a Git LFS pointer in the place of a file, a certificate that does not hold or is of other
+            files, a repository's name that is none, no huggingface_hub, no login, or what the hub says.
     """
     directory = fetched(args.directory)
     if args.repository.count("/") != 1 or not all(args.repository.split("/")):
@@ -46,6 +47,8 @@ def _files(directory: Path) -> list[Path]:
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
     if not any(path.suffix in (".safetensors", ".gguf") for path in found):
         raise UserError(f"{directory} is no export: it has no weights")
+    for path in found:
+        refuse_pointer(path)
     return found
 
 

@@ -29,10 +29,10 @@ def add_export(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
-    from ministral_jax.stages.card import read_card
+    from ministral_jax.stages.card import FLAGS, read_card
     from ministral_jax.stages.export import export_stage
 
+    card = read_card({key: getattr(args, key) for key in FLAGS})
     placement = Placement(make_mesh(MeshConfig()), Rules())
-    card = read_card({key: getattr(args, key) for key in ("license", "base_model", "languages")})
     export_stage(args.checkpoint, args.destination, args.dtype, placement, args.format, card)
     say(f"{args.destination}: written in {args.dtype}")

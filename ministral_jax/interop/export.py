@@ -6,14 +6,19 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
 
 from ministral_jax.distributed.collectives import barrier, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.files import is_remote, write_json
 from ministral_jax.interop import safetensors
+from ministral_jax.interop.slots import Slot
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Params, check_params
 from ministral_jax.places import put_files
@@ -47,8 +52,10 @@ class Format:
     """Raises `UserError` for sizes that the format cannot say."""
     write: Callable[[Export, Path], None]
     """Fills an empty directory, one tensor after another; the first process calls it."""
-    fetch: Callable[[Export], None]
-    """What the other processes do meanwhile: they fetch the same tensors in the same order."""
+    tensors: Callable[[Export], Iterable[safetensors.Pending]]
+    """In the order in which they are written; the other processes fetch them meanwhile."""
+    check_values: Callable[[Export], object] = lambda model: None
+    """Raises `UserError` for numbers that the format cannot hold; all processes call it, before anything is written."""
 
 
 def export(model: Export, layout: Format, directory: Path) -> None:
@@ -57,8 +64,8 @@ def export(model: Export, layout: Format, directory: Path) -> None:
     nothing else.
 
     Raises:
-        UserError: parameters that do not fit their sizes, a number format that the layout does not have, a missing
-            file, or a `directory` that holds something else.
+        UserError: parameters that do not fit their sizes, a number format that the layout does not have or that does
+            not hold them, a missing file, or a `directory` that holds something else.
     """
     check_params(model.params, model.spec, "export")
     check_dtype(model.dtype, layout)
@@ -68,10 +75,12 @@ def export(model: Export, layout: Format, directory: Path) -> None:
     for file in files:
         if not file.is_file():
             raise UserError(f"tokenizer file {file} does not exist")
+    layout.check_values(model)
     if is_first():
         _write(model, layout, directory, files)
     else:
-        layout.fetch(model)
+        for tensor in layout.tensors(model):
+            tensor.value()
     barrier("exported")
 
 
@@ -86,6 +95,11 @@ def check_dtype(dtype: str, layout: Format) -> None:
     if dtype not in layout.dtypes:
         known = f"{', '.join(layout.dtypes[:-1])} and {layout.dtypes[-1]}"
         raise UserError(f"export dtype is {dtype!r}; {known} can be written")
+
+
+def pending(slot: Slot, params: Params, dtype: str) -> safetensors.Pending:
+    """A tensor that is fetched when its turn comes."""
+    return safetensors.Pending(slot.name, np.dtype(jnp.dtype(dtype)), slot.shape, partial(slot.take, params))
 
 
 def write_shards(

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float
 
 from ministral_jax.distributed.collectives import fetch
 from ministral_jax.errors import UserError
-from ministral_jax.interop.export import Export, Format
+from ministral_jax.interop.export import Export, Format, pending
 from ministral_jax.interop.fp8_weights import E4M3, HF_NAMES
-from ministral_jax.interop.hf import HF, disk_name, slots, write_model
+from ministral_jax.interop.hf import HF, disk_slots, write_model
 from ministral_jax.interop.safetensors import Pending
 from ministral_jax.interop.slots import Slot
 from ministral_jax.losses.evaluation import model_inputs
@@ -107,16 +107,15 @@ class _Matrix:
 
 
 def _tensors(model: Export) -> Iterator[Pending]:
-    spec, dtype = model.spec, np.dtype(jnp.dtype(model.dtype))
     assert model.scales is not None, "an FP8 export needs the scales of what goes into linear layers"
-    for slot in slots(spec):
-        name, where = disk_name(slot.name, spec), _INPUTS.get(slot.path.removeprefix(_LAYERS))
+    for slot in disk_slots(model.spec):
+        where = _INPUTS.get(slot.path.removeprefix(_LAYERS))
         if where is None or not slot.path.startswith(_LAYERS):
-            yield Pending(name, dtype, slot.shape, partial(slot.take, model.params))
+            yield pending(slot, model.params, model.dtype)
             continue
         matrix, into = _Matrix(slot, model.params), model.scales["decoder"]["layers"][where[0]][where[1]]
-        yield Pending(name, E4M3, slot.shape, matrix.values)
-        base = name.removesuffix(HF_NAMES.weight)
+        yield Pending(slot.name, E4M3, slot.shape, matrix.values)
+        base = slot.name.removesuffix(HF_NAMES.weight)
         yield Pending(base + HF_NAMES.scale, _BFLOAT16, (), matrix.scale)
         yield Pending(base + HF_NAMES.activation, _BFLOAT16, (), partial(np.asarray, into[slot.layer]))
 
@@ -137,9 +136,4 @@ def _write(model: Export, directory: Path) -> None:
     write_model(model, directory, _tensors(model), {"quantization_config": quantization_config(model.spec)})
 
 
-def _fetch(model: Export) -> None:
-    for tensor in _tensors(model):
-        tensor.value()
-
-
-FP8 = Format(HF.dtypes, HF.last, HF.check, _write, _fetch)
+FP8 = Format(HF.dtypes, HF.last, HF.check, _write, _tensors)

@@ -7,16 +7,22 @@ readers expect. The library `gguf` (extra `gguf`) writes the file's frame and ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
 
 from ministral_jax.data.tokenizer import Tokenizer, read_tokenizer
+from ministral_jax.distributed.collectives import fetch
 from ministral_jax.errors import UserError
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.export import WRITER, Export, Format, files_of
+from ministral_jax.interop.export import WRITER, Export, Format, files_of, pending
 from ministral_jax.interop.gguf_tokenizer import add_tokenizer
 from ministral_jax.interop.slots import NEIGHBOURS, Slot, table_of, table_slots
 from ministral_jax.lazy import Lazy
@@ -81,6 +87,9 @@ FILE_TYPES = {
 """Number formats: what matrices are written in, and what the file calls itself. q8_0 and q4_0 are whole numbers of 8
 and 4 bits with a float16 scale for every 32."""
 
+_MOST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}
+"""What can be written: the largest number of float16, and that of whole numbers times it."""
+
 
 def _check(spec: ModelSpec) -> None:
     if find_spec("gguf") is None:
@@ -107,23 +116,50 @@ def _write(model: Export, directory: Path) -> None:
             (file.read_text() for file in files_of(model.files) if file.name == "chat_template.jinja"), None
         )
         add_tokenizer(writer, tokenizer, spec.vocab, template)
-    _write_tensors(writer, model, decoder_slots(spec), model.dtype)
-    if spec.vision is not None:
-        dtype = model.dtype if model.dtype in ("float32", "bfloat16") else "float16"
+    (dtype, slots), *tower = _parts(model)
+    _write_tensors(writer, model, slots, dtype)
+    for dtype, slots in tower:
         writer = _writer(directory / "mmproj.gguf", "clip", dtype)
         _add_vision_sizes(writer, spec)
-        _write_tensors(writer, model, vision_slots(spec, tokenizer), dtype)
+        _write_tensors(writer, model, slots, dtype)
 
 
-def _fetch(model: Export) -> None:
-    found = decoder_slots(model.spec)
+def _parts(model: Export) -> list[tuple[str, list[Slot]]]:
+    """Number format and tensors of `model.gguf`, and of `mmproj.gguf` where there is a tower."""
+    parts = [(model.dtype, decoder_slots(model.spec))]
     if model.spec.vision is not None:
-        found += vision_slots(model.spec, _tokenizer(model))
-    for slot in found:
-        slot.take(model.params)
+        dtype = model.dtype if model.dtype in ("float32", "bfloat16") else "float16"
+        parts.append((dtype, vision_slots(model.spec, _tokenizer(model))))
+    return parts
 
 
-GGUF = Format(tuple(FILE_TYPES), "model.gguf", _check, _write, _fetch)
+def _tensors(model: Export) -> Iterator[safetensors.Pending]:
+    return (pending(slot, model.params, "float32") for _, slots in _parts(model) for slot in slots)
+
+
+@jax.jit
+def _largest(x: Array) -> Float[Array, ""]:
+    return jnp.max(jnp.abs(x)).astype(jnp.float32)
+
+
+def _check_values(model: Export) -> None:
+    """Where they lie, one tensor after another."""
+    for dtype, slots in _parts(model):
+        for slot in slots:
+            kind = _kind(slot, model.spec, dtype).name
+            if kind not in _MOST:
+                continue
+            largest = float(fetch(_largest(slot.leaf(model.params))))
+            if not np.isfinite(largest):
+                raise UserError(f"{slot.name} holds numbers that are not finite, which dtype {model.dtype} cannot say")
+            if largest > _MOST[kind]:
+                raise UserError(
+                    f"{slot.name} holds {largest:g}, and {kind}, in which dtype {model.dtype} writes it, ends at "
+                    f"{_MOST[kind]:g}; bfloat16 and float32 have room for it"
+                )
+
+
+GGUF = Format(tuple(FILE_TYPES), "model.gguf", _check, _write, _tensors, _check_values)
 """One tensor is fetched at a time; beside it is what goes into the file. Vectors stay float32. Where others become
 whole numbers, the vision tower and rows that are no multiple of 32 stay float16, and the output matrix has 8 bits."""
 
@@ -242,9 +278,6 @@ def _rounded(slot: Slot, kind: gguf.GGMLQuantizationType, model: Export) -> np.n
     out = np.empty(gguf.quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
     step = max(1, _ROWS // (4 * rows.shape[1]))
     for here in (slice(first, first + step) for first in range(0, len(rows), step)):
-        with np.errstate(over="ignore"):
-            part = gguf.quantize(safetensors.packed(rows[here], np.dtype(np.float32)), kind)
-        if kind == gguf.GGMLQuantizationType.F16 and not np.isfinite(part).all():
-            raise UserError(f"{slot.path} has values that are too large for float16; export dtype bfloat16 has them")
+        part = gguf.quantize(safetensors.packed(rows[here], np.dtype(np.float32)), kind)
         out[here] = part.view(np.uint8)
     return out

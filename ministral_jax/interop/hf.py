@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.export import Export, Format, export, write_shards
+from ministral_jax.interop.export import Export, Format, export, pending, write_shards
 from ministral_jax.interop.fp8_weights import HF_NAMES, block_size, with_scales
 from ministral_jax.interop.hf_config import from_config, generation_config, load_config, processor_config, to_config
 from ministral_jax.interop.shards import named_tensors
@@ -72,13 +70,20 @@ def export_hf(
     export(Export(params, spec, dtype, tokenizer_files), HF, directory)
 
 
+def disk_slots(spec: ModelSpec) -> Iterator[Slot]:
+    """`slots` under the names that they have in an export."""
+    outer = "" if spec.vision is None else "language_model."
+    for slot in slots(spec):
+        inner = "" if slot.path == "decoder/head" else "model."
+        yield replace(slot, name=f"{outer}{inner}{slot.name}") if slot.path.startswith("decoder/") else slot
+
+
+def _tensors(model: Export) -> Iterator[safetensors.Pending]:
+    return (pending(slot, model.params, model.dtype) for slot in disk_slots(model.spec))
+
+
 def _write(model: Export, directory: Path) -> None:
-    dtype = np.dtype(jnp.dtype(model.dtype))
-    tensors = (
-        safetensors.Pending(disk_name(slot.name, model.spec), dtype, slot.shape, partial(slot.take, model.params))
-        for slot in slots(model.spec)
-    )
-    write_model(model, directory, tensors, {})
+    write_model(model, directory, _tensors(model), {})
 
 
 def write_model(model: Export, directory: Path, tensors: Iterable[safetensors.Pending], more: dict[str, Any]) -> None:
@@ -90,21 +95,7 @@ def write_model(model: Export, directory: Path, tensors: Iterable[safetensors.Pe
     write_shards(tensors, directory, "model")
 
 
-def fetch_slots(model: Export) -> None:
-    """Take every tensor in the order of `slots`."""
-    for slot in slots(model.spec):
-        slot.take(model.params)
-
-
-HF = Format(("float32", "bfloat16"), "config.json", partial(to_config, dtype="float32"), _write, fetch_slots)
-
-
-def disk_name(name: str, spec: ModelSpec) -> str:
-    """Of a tensor of `TABLE` in an export."""
-    if name.startswith(("vision_tower.", "multi_modal_projector.")):
-        return name
-    outer = "" if spec.vision is None else "language_model."
-    return f"{outer}{name}" if name.startswith("lm_head.") else f"{outer}model.{name}"
+HF = Format(("float32", "bfloat16"), "config.json", partial(to_config, dtype="float32"), _write, _tensors)
 
 
 # ---- import ---------------------------------------------------------------------------------------------------------

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-
-import jax.numpy as jnp
-import numpy as np
 
 from ministral_jax.files import write_json
 from ministral_jax.interop import safetensors
-from ministral_jax.interop.export import Export, Format, write_shards
+from ministral_jax.interop.export import Export, Format, pending, write_shards
 from ministral_jax.interop.fp8_weights import Names, with_scales
 from ministral_jax.interop.native_config import from_params, load_params, to_params
 from ministral_jax.interop.shards import NATIVE_STEM, named_tensors
@@ -70,14 +67,11 @@ def open_native(directory: Path) -> Checkpoint:
 
 def _write(model: Export, directory: Path) -> None:
     write_json(directory / "params.json", to_params(model.spec))
-    dtype, taken = np.dtype(jnp.dtype(model.dtype)), table_slots(model.spec, NATIVE_TABLE)
-    tensors = [safetensors.Pending(s.name, dtype, s.shape, partial(s.take, model.params)) for s in taken]
-    write_shards(tensors, directory, NATIVE_STEM)
+    write_shards(_tensors(model), directory, NATIVE_STEM)
 
 
-def _fetch(model: Export) -> None:
-    for slot in table_slots(model.spec, NATIVE_TABLE):
-        slot.take(model.params)
+def _tensors(model: Export) -> Iterator[safetensors.Pending]:
+    return (pending(slot, model.params, model.dtype) for slot in table_slots(model.spec, NATIVE_TABLE))
 
 
-NATIVE = Format(("float32", "bfloat16"), "params.json", to_params, _write, _fetch)
+NATIVE = Format(("float32", "bfloat16"), "params.json", to_params, _write, _tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ministral_jax.models.vlm import VLM, Compute
 from ministral_jax.stages import verbs
 from ministral_jax.stages.base import Graph, Job, Params, Stage
 from ministral_jax.stages.manifest import ancestry
-from ministral_jax.stages.rows import BatchConfig, RowStage, open_data, train_batches
+from ministral_jax.stages.rows import BatchConfig, Batches, RowStage, open_data, train_batches
 
 
 def reads_rows(kind: type[Stage]) -> bool:
@@ -25,11 +26,9 @@ def reads_rows(kind: type[Stage]) -> bool:
     return issubclass(kind, RowStage) and not kind.reads_pairs
 
 
-def activation_scales(
-    stage_directory: Path, spec: ModelSpec, params: Params, placement: Placement, batches: int
-) -> Params:
-    """`fp8_export.calibrate` on the first `batches` batches of the finished stage, or of the nearest one before it that
-    reads packed rows; in the dtype of the parameters. All processes call it.
+def calibration_batches(stage_directory: Path, spec: ModelSpec, placement: Placement, count: int) -> Batches:
+    """The first `count` batches of the finished stage, or of the nearest one before it that reads packed rows. All
+    processes call it.
 
     Raises:
         UserError: none of them does, or its rows cannot be read.
@@ -41,10 +40,16 @@ def activation_scales(
     stage = RowStage(do="export", data=data, batch=batch, seed=config["seed"], first_row=0, sharding=placement.rules)
     job = Job(name, stage, spec, Graph({name: stage}, {name: spec}), stage_directory.parent, placement.mesh)
     stage.check_mesh(job)
-    rows = train_batches(job, open_data(job), stop=batches)
+    return train_batches(job, open_data(job), stop=count)
+
+
+def activation_scales(
+    spec: ModelSpec, params: Params, placement: Placement, batches: Iterable[dict[str, Any]]
+) -> Params:
+    """`fp8_export.calibrate`, in the dtype of the parameters. All processes call it."""
     model = VLM(spec, Compute(dtype=jax.tree.leaves(params)[0].dtype.name))
     with jax.set_mesh(placement.mesh), placement.rules.active():
-        return calibrate(model, params, polled(rows, "calibration batch"))
+        return calibrate(model, params, polled(batches, "calibration batch"))
 
 
 def _reader(stage_directory: Path) -> tuple[str, dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError, field_validator
 
 import ministral_jax
 from ministral_jax.errors import UserError
@@ -27,20 +28,47 @@ NAME = "README.md"
 class CardConfig(Frozen):
     """What the model card says that no manifest knows."""
 
-    license: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    license: str | None = None
     """Of the parent, as a hub calls it, such as `apache-2.0`; it is inherited. None: unknown."""
-    base_model: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    base_model: str | None = None
     """The parent's name on a hub; None: that of the import, where it has one."""
     languages: tuple[str, ...] = ()
     """Of the data, by their codes, such as `en`."""
 
+    @field_validator("license")
+    @classmethod
+    def _is_an_id(cls, value: str | None) -> str | None:
+        return _matching(r"[a-z0-9][a-z0-9.+-]*", value, "a hub knows licences by ids such as apache-2.0, mit or other")
+
+    @field_validator("base_model")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        return _matching(r"[\w.-]+/[\w.-]+", value, "a model on a hub is OWNER/NAME")
+
+    @field_validator("languages")
+    @classmethod
+    def _are_codes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for code in value:
+            _matching(r"[a-z]{2,3}(-\w+)*", code, "languages go by codes such as en or pt-BR")
+        return value
+
+
+def _matching(pattern: str, value: str | None, said: str) -> str | None:
+    if value is not None and not re.fullmatch(pattern, value):
+        raise ValueError(said)
+    return value
+
+
+FLAGS = {"license": "--license", "base_model": "--base-model", "languages": "--language"}
+
 
 def read_card(values: dict[str, Any]) -> CardConfig:
-    """Raises `UserError`: a value that a hub would not take."""
+    """From the command line. Raises `UserError`: a value that a hub would not take, by its flag."""
     try:
         return CardConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(explain(problem, CardConfig, "card.") for problem in error.errors())) from None
+        problems = [problem | {"loc": (FLAGS[str(problem["loc"][0])],)} for problem in error.errors()]
+        raise UserError("; ".join(explain(problem, CardConfig) for problem in problems)) from None
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from ministral_jax.interop.export import check_dtype, check_free, export
 from ministral_jax.interop.formats import FORMATS, FormatName
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage, stage_tokenizer
-from ministral_jax.stages.calibration import activation_scales, reads_rows
+from ministral_jax.stages.calibration import activation_scales, calibration_batches, reads_rows
 from ministral_jax.stages.card import NAME, CardConfig, write_card
+from ministral_jax.stages.manifest import finished, refuse_export
 from ministral_jax.stages.rows import ancestors
 
 NumberFormat = Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"]
@@ -77,13 +78,22 @@ def export_stage(
     card: CardConfig | None = None,
 ) -> None:
     """Export a finished stage in the layout of that name in `FORMATS`, with the tokenizer its data was made with and a
-    model card. All processes call it, the first writes."""
+    model card. All processes call it, the first writes.
+
+    Raises:
+        UserError: no finished stage, or what `interop.export.export` and, in `fp8`, `calibration_batches` refuse; but
+            for numbers that the format does not hold, before the model is loaded.
+    """
     check_dtype(dtype, FORMATS[layout])
-    check_free(destination)  # before what takes long
     if is_checkpoint(stage_directory) and not (stage_directory / "manifest.json").is_file():
         raise UserError(f"{stage_directory} is a model and no finished stage; an import stage of a recipe makes it one")
+    refuse_export(stage_directory)
+    spec = finished(stage_directory).spec
+    FORMATS[layout].check(spec)
+    check_free(destination)
+    batches = calibration_batches(stage_directory, spec, placement, CALIBRATION) if layout == "fp8" else None
     spec, params = load_stage(stage_directory, jnp.dtype(loaded_dtype(dtype)), placement)
-    scales = activation_scales(stage_directory, spec, params, placement, CALIBRATION) if layout == "fp8" else None
+    scales = None if batches is None else activation_scales(spec, params, placement, batches)
     tokenizer = stage_tokenizer(stage_directory)
     with TemporaryDirectory() as scratch:
         files = [write_card(stage_directory, Path(scratch, NAME), layout, card or CardConfig())]

@@ -81,6 +81,10 @@ FAULTS = {
     "another file": (changed, "config.json is not as it was certified"),
     "no certificate": (lambda hub, export: (export / FILE).write_text("{"), "is no certificate of this program"),
     "no weights": (lambda hub, export: (export / "model.safetensors").unlink(), "has no weights"),
+    "a pointer": (
+        lambda hub, export: (export / "tekken.json").write_text("version https://git-lfs.github.com/spec/v1\noid 0"),
+        "tekken.json is a Git LFS pointer, not the file itself",
+    ),
     "no login": (lambda hub, export: setattr(hub, "token", None), "HF_TOKEN"),
     "the hub": (
         lambda hub, export: setattr(hub, "fault", RuntimeError("403: not yours\nmore")),

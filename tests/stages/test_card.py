@@ -104,15 +104,27 @@ def test_a_lineage_ends_where_a_parent_is_gone(run, tmp_path):
     assert "--mmproj mmproj.gguf" in body
 
 
-def test_what_cannot_be_written_is_said_before_anything_is_loaded(run):
+def test_what_cannot_be_written_is_said_before_anything_is_loaded(run, monkeypatch):
     shutil.rmtree(run / "child" / "params")
     (run / "mine").mkdir()
     (run / "mine" / "notes").write_text("mine")
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
     with pytest.raises(UserError, match="mine exists and is not an export of this program"):
         export_stage(run / "child", run / "mine", "float32", placement)
+    stage(run, "made", "import")
+    with pytest.raises(UserError, match="made: format fp8 needs rows to find scales on"):
+        export_stage(run / "made", run / "fp8", "float32", placement, "fp8")
+    monkeypatch.setattr("ministral_jax.interop.gguf_format.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="format = gguf needs gguf"):
+        export_stage(run / "child", run / "gguf", "float32", placement, "gguf")
 
 
 def test_what_no_hub_would_take_is_refused():
-    with pytest.raises(UserError, match=r"card\.base_model"):
-        read_card({"base_model": "24B"})
+    """By the flag that the user wrote."""
+    for values, said in [
+        ({"license": "Apache 2.0"}, r"^--license: .* ids such as apache-2.0, .* got 'Apache 2.0'$"),
+        ({"base_model": "24B"}, r"^--base-model: .* OWNER/NAME, got '24B'$"),
+        ({"languages": ["English"]}, r"^--language: .* codes such as en"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            read_card(values)
