@@ -19,7 +19,7 @@ from ministral_jax.stages.base import Graph, Stage, TokenIds
 from ministral_jax.stages.distill import Distill
 from ministral_jax.stages.dpo import DPO
 from ministral_jax.stages.evaluate import Evaluate
-from ministral_jax.stages.export import Export, loaded_dtype
+from ministral_jax.stages.export import CALIBRATION, Export, loaded_dtype
 from ministral_jax.stages.grpo import GRPO
 from ministral_jax.stages.import_ import Import
 from ministral_jax.stages.looped import FROZEN, Looped
@@ -212,7 +212,11 @@ def _(stage: Evaluate, spec: ModelSpec, graph: Graph) -> StageWork:
 @_work.register
 def _(stage: Export, spec: ModelSpec, graph: Graph) -> StageWork:
     model = Held("model", spec, loaded_dtype(stage.dtype), stage.sharding)
-    return StageWork((), (Phase("export", (Move(model, whole=True, dtype=model.dtype),)),))
+    phases = (Phase("export", (Move(model, whole=True, dtype=model.dtype),)),)
+    if stage.format == "fp8" and (rows := stage.calibrated_on(graph)) is not None:
+        read = replace(_rows(rows, model, "none"), compute=Compute(dtype=model.dtype), at_once=rows.batch.sequences)
+        phases = (*phases, Phase("calibrate", (read,), CALIBRATION, held=(model,)))  # `StageWork.main` is the first one
+    return StageWork((), phases)
 
 
 @_work.register

@@ -21,7 +21,7 @@ from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage, sta
 from ministral_jax.stages.calibration import activation_scales, calibration_batches, reads_rows
 from ministral_jax.stages.card import NAME, CardConfig, write_card
 from ministral_jax.stages.manifest import finished, refuse_export
-from ministral_jax.stages.rows import ancestors
+from ministral_jax.stages.rows import RowStage, ancestors
 
 NumberFormat = Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"]
 
@@ -54,11 +54,16 @@ class Export(Stage):
             FORMATS[self.format].check(spec)
         except UserError as problem:
             raise UserError(f"{where}: {problem}") from None
-        if self.format == "fp8" and not any(reads_rows(type(one)) for one in ancestors(self, graph.stages)):
+        if self.format == "fp8" and self.calibrated_on(graph) is None:
             raise UserError(
                 f"{where}.format = fp8 needs rows to find scales on, and neither {self.source!r} nor a stage that it "
                 "comes from reads any"
             )
+
+    def calibrated_on(self, graph: Graph) -> RowStage | None:
+        """Whose rows give the scales of an FP8 export."""
+        before = ancestors(self, graph.stages)
+        return next((one for one in before if isinstance(one, RowStage) and reads_rows(type(one))), None)
 
     def run(self, job: Job[Export]) -> Result:
         export_stage(job.source, job.directory / self.format, self.dtype, job.placement, self.format, self.card)

@@ -1,5 +1,7 @@
 """What is found wrong with a recipe on a machine: each fault planted as a setting, and nothing said without it."""
 
+from types import SimpleNamespace
+
 import pytest
 from finding_cases import (
     GRPO,
@@ -20,11 +22,13 @@ from finding_cases import (
 )
 from paths import ROOT
 
+from ministral_jax.planning.findings.clock import tasks_are_left_out
 from ministral_jax.planning.findings.find import find, impossible
 from ministral_jax.planning.findings.finding import Context, Finding, merged
 from ministral_jax.planning.findings.site import Need, needed
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.recipe.load import load_recipe, order
+from ministral_jax.stages.evaluate import Evaluate, TasksConfig
 
 TPU_VM = "launch.tpu_vm={zone: z, accelerator_type: %s, runtime_version: r, bucket: b, setup: s, spot: false}"
 BARE = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: false, %s}"
@@ -162,6 +166,12 @@ def test_a_planted_fault_is_found_and_nothing_else(family, name):
     for word in words:
         assert word in told[0].text, told[0].text
         assert not any(word in finding.text for finding in without)
+
+
+def test_tasks_are_said_to_be_left_out():
+    stage = Evaluate.model_construct(tasks=TasksConfig(names=("digits", "mmlu@5")))
+    (told,) = tasks_are_left_out(SimpleNamespace(stage=lambda name: stage), "asked")
+    assert told.text.startswith("stages.asked.tasks = digits, mmlu@5 are left out of its time and memory")
 
 
 SPOT = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, bucket: b, setup: s, spot: true}"

@@ -81,3 +81,20 @@ def _heads(phase):
 
 def _head_seconds(phase):
     return sum(part.seconds for part in phase.parts if part.name == "loss head")
+
+
+def test_an_fp8_export_reads_the_rows_that_its_model_has_learnt_from():
+    """Beside its parameters, some batches of the nearest stage before it that has packed rows."""
+    fp8, learnt = work_of("14b-instruct-hf", "stages.14b-instruct-hf.format=fp8"), work_of("14b-sft")
+    machine = parse_machine("v5p:4x4x4")
+    mesh = machine.mesh(MeshConfig(fsdp=64))
+    (read,), (*_, theirs) = fp8.on(mesh).phase("calibrate").work, learnt.phase("step").work
+    assert (read.rows, read.length, read.patches) == (theirs.rows, theirs.length, theirs.patches)
+    assert read.compute.dtype == "bfloat16" and not read.learns
+    export, calibrate = stage_memory(fp8, mesh, machine.hosts).phases
+    items = {item.name: item.bytes for item in calibrate.items}
+    assert items["model: weights"] == {item.name: item.bytes for item in export.items}["model: weights"]
+    assert items["activations"] > 0 and items["batch"] > 0
+    plain, whole = (stage_time(work, mesh, machine).seconds for work in (work_of("14b-instruct-hf"), fp8))
+    (passes,) = (phase for phase in stage_time(fp8, mesh, machine).phases if phase.phase == "calibrate")
+    assert passes.times == 16 and whole == plain + passes.total > plain

@@ -178,5 +178,12 @@ def _slurm_seconds(context: Context) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-CHECKS: tuple[StageCheck, ...] = (watched, loses_little, stops_in_time, advances)
+def tasks_are_left_out(context: Context, name: str) -> Iterator[Finding]:
+    """How many tokens a model is asked, nobody knows before."""
+    if (tasks := getattr(context.stage(name), "tasks", None)) is not None:
+        asked = ", ".join(tasks.names)
+        yield warning(name, f"stages.{name}.tasks = {asked} are left out of its time and memory; allow for them")
+
+
+CHECKS: tuple[StageCheck, ...] = (tasks_are_left_out, watched, loses_little, stops_in_time, advances)
 OF_RECIPE: tuple[RecipeCheck, ...] = (restarts_suffice,)
