@@ -33,8 +33,10 @@ $(VENV)/parity: $(VENV)/installed
 	$(PIP) -e '.[parity]'
 	@touch $@
 
+# For any x86-64 with AVX2, as its published builds are: what is built for AMX tiles ends in an illegal instruction where
+# a thread has not set them up. A wheel of before in pip's cache would not ask how it is to be built.
 $(VENV)/llama: $(VENV)/installed
-	$(PIP) -e '.[llama]'
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) --no-cache-dir -e '.[llama]'
 	@touch $@
 
 $(VENV)/docs: $(VENV)/installed
