@@ -141,7 +141,7 @@ def _kept_file(config: TokenizerConfig, cache_dir: Path) -> Path:
             f"data.tokenizer.file = {config.file!r} is not a file; give the path of a tekken.json or 'bundled'"
         )
     refuse_pointer(source, f"data.tokenizer.file = {config.file!r}")
-    content = source.read_bytes()
+    content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
     request = _sha256(content + config.model_dump_json(include={"vocab", "special"}).encode())[:16]
     path = next(cache_dir.glob(f"tokenizer-{request}-*/tekken.json"), None)
     if path is None:

@@ -194,7 +194,8 @@ def two_formats(source: Source) -> Iterator[Finding]:
 def code(source: Source) -> Iterator[Finding]:
     """Python of the repository's own, which `trust_remote_code` lets transformers run; here nothing of it is read."""
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-        if classes := section(source.json(name), "auto_map"):
-            said = f"{name} names code of its own in auto_map, {some([f'{k} {v}' for k, v in classes.items()])}"
+        if named := source.json(name).get("auto_map"):
+            classes = [f"{k} {v}" for k, v in named.items()] if isinstance(named, dict) else [str(named)]
+            said = f"{name} names code of its own in auto_map, {some(classes)}"
             why = "it is never run here, so what it does otherwise than the class's own code is lost"
             yield Finding("amber", "code", f"{said}: transformers runs it with trust_remote_code; {why}")

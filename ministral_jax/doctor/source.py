@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ministral_jax.errors import UserError
-from ministral_jax.files import read_object
+from ministral_jax.files import read_object, refuse_pointer
 from ministral_jax.interop import safetensors
 
 Level = Literal["green", "amber", "red"]
@@ -39,7 +39,8 @@ class Source:
         return (self.directory / name).is_file()
 
     def _fault(self, said: str) -> None:
-        self.faults.append(Finding("red", "files", said))
+        if (fault := Finding("red", "files", said)) not in self.faults:
+            self.faults.append(fault)
 
     def json(self, name: str) -> Json:
         """A JSON object; empty where there is none."""
@@ -55,7 +56,14 @@ class Source:
         return {}
 
     def text(self, name: str) -> str | None:
-        return (self.directory / name).read_text(encoding="utf-8", errors="replace") if self.has(name) else None
+        if not self.has(name):
+            return None
+        try:
+            refuse_pointer(self.directory / name)
+        except UserError as error:
+            self._fault(str(error))
+            return None
+        return (self.directory / name).read_text(encoding="utf-8", errors="replace")
 
     @cached_property
     def config(self) -> Json:
@@ -80,7 +88,7 @@ class Source:
         return bool(self.weights or self.native_weights)
 
     def _safetensors(self) -> Iterator[str]:
-        return (path.name for path in sorted(self.directory.glob("*.safetensors")))
+        return (path.name for path in sorted(self.directory.glob("*.safetensors")) if path.is_file())
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, safetensors.Tensor]]:

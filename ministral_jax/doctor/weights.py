@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ministral_jax.doctor.source import Finding, Level, Source, section, some
+from ministral_jax.doctor.source import Finding, Source, section, some
+from ministral_jax.errors import UserError
+from ministral_jax.interop.fp8_weights import block_size
 from ministral_jax.interop.hf import TABLE, is_buffer, short_name, slots
 from ministral_jax.interop.native import NATIVE_TABLE
 from ministral_jax.interop.safetensors import Tensor
@@ -18,9 +20,14 @@ _SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_sc
 
 def held(source: Source) -> dict[str, Tensor]:
     """Tensors of a Hugging Face directory by their short names; of the files that its index names, where it has one."""
+    return {short_name(name): tensor for _, name, tensor in _loaded(source)}
+
+
+def _loaded(source: Source) -> Iterator[tuple[str, str, Tensor]]:
+    """Each tensor with its file and its name there."""
     named = set(_weight_map(source).values()) or set(source.weights)
-    parts = (tensors for file, tensors in source.tensors.items() if file in named)
-    return {short_name(name): tensor for tensors in parts for name, tensor in tensors.items()}
+    for file, tensors in source.tensors.items():
+        yield from ((file, name, tensor) for name, tensor in tensors.items() if file in named)
 
 
 def whole(source: Source) -> bool:
@@ -47,7 +54,11 @@ def files(source: Source) -> Iterator[Finding]:
     unfinished = [path.name for path in source.directory.rglob("*") if path.suffix in (".incomplete", ".partial")]
     if unfinished:
         yield Finding("red", "files", f"a download was cut off: {some(unfinished)}; fetch it again")
+    lost = [path.name for path in source.directory.iterdir() if path.is_symlink() and not path.exists()]
+    if lost:
+        yield Finding("red", "files", f"{some(lost)}: a link to what is not there; fetch it again")
     yield from _index(source)
+    yield from _twice(source)
     numbered = [re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.safetensors", name) for name in source.weights]
     for start, count, width in {(m[1], int(m[3]), len(m[2])) for m in numbered if m and not source.has(INDEX)}:
         names = {f"{start}{n:0{width}}-of-{count:0{width}}.safetensors" for n in range(1, count + 1)}
@@ -58,12 +69,14 @@ def files(source: Source) -> Iterator[Finding]:
 def _format(source: Source) -> Iterator[Finding]:
     ours, theirs = bool(source.weights), bool(source.native_weights)
     tensors = [t for read in (source.tensors, source.native_tensors) for found in read.values() for t in found.values()]
-    size = sum(path.stat().st_size for path in source.directory.glob("*.safetensors"))
+    size = sum((source.directory / name).stat().st_size for name in (*source.weights, *source.native_weights))
     kinds = Counter(tensor.dtype.name for tensor in tensors)
     count = len(source.weights) + len(source.native_weights)
     said = f"{count} file{'s' * (count > 1)} of weights, {size / 1e9:,.3f} GB"
     said += "".join(f", {count} tensors in {kind}" for kind, count in kinds.most_common())
-    if ours and theirs:
+    if source.has("adapter_config.json"):
+        yield Finding("red", "format", "an adapter (LoRA), which is no model; merge it into the one it was made for")
+    elif ours and theirs:
         yield Finding("green", "format", f"Hugging Face and Mistral's own: {said}")
         both = "both formats lie in one directory: a glob of *.safetensors loads the model twice (vLLM#40765); the "
         yield Finding("amber", "format", both + "importer reads the Hugging Face files")
@@ -91,11 +104,27 @@ def _index(source: Source) -> Iterator[Finding]:
     wanted = set(named.values())
     if missing := wanted - set(source.weights):
         yield Finding("red", "files", f"shards are missing: {INDEX} names {some(missing)}")
-    if extra := set(source.weights) - wanted:
+    extra = set(source.weights) - wanted
+    if "model.safetensors" in extra:
+        said = f"two sets of weights, model.safetensors and those of {INDEX}: which is loaded depends on the loader"
+        yield Finding("red", "files", f"{said}; delete one")
+    elif extra:
         yield Finding("amber", "files", f"{some(extra)}: weights that {INDEX} does not name, of another save")
     astray = {name for name, file in named.items() if name not in source.tensors.get(file, {name})}
     if astray:
         yield Finding("red", "tensors", f"{some(astray)}: not in the file that {INDEX} names for it")
+
+
+def _twice(source: Source) -> Iterator[Finding]:
+    """Tensors that stand in two files, of which each loader takes another."""
+    places: dict[str, list[str]] = {}
+    for file, name, _ in _loaded(source):
+        places.setdefault(short_name(name), []).append(file)
+    twice = {name: files for name, files in places.items() if len(files) > 1 and not is_buffer(name)}
+    if twice:
+        files = {file for found in twice.values() for file in found}
+        said = f"{some(set(twice))}: in two files ({some(files)}), so two sets of weights; delete one"
+        yield Finding("red", "tensors", said)
 
 
 def tensors(source: Source, spec: ModelSpec) -> Iterator[Finding]:
@@ -122,13 +151,18 @@ def scales(source: Source) -> Iterator[Finding]:
     """FP8: a scale for every weight, and what the configuration says of it."""
     found, said = held(source), section(source.config, "quantization_config")
     eight = {name for name, tensor in found.items() if tensor.dtype.name.startswith("float8")}
+    if said:
+        try:
+            block_size(said, "config.json")
+        except UserError as error:
+            yield Finding("red", "FP8", str(error))
+            return
     if not eight:
         if said:
-            method = said.get("quant_method")
-            yield Finding("red", "FP8", f"quantization_config says {method!r}, but no tensor is in FP8")
+            yield Finding("red", "FP8", "quantization_config says fp8, but no tensor is in FP8")
         return
     if not said:
-        yield Finding("amber", "FP8", f"{len(eight)} tensors are in FP8, but config.json has no quantization_config")
+        yield Finding("red", "FP8", f"{len(eight)} tensors are in FP8, but config.json has no quantization_config")
     bare = {n for n in eight if not {n + "_scale_inv", n + "_scale"} & found.keys()}
     if bare:
         yield Finding("red", "FP8", f"no weight_scale_inv beside {some(bare)}: the weights cannot be told")
@@ -139,11 +173,10 @@ def scales(source: Source) -> Iterator[Finding]:
     kept = {n for n in eight if n.startswith(("vision_tower", "multi_modal_projector", "lm_head", "embed_tokens"))}
     if kept:
         yield Finding("amber", "FP8", f"{some(kept)}: in FP8, which released checkpoints keep in bfloat16")
-    if not bare:
+    if said and not bare:
         shapes = {found[n].shape for name in eight for n in (name + "_scale_inv", name + "_scale") if n in found}
         kind = "a scale for each tensor" if all(shape in ((), (1,)) for shape in shapes) else "scales for blocks"
-        level: Level = "green" if said else "amber"
-        yield Finding(level, "FP8", f"{len(eight)} tensors, {kind}, activations {scheme or 'unsaid'}")
+        yield Finding("green", "FP8", f"{len(eight)} tensors, {kind}, activations {scheme or 'unsaid'}")
 
 
 def _beside(name: str, kind: str) -> str:

@@ -34,6 +34,7 @@ def tokenizer(source: Source, spec: ModelSpec | None) -> Iterator[Finding]:
     yield Finding(
         "green", "tokenizer", f"Tekken {version}, {vocab} ids, {config.get('default_num_special_tokens')} special"
     )
+    yield from _version(version)
     if spec and isinstance(vocab, int) and vocab > spec.vocab:
         said = f"the tokenizer has {vocab} ids, the embedding {spec.vocab} rows: ids beyond it cannot be embedded"
         yield Finding("red", "vocabulary", said)
@@ -42,6 +43,17 @@ def tokenizer(source: Source, spec: ModelSpec | None) -> Iterator[Finding]:
         yield Finding("amber", "vocabulary", said)
     yield from _ids(source, special_ids(tekken), spec)
     yield from _pattern(source, config)
+
+
+def _version(version: str) -> Iterator[Finding]:
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+
+    known = [known.value for known in TokenizerVersion]
+    if version not in known:
+        yield Finding("red", "tokenizer", f"mistral-common knows no {version}, but {', '.join(known)}; update it")
+    elif known.index(version) < known.index("v13"):
+        said = f"{version}: chats without tools and reasoning are rendered as its models read them, others are refused"
+        yield Finding("amber", "tokenizer", said)
 
 
 def _ids(source: Source, special: dict[str, int], spec: ModelSpec | None) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
-from ministral_jax.interop.keys import Keys
+from ministral_jax.interop.keys import Keys, refused
 from ministral_jax.interop.rope_config import axial_theta, mscale_all_dim, text_rope
 from ministral_jax.models.spec import ModelSpec, VisionSpec
 
@@ -188,8 +188,7 @@ def from_config(config: dict[str, Any], where: str, has_head: bool) -> ModelSpec
             image_token=top.get("image_token_index", top.get("image_token_id", 10)),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise refused(error, where) from None
 
 
 def _vision(top: Keys) -> VisionSpec:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from ministral_jax.errors import UserError
 
 
@@ -56,6 +58,16 @@ class Keys:
         if value not in accepted:
             listed = " or ".join(json.dumps(a) for a in accepted)
             raise UserError(f"{self.where}: {key} is {json.dumps(value):.80}, this model family has {listed}")
+
+
+def refused(error: ValidationError, where: str) -> UserError:
+    """The first of what is wrong with sizes that were read at `where`."""
+    first = error.errors()[0]
+    return UserError(
+        ": ".join(
+            [where, *filter(None, [".".join(map(str, first["loc"]))]), first["msg"].removeprefix("Value error, ")]
+        )
+    )
 
 
 def check_same(said: dict[str, Any], where: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
-from ministral_jax.interop.keys import Keys, check_same
+from ministral_jax.interop.keys import Keys, check_same, refused
 from ministral_jax.interop.rope_config import attention_factor, mscale_all_dim
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
@@ -125,8 +125,7 @@ def from_params(params: dict[str, Any], where: str, has_head: bool) -> ModelSpec
             image_token=top.section("vision_encoder").get("image_token_id", 10) if top.get("vision_encoder") else 10,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise refused(error, where) from None
     if spec.vision is not None:
         _check_eps(spec.norm_eps, f"{where}: norm_eps")
     return spec

@@ -191,6 +191,8 @@ def test_plain_text_and_released_tokenizer_layout(tokenizer, tmp_path):
     exported = json.loads(export_tokenizer(tokenizer, tmp_path, VISION).read_text())
     assert exported["image"] == dict(image_patch_size=2, max_image_size=32, spatial_merge_size=2)
     assert export_tokenizer(tokenizer, tmp_path, None).read_bytes() == tokenizer.path.read_bytes()
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + tokenizer.path.read_bytes())
+    assert load_tokenizer(TokenizerConfig(file=str(tmp_path / "marked.json")), tmp_path).digest == tokenizer.digest
 
 
 def test_openai_style_messages(tmp_path):

@@ -14,6 +14,7 @@ from ministral_jax import cli
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
 from ministral_jax.doctor.examine import examine
+from ministral_jax.doctor.weights import INDEX
 from ministral_jax.interop import export, hf, safetensors
 from ministral_jax.models.spec import PRESETS
 
@@ -85,6 +86,18 @@ FAULTS = {
     "a shard too many": (
         lambda d: shutil.copy(shard(d, 0), d / "model-00009-of-00009.safetensors"), "amber", "model-00009-of-00009",
     ),
+    "another save beside the index": (
+        lambda d: shutil.copy(shard(d, 0), d / "model.safetensors"), "red", "two sets of weights, model.safetensors an",
+    ),
+    "another save": (
+        lambda d: (shutil.copy(shard(d, 0), d / "weights.safetensors"), (d / INDEX).unlink()),
+        "red", r"embed_tokens.weight.*in two files \(model-00001-of-.*, weights.safetensors\)",
+    ),
+    "a link that leads nowhere": (
+        lambda d: (shard(d, 0).unlink(), (d / "model-00001-of-00003.safetensors").symlink_to("gone")),
+        "red", "model-00001-of-00003.safetensors: a link to what is not there",
+    ),
+    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "red", "merge it into"),
     "a shard that is cut short": (lambda d: shard(d, 1).write_bytes(shard(d, 1).read_bytes()[:-8]), "red", "cut short"),
     "a tensor that is missing": (
         lambda d: rewrite(d, lambda n: n if n != NORM else None), "red", "missing: norm.weight",
@@ -100,6 +113,11 @@ FAULTS = {
         lambda d: edit(d, "config.json", lambda c: c.update(tie_word_embeddings=True)), "amber", "lose the head",
     ),
     "FP8 without a scale": (in_eight_bits, "red", "no weight_scale_inv beside layers.0.self_attn.q_proj.weight"),
+    "FP8 of which the configuration says nothing": (in_eight_bits, "red", "has no quantization_config"),
+    "weights quantised in another way": (
+        lambda d: edit(d, "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})),
+        "red", r"weights are quantised \(awq\)",
+    ),
     "YaRN that rescales": (
         lambda d: edit(d, "config.json", lambda c: rope(c).pop("mscale")), "amber", "cos and sin grow by 1.1386",
     ),
@@ -111,6 +129,12 @@ FAULTS = {
     ),
     "a stale processor": (
         lambda d: edit(d, "processor_config.json", lambda c: c.update(spatial_merge_size=1)), "red", "another grid",
+    ),
+    "a tokenizer of tomorrow": (
+        lambda d: edit(d, "tekken.json", lambda t: t["config"].update(version="v99")), "red", "knows no v99, but v1",
+    ),
+    "a tokenizer of yesterday": (
+        lambda d: edit(d, "tekken.json", lambda t: t["config"].update(version="v11")), "amber", "without tools and rea",
     ),
     "more ids than rows": (
         lambda d: edit(d, "tekken.json", lambda t: t["config"].update(default_vocab_size=400)), "red", "320 rows",
@@ -134,6 +158,7 @@ FAULTS = {
     "a template of another tokenizer": (
         lambda d: (d / "chat_template.jinja").write_text(TEMPLATE + "[AUDIO]"), "red", r"\[AUDIO\] in the template",
     ),
+    "a template that is a pointer": (lambda d: pointer(d / "chat_template.jinja"), "red", "jinja is a Git LFS pointer"),
     "another rule of splitting": (
         lambda d: edit(d, "tokenizer.json", lambda t: t.update(pre_tokenizer={"pattern": {"Regex": "x"}})),
         "amber", "fix_mistral_regex",

@@ -140,6 +140,16 @@ def test_sizes_that_are_none_and_settings_that_disagree(changes, sentence):
         from_config(config, "config.json", True)
 
 
+def test_sizes_that_do_not_go_together():
+    config = to_config(PRESETS[SMALL], "bfloat16")
+    config["text_config"]["num_attention_heads"] = 12
+    with pytest.raises(UserError, match=r"^config.json: heads = 12 must be a multiple of kv_heads = 8$"):
+        from_config(config, "config.json", True)
+    config["text_config"] |= {"num_attention_heads": 32, "head_dim": 3}
+    with pytest.raises(UserError, match=r"^config.json: head_width: Input should be a multiple of 2$"):
+        from_config(config, "config.json", True)
+
+
 @pytest.mark.parametrize("changes", [{"rope_theta": 1e9}, {"layer_types": ["full_attention"] * 40}, {"head_dim": 128}])
 def test_what_is_said_twice_and_agrees(changes):
     config = to_config(PRESETS[SMALL], "bfloat16")
