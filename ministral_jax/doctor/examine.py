@@ -32,6 +32,8 @@ def examine(directory: Path) -> list[Finding]:
         lambda: words.templates(source),
     ]
     said = [finding for part in parts for finding in _heard(part)]
+    if source.any_weights and not any(finding.level == "red" for finding in [*source.faults, *said]):
+        said += _heard(lambda: weights.importable(source))
     return [*source.faults, *said]
 
 

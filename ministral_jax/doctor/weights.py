@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ministral_jax.doctor.source import Finding, Source, section, some
 from ministral_jax.errors import UserError
+from ministral_jax.interop.checkpoint import checked_checkpoint
 from ministral_jax.interop.fp8_weights import block_size
 from ministral_jax.interop.hf import TABLE, is_buffer, short_name, slots
 from ministral_jax.interop.native import NATIVE_TABLE
@@ -20,14 +21,9 @@ _SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_sc
 
 def held(source: Source) -> dict[str, Tensor]:
     """Tensors of a Hugging Face directory by their short names; of the files that its index names, where it has one."""
-    return {short_name(name): tensor for _, name, tensor in _loaded(source)}
-
-
-def _loaded(source: Source) -> Iterator[tuple[str, str, Tensor]]:
-    """Each tensor with its file and its name there."""
     named = set(_weight_map(source).values()) or set(source.weights)
-    for file, tensors in source.tensors.items():
-        yield from ((file, name, tensor) for name, tensor in tensors.items() if file in named)
+    parts = (tensors for file, tensors in source.tensors.items() if file in named)
+    return {short_name(name): tensor for tensors in parts for name, tensor in tensors.items()}
 
 
 def whole(source: Source) -> bool:
@@ -58,12 +54,20 @@ def files(source: Source) -> Iterator[Finding]:
     if lost:
         yield Finding("red", "files", f"{some(lost)}: a link to what is not there; fetch it again")
     yield from _index(source)
-    yield from _twice(source)
-    numbered = [re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.safetensors", name) for name in source.weights]
+    there = {*source.weights, *source.native_weights}
+    numbered = [re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.safetensors", name) for name in there]
     for start, count, width in {(m[1], int(m[3]), len(m[2])) for m in numbered if m and not source.has(INDEX)}:
         names = {f"{start}{n:0{width}}-of-{count:0{width}}.safetensors" for n in range(1, count + 1)}
-        if missing := names - set(source.weights):
+        if missing := names - there:
             yield Finding("red", "files", f"shards are missing: {some(missing)}")
+
+
+def importable(source: Source) -> Iterator[Finding]:
+    """What an import refuses, whatever else is said."""
+    try:
+        checked_checkpoint(source.directory)
+    except UserError as error:
+        yield Finding("red", "import", str(error))
 
 
 def _format(source: Source) -> Iterator[Finding]:
@@ -113,18 +117,6 @@ def _index(source: Source) -> Iterator[Finding]:
     astray = {name for name, file in named.items() if name not in source.tensors.get(file, {name})}
     if astray:
         yield Finding("red", "tensors", f"{some(astray)}: not in the file that {INDEX} names for it")
-
-
-def _twice(source: Source) -> Iterator[Finding]:
-    """Tensors that stand in two files, of which each loader takes another."""
-    places: dict[str, list[str]] = {}
-    for file, name, _ in _loaded(source):
-        places.setdefault(short_name(name), []).append(file)
-    twice = {name: files for name, files in places.items() if len(files) > 1 and not is_buffer(name)}
-    if twice:
-        files = {file for found in twice.values() for file in found}
-        said = f"{some(set(twice))}: in two files ({some(files)}), so two sets of weights; delete one"
-        yield Finding("red", "tensors", said)
 
 
 def tensors(source: Source, spec: ModelSpec) -> Iterator[Finding]:

@@ -47,6 +47,22 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return open_native(directory) if _is_native(directory) else open_hf(directory)
 
 
+def checked_checkpoint(directory: Path) -> Checkpoint:
+    """`open_checkpoint`, of which every tensor is there and as it should be, and no other is. Raises `UserError`: as
+    there; also tensors that are missing, unexpected, or of another shape."""
+    found = open_checkpoint(directory)
+    wanted = {slot.name: slot.shape for slot in found.slots}
+    _require(found.directory, "lacks", wanted.keys() - found.tensors.keys())
+    _require(found.directory, "has unexpected", found.tensors.keys() - wanted.keys())
+    for name, shape in wanted.items():
+        tensor = found.tensors[name]
+        if tensor.shape != shape:
+            raise UserError(f"{found.directory}: {name} has shape {tensor.shape}, its configuration says {shape}")
+        if not isinstance(tensor, Scaled) and tensor.dtype.name not in _FLOATS:
+            raise UserError(f"{found.directory}: {name} is {tensor.dtype.name}; {', '.join(_FLOATS)} can be read")
+    return found
+
+
 def _is_native(directory: Path) -> bool:
     """Whether a model is read in Mistral's own format: where that of `transformers` is not there as well."""
     if not (directory / "params.json").is_file():
@@ -73,13 +89,12 @@ def import_checkpoint(
     `shardings`, of which every host then reads only what its devices hold. Weights of FP8 become what they stand for.
 
     Raises:
-        UserError: as `open_checkpoint`; also tensors that are missing, unexpected, or of another shape.
+        UserError: as `checked_checkpoint`.
     """
-    found = open_checkpoint(directory)
+    found = checked_checkpoint(directory)
     if is_first() and all((found.directory / name).is_file() for name in CONFIGS):
         which = "Mistral's own" if _is_native(found.directory) else "that of transformers"
         say(f"{found.directory} describes its model in two formats; {which} is read")
-    _check(found)
     stacks: dict[str, list[tuple[Slot, safetensors.Tensor | Scaled]]] = {}
     for slot in found.slots:  # layers ascending
         stacks.setdefault(slot.path, []).append((slot, found.tensors[slot.name]))
@@ -97,19 +112,6 @@ def import_checkpoint(
 
     trees = (abstract_params(found.spec),) if shardings is None else (abstract_params(found.spec), shardings)
     return found.spec, jax.tree_util.tree_map_with_path(read, *trees)
-
-
-def _check(found: Checkpoint) -> None:
-    """Every tensor is there, as it should be, and no other is."""
-    wanted = {slot.name: slot.shape for slot in found.slots}
-    _require(found.directory, "lacks", wanted.keys() - found.tensors.keys())
-    _require(found.directory, "has unexpected", found.tensors.keys() - wanted.keys())
-    for name, shape in wanted.items():
-        tensor = found.tensors[name]
-        if tensor.shape != shape:
-            raise UserError(f"{found.directory}: {name} has shape {tensor.shape}, its configuration says {shape}")
-        if not isinstance(tensor, Scaled) and tensor.dtype.name not in _FLOATS:
-            raise UserError(f"{found.directory}: {name} is {tensor.dtype.name}; {', '.join(_FLOATS)} can be read")
 
 
 def _require(directory: Path, verb: str, names: Iterable[str]) -> None:

@@ -91,11 +91,14 @@ FAULTS = {
     ),
     "another save": (
         lambda d: (shutil.copy(shard(d, 0), d / "weights.safetensors"), (d / INDEX).unlink()),
-        "red", r"embed_tokens.weight.*in two files \(model-00001-of-.*, weights.safetensors\)",
+        "red", r"embed_tokens.weight stands twice, in model-00001-of-.* and weights.safetensors",
     ),
     "a link that leads nowhere": (
         lambda d: (shard(d, 0).unlink(), (d / "model-00001-of-00003.safetensors").symlink_to("gone")),
         "red", "model-00001-of-00003.safetensors: a link to what is not there",
+    ),
+    "weights in whole numbers": (
+        lambda d: rewrite(d, lambda n: n, **{NORM: np.ones(SPEC.width, np.int32)}), "red", "norm.weight is int32; flo",
     ),
     "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "red", "merge it into"),
     "a shard that is cut short": (lambda d: shard(d, 1).write_bytes(shard(d, 1).read_bytes()[:-8]), "red", "cut short"),
