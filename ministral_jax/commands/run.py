@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ministral_jax.commands.tables import print_table
 from ministral_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from ministral_jax.models.spec import ModelSpec
     from ministral_jax.recipe.types import Recipe
 
 
@@ -38,24 +39,23 @@ def run(args: argparse.Namespace) -> None:
     from ministral_jax.distributed.collectives import barrier, is_first
     from ministral_jax.distributed.processes import join, use_cpu
     from ministral_jax.recipe.layers import sort_words
-    from ministral_jax.recipe.load import load_recipe, order, resolve_specs
+    from ministral_jax.recipe.load import load_fetched, load_recipe, order, resolve_specs
     from ministral_jax.runs.run import opened, run_recipe
-    from ministral_jax.runs.survey import made_specs, shelves
+    from ministral_jax.runs.survey import made_specs, outlined, shelves
 
     settings, stages = sort_words(args.rest)
-    load = partial(load_recipe, args.recipe, settings, lambda name: made_specs(args.run_dir or Path("runs") / name))
-    recipe = load()
+    load = load_recipe if args.dry_run else load_fetched
+    recipe = load(args.recipe, settings, lambda name: made_specs(args.run_dir or Path("runs") / name))
     run_dir = args.run_dir or Path("runs") / recipe.name
     made = made_specs(run_dir)
-    fetched = [stage.fetch() for name, stage in recipe.stages.items() if name not in made]
-    recipe = load() if any(fetched) else recipe  # what has been downloaded has sizes, and so companions
+    made = outlined(recipe) | made if args.dry_run else made
     if args.all and stages:
         raise UserError(f"--all runs every stage, {', '.join(stages)} too; give the names or --all")
     stages = list(recipe.stages) if args.all else stages
     resolve_specs(recipe, order(recipe, stages), made)  # before the directory is made
     shelves(args.taken_from)
     if args.dry_run:
-        return _dry_run(recipe, run_dir, stages, args.taken_from)
+        return _dry_run(recipe, run_dir, stages, args.taken_from, made)
     if args.cpu_devices is not None:
         use_cpu(args.cpu_devices)
     join(recipe.limits, args.distributed, args.coordinator, args.process_count, args.process_index)
@@ -66,12 +66,14 @@ def run(args: argparse.Namespace) -> None:
         barrier("reported")
 
 
-def _dry_run(recipe: Recipe, run_dir: Path, stages: list[str], taken_from: list[Path]) -> None:
+def _dry_run(
+    recipe: Recipe, run_dir: Path, stages: list[str], taken_from: list[Path], made: Mapping[str, ModelSpec]
+) -> None:
     from tempfile import TemporaryDirectory
 
     from ministral_jax.runs.survey import shelves, survey
     from ministral_jax.runs.tables import plan_table
 
     with TemporaryDirectory() as scratch:
-        plans = survey(recipe, run_dir, stages, shelves(taken_from), Path(scratch))
+        plans = survey(recipe, run_dir, stages, shelves(taken_from), Path(scratch), made)
     print_table(plan_table(recipe, plans))

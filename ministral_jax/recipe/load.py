@@ -45,6 +45,15 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), made: Made = lam
     return recipe
 
 
+def load_fetched(path: str | Path, settings: Iterable[str] = (), made: Made = lambda name: {}) -> Recipe:
+    """`load_recipe` once all that is imported is here: what is on a hub is downloaded, for stages that are not made,
+    and has sizes, and so companions, only then."""
+    recipe = load_recipe(path, settings, made)
+    finished = made(recipe.name)
+    fetched = [stage.fetch() for name, stage in recipe.stages.items() if name not in finished]
+    return load_recipe(path, settings, made) if any(fetched) else recipe
+
+
 def _apply_defaults(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Fold `defaults:` (by kind of stage) and the recipe's `data:` into every stage."""
     raw = {key: value for key, value in raw.items() if not key.startswith("x-")}  # a home for YAML anchors

@@ -14,7 +14,9 @@ from pydantic import PlainSerializer, PlainValidator
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, is_remote, read_jsonl
+from ministral_jax.interop.checkpoint import read_spec
 from ministral_jax.interop.formats import FORMATS
+from ministral_jax.interop.hub import hub_name, outline
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.places import copy_tree, place
 from ministral_jax.recipe.load import order, resolve_specs
@@ -49,21 +51,38 @@ def made_specs(run_dir: Path) -> dict[str, ModelSpec]:
     return {name: manifest.spec for name, manifest in found.items() if manifest is not None}
 
 
+def outlined(recipe: Recipe) -> dict[str, ModelSpec]:
+    """Sizes of the imports that are on a hub and not here, of which no more is downloaded than their headers."""
+    found: dict[str, ModelSpec] = {}
+    for name, stage in recipe.stages.items():
+        path = Path(str(getattr(stage, "path", "")))
+        if stage.is_gone and hub_name(path) is not None:
+            with outline(path) as directory:
+                found[name] = read_spec(directory)
+    return found
+
+
 def survey(
-    recipe: Recipe, run_dir: Path, wanted: Iterable[str] = (), shelves: Sequence[Path] = (), root: Path | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    wanted: Iterable[str] = (),
+    shelves: Sequence[Path] = (),
+    root: Path | None = None,
+    made: Mapping[str, ModelSpec] | None = None,
 ) -> list[Planned]:
     """The wanted stages (all but the optional ones when none is named) and what they need, in the order of their run.
 
     Args:
         shelves: directories of stages of other runs, from which what is the same is taken.
         root: where a tokenizer's cut file may be written.
+        made: sizes of stages whose checkpoints are not here; by default those of the finished ones.
 
     Raises:
         UserError: the recipe is inconsistent, or a stage in `run_dir` was made with other settings, data or inputs.
     """
     wanted, root = list(wanted), root or run_dir / "data"
     names = order(recipe, wanted)
-    specs = resolve_specs(recipe, names, made_specs(run_dir))
+    specs = resolve_specs(recipe, names, made_specs(run_dir) if made is None else made)
     known: dict[str, Mapping[str, str | None]] = {}
     planned: dict[str, Planned] = {}
     for name in names:

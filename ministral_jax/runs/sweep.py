@@ -22,7 +22,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.explain import suggest, validate
 from ministral_jax.files import digest_of
 from ministral_jax.recipe.layers import find_recipe, is_overlay, sort_words
-from ministral_jax.recipe.load import load_recipe, order, resolve_specs
+from ministral_jax.recipe.load import load_fetched, order, resolve_specs
 from ministral_jax.recipe.types import Recipe
 from ministral_jax.runs.identity import identity
 from ministral_jax.runs.naming import as_yaml, label, point_name, short_keys
@@ -203,7 +203,7 @@ def expand(sweep: Sweep) -> list[Point]:
         values = (f"{key}={as_yaml(value)}" for key, value in (sweep.overrides | settings).items())
         overrides = (*sweep.overlays, *values)
         try:
-            recipe = load_recipe(sweep.recipe, overrides)
+            recipe = load_fetched(sweep.recipe, overrides)
             stages = stage_directories(recipe, sweep.stages)
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None

@@ -17,6 +17,7 @@ import ministral_jax
 from ministral_jax import cli
 from ministral_jax.errors import UserError
 from ministral_jax.interop import hub
+from ministral_jax.recipe.load import load_fetched
 from ministral_jax.settings import Rooted
 from ministral_jax.stages.import_ import Import
 
@@ -157,6 +158,26 @@ def test_doctor_calls_a_file_on_the_hub_by_its_name_there(served, capsys):
     assert cli.main(["doctor", f"{NAME}@main"]) == 1
     said = capsys.readouterr().out
     assert f"{NAME}@main/model.safetensors: cut short, {weights.stat().st_size} bytes" in said
+
+
+def test_a_dry_run_downloads_no_weights(served, tmp_path, capsys):
+    files, sent = served
+    (tmp_path / "own.yaml").write_text(f"{{name: own, stages: {{parent: {{do: import, path: {NAME}}}}}}}")
+    assert cli.main(["run", "own.yaml", "--dry-run"]) == 0
+    assert "parent" in capsys.readouterr().out
+    assert 0 < sent["model.safetensors"] < (files / "model.safetensors").stat().st_size / 3
+
+
+def test_what_is_downloaded_has_companions_from_the_first(repository, tmp_path):
+    rows = f"""
+data: {{tokenizer: {{file: bundled}}, sources: {{rows: {{kind: text, path: .}}}}}}
+stages:
+  parent: {{do: import, path: {NAME}}}
+  half: {{do: sft, from: parent, steps: 1, batch: {{sequences: 1, length: 8}}, optimizer: {{lr: 1.0e-3}}}}
+"""
+    (tmp_path / "own.yaml").write_text(rows)
+    assert "parent-evaluated" in load_fetched(tmp_path / "own.yaml").stages
+    assert repository.asked
 
 
 def fault(kind):
