@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +15,12 @@ from pydantic import BaseModel, Field
 import ministral_jax
 from ministral_jax.certify.checks import Check, checks, file_digests
 from ministral_jax.certify.controls import CONTROLS, copied
-from ministral_jax.certify.gguf_file import as_text, ask_llama, llama_limit, read_gguf
+from ministral_jax.certify.gguf_file import ask_llama, llama_limit, open_gguf
 from ministral_jax.certify.prompts import Prompt, prompts
 from ministral_jax.certify.readers import LIMIT, Opened, Read, Reader, opened, readers
 from ministral_jax.certify.serving import Serving, serving
 from ministral_jax.console import say
+from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
 from ministral_jax.interop.llama import has_llama
@@ -85,18 +87,20 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
     found, tokenizer, ours = checks(directory, checkpoint, trained, layout)
     readings, failures, absent = list[Reading](), list[Failure](), list[str]()
     if ours is not None:  # else nothing can be read
-        asked, absent = _asked(layout, directory, trained)
-        if layout == "gguf":
-            trained = as_text(trained)
-        spec = trained.model.spec
-        given = prompts(spec, tokenizer)
-        wanted, own = {p.name: trained.read(p) for p in given}, {p.name: ours.read(p) for p in given}
-        apart = lambda read: difference(read(given[-1]), own[given[-1].name])
+        given = prompts(trained.model.spec, tokenizer)
+        case = _Case(directory, layout, trained.model.spec, given, trained.read(given), ours.read(given))
+        asked, absent = _asked(case, tokenizer, replace(trained, params={}))
+        del trained, ours  # the parameters of copies take their place
+        limits = dict[str, float]()
         for reader in asked:
-            here = [*_readings(reader, directory, spec, given, wanted, own)]
+            try:
+                here = [*case.readings(reader)]
+            except Exception as error:  # whatever another program says to a file that it does not read
+                found.append(Check(name=reader.name, holds=False, said=_said(error)))
+                continue
             readings += here
-            limit = max(LIMIT, 2 * here[-1].to_ours)
-            failures += _failures(reader, layout, directory, spec, apart, limit)
+            limits[reader.name] = max(LIMIT, 2 * here[-1].to_ours)
+        failures = [*case.failures([reader for reader in asked if reader.name in limits], limits)]
     holds = all(check.holds for check in found) and all(r.holds for r in readings) and all(f.fails for f in failures)
     return Certificate(
         holds=holds and bool(readings),
@@ -106,7 +110,7 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
         readings=readings,
         controls=failures,
         not_installed=absent,
-        serving=serving(directory) if ours is not None else None,
+        serving=serving(directory) if holds and readings else None,
         files=file_digests(directory),
     )
 
@@ -128,42 +132,86 @@ def layout_of(directory: Path) -> str:
     raise UserError(f"{directory} is no export that can be certified: no config.json, params.json or model.gguf")
 
 
-def _asked(layout: str, directory: Path, trained: Opened) -> tuple[list[Reader], list[str]]:
+@dataclass(frozen=True)
+class _Case:
+    """What readers are asked of an export, and by prompt the answers of the checkpoint and our own."""
+
+    directory: Path
+    layout: str
+    spec: ModelSpec
+    given: list[Prompt]
+    wanted: dict[str, np.ndarray]
+    own: dict[str, np.ndarray]
+
+    def readings(self, reader: Reader) -> Iterator[Reading]:
+        say(f"{reader.name} reads {self.directory.name}")
+        read = reader.open(self.directory, self.spec)
+        for prompt in self.given:
+            if prompt.picture is not None and not reader.sees:
+                continue
+            logits = read(prompt)
+            trained, own = (answers[prompt.name][-len(logits) :] for answers in (self.wanted, self.own))
+            apart = difference(logits, own)
+            yield Reading(
+                reader=reader.name,
+                prompt=prompt.name,
+                positions=len(logits),
+                kl=divergence(trained, logits),
+                max_difference=float(np.abs(logits - trained).max()),
+                argmax=float((logits.argmax(-1) == trained.argmax(-1)).mean()),
+                to_ours=apart,
+                holds=apart <= reader.limit(prompt),
+            )
+
+    def failures(self, readers: list[Reader], limits: dict[str, float]) -> Iterator[Failure]:
+        """On the prompt on which all faults show, the longest. `limits`: of each reader, at least twice what the file
+        itself differs by from our reading of it."""
+        for control in CONTROLS[self.layout]:
+            if not control.applies(self.spec):
+                continue
+            with TemporaryDirectory(prefix=f".{self.directory.name}.", dir=self.directory.parent) as scratch:
+                copied(self.directory, copy := Path(scratch, "copy"))
+                control.plant(copy, self.spec)
+                for reader in readers:
+                    say(f"{reader.name} reads a copy: {control.name}")
+                    try:
+                        logits, refused = reader.open(copy, self.spec)(self.given[-1]), None
+                        found = difference(logits, self.own[self.given[-1].name])
+                    except Exception as error:  # whatever another program says to a damaged file
+                        found, refused = None, _said(error)
+                    yield Failure(
+                        control=control.name,
+                        reader=reader.name,
+                        difference=found,
+                        refused=refused,
+                        fails=found is None or found > limits[reader.name],
+                    )
+
+
+def _asked(case: _Case, tokenizer: Tokenizer | None, like: Opened) -> tuple[list[Reader], list[str]]:
     """What reads an export and is installed, this project first, and what is not."""
-    ours = f"ministral_jax {ministral_jax.__version__}"
-    if layout != "gguf":
-        others, absent = readers(layout)
-        return [Reader(ours, lambda path, _: opened(path).read), *others], absent
-    found = [Reader(f"{ours} with gguf", lambda path, _: read_gguf(path, trained).read)]
+
+    def ours(path: Path, spec: ModelSpec) -> Read:
+        if path == case.directory:
+            return lambda prompt: case.own[prompt.name]
+        copy = open_gguf(path, spec, tokenizer).opened(like) if case.layout == "gguf" else opened(path)
+        answers = copy.read(case.given)
+        return lambda prompt: answers[prompt.name]
+
+    name = f"ministral_jax {ministral_jax.__version__}"
+    if case.layout != "gguf":
+        others, absent = readers(case.layout)
+        return [Reader(name, ours), *others], absent
+    own = Reader(f"{name} with gguf", ours)
     if not has_llama():
-        return found, ["llama.cpp"]
+        return [own], ["llama.cpp"]
     name = f"llama.cpp in llama-cpp-python {import_module('llama_cpp').__version__}"
-    return [*found, Reader(name, ask_llama, llama_limit(directory))], []
+    # of a file without a tokenizer llama.cpp ends the process where a picture is asked for
+    return [own, Reader(name, ask_llama, llama_limit(case.directory), sees=tokenizer is not None)], []
 
 
-def _readings(
-    reader: Reader,
-    directory: Path,
-    spec: ModelSpec,
-    given: list[Prompt],
-    wanted: dict[str, np.ndarray],
-    own: dict[str, np.ndarray],
-) -> Iterator[Reading]:
-    say(f"{reader.name} reads the file")
-    read = reader.open(directory, spec)
-    for prompt in given:
-        logits, trained = read(prompt), wanted[prompt.name]
-        apart = difference(logits, own[prompt.name])
-        yield Reading(
-            reader=reader.name,
-            prompt=prompt.name,
-            positions=len(logits),
-            kl=divergence(trained, logits),
-            max_difference=float(np.abs(logits - trained).max()),
-            argmax=float((logits.argmax(-1) == trained.argmax(-1)).mean()),
-            to_ours=apart,
-            holds=apart <= reader.limit,
-        )
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error!s:.200}"
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -176,23 +224,3 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
     """KL(p ‖ q) of logits `[n, V]`, nats per position."""
     log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (p, q))
     return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
-
-
-def _failures(
-    reader: Reader, layout: str, directory: Path, spec: ModelSpec, apart: Callable[[Read], float], limit: float
-) -> Iterator[Failure]:
-    """`apart` compares on the prompt on which all faults show, the longest. `limit`: at least twice what the file
-    itself differs by from our reading of it."""
-    for control in CONTROLS[layout]:
-        if not control.applies(spec):
-            continue
-        say(f"{reader.name} reads a copy: {control.name}")
-        with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-            copied(directory, copy := Path(scratch, "copy"))
-            control.plant(copy, spec)
-            try:
-                found, refused = apart(reader.open(copy, spec)), None
-            except Exception as error:  # whatever another program says to a damaged file
-                found, refused = None, f"{type(error).__name__}: {error!s:.200}"
-        fails = found is None or found > limit
-        yield Failure(control=control.name, reader=reader.name, difference=found, refused=refused, fails=fails)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from ministral_jax.certify.gguf_file import as_text, read_gguf, wrong_tensors
+from ministral_jax.certify.gguf_file import open_gguf, wrong_tensors
 from ministral_jax.certify.readers import Opened, opened
 from ministral_jax.data.chat import render
 from ministral_jax.data.config import TokenizerConfig
@@ -51,15 +51,12 @@ def checks(
     try:
         tokenizer = _tokenizer(directory)
         found += _words(directory, checkpoint, tokenizer, trained.model.spec)
-        if layout == "gguf":
-            ours, wanted = read_gguf(directory, trained), as_text(trained)
-        else:
-            ours, wanted = opened(directory), trained
-        sizes = _sizes(ours.model.spec, wanted.model.spec)
+        held = open_gguf(directory, trained.model.spec, tokenizer) if layout == "gguf" else None
+        ours = opened(directory) if held is None else held.opened(trained)
+        sizes = _sizes(ours.model.spec, trained.model.spec)
         found.append(sizes)
-        if sizes.holds and layout == "gguf":
-            wrong, count, kinds = wrong_tensors(directory, trained, tokenizer)
-            found.append(_tensors(wrong, count, kinds))
+        if sizes.holds and held is not None:
+            found.append(_tensors(*wrong_tensors(held, trained.params)))
         elif sizes.holds:
             found.append(_tensors(*_wrong(open_checkpoint(directory), ours.params, trained.params)))
     except UserError as error:

@@ -33,7 +33,7 @@ def copied(directory: Path, to: Path) -> None:
     """A copy that shares the weights, on the same file system without a byte written: what is changed is replaced."""
     to.mkdir()
     for file in directory.iterdir():
-        if file.suffix == ".safetensors":
+        if file.suffix == ".safetensors" or file.name == "mmproj.gguf":
             try:
                 os.link(file.resolve(), to / file.name)
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -14,16 +14,17 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
+from ministral_jax.certify.gguf_keys import Keys, spec_of
 from ministral_jax.certify.prompts import COMPARED, Prompt
 from ministral_jax.certify.readers import Opened, Read
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.interop.gguf_format import decoder_slots, vision_slots
-from ministral_jax.interop.llama import loaded
+from ministral_jax.interop.llama import Llama, loaded, seen
 from ministral_jax.interop.slots import Slot
 from ministral_jax.lazy import Lazy
 from ministral_jax.models.spec import ModelSpec
-from ministral_jax.models.vlm import VLM, abstract_params
+from ministral_jax.models.vlm import VLM, Params, abstract_params
 
 if TYPE_CHECKING:
     import gguf
@@ -36,56 +37,63 @@ rounded."""
 LIMITS = {"F32": 1e-4, "F16": 1e-2, "BF16": 5e-2, "Q8_0": 1e-1, "Q4_0": 1e-1}
 """By kind of matrix, of max |Δlogit| / max |logit| between llama.cpp and the numbers of the file: llama.cpp
 rounds what it multiplies them with to the same kind, or to 8 bits."""
+_PREFIXES = ("mistral3", "clip.vision")
 
 
-def as_text(opened: Opened) -> Opened:
-    """The decoder alone, which is what `model.gguf` holds."""
-    spec = opened.model.spec.model_copy(update={"vision": None})
-    return replace(opened, model=VLM(spec, opened.model.compute), params={"decoder": opened.params["decoder"]})
+def llama_limit(directory: Path) -> Callable[[Prompt], float]:
+    """Of `LIMITS`, that of the coarsest kind of matrix, with a picture at least that of float16: llama.cpp's GELU is
+    the tanh approximation, looked up in float16."""
+    tensors, _ = _mapped(directory / "model.gguf")
+    coarsest = max(LIMITS[t.tensor_type.name] for t in tensors.values() if len(t.shape) > 1)
+    return lambda prompt: coarsest if prompt.picture is None else max(coarsest, LIMITS["F16"])
 
 
-def llama_limit(directory: Path) -> float:
-    """Of `LIMITS`, that of the coarsest kind of matrix."""
-    kinds = {t.tensor_type.name for t in _tensors(directory / "model.gguf").values() if len(t.shape) > 1}
-    return max(LIMITS[kind] for kind in kinds)
+@dataclass(frozen=True)
+class Held:
+    """The files of a directory, mapped: what their keys say, and every tensor by its name."""
+
+    spec: ModelSpec
+    slots: list[Slot]
+    tensors: dict[str, Any]
+
+    def opened(self, like: Opened) -> Opened:
+        """Computed with as `like` is. Raises `UserError`: a tensor is missing, or of another shape."""
+        params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(self.spec))
+        for slot in self.slots:
+            leaf = reduce(getitem, slot.path.split("/"), params)
+            leaf[... if slot.layer is None else slot.layer] = slot.view(_value(self.tensors, slot))
+        return replace(like, model=VLM(self.spec, like.model.compute), params=params)
 
 
-def read_gguf(directory: Path, trained: Opened) -> Opened:
-    """`model.gguf` with the sizes of what it was made from, whose tensors are taken by name, and its own positions.
+def open_gguf(directory: Path, trained: ModelSpec, tokenizer: Tokenizer | None) -> Held:
+    """`model.gguf`, and `mmproj.gguf` where `trained` sees.
 
     Raises:
-        UserError: a tensor is missing, of another shape or in numbers that are not certified, or the file is damaged.
+        UserError: a file is missing or damaged, or has numbers that are not certified.
     """
-    tensors = _tensors(directory / "model.gguf")
-    spec = trained.model.spec.model_copy(update={"vision": None, "rope": _rope(directory, trained.model.spec)})
-    if "output.weight" not in tensors:
-        spec = spec.model_copy(update={"tied": True})
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(spec))
-    for slot in decoder_slots(spec):
-        leaf = reduce(getitem, slot.path.split("/"), params)
-        leaf[... if slot.layer is None else slot.layer] = slot.view(_value(tensors, slot))
-    return Opened(VLM(spec, trained.model.compute), params, trained.placement)
+    tensors, decoder = _mapped(directory / "model.gguf")
+    tower = None
+    if trained.vision is not None:
+        more, tower = _mapped(directory / "mmproj.gguf")
+        tensors |= more
+    spec = spec_of(decoder, tower, "output.weight" not in tensors, trained)
+    slots = decoder_slots(spec) + (vision_slots(spec, tokenizer) if spec.vision is not None else [])
+    return Held(spec, slots, tensors)
 
 
-def wrong_tensors(directory: Path, trained: Opened, tokenizer: Tokenizer | None) -> tuple[list[str], int, set[str]]:
-    """Tensors of both files that are not the parameters to within rounding, how many there are, and of which kinds."""
-    spec, wrong, kinds, count = trained.model.spec, list[str](), set[str](), 0
-    parts = {"model.gguf": decoder_slots(spec)}
-    if spec.vision is not None:
-        parts["mmproj.gguf"] = vision_slots(spec, tokenizer)
-    for name, slots in parts.items():
-        tensors = _tensors(directory / name)
-        for slot in slots:
-            found, value = _value(tensors, slot), np.asarray(slot.take(trained.params), np.float32)
-            kinds.add(kind := tensors[slot.name].tensor_type.name)
-            count += 1
-            if LOST[kind] == 0:
-                same = any(np.array_equal(found, _rounded(one, kind)) for one in (value, _narrow(value)))
-            else:
-                same = np.linalg.norm(found - value) <= LOST[kind] * np.linalg.norm(value)
-            if not same:
-                wrong.append(slot.name)
-    return wrong, count, kinds
+def wrong_tensors(held: Held, trained: Params) -> tuple[list[str], int, set[str]]:
+    """Tensors that are not the parameters to within rounding, how many there are, and of which kinds."""
+    wrong, kinds = list[str](), set[str]()
+    for slot in held.slots:
+        found, value = _value(held.tensors, slot), np.asarray(slot.take(trained), np.float32)
+        kinds.add(kind := held.tensors[slot.name].tensor_type.name)
+        if LOST[kind] == 0:
+            same = any(np.array_equal(found, _rounded(one, kind)) for one in (value, _narrow(value)))
+        else:
+            same = np.linalg.norm(found - value) <= LOST[kind] * np.linalg.norm(value)
+        if not same:
+            wrong.append(slot.name)
+    return wrong, len(held.slots), kinds
 
 
 def _narrow(value: np.ndarray) -> np.ndarray:
@@ -98,26 +106,39 @@ def _rounded(value: np.ndarray, kind: str) -> np.ndarray:
 
 
 def ask_llama(directory: Path, spec: ModelSpec) -> Read:
-    """llama.cpp, which loads the file for each prompt."""
+    """llama.cpp, which loads the files for each prompt."""
 
     def read(prompt: Prompt) -> np.ndarray:
         with loaded(directory / "model.gguf", len(prompt.tokens)) as model:
-            return model.logits(prompt.tokens.tolist())[-COMPARED:].astype(np.float64)
+            tokens = prompt.tokens.tolist()
+            found = model.logits(tokens) if prompt.picture is None else _after_picture(model, directory, prompt)
+        return found[-COMPARED:].astype(np.float64)
 
     return read
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    """By name. Raises `UserError`: the file is missing or damaged, or has numbers that are not certified."""
+def _after_picture(model: Llama, directory: Path, prompt: Prompt) -> np.ndarray:
+    """Logits of what follows a picture that stands after the first token."""
+    assert prompt.picture is not None
+    model.logits(prompt.tokens[:1].tolist())
+    with seen(model, directory / "mmproj.gguf", prompt.picture) as picture:
+        picture.put(start=1)
+        return model.logits(prompt.tokens[1 + picture.tokens :].tolist(), start=1 + picture.tokens)
+
+
+def _mapped(path: Path) -> tuple[dict[str, Any], Keys]:
+    """Tensors by name, and keys. Raises `UserError`: the file is missing or damaged, or has numbers that are not
+    certified."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        found = gguf.GGUFReader(path).tensors
+        found = gguf.GGUFReader(path)
+        values = {name: field.contents() for name, field in found.fields.items() if name.startswith(_PREFIXES)}
     except (ValueError, LookupError, OverflowError) as error:
         raise UserError(f"{path} is no GGUF file, or damaged ({error!s:.200})") from None
-    if other := next((t for t in found if t.tensor_type.name not in LOST), None):
+    if other := next((t for t in found.tensors if t.tensor_type.name not in LOST), None):
         raise UserError(f"{path}: {other.name} is {other.tensor_type.name}; {', '.join(LOST)} can be certified")
-    return {tensor.name: tensor for tensor in found}
+    return {tensor.name: tensor for tensor in found.tensors}, Keys(path, _PREFIXES[path.stem == "mmproj"], values)
 
 
 def _value(tensors: dict[str, Any], slot: Slot) -> np.ndarray:
@@ -132,25 +153,6 @@ def _value(tensors: dict[str, Any], slot: Slot) -> np.ndarray:
 
 def _dequantised(data: np.ndarray, kind: str) -> np.ndarray:
     return np.asarray(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]), np.float32)
-
-
-def _rope(directory: Path, spec: ModelSpec) -> Any:
-    """What the file says of positions."""
-    fields = gguf.GGUFReader(directory / "model.gguf").fields
-
-    def told(name: str, usual: float) -> float:
-        field = fields.get(f"mistral3.{name}")
-        return usual if field is None else float(str(np.float32(field.parts[field.data[0]][0])))
-
-    rope = spec.rope
-    found: dict[str, Any] = {
-        "theta": told("rope.freq_base", 1e4),
-        "yarn_factor": told("rope.scaling.factor", 1.0),
-        "temperature_beta": told("attention.temperature_scale", 0.0),
-        "beta_fast": told("rope.scaling.yarn_beta_fast", rope.beta_fast),
-        "beta_slow": told("rope.scaling.yarn_beta_slow", rope.beta_slow),
-    }
-    return rope.model_copy(update=found)
 
 
 # ---- controls: a copy is changed in its place ------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 import ministral_jax
 from ministral_jax.certify.prompts import COMPARED, Prompt
-from ministral_jax.data.batch import images_of_rows, one_per_row
+from ministral_jax.data.batch import bucket, images_of_rows, stack, text_row
 from ministral_jax.data.bins import place_whole
 from ministral_jax.data.images import to_patches
 from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, make_mesh
 from ministral_jax.errors import UserError
+from ministral_jax.losses.evaluation import hidden
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vision import MEAN, STD
 from ministral_jax.models.vlm import VLM, Params
@@ -42,16 +44,20 @@ class Reader:
 
     name: str
     open: Callable[[Path, ModelSpec], Read]
-    limit: float = LIMIT
+    limit: Callable[[Prompt], float] = lambda prompt: LIMIT
+    sees: bool = True
+    """Whether it is asked about pictures."""
 
 
 def readers(layout: str) -> tuple[list[Reader], list[str]]:
     """Other programs that read a format and are installed, and those that are not."""
-    if layout == "hf":
-        if find_spec("transformers") and find_spec("torch"):
-            return [Reader(f"transformers {version('transformers')}", _transformers)], []
+    needed = {"hf": ("torch", "transformers"), "fp8": ("torch", "transformers", "accelerate")}.get(layout)
+    if needed is None:
+        return [], []
+    if not all(map(find_spec, needed)):
         return [], ["transformers"]
-    return [], []
+    name = f"transformers {version('transformers')}"
+    return [Reader(name if layout == "hf" else f"{name}, dequantised", _transformers)], []
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -65,18 +71,27 @@ class Opened:
     params: Params
     placement: Placement
 
-    def read(self, prompt: Prompt) -> np.ndarray:
+    def read(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """By the name of a prompt, what `Read` gives of it. All stand in one row, for which one program is compiled."""
         spec, place = self.model.spec, self.placement
-        rows = one_per_row([prompt.tokens], rows=place.even(1))
-        batch = {name: rows[name] for name in ("tokens", "segments")}
-        if prompt.picture is not None and spec.vision is not None:
+        sizes = [len(prompt.tokens) for prompt in prompts]
+        length = bucket(sum(sizes))
+        row = text_row(np.concatenate([prompt.tokens for prompt in prompts]), sizes, length)
+        padding = text_row(np.zeros(0, np.int32), [], length)
+        rows = stack([row, *[padding] * (place.even(1) - 1)])
+        batch = {name: rows[name] for name in ("tokens", "positions", "segments")}
+        pictures = [prompt.picture for prompt in prompts if prompt.picture is not None]
+        if pictures and spec.vision is not None:
             is_image = (batch["tokens"] == spec.image_token) & (batch["segments"] > 0)
-            batch |= images_of_rows([to_patches([prompt.picture], spec.vision)], is_image)
-        count = min(COMPARED, len(prompt.tokens))
+            batch |= images_of_rows([to_patches(pictures, spec.vision)], is_image)
+        counts = [min(COMPARED, size) for size in sizes]
+        ends = zip(np.cumsum(sizes), counts, strict=True)
+        asked = np.concatenate([np.arange(end - count, end, dtype=np.int32) for end, count in ends])
         with jax.set_mesh(place.mesh):
             placed = place_whole(place, batch, spec.vision)
-            logits = _program(self.model, count, place.rules)(self.params, placed, len(prompt.tokens) - count)
-        return np.asarray(logits, np.float64)
+            logits = np.asarray(_program(self.model, place.rules)(self.params, placed, asked), np.float64)
+        parts = np.split(logits, np.cumsum(counts)[:-1])
+        return {prompt.name: part for prompt, part in zip(prompts, parts, strict=True)}
 
 
 def opened(path: Path) -> Opened:
@@ -100,17 +115,14 @@ def _spec(path: Path) -> ModelSpec:
     return read_spec(path)
 
 
-def _made(model: VLM, count: int, rules: Rules) -> Any:
-    def logits(params: Params, batch: dict[str, jax.Array], first: jax.Array) -> Any:
-        def last(module: VLM) -> jax.Array:
-            images = {k: v for k, v in batch.items() if k not in ("tokens", "segments")} or None
-            states = module.hidden(batch["tokens"], None, batch["segments"], images)[:1]
-            return module.decoder.logits(jax.lax.dynamic_slice_in_dim(states, first, count, 1))[0]
-
+def _made(model: VLM, rules: Rules) -> Any:
+    def logits(params: Params, batch: dict[str, jax.Array], asked: jax.Array) -> Any:
         with rules.active():
+            states = hidden(model, params, batch)[:1]
+            last = lambda module: module.decoder.logits(jnp.take(states, asked, axis=1))[0]
             return model.apply({"params": params}, method=last)
 
-    # each program runs once or twice: at small sizes, optimising it takes longer
+    # each program runs a few times: at small sizes, optimising it takes longer
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(logits, compiler_options=options)
 
@@ -123,12 +135,15 @@ _program: Any = cache(_made)
 
 def _transformers(path: Path, spec: ModelSpec) -> Read:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     auto: Any = AutoModelForCausalLM if spec.vision is None else AutoModelForImageTextToText
-    model, said = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    config = AutoConfig.from_pretrained(path)
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        quantised["dequantize"] = True  # its kernels for FP8 need a GPU, and round what goes in
+    model, said = auto.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     if any(said.values()):
         raise UserError(f"transformers does not find what it expects: {said}")
     return partial(_ask_transformers, model.eval())

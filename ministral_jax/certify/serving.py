@@ -9,18 +9,19 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 from pydantic import BaseModel
 
 from ministral_jax.errors import UserError
 from ministral_jax.interop.llama import Llama, has_llama, loaded
 
-PROMPT, GENERATED, THREADS = 128, 64, 2
+PROMPT, GENERATED, THREADS, ROUNDS = 128, 64, 2, 3
 
 
 class Serving(BaseModel):
-    """Tokens per second are of one sequence: a prompt of 128 tokens, then 64 more one by one, after a first round that
-    does not count; None where no llama.cpp read the file."""
+    """Tokens per second are of one sequence as llama.cpp serves it: a prompt of 128 tokens, then 64 more one by one;
+    the median of three rounds after one that does not count. None where no llama.cpp read the file."""
 
     bytes: int
     """Of the weights."""
@@ -35,9 +36,9 @@ def serving(directory: Path) -> Serving:
     size, file = sum(path.stat().st_size for path in weights), directory / "model.gguf"
     if not file.is_file() or not has_llama():
         return Serving(bytes=size)
-    with loaded(file, PROMPT + GENERATED, THREADS) as model:
+    with loaded(file, PROMPT + GENERATED, THREADS, exact=False) as model:
         _seconds(model)
-        prompt, generated = _seconds(model)
+        prompt, generated = map(median, zip(*(_seconds(model) for _ in range(ROUNDS)), strict=True))
     machine = f"{THREADS} threads of {os.cpu_count()} CPUs, {platform.machine()}"
     paces = dict(prompt_per_second=PROMPT / prompt, generated_per_second=GENERATED / generated)
     return Serving(bytes=size, machine=machine, **paces)

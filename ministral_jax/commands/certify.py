@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def add_certify(commands: Any) -> None:
     """Declare the commands on the subparsers of the command line."""
     certify = commands.add_parser("certify", help="compare an export with the model it was made from, and say so in it")
-    certify.add_argument("directory", type=any_place, metavar="DIR", help="an export, in which certificate.json is put")
-    text = "the finished stage, another export or model on the hub, that it has to equal"
+    text = "exports of one model, in each of which certificate.json is put"
+    certify.add_argument("directories", nargs="+", type=any_place, metavar="DIR", help=text)
+    text = "the finished stage, another export or model on the hub, that they have to equal"
     certify.add_argument("--against", type=model_place, required=True, metavar="CHECKPOINT", help=text)
     certify.set_defaults(command=_certify)
     push = commands.add_parser("push", help="send an export to a hub, with the login that huggingface_hub has")
@@ -37,12 +38,15 @@ def _certify(args: argparse.Namespace) -> int:
     from ministral_jax.places import fetched
     from ministral_jax.stages.card import NAME
 
-    found = certify(fetched(args.directory), located(args.against))
-    write_json(args.directory / FILE, found.model_dump())
-    if (card := args.directory / NAME).is_file():
-        put_in_card(card, found)
-    show(found)
-    return int(not found.holds)
+    checkpoint, all_hold = located(args.against), True
+    for directory in args.directories:
+        found = certify(fetched(directory), checkpoint)
+        write_json(directory / FILE, found.model_dump())
+        if (card := directory / NAME).is_file():
+            put_in_card(card, found)
+        show(directory.name, found)
+        all_hold &= found.holds
+    return int(not all_hold)
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -51,8 +55,8 @@ def _push(args: argparse.Namespace) -> None:
     push(args)
 
 
-def show(found: Certificate) -> None:
-    """On the terminal."""
+def show(name: str, found: Certificate) -> None:
+    """On the terminal; `name`: of the directory."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -77,6 +81,6 @@ def show(found: Certificate) -> None:
     console.print(lines)
     if found.serving is not None:
         console.print(paces_of(found.serving))
-    for name in found.not_installed:
-        console.print(f"not asked: {name} is not installed")
-    console.print("certified" if found.holds else "NOT certified")
+    for other in found.not_installed:
+        console.print(f"not asked: {other} is not installed")
+    console.print(f"{name}: {'certified' if found.holds else 'NOT certified'}")

@@ -10,9 +10,10 @@ import pytest
 from model_cases import random_params, vlm
 
 from ministral_jax import cli
-from ministral_jax.certify import certificate, readers
+from ministral_jax.certify import certificate, readers, serving
 from ministral_jax.certify.checks import checks
-from ministral_jax.certify.controls import CONTROLS, Control, change_tensor
+from ministral_jax.certify.controls import CONTROLS, Control, change_tensor, copied
+from ministral_jax.certify.gguf_file import set_key
 from ministral_jax.certify.in_card import section_of
 from ministral_jax.data.config import TokenizerConfig
 from ministral_jax.data.tokenizer import export_tokenizer, load_tokenizer
@@ -41,7 +42,8 @@ def ours_alone(monkeypatch):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *backend: devices)
     monkeypatch.setattr(readers, "find_spec", lambda name: None)
-    monkeypatch.setattr(certificate, "has_llama", lambda: False)
+    for module in (certificate, serving):
+        monkeypatch.setattr(module, "has_llama", lambda: False)
 
 
 HEAD, LICENCE = "---\nlicense: mit\n---\n# Name\n", "## Licence\n\nmit\n"
@@ -86,14 +88,46 @@ SCALES = {"attention": {"input": 1.0, "mixed": 1.0}, "mlp": {"input": 1.0, "hidd
 LAYERS = jax.tree.map(lambda scale: np.full(SPEC.layers, scale, np.float32), SCALES)
 
 
-@pytest.mark.parametrize("name, kl", [("native", 1e-3), ("fp8", 0.5), ("gguf", 1e-3)])
-def test_other_formats_are_certified(pair, tmp_path, name, kl):
-    files, scales = [pair[1] / "tekken.json"], {"decoder": {"layers": LAYERS}} if name == "fp8" else None
-    model = Export(random_params(SPEC), SPEC, "bfloat16", files, scales)
-    export(model, FORMATS[name], tmp_path / name)
-    found = certificate.certify(tmp_path / name, pair[1])
-    assert found.holds and found.format == name, found
-    assert all(0 < reading.kl < kl for reading in found.readings) and len(found.controls) == 4
+@pytest.fixture(scope="module")
+def others(pair, tmp_path_factory):
+    """A directory of each other format."""
+    place, files = tmp_path_factory.mktemp("others"), [pair[1] / "tekken.json"]
+    for name in ("native", "fp8", "gguf"):
+        scales = {"decoder": {"layers": LAYERS}} if name == "fp8" else None
+        export(Export(random_params(SPEC), SPEC, "bfloat16", files, scales), FORMATS[name], place / name)
+    return place
+
+
+def test_other_formats_are_certified(pair, others, capsys):
+    limits = {"native": 1e-3, "fp8": 0.5, "gguf": 1e-3}
+    assert cli.main(["certify", *(str(others / name) for name in limits), "--against", str(pair[1])]) == 0
+    said = capsys.readouterr().out
+    for name, kl in limits.items():
+        found = certificate.Certificate.model_validate_json((others / name / "certificate.json").read_bytes())
+        assert found.holds and found.format == name and f"{name}: certified" in said, found
+        assert [r.prompt for r in found.readings] == ["text", "image", "long"] and len(found.controls) == 4
+        assert all(0 < reading.kl < kl for reading in found.readings)
+
+
+KEYS = {
+    "rope.scaling.original_context_length": (lambda n: 2 * n, "'original_context': 32"),
+    "rope.scaling.yarn_log_multiplier": (lambda multiplier: 0.0, "'attention_factor': 1.13"),
+    "rope.scaling.yarn_beta_fast": (lambda beta: 2 * beta, "'beta_fast': 64"),
+    "attention.layer_norm_rms_epsilon": (lambda epsilon: 2 * epsilon, "norm_eps is 1.99"),
+    "context_length": (lambda n: n - 1, "context is 39, trained with 40"),
+    "block_count": (lambda n: n + 1, "tensor blk.2.attn_norm.weight is missing"),
+    "attention.head_count_kv": (lambda n: 0, "kv_heads: Input should be greater"),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_another_model_is_seen_in_the_file_alone(pair, others, tmp_path, key):
+    copied(others / "gguf", copy := tmp_path / "copy")
+    change, words = KEYS[key]
+    set_key(key, change)(copy, SPEC)
+    found, *_ = checks(copy, pair[1], readers.opened(pair[1]), "gguf")
+    failed = [check.said for check in found if not check.holds]
+    assert len(failed) == 1 and words in failed[0], failed
 
 
 FAULTS = {

@@ -28,7 +28,7 @@ def test_llama_certifies(dtype, tmp_path, monkeypatch):
     found = certify(tmp_path / "gguf", tmp_path / "trained")
     assert found.holds, found
     theirs = [reading for reading in found.readings if reading.reader.startswith("llama.cpp")]
-    assert [reading.prompt for reading in theirs] == ["text", "long"]
+    assert [reading.prompt for reading in theirs] == ["text", "image", "long"]
     assert sum(failure.reader.startswith("llama.cpp") for failure in found.controls) == 4
     assert found.serving and found.serving.prompt_per_second and found.serving.generated_per_second
     assert "new ones in a second" in section_of(found)
