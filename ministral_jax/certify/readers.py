@@ -146,7 +146,8 @@ def _transformers(path: Path, spec: ModelSpec) -> Read:
     model, said = auto.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     if any(said.values()):
         raise UserError(f"transformers does not find what it expects: {said}")
-    return partial(_ask_transformers, model.eval())
+    # what it dequantises is of the scales' dtype, in bfloat16 exact where they are powers of two
+    return partial(_ask_transformers, model.float().eval())
 
 
 def _ask_transformers(model: Any, prompt: Prompt) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -17,12 +17,8 @@ from jaxtyping import Float, UInt8
 from ministral_jax.errors import UserError
 from ministral_jax.lazy import Lazy
 
-if TYPE_CHECKING:
-    import llama_cpp  # pyright: ignore[reportMissingImports]
-    from llama_cpp import mtmd_cpp as mtmd  # pyright: ignore[reportMissingImports]
-else:
-    llama_cpp = Lazy("llama_cpp")
-    mtmd = Lazy("llama_cpp.mtmd_cpp")
+llama_cpp: Any = Lazy("llama_cpp")
+mtmd: Any = Lazy("llama_cpp.mtmd_cpp")
 
 
 def has_llama() -> bool:
