@@ -37,21 +37,33 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), made: Made = lam
     Raises:
         UserError: unreadable file, unknown key, wrong type, unknown stage, cycle; one line for each thing wrong.
     """
-    settings = list(settings)
-    where = " with ".join([str(path), *filter(is_overlay, settings)])
-    recipe = validate(Recipe, _apply_defaults(read_layers(path, settings), where), where)
-    recipe = add_companions(recipe, made(recipe.name))
-    order(recipe)
-    return recipe
+    recipe = _read(path, settings)
+    return _completed(recipe, made(recipe.name))
 
 
 def load_fetched(path: str | Path, settings: Iterable[str] = (), made: Made = lambda name: {}) -> Recipe:
-    """`load_recipe` once all that is imported is here: what is on a hub is downloaded, for stages that are not made,
-    and has sizes, and so companions, only then."""
-    recipe = load_recipe(path, settings, made)
+    """`load_recipe` with all that is imported here: what is on a hub is downloaded first, for stages that are not made,
+    since it has no sizes, and so no companions, before. Every process of a job has the same companions then."""
+    recipe = _read(path, settings)
     finished = made(recipe.name)
-    fetched = [stage.fetch() for name, stage in recipe.stages.items() if name not in finished]
-    return load_recipe(path, settings, made) if any(fetched) else recipe
+    lacking = [stage for name, stage in recipe.stages.items() if name not in finished and stage.is_gone]
+    if lacking:
+        _completed(recipe, finished)  # faults are said before anything is downloaded
+    for stage in lacking:
+        stage.fetch()
+    return _completed(recipe, finished)
+
+
+def _read(path: str | Path, settings: Iterable[str]) -> Recipe:
+    settings = list(settings)
+    where = " with ".join([str(path), *filter(is_overlay, settings)])
+    return validate(Recipe, _apply_defaults(read_layers(path, settings), where), where)
+
+
+def _completed(recipe: Recipe, made: Mapping[str, ModelSpec]) -> Recipe:
+    recipe = add_companions(recipe, made)
+    order(recipe)
+    return recipe
 
 
 def _apply_defaults(raw: dict[str, Any], where: str) -> dict[str, Any]:

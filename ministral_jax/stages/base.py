@@ -113,9 +113,8 @@ class Stage(Frozen):
         """Whether the checkpoint that the stage reads from outside of the run is not there (any more)."""
         return False
 
-    def fetch(self) -> bool:
-        """Whether the checkpoint that the stage reads from outside of the run was not here, and has been brought."""
-        return False
+    def fetch(self) -> None:
+        """Bring here the checkpoint that the stage reads from outside of the run, where that can be done."""
 
     def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
         """Of the parameters that it writes, in a recipe of these stages."""

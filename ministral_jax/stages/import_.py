@@ -40,10 +40,9 @@ class Import(Stage):
             return hub.cached(name) is None
         return not is_checkpoint(self.directory)
 
-    def fetch(self) -> bool:
-        if hub.hub_name(self.path) is None or self.optional or not self.is_gone:
-            return False
-        return self.directory.is_dir()
+    def fetch(self) -> None:
+        if (name := hub.hub_name(self.path)) is not None and not self.optional:
+            hub.downloaded(name)
 
     def stored_dtype(self, stages: Mapping[str, Stage]) -> str:
         return self.dtype

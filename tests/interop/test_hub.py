@@ -99,7 +99,8 @@ def test_a_stage_imports_by_name(repository, tmp_path):
     assert stage.path == f"hf://{NAME}"
     assert Import.model_validate(stage.model_dump()) == stage
     assert stage.is_gone and not repository.asked
-    assert stage.fetch() and not stage.is_gone and not stage.fetch()
+    stage.fetch()
+    assert not stage.is_gone
     assert stage.resolve(None, "stages.a") == SPEC
 
 
@@ -175,6 +176,10 @@ stages:
   parent: {{do: import, path: {NAME}}}
   half: {{do: sft, from: parent, steps: 1, batch: {{sequences: 1, length: 8}}, optimizer: {{lr: 1.0e-3}}}}
 """
+    (tmp_path / "own.yaml").write_text(rows.replace("from: parent", "from: nobody"))
+    with pytest.raises(UserError, match="needs stage 'nobody'"):
+        load_fetched(tmp_path / "own.yaml")
+    assert not repository.asked
     (tmp_path / "own.yaml").write_text(rows)
     assert "parent-evaluated" in load_fetched(tmp_path / "own.yaml").stages
     assert repository.asked
