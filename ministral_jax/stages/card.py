@@ -92,10 +92,10 @@ def lineage(stage_directory: Path) -> list[Made]:
     return [Made(manifest) for manifest in ancestry(stage_directory)][::-1]
 
 
-def write_card(stage_directory: Path, path: Path, layout: str, config: CardConfig) -> Path:
-    """Write the card of a finished stage's export."""
-    made = lineage(stage_directory)
-    path.write_text(_front(made, layout, config) + "\n" + _body(made, layout, config), encoding="utf-8")
+def write_card(stage_directory: Path, path: Path, layout: str, dtype: str, config: CardConfig) -> Path:
+    """Write the card of a finished stage's export in the numbers `dtype` of a layout."""
+    made, weights = lineage(stage_directory), f"FP8, else {dtype}" if layout == "fp8" else dtype
+    path.write_text(_front(made, layout, config) + "\n" + _body(made, layout, weights, config), encoding="utf-8")
     return path
 
 
@@ -108,10 +108,19 @@ def _front(made: Sequence[Made], layout: str, config: CardConfig) -> str:
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "base_model": config.base_model or _hub_name(made[0].manifest),
         "language": list(config.languages) or None,
-        "tags": ["mistral3", "ministral_jax"] + ["pruning"] * any(stage.manifest.prune for stage in made),
+        "tags": ["mistral3", "ministral_jax", *(tag for verb, tag in _TAGS.items() if _has(made, verb))],
     }
     lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value is not None)
     return f"---\n{''.join(lines)}---\n"
+
+
+_TAGS = {"prune": "pruning", "distill": "distillation"}
+_CHATS = ("sft", "dpo", "grpo", "odpo")
+"""Verbs of which a model has learnt to answer."""
+
+
+def _has(made: Sequence[Made], *verbs: str) -> bool:
+    return any(stage.manifest.do in verbs for stage in made)
 
 
 def _hub_name(manifest: Manifest) -> str | None:
@@ -120,15 +129,15 @@ def _hub_name(manifest: Manifest) -> str | None:
     return None if name is None else name.partition("@")[0]
 
 
-def _body(made: Sequence[Made], layout: str, config: CardConfig) -> str:
+def _body(made: Sequence[Made], layout: str, weights: str, config: CardConfig) -> str:
     last = made[-1]
     spec = last.manifest.spec
     parts = [
         f"# {last.name}\n\n{_summary(made, spec)}",
-        f"## Use it\n\n{_USES.get(layout, _USES['hf']).format(auto=_auto(spec), tower=_tower(spec))}",
+        f"## Use it\n\n{_use(made, layout)}",
         f"## Lineage\n\n{_table(('stage', 'made by', 'parameters', 'tokens', 'steps', 'with'), map(_step, made))}",
         *_figures(made),
-        f"## Sizes\n\n{_table(('', ''), _sizes(spec))}",
+        f"## Sizes\n\n{_table(('', ''), [('weights', weights), *_sizes(spec)])}",
         f"## Licence\n\n{_licence(config)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -197,23 +206,29 @@ def _licence(config: CardConfig) -> str:
     return f"`{config.license}`, that of the parent."
 
 
-def _auto(spec: ModelSpec) -> str:
-    return "AutoModelForCausalLM" if spec.vision is None else "AutoModelForImageTextToText"
+def _use(made: Sequence[Made], layout: str) -> str:
+    sees, inputs = made[-1].manifest.spec.vision is not None, _CHAT if _has(made, *_CHATS) else _TEXT
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    said = _USES.get(layout, _USES["hf"])
+    return said.format(auto=auto, inputs=inputs, tower=_TOWER * sees, images=_IMAGES * sees)
 
 
-def _tower(spec: ModelSpec) -> str:
-    return "" if spec.vision is None else " --mmproj mmproj.gguf"
-
-
+_TEXT = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
+_CHAT = """messages = [{"role": "user", "content": "What is two and two?"}]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")"""
+_TOWER = " --mmproj mmproj.gguf"
+_IMAGES = " `AutoProcessor` takes images beside the text."
 _USES = {
     "hf": """```python
-from transformers import AutoTokenizer, {auto}
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = {auto}.from_pretrained(".")
+{inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 
-Here `.` is this directory or its name on a hub; `vllm serve .` takes it as it is.""",
+Here `.` is this directory or its name on a hub; `vllm serve .` takes it as it is.{images}""",
     "native": """```bash
 vllm serve . --config-format mistral --load-format mistral --tokenizer-mode mistral
 ```

@@ -101,7 +101,7 @@ def export_stage(
     scales = None if batches is None else activation_scales(spec, params, placement, batches)
     tokenizer = stage_tokenizer(stage_directory)
     with TemporaryDirectory() as scratch:
-        files = [write_card(stage_directory, Path(scratch, NAME), layout, card or CardConfig())]
+        files = [write_card(stage_directory, Path(scratch, NAME), layout, dtype, card or CardConfig())]
         if tokenizer is not None:
             tekken = export_tokenizer(tokenizer, Path(scratch), spec.vision)
             files += [tekken, *export_template(tekken, Path(scratch))]

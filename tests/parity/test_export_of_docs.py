@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -53,6 +54,13 @@ def test_the_export_gives_the_logits_of_ours(half):
         loaded = AutoModelForImageTextToText.from_pretrained(half, dtype=torch.float32)
         theirs = loaded(input_ids=torch.tensor(tokens)).logits
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+def test_what_its_card_tells_to_do_does_it(half, monkeypatch, capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (half / "README.md").read_text(), re.S)
+    monkeypatch.chdir(half)
+    exec(snippet.replace("max_new_tokens=100", "max_new_tokens=2"), {})
+    assert "Once upon a time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", CHATS)

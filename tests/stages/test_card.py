@@ -54,12 +54,14 @@ def test_an_export_has_a_card(run):
     export_stage(run / "child", run / "hf", "float32", placement)
     front, body = parts((run / "hf" / "README.md").read_text())
     assert front["library_name"] == "transformers" and front["license"] == "unknown"
+    assert front["tags"] == ["mistral3", "ministral_jax", "distillation"]
     assert front["pipeline_tag"] == "image-text-to-text" and "base_model" not in front and "language" not in front
     lines = [line for line in body.splitlines() if line.startswith("| ")]
     order = [line.split(" | ")[0].strip("| ") for line in lines if re.search(r"\| (train|distill|grpo) \|", line)]
     assert order == ["parent", "short", "child"]
     assert "| short | KL to the teacher, nats per token | 0.03 | 0.02 to 0.04 | 66 documents |" in lines
     assert "| child | right answers | 50.0% | 40.4% to 59.6% | 100 prompts |" in lines  # Wilson's
+    assert "| weights | float32 |" in lines and "tokenizer.apply_chat_template(messages" in body
     assert "Unknown." in body and "AutoModelForImageTextToText.from_pretrained" in body
 
 
@@ -80,7 +82,7 @@ def test_a_model_is_no_stage(run, tmp_path):
 
 def test_what_the_user_says_stands_in_it(run, tmp_path):
     config = CardConfig(license="apache-2.0", base_model="owner/Parent-24B", languages=("en", "no"))
-    front, body = parts(write_card(run / "child", tmp_path / "card", "native", config).read_text())
+    front, body = parts(write_card(run / "child", tmp_path / "card", "native", "bfloat16", config).read_text())
     assert front["base_model"] == "owner/Parent-24B" and front["language"] == ["en", "no"]
     assert front["license"] == "apache-2.0" and "`apache-2.0`, that of the parent" in body
     assert "--load-format mistral" in body
@@ -88,8 +90,9 @@ def test_what_the_user_says_stands_in_it(run, tmp_path):
 
 def test_a_parent_from_a_hub_is_named(tmp_path):
     stage(tmp_path, "parent", "import", config={"do": "import", "path": "hf://owner/Parent-24B@main"})
-    front, body = parts(write_card(tmp_path / "parent", tmp_path / "card", "hf", CardConfig()).read_text())
+    front, body = parts(write_card(tmp_path / "parent", tmp_path / "card", "hf", "float32", CardConfig()).read_text())
     assert front["base_model"] == "owner/Parent-24B" and "in one stage (`import`)" in body
+    assert 'tokenizer("Once upon a time"' in body and "apply_chat_template" not in body
 
 
 def test_a_lineage_is_found_from_within_its_directory(run, monkeypatch):
@@ -99,9 +102,9 @@ def test_a_lineage_is_found_from_within_its_directory(run, monkeypatch):
 
 def test_a_lineage_ends_where_a_parent_is_gone(run, tmp_path):
     (run / "short" / "manifest.json").unlink()
-    _, body = parts(write_card(run / "child", tmp_path / "card", "gguf", CardConfig()).read_text())
+    _, body = parts(write_card(run / "child", tmp_path / "card", "gguf", "q4_0", CardConfig()).read_text())
     assert "| short |" not in body and "| child | grpo |" in body and "in one stage (`grpo`)" in body
-    assert "--mmproj mmproj.gguf" in body
+    assert "--mmproj mmproj.gguf" in body and "| weights | q4_0 |" in body
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_loaded(run, monkeypatch):
