@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulators import BUCKET, emulator
+from interop_cases import SPEC
+from model_cases import random_params
 from PIL import Image
 from store_worker import ROWS, arrays, hashes, record
 
-from ministral_jax import buckets
+from ministral_jax import buckets, cli
 from ministral_jax.data.config import DataConfig, SourceConfig, TokenizerConfig
 from ministral_jax.data.pictures import read_pictures
 from ministral_jax.data.prepare import SPLITS, prepare
@@ -20,6 +22,7 @@ from ministral_jax.data.sources import open_source, read_documents
 from ministral_jax.errors import UserError
 from ministral_jax.files import append_jsonl, read_jsonl, write_json
 from ministral_jax.interop.export import is_export
+from ministral_jax.interop.hf import export_hf
 from ministral_jax.models.spec import VisionSpec
 from ministral_jax.places import (
     Lines,
@@ -160,6 +163,13 @@ def test_a_model_is_copied_again_when_it_has_changed(bucket, tmp_path):
     assert first == fetched(bucket / "hf") and (first / "config.json").read_text() == "{}"
     (bucket / "hf/more.json").write_text("[]")
     assert (fetched(bucket / "hf") / "more.json").is_file()
+
+
+def test_the_doctor_reads_headers_where_they_lie(bucket, monkeypatch, capsys):
+    export_hf(random_params(SPEC), SPEC, bucket)
+    monkeypatch.setattr(buckets.BucketPath, "fetch", None)
+    assert cli.main(["doctor", str(bucket)]) == 0
+    assert "all of the names and shapes" in capsys.readouterr().out
 
 
 def test_data_in_a_bucket_is_the_data_on_a_disk(bucket, tmp_path):

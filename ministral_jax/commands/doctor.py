@@ -27,10 +27,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from ministral_jax.doctor.examine import examine
     from ministral_jax.interop.hub import hub_name, outline
-    from ministral_jax.places import fetched
 
     with outline(args.source) as directory:
-        found = examine(fetched(directory))
+        found = examine(directory)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     colours = {"green": "green", "amber": "yellow", "red": "bold red"}
     lines = Table.grid(padding=(0, 1, 0, 0))  # what does not fit a line goes on below itself

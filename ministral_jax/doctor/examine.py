@@ -11,7 +11,7 @@ from ministral_jax.errors import UserError
 
 
 def examine(directory: Path) -> list[Finding]:
-    """What there is to say of a local directory. Raises `UserError`: it is none."""
+    """What there is to say of a directory. Raises `UserError`: it is none."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; a model on the hub is hf://owner/name")
     source = Source(directory)

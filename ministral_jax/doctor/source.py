@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Source:
-    """A local directory. Of weights, headers alone are read."""
+    """A directory. Of weights, headers alone are read."""
 
     directory: Path
     faults: list[Finding] = field(default_factory=list)
