@@ -18,7 +18,7 @@ from ministral_jax.data.chat import Rendered, render, render_interleaved
 from ministral_jax.data.conversation import Message
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import Continued, Examinee, Manner
-from ministral_jax.evaluation.suites import Asked
+from ministral_jax.evaluation.suites import COMMAND, Asked, Setting
 from ministral_jax.evaluation.tasks import Asking
 from ministral_jax.lazy import Lazy
 from ministral_jax.sampling.engine import Prompt, as_prompt
@@ -118,7 +118,16 @@ class HarnessModel(LM):
         return prompt._replace(tokens=[*prompt.tokens, *added])
 
 
-def run_harness(task: Asked, examinee: Examinee, asking: Asking) -> dict[str, Any]:
+def known_tasks(asked: Sequence[Asked], include: str | None, setting: Setting = COMMAND) -> Any:
+    """The harness's `TaskManager`. Raises `UserError`: it does not have one of the tasks."""
+    manager = tasks.TaskManager(include_path=include)
+    for task in asked:
+        if task.task not in manager.all_tasks:
+            raise UserError(f"{setting.names} {task}: neither a task of this program nor one of lm-evaluation-harness")
+    return manager
+
+
+def run_harness(task: Asked, examinee: Examinee, asking: Asking, setting: Setting = COMMAND) -> dict[str, Any]:
     """Results of a task or group of the harness, as JSON: its own `results`, `groups`, `versions`, `n-shot`,
     `n-samples` and `configs`, and how many requests were `truncated` and answers `unfinished`.
 
@@ -127,9 +136,7 @@ def run_harness(task: Asked, examinee: Examinee, asking: Asking) -> dict[str, An
     Raises:
         UserError: the harness has no such task, cannot read its data, or may not run code.
     """
-    manager = tasks.TaskManager(include_path=asking.include)
-    if task.task not in manager.all_tasks:
-        raise UserError(f"--tasks {task}: neither a task of this program nor one of lm-evaluation-harness")
+    manager = known_tasks([task], asking.include, setting)
     model = HarnessModel(examinee, asking.think)
     try:
         found = evaluator.simple_evaluate(
@@ -146,9 +153,13 @@ def run_harness(task: Asked, examinee: Examinee, asking: Asking) -> dict[str, An
     except ValueError as error:
         if "unsafe" not in str(error):
             raise
-        raise UserError(f"--tasks {task}: runs code that the model wrote, in no sandbox; add --unsafe-code") from None
+        raise UserError(
+            f"{setting.names} {task}: runs code that the model wrote, in no sandbox; {setting.unsafe_code}"
+        ) from None
     except OSError as error:
-        raise UserError(f"--tasks {task}: its data cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"{setting.names} {task}: its data cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from None
     kept = {key: found[key] for key in _KEPT if key in found}
     return json.loads(json.dumps({**kept, **model.counts}, default=str))
 

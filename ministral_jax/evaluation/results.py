@@ -13,7 +13,7 @@ from ministral_jax.console import say
 from ministral_jax.distributed.collectives import barrier, from_first, is_first
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import Examinee
-from ministral_jax.evaluation.suites import Asked
+from ministral_jax.evaluation.suites import COMMAND, Asked, Setting
 from ministral_jax.evaluation.tasks import TASKS, Asking, ask
 from ministral_jax.files import write_json
 
@@ -49,7 +49,7 @@ class Kept:
 
 
 def evaluate(
-    tasks: Sequence[Asked], examinee: Examinee, asking: Asking, kept: Kept | None = None
+    tasks: Sequence[Asked], examinee: Examinee, asking: Asking, kept: Kept | None = None, setting: Setting = COMMAND
 ) -> dict[str, dict[str, Any]]:
     """The result of every task, in their order: see `tasks.ask` and `harness.run_harness`. What `kept` has is not found
     again.
@@ -57,7 +57,7 @@ def evaluate(
     Raises:
         UserError: a task that is not there or cannot be asked, or results of something else.
     """
-    check_installed(tasks)
+    check_installed(tasks, setting)
     known = [kept.read(task) if kept is not None else None for task in tasks]
     barrier("results read")  # before one of them is written
     found: dict[str, dict[str, Any]] = {}
@@ -71,7 +71,7 @@ def evaluate(
         else:
             from ministral_jax.evaluation.harness import run_harness
 
-            result = run_harness(task, examinee, asking)
+            result = run_harness(task, examinee, asking, setting)
         found[str(task)] = result
         if kept is not None and is_new and is_first():
             kept.directory.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,11 @@ def evaluate(
     return found
 
 
-def check_installed(tasks: Sequence[Asked]) -> None:
+def check_installed(tasks: Sequence[Asked], setting: Setting = COMMAND) -> None:
     """Raises `UserError`: one of them is not made here, and lm-evaluation-harness is not installed."""
     other = next((task for task in tasks if task.task not in TASKS), None)
     if other is not None and find_spec("lm_eval") is None:
         raise UserError(
-            f"--tasks {other}: is none of {', '.join(TASKS)}, and tasks of lm-evaluation-harness need the extra eval; "
-            "in the checkout, pip install -e '.[eval]'"
+            f"{setting.names} {other}: is none of {', '.join(TASKS)}, and tasks of lm-evaluation-harness need the "
+            "extra eval; in the checkout, pip install -e '.[eval]'"
         )

@@ -77,7 +77,22 @@ class Asked(NamedTuple):
         return self.task if self.shots is None else f"{self.task}@{self.shots}"
 
 
-def asked_for(words: Sequence[str]) -> tuple[list[Asked], list[str]]:
+class Setting(NamedTuple):
+    """Where tasks were named and where code that a model wrote is allowed, in the words of an error."""
+
+    names: str = "--tasks"
+    unsafe_code: str = "add --unsafe-code"
+
+    @staticmethod
+    def of(where: str) -> Setting:
+        """A recipe's `tasks` at that place."""
+        return Setting(f"{where}.names:", f"set {where}.unsafe_code: true")
+
+
+COMMAND = Setting()
+
+
+def asked_for(words: Sequence[str], setting: Setting = COMMAND) -> tuple[list[Asked], list[str]]:
     """Tasks that `NAME`, `NAME@SHOTS` and names of suites stand for, each once, and what suites have that the harness
     lacks. Raises `UserError`: shots that are no number, or of a task that is made here."""
     found, lacking = dict[Asked, None](), list[str]()
@@ -88,8 +103,8 @@ def asked_for(words: Sequence[str]) -> tuple[list[Asked], list[str]]:
             continue
         name, at, shots = word.partition("@")
         if at and not shots.isdecimal():
-            raise UserError(f"--tasks {word}: after @ stands the number of examples, such as {name}@5")
+            raise UserError(f"{setting.names} {word}: after @ stands the number of examples, such as {name}@5")
         if at and name in TASKS:
-            raise UserError(f"--tasks {word}: a task that is made here has no examples before its questions")
+            raise UserError(f"{setting.names} {word}: a task that is made here has no examples before its questions")
         found[Asked(name, int(shots) if at else None)] = None
     return [*found], lacking

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -19,9 +19,11 @@ from ministral_jax.data.config import SourceConfig
 from ministral_jax.data.conversation import Document
 from ministral_jax.data.documents import drawn, group_key
 from ministral_jax.data.tasks import read_task
+from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation import questions
 from ministral_jax.evaluation.examinee import Continued, Examinee, Manner
+from ministral_jax.models.spec import ModelSpec
 from ministral_jax.sampling.engine import Prompt, as_prompt
 from ministral_jax.settings import Frozen, Place
 
@@ -50,8 +52,8 @@ class Task:
     label: Callable[[Document], str] | None = None
 
 
-class Asking(Frozen):
-    """How questions are put, and how many: all that a score depends on beside the model and the task."""
+class QuestionsConfig(Frozen):
+    """How questions of tasks that are made here are put, and how many."""
 
     limit: int | None = Field(default=None, ge=1)
     """Questions of each task at most: 200 if unset, of lm-evaluation-harness all."""
@@ -59,6 +61,11 @@ class Asking(Frozen):
     """Whether answers in the chat template begin with reasoning."""
     max_tokens: int = Field(default=256, ge=1)
     """Of an answer, where the task is made here."""
+
+
+class Asking(QuestionsConfig):
+    """How questions are put, and how many: all that a score depends on beside the model and the task."""
+
     chat: bool = False
     """Whether questions of lm-evaluation-harness are put into the chat template; those made here always are."""
     include: Place | None = None
@@ -67,35 +74,55 @@ class Asking(Frozen):
     """Whether lm-evaluation-harness may run code that the model wrote, which it does in no sandbox."""
 
 
-def ask(name: str, examinee: Examinee, asking: Asking) -> dict[str, Any]:
-    """A model's score at a task of `TASKS`, as JSON: `accuracy` over `count` questions, and by label; of them
-    `truncated`, which lost their beginning, and `unfinished`, whose answer was cut short by its length; `left_out`
-    questions do not fit the model's context and are not counted.
+class Question(NamedTuple):
+    """A prompt of a task, and the conversation that it is the beginning of."""
+
+    document: Document
+    prompt: Prompt
+
+
+def questions_of(
+    name: str, spec: ModelSpec, tokenizer: Tokenizer, held_out: float, asking: QuestionsConfig
+) -> tuple[list[Question], int]:
+    """What a task of `TASKS` asks a model of these sizes, always the same, and how many questions are left out, since
+    they do not fit its context. `held_out`: see `Examinee`.
 
     Raises:
         UserError: the task shows images and the model has no vision, or no question is left.
     """
-    task, vision = TASKS[name], examinee.model.spec.vision
-    if task.shows and vision is None:
+    task, found, left_out = TASKS[name], list[Question](), 0
+    if task.shows and spec.vision is None:
         raise UserError(f"the task {name} shows images and the model has no vision; choose another task")
-    chosen, prompts, left_out = list[Document](), list[Prompt](), 0
-    share = examinee.held_out if task.trained else 0
-    for document in islice(_held_out(task.documents(examinee.context), share), asking.limit or DEFAULT_LIMIT):
-        rendered = render(document.messages[:-1], examinee.tokenizer, vision, document.where, document.tools)
-        prompt = as_prompt(rendered, vision)
+    documents = _held_out(task.documents(spec.context), held_out if task.trained else 0)
+    for document in islice(documents, asking.limit or DEFAULT_LIMIT):
+        rendered = render(document.messages[:-1], tokenizer, spec.vision, document.where, document.tools)
+        prompt = as_prompt(rendered, spec.vision)
         if asking.think and task.how in ("say", "call"):
-            prompt = prompt._replace(tokens=[*prompt.tokens, examinee.tokenizer.special("[THINK]")])
-        if len(prompt.tokens) + _ROOM > examinee.context:
+            prompt = prompt._replace(tokens=[*prompt.tokens, tokenizer.special("[THINK]")])
+        if len(prompt.tokens) + _ROOM > spec.context:
             left_out += 1
             continue
-        chosen.append(document)
-        prompts.append(prompt)
-    if not chosen:
-        raise UserError(f"the task {name} has no question that fits the model's context of {examinee.context} tokens")
-    right, told = _ASKED[task.how](examinee, chosen, prompts, asking)
-    return (
-        {"accuracy": float(np.mean(right)), "count": len(right), "left_out": left_out} | told | _by(task, chosen, right)
-    )
+        found.append(Question(document, prompt))
+    if not found:
+        raise UserError(f"the task {name} has no question that fits the model's context of {spec.context} tokens")
+    return found, left_out
+
+
+def ask(name: str, examinee: Examinee, asking: QuestionsConfig) -> dict[str, Any]:
+    """A model's score at a task of `TASKS`, as JSON: `accuracy` over `count` questions, and by label; of them
+    `truncated`, which lost their beginning, and `unfinished`, whose answer was cut short by its length; `left_out`
+    questions do not fit the model's context and are not counted. Raises `UserError`: see `questions_of`."""
+    return answered(name, examinee, asking)[1]
+
+
+def answered(name: str, examinee: Examinee, asking: QuestionsConfig) -> tuple[list[bool], dict[str, Any]]:
+    """Whether each question of a task is answered right, and the score that `ask` gives."""
+    task, spec = TASKS[name], examinee.model.spec
+    found, left_out = questions_of(name, spec, examinee.tokenizer, examinee.held_out, asking)
+    documents = [one.document for one in found]
+    right, told = _ASKED[task.how](examinee, documents, [one.prompt for one in found], asking)
+    score = {"accuracy": float(np.mean(right)), "count": len(right), "left_out": left_out}
+    return right, score | told | _by(task, documents, right)
 
 
 _ROOM = 8
@@ -118,7 +145,7 @@ def _by(task: Task, documents: Sequence[Document], right: Sequence[bool]) -> dic
     return {"by": {key: {"accuracy": float(np.mean(found[key])), "count": len(found[key])} for key in keys}}
 
 
-def _read(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], _: Asking) -> _Asked:
+def _read(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], _: QuestionsConfig) -> _Asked:
     answers = [examinee.tokenizer.encode(document.columns["answer"]) for document in documents]
     found = examinee.likelihoods([Continued(*one) for one in zip(prompts, answers, strict=True)])
     return [one.greedy for one in found], {
@@ -127,7 +154,9 @@ def _read(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[P
     }
 
 
-def _choose(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], __: Asking) -> _Asked:
+def _choose(
+    examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], __: QuestionsConfig
+) -> _Asked:
     asked = [
         (n, choice, Continued(prompt, examinee.tokenizer.encode(choice)))
         for n, (document, prompt) in enumerate(zip(documents, prompts, strict=True))
@@ -139,7 +168,9 @@ def _choose(examinee: Examinee, documents: Sequence[Document], prompts: Sequence
     return [best[n][1] == document.columns["answer"] for n, document in enumerate(documents)], {}
 
 
-def _say(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], asking: Asking) -> _Asked:
+def _say(
+    examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], asking: QuestionsConfig
+) -> _Asked:
     said = examinee.say(prompts, Manner(asking.max_tokens))
     right = [
         _plain(one.answer) == _plain(document.columns["answer"]) for one, document in zip(said, documents, strict=True)
@@ -147,14 +178,16 @@ def _say(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Pr
     return right, _ends(said)
 
 
-def _call(examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], asking: Asking) -> _Asked:
+def _call(
+    examinee: Examinee, documents: Sequence[Document], prompts: Sequence[Prompt], asking: QuestionsConfig
+) -> _Asked:
     said = examinee.say(prompts, Manner(asking.max_tokens))
     made = [[(call.name, call.arguments) for call in calls_of(one.tokens, examinee.tokenizer)] for one in said]
     wanted = [[(document.columns["name"], document.columns["arguments"])] for document in documents]
     return [calls == right for calls, right in zip(made, wanted, strict=True)], _ends(said)
 
 
-_ASKED: dict[str, Callable[[Examinee, Sequence[Document], Sequence[Prompt], Asking], _Asked]] = {
+_ASKED: dict[str, Callable[[Examinee, Sequence[Document], Sequence[Prompt], QuestionsConfig], _Asked]] = {
     "read": _read,
     "choose": _choose,
     "say": _say,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -82,6 +82,7 @@ class Stage(Frozen):
         {"checkpoint", "guard", "mesh", "sharding", "teacher_sharding", "teacher_mesh", "optional"}
         | {"workers", "track", "profile", "microbatches", "batch.microbatches", "loss.chunk"}
         | {"answers_at_once", "evaluate.answers_at_once", "generate.answers_at_once"}
+        | {"evaluate.tasks.batch", "evaluate.patience"}
     )
     """Settings that say where and how a result is computed, and do not make it another one, beyond rounding."""
 
@@ -96,12 +97,9 @@ class Stage(Frozen):
         """The settings that make the result what it is, as JSON: all but the incidental ones and those of `also`.
         `anywhere`: paths are left empty."""
         left_out: dict[str, Any] = {}
-        for name in (*self.incidental, *also):
-            outer, _, inner = name.partition(".")
-            if not inner:
-                left_out[outer] = True
-            elif left_out.get(outer) is not True:
-                left_out.setdefault(outer, set()).add(inner)
+        for name in sorted((*self.incidental, *also), reverse=True):  # the parts of a setting before the whole of it
+            *outer, last = name.split(".")
+            reduce(lambda tree, part: tree.setdefault(part, {}), outer, left_out)[last] = True
         return self.model_dump(mode="json", by_alias=True, exclude=left_out, context={ANYWHERE: anywhere})
 
     def inputs(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ministral_jax.models.block import Compute, Exported
 from ministral_jax.models.quantized import check_fp8
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.stages import teaching
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.base import Graph, Job, ModelRef, Program, Result, Stage, fresh_params, load_stage
 from ministral_jax.stages.figures import HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
@@ -25,7 +26,7 @@ from ministral_jax.training.goodput import Clock
 class Distill(teaching.Taught):
     """Make the student's next-token distribution equal the teacher's. The vision tower is frozen."""
 
-    figures: ClassVar = (KL, *HELD_OUT)
+    figures: ClassVar = (KL, *HELD_OUT, *TASK_FIGURES)
     curve: ClassVar = Curve("kl")
     distils: ClassVar = True
     incidental: ClassVar = teaching.Taught.incidental | {"baseline", "baseline_lr"}

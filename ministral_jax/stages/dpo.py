@@ -28,6 +28,7 @@ from ministral_jax.losses.targets import Metrics
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute, placed_params
 from ministral_jax.stages import rows
+from ministral_jax.stages.asking import TASK_FIGURES, check_loop_tasks, loop_tasks
 from ministral_jax.stages.base import Graph, Job, Params, Program, Result, load_stage
 from ministral_jax.stages.checks import check_compute
 from ministral_jax.stages.figures import ANSWERS, WIN_RATE, Curve, Figure
@@ -66,6 +67,7 @@ class DPO(Looped):
         *ANSWERS,
         Figure("rewards/accuracies", "pairs in the right order", "share", "higher"),
         Figure("rewards/margins", "margin of the chosen answer", "nats", "higher"),
+        *TASK_FIGURES,
     )
     curve: ClassVar = Curve("rewards/accuracies", "rewards/accuracies")
     reads_pairs: ClassVar = True
@@ -113,7 +115,8 @@ class DPO(Looped):
                 raise UserError(f"{job.where}.data.held_out = 0 holds no pair out; raise it")
             check_tracker(self.track, job.where)
             check_compute(job, self.batch.length)
-            check_vocab(load_tokenizer(self.data.tokenizer, job.data_root), job.spec)
+            check_vocab(tokenizer := load_tokenizer(self.data.tokenizer, job.data_root), job.spec)
+            check_loop_tasks(job, lambda: tokenizer)
 
     def programs(self, job: Job[DPO]) -> dict[str, Program]:
         placement, heads = job.placement, LossHead(job.placement)
@@ -150,8 +153,9 @@ class DPO(Looped):
                 examiner = stack.enter_context(open_examiner(job, self.generate))
                 examine = compared(examiner, lambda: load_stage(job.source, placement=job.placement)[1])
             learner = _Learner(job, data, fixed, examine, programs, reference)
-            outcome = train(learner, trainable, self, job.directory, clock)
-        files = job.save({**outcome.state["params"], **fixed})
+            tasks = loop_tasks(job, data.tokenizer, learner.params)
+            outcome = train(learner, trainable, self, job.directory, clock, tasks)
+        files = job.save(learner.params(outcome.state))
         outcome.store.delete()
         tokens, details = self.steps * self.batch.tokens, {"data": rows.data_details(data)}
         return Result(outcome.metrics, tokens, self.steps, outcome.seconds, files, details)
@@ -178,7 +182,7 @@ class _Learner(RowLearner):
         )
 
     def evaluate(self, state: State) -> dict[str, float]:
-        params, found = {**state["params"], **self.fixed}, list[Metrics]()
+        params, found = self.params(state), list[Metrics]()
         for batch in rows.held_out_batches(self.job, self.data, self.reference):
             alone = {name: array for name, array in batch.items() if name != "reference"}  # the program it was read by
             found.append(jax.device_get(self.figures(self.read(params, alone), batch)))

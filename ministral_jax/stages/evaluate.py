@@ -9,22 +9,20 @@ from pydantic import Field
 
 from ministral_jax.data.tokenizer import Tokenizer
 from ministral_jax.distributed.processes import poll_slow
-from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import DEFAULT_BATCH, Examinee
 from ministral_jax.evaluation.results import Kept, check_installed, evaluate
-from ministral_jax.evaluation.suites import asked_for
+from ministral_jax.evaluation.suites import Setting, asked_for
 from ministral_jax.evaluation.tasks import TASKS, Asking
 from ministral_jax.files import digest_of
 from ministral_jax.losses.evaluation import make_evaluate
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM
 from ministral_jax.stages import rows
+from ministral_jax.stages.asking import TASK_FIGURES, check_fit, check_shown
 from ministral_jax.stages.base import Graph, Job, ModelRef, Program, Result, load_stage
-from ministral_jax.stages.figures import HELD_OUT, Figure
+from ministral_jax.stages.figures import HELD_OUT
 from ministral_jax.stages.image_answers import write_samples
 from ministral_jax.stages.manifest import digest
-
-_TASK_FIGURES = tuple(Figure(f"task_{name}", name, "share", "higher", f"count_{name}") for name in TASKS)
 
 
 class TasksConfig(Asking):
@@ -40,7 +38,7 @@ class TasksConfig(Asking):
 class Evaluate(rows.RowStage):
     """Evaluate `from` once on held-out rows; with `model` as if it had that context and those positions."""
 
-    figures: ClassVar = (*HELD_OUT, *_TASK_FIGURES)
+    figures: ClassVar = (*HELD_OUT, *TASK_FIGURES)
     makes_model: ClassVar = False
     incidental: ClassVar = rows.RowStage.incidental | {"tasks.batch"}
 
@@ -52,14 +50,23 @@ class Evaluate(rows.RowStage):
 
     def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
         super().check_sizes(spec, graph, where)
-        for task in asked_for(self.tasks.names)[0] if self.tasks is not None else ():
-            if spec.vision is None and task.task in TASKS and TASKS[task.task].shows:
-                raise UserError(f"{where}.tasks.names: {task} shows images and the model has no vision")
+        if self.tasks is not None:
+            asked, _ = asked_for(self.tasks.names, Setting.of(f"{where}.tasks"))
+            check_shown([task.task for task in asked if task.task in TASKS], spec, f"{where}.tasks")
 
     def prepare(self, job: Job[Evaluate], packing: rows.Packing) -> None:
         if self.tasks is not None:
-            check_installed(asked_for(self.tasks.names)[0])
+            setting = Setting.of(f"{job.where}.tasks")
+            asked, _ = asked_for(self.tasks.names, setting)
+            check_installed(asked, setting)
+            if others := [task for task in asked if task.task not in TASKS]:
+                from ministral_jax.evaluation.harness import known_tasks
+
+                known_tasks(others, self.tasks.include, setting)
         super().prepare(job, packing)
+        if self.tasks is not None:
+            made_here = [task.task for task in asked_for(self.tasks.names)[0] if task.task in TASKS]
+            check_fit(job, made_here, self.tasks, packing.rows(job).tokenizer, f"{job.where}.tasks")
 
     def programs(self, job: Job[Evaluate]) -> dict[str, Program]:
         return rows.evaluation_programs(job, job.spec)
@@ -77,9 +84,10 @@ class Evaluate(rows.RowStage):
         examinee = Examinee(
             model, params, job.placement, data.tokenizer, self.data.held_out, self.tasks.batch, poll_slow
         )
-        asked, _ = asked_for(self.tasks.names)
+        setting = Setting.of(f"{job.where}.tasks")
+        asked, _ = asked_for(self.tasks.names, setting)
         kept = Kept(job.directory / "tasks", self._identity(job, data.tokenizer))
-        scores = evaluate(asked, examinee, self.tasks, kept)
+        scores = evaluate(asked, examinee, self.tasks, kept, setting)
         shares = {name: score for name, score in scores.items() if "accuracy" in score}
         figures = {f"task_{name}": score["accuracy"] for name, score in shares.items()}
         counts = {f"count_{name}": float(score["count"]) for name, score in shares.items()}

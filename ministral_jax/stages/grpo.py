@@ -25,6 +25,7 @@ from ministral_jax.losses.policy import PolicyOptions, advantages, policy_loss, 
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
 from ministral_jax.stages import online
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.base import Job, Program
 from ministral_jax.stages.figures import ANSWERS, Curve
 from ministral_jax.stages.looped import FROZEN, update_program
@@ -37,7 +38,7 @@ from ministral_jax.training.train import StepMetrics
 class GRPO(online.OnlineStage):
     """Group relative policy optimisation, as in Magistral: no reference, no KL."""
 
-    figures: ClassVar = ANSWERS
+    figures: ClassVar = (*ANSWERS, *TASK_FIGURES)
     curve: ClassVar = Curve("reward", "reward", "step")
 
     do: Literal["grpo"]

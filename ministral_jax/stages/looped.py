@@ -9,9 +9,11 @@ from typing import Any
 from ministral_jax.data.prepare import PackedData
 from ministral_jax.losses.evaluation import make_evaluate
 from ministral_jax.losses.held_out import HeldOut
+from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import placed_params
 from ministral_jax.stages import rows
-from ministral_jax.stages.base import Job, Params, Program, Result
+from ministral_jax.stages.asking import InLoop, check_loop_tasks, check_shown, loop_tasks, told_tasks
+from ministral_jax.stages.base import Graph, Job, Params, Program, Result
 from ministral_jax.stages.figures import told
 from ministral_jax.stages.image_answers import write_samples
 from ministral_jax.teachers.apart import READ, Apart
@@ -35,18 +37,28 @@ FROZEN = ("vision",)
 """What a student keeps of its teacher as it is."""
 
 
+class LoopEvaluateConfig(InLoop, rows.EvaluateConfig):
+    """Held-out evaluation at step 0, at multiples of `every`, and at the last step; and tasks."""
+
+
 class Looped(rows.RowStage, Steps):
     """A stage that trains on packed rows."""
 
-    evaluate: rows.EvaluateConfig = rows.EvaluateConfig()
+    evaluate: LoopEvaluateConfig = LoopEvaluateConfig()
 
     @property
     def rows_read(self) -> int:
         return self.steps * self.batch.sequences
 
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        if self.evaluate.tasks is not None:
+            check_shown(self.evaluate.tasks.names, spec, f"{where}.evaluate.tasks")
+
     def prepare(self, job: Job[Any], packing: rows.Packing) -> None:
         check_tracker(self.track, job.where)
         super().prepare(job, packing)
+        check_loop_tasks(job, lambda: packing.rows(job).tokenizer)
 
 
 @dataclass(frozen=True)
@@ -126,15 +138,19 @@ class RowLearner:
     def step(self, state: State, batch: Any) -> tuple[State, Metrics]:
         return self.update(state, {**self.fixed, "teacher": self.constants}, batch)
 
+    def params(self, state: State) -> Params:
+        """All parameters of the model."""
+        return {**state["params"], **self.fixed}
+
     def evaluate(self, state: State) -> dict[str, float]:
-        params = {**state["params"], **self.fixed}
+        params = self.params(state)
         join = self.teacher.held_out_join if self.teacher else None
         batches = self._taught(rows.held_out_batches(self.job, self.data, join))
         self.found, self.predictions = self.evaluator(params, self.constants, batches)
         return self.found.figures | (self.examine(params) if self.examine else {})
 
     def told(self, figures: dict[str, float]) -> list[str]:
-        return told(self.job.stage.figures, figures)
+        return [*told_tasks(figures), *told(self.job.stage.figures, figures)]
 
 
 def run_loop(
@@ -146,8 +162,9 @@ def run_loop(
     trainable, fixed = split_frozen(params, objective.frozen)
     del params
     learner = RowLearner(job, data, objective, fixed, examine)
-    outcome = train(learner, trainable, stage, job.directory, clock)
-    files = job.save({**outcome.state["params"], **fixed})
+    tasks = loop_tasks(job, data.tokenizer, learner.params)
+    outcome = train(learner, trainable, stage, job.directory, clock, tasks)
+    files = job.save(learner.params(outcome.state))
     path = job.directory / "samples.json"
     write_samples(path, data, stage.batch.sequences, stage.evaluate.rows, learner.predictions)
     outcome.store.delete()

@@ -24,6 +24,7 @@ from ministral_jax.losses.preference import PreferenceOptions, decide, preferenc
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix, placed_params
 from ministral_jax.stages import online
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.base import Job, Program, load_stage
 from ministral_jax.stages.figures import ANSWERS, WIN_RATE, Curve
 from ministral_jax.stages.judged import JudgedStage, open_judge, win_probability
@@ -39,7 +40,7 @@ Batch = dict[str, Any]
 class ODPO(JudgedStage, online.OnlineStage):
     """Online DPO: of two answers to a prompt, make the one that the judge prefers more likely."""
 
-    figures: ClassVar = (WIN_RATE, *ANSWERS)
+    figures: ClassVar = (WIN_RATE, *ANSWERS, *TASK_FIGURES)
     curve: ClassVar = Curve("win_rate", None, "step")
 
     do: Literal["odpo"]

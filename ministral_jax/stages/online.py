@@ -22,9 +22,11 @@ from ministral_jax.data.batch import bucket
 from ministral_jax.data.bins import batch_shapes
 from ministral_jax.data.config import DataConfig
 from ministral_jax.data.prompts import PromptData, PromptRow
+from ministral_jax.data.tokenizer import load_tokenizer
 from ministral_jax.errors import UserError
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import Compute
+from ministral_jax.stages.asking import InLoop, check_loop_tasks, check_shown, loop_tasks, told_tasks
 from ministral_jax.stages.base import Graph, Job, Result, Stage, load_stage
 from ministral_jax.stages.checks import check_compute
 from ministral_jax.stages.figures import told
@@ -42,7 +44,7 @@ _SHOWN_PROBLEMS = 3
 HostMetrics = dict[str, tuple[float, float]]
 
 
-class OnlineEvaluateConfig(GenerateConfig):
+class OnlineEvaluateConfig(InLoop, GenerateConfig):
     """When held-out prompts are answered: as the evaluations of the other loops."""
 
     every: int = Field(default=50, ge=1)
@@ -153,10 +155,16 @@ class OnlineStage(AnsweringStage, Steps):
                 "microbatches), and the prompts of an update a multiple of the microbatches"
             )
 
+    def check_sizes(self, spec: ModelSpec, graph: Graph, where: str) -> None:
+        super().check_sizes(spec, graph, where)
+        if self.evaluate.tasks is not None:
+            check_shown(self.evaluate.tasks.names, spec, f"{where}.evaluate.tasks")
+
     def prepare(self, job: Job[Any], packing: Packing) -> None:
         check_tracker(self.track, job.where)
         check_compute(job, bucket(max(self.longest_row, self.compute.shortest_row)))
         check_prompts(job, packing.progress)
+        check_loop_tasks(job, lambda: load_tokenizer(self.data.tokenizer, job.data_root))
 
     def learner(self, *args: Any) -> OnlineLearner:
         """What the loop drives, of the arguments of `OnlineLearner`."""
@@ -169,7 +177,8 @@ class OnlineStage(AnsweringStage, Steps):
         with self.learner(job, prompts, fixed, clock) as learner:
             learner.begin({**trainable, **fixed})
             clock.switch("start")
-            outcome = train(learner, trainable, self, job.directory, clock)
+            tasks = loop_tasks(job, prompts.tokenizer, learner.params)
+            outcome = train(learner, trainable, self, job.directory, clock, tasks)
             files = job.save(learner.params(outcome.state))
         outcome.store.delete()
         details = {"data": {"tokenizer_digest": prompts.tokenizer.digest}}
@@ -232,7 +241,7 @@ class OnlineLearner:
         return self.examiner.examine(self.params(state))[0]
 
     def told(self, figures: dict[str, float]) -> list[str]:
-        return told(self.stage.figures, figures)
+        return [*told_tasks(figures), *told(self.stage.figures, figures)]
 
     def params(self, state: State) -> Params:
         """All parameters of the policy."""

@@ -20,6 +20,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import placed_params
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.base import Job, Program, Result, load_stage
 from ministral_jax.stages.figures import HELD_OUT, Curve, Figure
 from ministral_jax.stages.looped import FROZEN, Looped, Objective, loop_programs, run_loop
@@ -38,6 +39,7 @@ class Reward(Looped):
         Figure("judge_ece", "calibration error of the judge", "share", "lower"),
         Figure("judge_ece_floor", "calibration error of a perfect judge of as many pairs", "share"),
         *HELD_OUT,
+        *TASK_FIGURES,
     )
     curve: ClassVar = Curve("judge_accuracy", None, "step")
 

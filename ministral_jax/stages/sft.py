@@ -10,6 +10,7 @@ from pydantic import Field
 from ministral_jax.alignment.examine import GenerateConfig
 from ministral_jax.distributed.placement import Rules
 from ministral_jax.losses.head import LossHead
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.base import Job, ModelRef, Program, Result, load_stage
 from ministral_jax.stages.figures import ANSWERS, HELD_OUT, KL, Curve
 from ministral_jax.stages.looped import FROZEN, Objective, loop_programs, run_loop
@@ -27,7 +28,7 @@ class SFT(Taught):
     With a teacher the loss is the distillation loss, `loss.ce_weight` the share of the cross-entropy.
     """
 
-    figures: ClassVar = (*ANSWERS, *HELD_OUT, KL)
+    figures: ClassVar = (*ANSWERS, *HELD_OUT, KL, *TASK_FIGURES)
     curve: ClassVar = Curve("ce", "ce")
 
     do: Literal["sft"]

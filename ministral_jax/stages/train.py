@@ -8,6 +8,7 @@ from ministral_jax.losses.evaluation import hidden
 from ministral_jax.losses.head import LossHead
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM, Compute, head_matrix
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.base import Job, ModelRef, Params, Program, Result, fresh_params
 from ministral_jax.stages.figures import HELD_OUT, Curve
 from ministral_jax.stages.looped import Looped, Objective, loop_programs, run_loop
@@ -19,7 +20,7 @@ from ministral_jax.training.state import LossFn
 class Train(Looped):
     """Next-token training of every parameter, the vision tower included, from random initialisation."""
 
-    figures: ClassVar = HELD_OUT
+    figures: ClassVar = (*HELD_OUT, *TASK_FIGURES)
     curve: ClassVar = Curve("ce")
     begins_anew: ClassVar = True
 

@@ -22,6 +22,7 @@ from ministral_jax.training.hooks import BadStep, Guard, GuardConfig, ProfileCon
 from ministral_jax.training.log import StageLog, Track, mean
 from ministral_jax.training.optimizer import OptimizerConfig, decay_begins, make_optimizer
 from ministral_jax.training.progress import ProgressLine
+from ministral_jax.training.scores import Overoptimised, Scores, Tasks
 from ministral_jax.training.state import State, abstract_state, init_state
 
 _SHOWN = 4
@@ -63,7 +64,11 @@ class Schedule:
     def evaluates_at(self, step: int, steps: int) -> bool:
         """At 0, at multiples of `evaluate_every`, at the end; `early`, at powers of two below the first multiple."""
         early = self.evaluate_early and step < self.evaluate_every and step & (step - 1) == 0
-        return early or step % self.evaluate_every == 0 or step == steps
+        return early or self.asks_at(step, steps)
+
+    def asks_at(self, step: int, steps: int) -> bool:
+        """Whether tasks are asked as well, which takes longer: at 0, at multiples of `evaluate_every`, at the end."""
+        return step % self.evaluate_every == 0 or step == steps
 
     def grows_from(self, config: Steps) -> int | None:
         """The step up to which nothing depends on `config.steps`: from there a finished stage can go on to more. None
@@ -113,9 +118,11 @@ class Position:
     """Spent over all attempts."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What `Guard.note` told."""
+    scores: dict[str, Any] = field(default_factory=dict)
+    """What `Scores.note` told."""
 
     def note(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("evaluated", "skipped", "seconds", "guard")}
+        return {name: getattr(self, name) for name in ("evaluated", "skipped", "seconds", "guard", "scores")}
 
 
 @dataclass(frozen=True)
@@ -135,15 +142,20 @@ class Diverged(UserError):
     """The loss is not a number any more, or stays far above what it was; the newest checkpoint is from before."""
 
 
-def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: Clock) -> Outcome:
+def train(
+    learner: Learner, params: Any, config: Steps, directory: Path, clock: Clock, tasks: Tasks | None = None
+) -> Outcome:
     """Train to `config.steps`, from the newest saved state in `directory`/state, or from `params`, which it consumes.
 
     Args:
         clock: has run since the stage began.
+        tasks: asked beside the held-out figures, which their scores join; see `Schedule.asks_at`.
 
     Raises:
         Diverged: the loss or the gradient of a step is NaN or infinite, or the loss stays far above what is usual, and
             the guard does not allow to roll back (again). Nothing of such steps is saved.
+        Overoptimised: a task's score has fallen while the loss fell, for as many evaluations as `tasks` has patience.
+            The state is saved; more patience, or none, goes on from it.
         Preempted: the job was asked to stop. The state is saved, at the same step by all processes, unless its loss is
             a spike; `then` says from which step the same command goes on.
     """
@@ -155,7 +167,7 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         before = at.seconds - begun  # and with the time of day, the seconds of all attempts
         figures: dict[str, float] = {}
-        attempt = _Attempt(learner, config, directory, clock)
+        attempt = _Attempt(learner, config, directory, clock, tasks)
         profiler = Profiler(config.profile, directory, lambda text: attempt.line.say(text))
         attempt.begin(at, saved)
         due = Due(config.checkpoint, config.steps, grows_from, saved)
@@ -173,6 +185,11 @@ def train(learner: Learner, params: Any, config: Steps, directory: Path, clock: 
                         poll(f"saving step {at.step}", slow=True)
                         attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
                         due.restart(at.step)
+                    if (fall := attempt.fallen()) is not None:
+                        if due.saved != at.step and attempt.guard.calm:
+                            attempt.save(state, replace(at, seconds=before + time.monotonic()), store)
+                        store.wait()
+                        raise Overoptimised(f"{fall}; {_kept(store)}")
                     if at.step == config.steps:
                         break
                     poll(f"step {at.step + 1}", slow=not attempt.compiled)
@@ -235,17 +252,20 @@ def _roll_back(
     if may and (found := _restore(store, abstract)) is not None:
         state, position = found
         return state, replace(position, skipped=position.skipped + bad.step - position.step)
-    kept = store.latest
-    safe = f"the state of step {kept} is kept in {store.directory}" if kept is not None else "no state was saved yet"
     tried = f" after {guard.rollbacks} rollbacks" if rollbacks > guard.rollbacks > 0 else ""
-    raise Diverged(f"{bad}{tried}; {safe}; a lower optimizer.lr or optimizer.clip may help") from None
+    raise Diverged(f"{bad}{tried}; {_kept(store)}; a lower optimizer.lr or optimizer.clip may help") from None
+
+
+def _kept(store: ResumeStore) -> str:
+    step = store.latest
+    return f"the state of step {step} is kept in {store.directory}" if step is not None else "no state was saved yet"
 
 
 class _Attempt:
     """The loop from where it begins, or goes on, to where it ends or is rolled back: its data and its records."""
 
-    def __init__(self, learner: Learner, config: Steps, directory: Path, clock: Clock):
-        self.learner, self.config, self.directory, self.clock = learner, config, directory, clock
+    def __init__(self, learner: Learner, config: Steps, directory: Path, clock: Clock, tasks: Tasks | None):
+        self.learner, self.config, self.directory, self.clock, self.tasks = learner, config, directory, clock, tasks
         self.rollbacks = 0
 
     def begin(self, at: Position, resumed: int | None) -> None:
@@ -254,7 +274,7 @@ class _Attempt:
         self.pending: tuple[int, StepMetrics] | None = None
         self.log = StageLog(self.directory, resumed, at.evaluated, self.config.track)
         self.line = ProgressLine(self.directory.name, self.config.steps, at.step)
-        self.guard = Guard(self.config.guard, **at.guard)
+        self.guard, self.scores = Guard(self.config.guard, **at.guard), Scores(**at.scores)
         self.speed = Speed(schedule.tokens_per_step, schedule.flops_per_step)
         self.stream = self.learner.batches(at.step + at.skipped)
         self.clock.begin_attempt(self.log, at.step)
@@ -325,6 +345,8 @@ class _Attempt:
     def evaluate(self, state: State) -> dict[str, float]:
         self.clock.switch("evaluate")
         figures = self.learner.evaluate(state)
+        if self.tasks is not None and self.learner.schedule.asks_at(self.at_step, self.config.steps):
+            figures = {**figures, **self.scores.add(self.at_step, figures, self.tasks.ask(state))}
         shown = [f"{name} {value:.4g}" for name, value in list(figures.items())[:_SHOWN]]
         for text in (f"held out, step {self.at_step}: {'  '.join(shown)}", *self.learner.told(figures)):
             self.line.say(text)
@@ -332,10 +354,14 @@ class _Attempt:
         self._back_to_steps()
         return figures
 
+    def fallen(self) -> str | None:
+        """That a task's score has fallen for long enough, and what to do, in words."""
+        return None if self.tasks is None else self.scores.fallen(self.tasks)
+
     def save(self, state: State, at: Position, store: ResumeStore) -> None:
         self.clock.switch("checkpoint")
         self.log.flush()  # before the state counts that is gone on from
-        store.save(at.step, state, replace(at, guard=self.guard.note()).note())
+        store.save(at.step, state, replace(at, guard=self.guard.note(), scores=self.scores.note()).note())
         self._back_to_steps()
 
     def _back_to_steps(self) -> None:

@@ -13,7 +13,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.evaluation import results
 from ministral_jax.evaluation.examinee import Likelihood, Said
 from ministral_jax.evaluation.results import Kept, evaluate
-from ministral_jax.evaluation.suites import SUITES, Asked, asked_for
+from ministral_jax.evaluation.suites import SUITES, Asked, Setting, asked_for
 from ministral_jax.evaluation.tasks import TASKS, Asking, ask
 
 COUNT = 12
@@ -23,8 +23,8 @@ class Knowing:
     """Answers every question but the first."""
 
     def __init__(self, tokens, task, vision=VISION, context=4096):
-        self.tokenizer, self.context, self.held_out = tokens, context, 0.0
-        self.model = SimpleNamespace(spec=SimpleNamespace(vision=vision))
+        self.tokenizer, self.held_out = tokens, 0.0
+        self.model = SimpleNamespace(spec=SimpleNamespace(vision=vision, context=context))
         self._documents = [*islice(task.documents(context), COUNT)]
 
     def likelihoods(self, requests):
@@ -118,6 +118,8 @@ def test_names_of_tasks():
         asked_for(["mmlu@few"])
     with pytest.raises(UserError, match="--tasks digits@3: a task that is made here has no examples"):
         asked_for(["digits@3"])
+    with pytest.raises(UserError, match=r"stages\.scores\.tasks\.names: digits@3: a task that is made here has no"):
+        asked_for(["digits@3"], Setting.of("stages.scores.tasks"))
 
 
 def test_a_task_of_the_harness_needs_its_extra(monkeypatch):

@@ -35,14 +35,14 @@ RECIPE = {
             "teacher": "parent",
             "beyond_teacher": "labels",
             "model": STRETCHED,
-            "evaluate": RARELY,
+            "evaluate": RARELY | {"tasks": {"names": ["arithmetic"], "limit": 3, "max_tokens": 2, "batch": 4}},
             "steps": 1,
         },
     },
 }
 
 
-def test_another_context_is_that_of_a_stage_that_trains_there(tmp_path):
+def test_another_context_is_that_of_a_stage_that_trains_there(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "xla").symlink_to(CACHE)
     assert main(["run", str(write(tmp_path, RECIPE)), "--run-dir", str(tmp_path / "run")]) == 0
@@ -52,6 +52,8 @@ def test_another_context_is_that_of_a_stage_that_trains_there(tmp_path):
     assert manifest.metrics == {key: record[key] for key in manifest.metrics} and manifest.metrics["ce"] > 1
     assert manifest.spec == finished(tmp_path / "run" / "long").spec and manifest.spec.rope.yarn_factor == 2
     assert [octave.start for octave in manifest.held_out.positions] == [0, 32]
+    assert record["count_arithmetic"] == finished(tmp_path / "run" / "long").metrics["count_arithmetic"] == 3
+    assert "tasks: right sums" in capsys.readouterr().err
 
 
 def test_sizes_other_than_the_context_are_those_of_the_weights(tmp_path):
