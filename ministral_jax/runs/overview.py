@@ -11,13 +11,14 @@ from typing import Any
 from ministral_jax.data.config import SourceConfig
 from ministral_jax.runs.comparable import differ, most_common
 from ministral_jax.runs.reading import Member, Run, Said, Stage
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.figures import HELD_OUT, KL, Figure
 from ministral_jax.stages.manifest import Manifest
 
 
 def learned(stage: Stage) -> list[Figure]:
-    """The figures by which post-training is told: all but those of every loop over packed rows."""
-    packed = {figure.name for figure in (*HELD_OUT, KL)}
+    """The figures by which post-training is told: all but those of every loop, such as tasks that it asks."""
+    packed = {figure.name for figure in (*HELD_OUT, KL, *TASK_FIGURES)}
     return [figure for figure in stage.figures if figure.name not in packed] if stage.curve else []
 
 

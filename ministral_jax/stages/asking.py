@@ -84,7 +84,8 @@ def loop_tasks(job: Job[Any], tokenizer: Tokenizer, params: Callable[[State], Pa
     stage = job.stage
     if (tasks := stage.evaluate.tasks) is None:
         return None
-    model = VLM(job.spec, getattr(stage, "computed", stage.compute).evaluated)
+    # not rounded as an FP8 export is: that takes one scale for a batch, on which scores would then depend
+    model = VLM(job.spec, stage.compute.evaluated)
 
     def ask(state: State) -> dict[str, list[bool]]:
         held_out = stage.data.held_out
