@@ -11,6 +11,7 @@ import pkgutil
 import re
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from types import SimpleNamespace
 
@@ -33,7 +34,8 @@ def load() -> None:
     """Everything that a run may import on its way."""
     for module in pkgutil.walk_packages(ministral_jax.__path__, "ministral_jax."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            with suppress(ModuleNotFoundError):  # an extra that is not here
+                importlib.import_module(module.name)
     for name in LAZY:
         importlib.import_module(name)
 
