@@ -26,7 +26,7 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
 
     from ministral_jax.errors import UserError
     from ministral_jax.interop.checkpoint import import_checkpoint, is_checkpoint, read_spec
-    from ministral_jax.interop.hub import downloaded, hub_name
+    from ministral_jax.interop.hub import downloaded, hub_name, refuse_missing
     from ministral_jax.models.vlm import VLM, Compute, param_shardings
     from ministral_jax.places import fetched, place
     from ministral_jax.stages.base import load_stage
@@ -40,6 +40,7 @@ def load(path: str | Path, dtype: Any = "float32", placement: Placement | None =
         shardings = param_shardings(read_spec(path), placement) if placement is not None else None
         spec, params = import_checkpoint(path, dtype, shardings)
     else:
+        refuse_missing(path)
         raise UserError(
             f"{path} is neither a finished stage (manifest.json) nor a model's (config.json or params.json)"
         )

@@ -106,11 +106,13 @@ def opened(path: Path) -> Opened:
 
 def _spec(path: Path) -> ModelSpec:
     from ministral_jax.interop.checkpoint import is_checkpoint, read_spec
+    from ministral_jax.interop.hub import refuse_missing
     from ministral_jax.stages.manifest import finished
 
     if (path / "manifest.json").is_file():
         return finished(path).spec
     if not is_checkpoint(path):
+        refuse_missing(path)
         raise UserError(f"{path} is neither a finished stage (manifest.json) nor a model (config.json or params.json)")
     return read_spec(path)
 

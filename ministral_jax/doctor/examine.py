@@ -7,13 +7,12 @@ from pathlib import Path
 
 from ministral_jax.doctor import configuration, weights, words
 from ministral_jax.doctor.source import Finding, Source
-from ministral_jax.errors import UserError
+from ministral_jax.interop.hub import refuse_missing
 
 
 def examine(directory: Path) -> list[Finding]:
     """What there is to say of a directory. Raises `UserError`: it is none."""
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; a model on the hub is hf://owner/name")
+    refuse_missing(directory)
     source = Source(directory)
     spec, found = configuration.sizes(source)
     whole = weights.whole(source)

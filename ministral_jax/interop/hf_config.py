@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
 from ministral_jax.files import read_object
+from ministral_jax.interop.hub import refuse_missing
 from ministral_jax.interop.keys import Keys, refused
 from ministral_jax.interop.rope_config import axial_theta, mscale_all_dim, text_rope
 from ministral_jax.models.spec import ModelSpec, VisionSpec
@@ -213,6 +214,7 @@ def _vision(top: Keys) -> VisionSpec:
 def load_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a directory, parsed. Raises `UserError` where there is none, or no JSON object."""
     path = directory / "config.json"
+    refuse_missing(directory)
     if not path.is_file():
         raise UserError(f"{directory} has no config.json: not a Hugging Face model directory")
     return read_object(path)

@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax import yaml12
-from ministral_jax.arguments import any_place
 from ministral_jax.errors import UserError
 from ministral_jax.files import MOST_JSON
 from ministral_jax.lazy import Lazy
+from ministral_jax.places import place
 
 if TYPE_CHECKING:
     import huggingface_hub
@@ -32,6 +32,8 @@ _SMALL = ("*.json", "*.jinja", "SYSTEM_PROMPT.txt")
 """Configurations, tokenizer, chat template and indices."""
 _FORMATS = (("config.json", "model"), ("params.json", "consolidated"))
 """What describes a model, and how the names of its weights begin; of two formats the first is taken."""
+PLACES = "gs://bucket/name, s3://bucket/name or hf://owner/name"
+"""Where else than on a file system a model may lie."""
 _READ_AHEAD = 2**18
 """Bytes of a file of weights that are asked for at once; most headers are shorter."""
 
@@ -58,7 +60,16 @@ def model_place(text: str) -> Path:
         return Path(f"hf:/{name}")
     if text.startswith("hf:"):
         raise argparse.ArgumentTypeError(f"{text} names no model on the hub; give hf://owner/name, or with @revision")
-    return any_place(text)
+    try:
+        return place(text, "directory", PLACES)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def refuse_missing(path: Path) -> None:
+    """Raises `UserError`: no directory is there."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; a model on the hub is hf://owner/name")
 
 
 def located(path: Path) -> Path:

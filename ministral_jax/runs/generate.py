@@ -26,7 +26,7 @@ from ministral_jax.distributed.placement import MeshConfig, Placement, Rules, ma
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.interop.checkpoint import is_checkpoint, read_spec
-from ministral_jax.interop.hub import located
+from ministral_jax.interop.hub import located, refuse_missing
 from ministral_jax.models.spec import ModelSpec
 from ministral_jax.models.vlm import VLM
 from ministral_jax.places import fetched, refuse_url
@@ -92,6 +92,7 @@ def open_checkpoint(path: Path) -> tuple[ModelSpec, Tokenizer]:
         with TemporaryDirectory() as scratch:
             tokenizer = load_tokenizer(TokenizerConfig(file=str(path / "tekken.json")), Path(scratch))
     else:
+        refuse_missing(path)
         raise UserError(
             f"{path} is neither a finished stage (manifest.json) nor a model's (config.json or params.json)"
         )

@@ -32,7 +32,7 @@ class Import(Stage):
     def directory(self) -> Path:
         """That of a model on the hub is downloaded."""
         name = hub.hub_name(self.path)
-        return place(self.path, "path =") if name is None else hub.downloaded(name)
+        return place(self.path, "path =", hub.PLACES) if name is None else hub.downloaded(name)
 
     @property
     def is_gone(self) -> bool:

@@ -231,6 +231,22 @@ def test_what_can_be_no_name_is_said():
         hub.downloaded("org/na--me")
 
 
+@pytest.mark.parametrize("command", [["doctor"], ["generate", "--prompt", "a"]])
+def test_what_is_no_place_hears_of_names(tmp_path, capsys, command):
+    assert cli.main([*command, str(tmp_path / "someone/Small")]) == 2
+    assert "Small is not a directory; a model on the hub is hf://owner/name" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "https://hub/mistralai/Small"])
+    assert "s3://bucket/name or hf://owner/name" in capsys.readouterr().err
+
+
+def test_an_import_of_what_is_no_place_hears_of_names(tmp_path):
+    with pytest.raises(UserError, match="is not a directory; a model on the hub is hf://owner/name"):
+        Import(do="import", path=str(tmp_path / "someone/Small")).resolve(None, "stages.a")
+    with pytest.raises(UserError, match=r"^path = https://.* s3://bucket/name or hf://owner/name$"):
+        Import(do="import", path="https://hub/mistralai/Small").resolve(None, "stages.a")
+
+
 def test_a_name_without_its_owner_is_said(capsys):
     with pytest.raises(SystemExit):
         cli.main(["doctor", "hf://name"])
