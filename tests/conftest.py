@@ -17,6 +17,7 @@ os.environ.setdefault(
 
 import jax
 import pytest
+from compiling import quickly_compiled
 
 from ministral_jax.cli import main
 
@@ -42,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def x64():
     """Float64 within a test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quickly():
+    """For modules whose tests compile more than they run."""
+    with quickly_compiled():
         yield
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -16,18 +15,6 @@ from ministral_jax.models.vlm import abstract_params
 from ministral_jax.recipe.load import load_recipe, resolve_specs
 from ministral_jax.stages.export import export_stage
 from ministral_jax.training.checkpoint import save_params
-
-
-@contextmanager
-def quickly_compiled() -> Iterator[None]:
-    """At these sizes compiling takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
 
 FIGURES = {"ce": 2.0, "bits_per_byte": 3.0, "kl": 0.5}
 

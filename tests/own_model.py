@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from compiling import quickly_compiled
 from docs_blocks import blocks, words
-from docs_run import quickly_compiled
 from model_cases import random_params
 from paths import ROOT
 

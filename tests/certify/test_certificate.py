@@ -22,6 +22,7 @@ from ministral_jax.interop.formats import FORMATS
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.models.spec import RopeSpec
 
+pytestmark = pytest.mark.usefixtures("quickly")
 SPEC = vlm(vocab=320, context=40, rope=RopeSpec(theta=100, yarn_factor=4, original_context=16, temperature_beta=0.3))
 
 

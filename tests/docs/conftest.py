@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 from docs_blocks import TEXTS, blocks
-from docs_run import finished_run, quickly_compiled
+from docs_run import finished_run
 from paths import ROOT
 
 from ministral_jax.distributed import processes
@@ -28,9 +28,8 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quickly_compiled():
-        yield
+def quick(quickly):
+    """Commands compile many programs."""
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from ministral_jax.stages.asking import check_loop_tasks, loop_tasks
 from ministral_jax.stages.base import Graph, Job
 from ministral_jax.stages.train import Train
 
+pytestmark = pytest.mark.usefixtures("quickly")
 DATA = {
     "tokenizer": {"file": "bundled", "vocab": 512, "special": 64},
     "sources": {"digits": {"kind": "digits"}},

@@ -9,6 +9,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import Continued, Manner, windows
 from ministral_jax.sampling.engine import Completion, Prompt
 
+pytestmark = pytest.mark.usefixtures("quickly")
 MANNER = Manner(max_tokens=9)
 
 
