@@ -55,7 +55,7 @@ def readers(layout: str) -> tuple[list[Reader], list[str]]:
     if needed is None:
         return [], []
     if not all(map(find_spec, needed)):
-        return [], ["transformers"]
+        return [], ["transformers" if layout == "hf" else "transformers with accelerate"]
     name = f"transformers {version('transformers')}"
     return [Reader(name if layout == "hf" else f"{name}, dequantised", _transformers)], []
 
