@@ -131,10 +131,12 @@ def on_disk(directory: Path) -> Path:
 
 def fetched(directory: Path) -> Path:
     """A directory of an exported or downloaded model, itself or as a copy in the user's cache; it is copied again when
-    an object below it has changed."""
+    an object below it has changed. Raises `UserError`: a place in a bucket that holds nothing."""
     if not is_remote(directory):
         return directory
     state = [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in sorted(directory.rglob("*"))]
+    if not state:
+        raise UserError(f"{directory} is not a directory")
     return _copied(directory, cache_directory() / "checkpoints" / digest_of(state)[:16])
 
 

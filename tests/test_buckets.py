@@ -159,6 +159,8 @@ def test_a_directory_is_complete_when_its_last_file_is_there(bucket, monkeypatch
 def test_a_model_is_copied_again_when_it_has_changed(bucket, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     put_files(tmp_path, bucket / "hf", "config.json")
+    with pytest.raises(UserError, match=f"{bucket}/hg is not a directory"):
+        fetched(bucket / "hg")
     first = fetched(bucket / "hf")
     assert first == fetched(bucket / "hf") and (first / "config.json").read_text() == "{}"
     (bucket / "hf/more.json").write_text("[]")

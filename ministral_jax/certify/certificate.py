@@ -115,11 +115,23 @@ def certify(directory: Path, checkpoint: Path) -> Certificate:
     )
 
 
+def check_pair(directory: Path, checkpoint: Path) -> None:
+    """Raises `UserError`: as `layout_of`, or both are one directory, which holds whatever it is."""
+    layout_of(directory)
+    if directory == checkpoint:
+        raise UserError(f"{directory} is compared with itself; --against is the stage that it was made from")
+
+
 def layout_of(directory: Path) -> str:
-    """The format of an export. Raises `UserError`: of none that is certified, or of two."""
-    if (directory / "config.json").is_file() and weight_files(directory, NATIVE_STEM):
+    """The format of an export. Raises `UserError`: no directory, or one of no format that is certified, or of two."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
+    hf, ggufs = (directory / "config.json").is_file(), {path.name for path in directory.glob("*.gguf")}
+    if (hf and weight_files(directory, NATIVE_STEM)) or (ggufs and any(directory.glob("*.safetensors"))):
         raise UserError(f"{directory} holds two formats, and a certificate is of one; give each a directory of its own")
-    if (directory / "config.json").is_file():
+    if "model.gguf" in ggufs and (other := sorted(ggufs - {"model.gguf", "mmproj.gguf"})):
+        raise UserError(f"{directory} holds {other[0]} too, and a certificate is of model.gguf and mmproj.gguf alone")
+    if hf:
         return "fp8" if read_object(directory / "config.json").get("quantization_config") else "hf"
     if (directory / "params.json").is_file():
         return "native"

@@ -31,16 +31,19 @@ def add_certify(commands: Any) -> None:
 
 def _certify(args: argparse.Namespace) -> int:
     """0: all holds; 1: something does not."""
-    from ministral_jax.certify.certificate import FILE, certify
+    from ministral_jax.certify.certificate import FILE, certify, check_pair
     from ministral_jax.certify.in_card import put_in_card
     from ministral_jax.files import write_json
     from ministral_jax.interop.hub import located
     from ministral_jax.places import fetched
     from ministral_jax.stages.card import NAME
 
-    checkpoint, all_hold = located(args.against), True
-    for directory in args.directories:
-        found = certify(fetched(directory), checkpoint)
+    checkpoint, all_hold = located(args.against).resolve(), True  # `.` has no name
+    copies = {directory.resolve(): fetched(directory.resolve()) for directory in args.directories}
+    for copy in copies.values():  # before the first is compared, which takes minutes
+        check_pair(copy, checkpoint)
+    for directory, copy in copies.items():
+        found = certify(copy, checkpoint)
         write_json(directory / FILE, found.model_dump())
         if (card := directory / NAME).is_file():
             put_in_card(card, found)

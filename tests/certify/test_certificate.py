@@ -50,13 +50,14 @@ def ours_alone(monkeypatch):
 HEAD, LICENCE = "---\nlicense: mit\n---\n# Name\n", "## Licence\n\nmit\n"
 
 
-def test_an_export_is_certified(pair, capsys):
+def test_an_export_is_certified(pair, monkeypatch, capsys):
     directory, trained = pair
+    monkeypatch.chdir(directory)
     (directory / "README.md").write_text(f"{HEAD}\n## Certificate\n\nyesterday\n\n{LICENCE}")
-    assert cli.main(["certify", str(directory), "--against", str(trained)]) == 0
+    assert cli.main(["certify", ".", "--against", str(trained)]) == 0
     said = capsys.readouterr().out
     found = certificate.Certificate.model_validate_json((directory / "certificate.json").read_bytes())
-    assert found.holds and "certified" in said and found.not_installed == ["transformers"]
+    assert found.holds and "\nhf: certified" in said and found.not_installed == ["transformers"]
     assert [r.prompt for r in found.readings] == ["text", "image", "long"]
     assert all(r.to_ours == 0 and 0 < r.kl < 1e-3 for r in found.readings)
     assert [f.control for f in found.controls] == [c.name for c in CONTROLS["hf"]]
@@ -101,12 +102,14 @@ def others(pair, tmp_path_factory):
 
 def test_other_formats_are_certified(pair, others, capsys):
     limits = {"native": 1e-3, "fp8": 0.5, "gguf": 1e-3}
+    absent = {"native": [], "fp8": ["transformers with accelerate"], "gguf": ["llama.cpp"]}
     assert cli.main(["certify", *(str(others / name) for name in limits), "--against", str(pair[1])]) == 0
     said = capsys.readouterr().out
     for name, kl in limits.items():
         found = certificate.Certificate.model_validate_json((others / name / "certificate.json").read_bytes())
         assert found.holds and found.format == name and f"{name}: certified" in said, found
         assert [r.prompt for r in found.readings] == ["text", "image", "long"] and len(found.controls) == 4
+        assert found.not_installed == absent[name]
         assert all(0 < reading.kl < kl for reading in found.readings)
 
 
@@ -160,11 +163,28 @@ def test_what_is_not_the_model_is_not_certified(pair, tmp_path, fault):
     assert len(failed) and any(words in said for said in failed), found
 
 
-def test_a_certificate_is_of_one_format(pair, tmp_path, capsys):
-    copy = shutil.copytree(pair[0], tmp_path / "copy")
-    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
-    assert cli.main(["certify", str(copy), "--against", str(pair[1])]) == 2
-    assert "two formats" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "files, more, words",
+    [
+        (("config.json", "model.safetensors"), "consolidated.safetensors", "two formats"),
+        (("config.json", "model.safetensors"), "model.gguf", "two formats"),
+        (("model.gguf",), "model-q4.gguf", "model-q4.gguf too"),
+    ],
+)
+def test_a_certificate_is_of_all_that_lies_there(pair, tmp_path, capsys, files, more, words):
+    for name in (*files, more):
+        (tmp_path / name).write_text("{}")
+    assert cli.main(["certify", str(pair[0]), str(tmp_path), "--against", str(pair[1])]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.out == ""  # before the first is compared
+
+
+def test_a_certificate_has_the_names_of_two_directories(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(pair[0])
+    assert cli.main(["certify", ".", "--against", str(pair[0])]) == 2
+    assert f"{pair[0]} is compared with itself" in capsys.readouterr().err
+    assert cli.main(["certify", str(tmp_path / "none"), "--against", "."]) == 2
+    assert "none is not a directory" in capsys.readouterr().err
 
 
 def test_what_is_compared_with_is_a_model(pair, tmp_path, capsys):
