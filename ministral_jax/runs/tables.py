@@ -14,6 +14,7 @@ from ministral_jax.runs.lock import named, owner
 from ministral_jax.runs.overview import flat
 from ministral_jax.runs.reading import Run, Stage, read_run
 from ministral_jax.runs.survey import Planned, saved_step
+from ministral_jax.stages.asking import TASK_FIGURES
 from ministral_jax.stages.figures import Figure
 
 _NUMBERS = {"parameters", "tokens", "disk", "steps", "time", "difference"}
@@ -165,7 +166,8 @@ def _owner(run_dir: Path) -> str:
 
 
 def _told(stage: Stage) -> list[Figure]:
-    return [figure for figure in stage.figures if stage.has(figure)][:_SHOWN]
+    found = [figure for figure in stage.figures if stage.has(figure)]
+    return [figure for number, figure in enumerate(found) if number < _SHOWN or figure in TASK_FIGURES]
 
 
 def _said(figure: Figure, stage: Stage, common: int | None) -> str:

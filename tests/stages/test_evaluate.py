@@ -53,7 +53,8 @@ def test_another_context_is_that_of_a_stage_that_trains_there(tmp_path, capsys):
     assert manifest.spec == finished(tmp_path / "run" / "long").spec and manifest.spec.rope.yarn_factor == 2
     assert [octave.start for octave in manifest.held_out.positions] == [0, 32]
     assert record["count_arithmetic"] == finished(tmp_path / "run" / "long").metrics["count_arithmetic"] == 3
-    assert "tasks: arithmetic " in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "tasks: arithmetic " in said.err and "arithmetic " in said.out
 
 
 def test_sizes_other_than_the_context_are_those_of_the_weights(tmp_path):
