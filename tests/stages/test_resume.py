@@ -5,18 +5,15 @@ tests/chaos kills jobs of two processes in every phase.
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
-from harness import COMPILING
+from harness import COMPILING, Job
 from paths import TESTS
 
 import ministral_jax
@@ -31,31 +28,20 @@ STAGES = ("parent", "14b-pruned", "14b-short", "14b-hf")
 CASCADE = (str(MICRO), "14b-hf", "stages.14b-hf.from=14b-short")
 
 
-def start(run_dir: Path, recipe: tuple[str, ...]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ministral_jax", "run", *recipe, "--run-dir", str(run_dir)]
-    secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN}
-    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))  # rewards that tests define
-    environment = {**os.environ, **COMPILING, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **secrets}
-    environment["PYTHONPATH"] = path
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def job(run_dir: Path, recipe: tuple[str, ...]) -> Job:
+    return Job(run_dir, 1, 1, *recipe[1:], recipe=Path(recipe[0]))
 
 
 def finish(run_dir: Path, recipe: tuple[str, ...] = CASCADE) -> str:
-    process = start(run_dir, recipe)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+    with job(run_dir, recipe) as begun:
+        begun.finish()
+        return begun.log()
 
 
 def kill_when(run_dir: Path, ready, recipe: tuple[str, ...] = CASCADE) -> None:
-    process = start(run_dir, recipe)
-    deadline = time.monotonic() + 600
-    while not ready():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with job(run_dir, recipe) as begun:
+        assert begun.until(ready), begun.tails()
+        begun.kill([0])
 
 
 def same(ours, theirs) -> bool:
@@ -64,8 +50,13 @@ def same(ours, theirs) -> bool:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
+    """As a user starts it."""
     run_dir = tmp_path_factory.mktemp("unbroken")
-    (run_dir / "log").write_text(finish(run_dir))
+    command = [sys.executable, "-m", "ministral_jax", "run", *CASCADE, "--run-dir", str(run_dir), "--cpu-devices", "1"]
+    secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN}
+    done = subprocess.run(command, env={**os.environ, **COMPILING, **secrets}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run_dir / "log").write_text(done.stdout + done.stderr)
     return run_dir
 
 
@@ -92,7 +83,8 @@ def moments(run_dir: Path) -> dict:
 
 def test_killed_it_ends_in_the_same_bits(unbroken, tmp_path):
     run_dir = tmp_path / "broken"
-    shutil.copytree(unbroken / "xla", run_dir / "xla")  # the same programs, compiled
+    run_dir.mkdir()
+    (run_dir / "xla").symlink_to(unbroken / "xla")  # the same programs, compiled
     finished: dict[str, str] = {}
     for name, ready in moments(run_dir).items():
         kill_when(run_dir, ready)

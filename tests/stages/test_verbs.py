@@ -1,5 +1,6 @@
 """Verbs: what each says of itself, one that a user's package adds, and programs without data or devices."""
 
+import json
 import os
 import subprocess
 import sys
@@ -80,23 +81,30 @@ def toy(tmp_path_factory):
 
 
 COMMANDS = """
-import sys
+import json, sys
 from ministral_jax.cli import main
-sys.exit(max(main(words.split()) for words in sys.argv[1:]))
+print(json.dumps([main(words.split()) for words in sys.argv[1:]]))
 """
+LINES = (
+    "run toy.yaml --run-dir run",
+    "run toy.yaml --run-dir run",
+    "sweep toy.yaml stages.small.factor=0.5,0.25 --run-dir swept",
+    "run toy.yaml stages.small.factr=2 --run-dir run",
+)
 
 
-def commands(toy, *lines: str) -> subprocess.CompletedProcess:
-    """Of the command line, one after the other, by a process that knows the user's package."""
+@pytest.fixture(scope="module")
+def done(toy) -> subprocess.CompletedProcess:
+    """The lines, one after the other, by a process that knows the user's package."""
     environment = {**os.environ, **COMPILING, "PYTHONPATH": f"{ROOT}{os.pathsep}{toy}", "JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, "-c", COMMANDS, *lines]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=toy)
+    line = [sys.executable, "-c", COMMANDS, *LINES]
+    found = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=toy)
+    assert json.loads(found.stdout.splitlines()[-1]) == [0, 0, 0, 2], found.stderr
+    return found
 
 
-def test_a_verb_of_one_file_runs_resumes_sweeps_and_is_reported(toy):
-    run, sweep = "run toy.yaml --run-dir run", "sweep toy.yaml stages.small.factor=0.5,0.25 --run-dir swept"
-    done = commands(toy, run, run, sweep)
-    assert done.returncode == 0 and "[2/2] small: shrink" in done.stderr, done.stderr
+def test_a_verb_of_one_file_runs_resumes_sweeps_and_is_reported(toy, done):
+    assert "[2/2] small: shrink" in done.stderr, done.stderr
     assert all(f"] {name}: finished already" in done.stderr for name in ("parent", "small")), done.stderr
     page = (toy / "run" / "report.html").read_text()
     assert "small" in page and "largest weight" in page
@@ -105,9 +113,8 @@ def test_a_verb_of_one_file_runs_resumes_sweeps_and_is_reported(toy):
     assert "largest weight" in (toy / "swept" / "report.html").read_text()
 
 
-def test_a_fault_of_a_users_verb_is_said_like_any_other(toy):
-    wrong = commands(toy, "run toy.yaml stages.small.factr=2 --run-dir run")
-    assert wrong.returncode == 2 and "unknown key stages.small.factr (did you mean factor?)" in wrong.stderr
+def test_a_fault_of_a_users_verb_is_said_like_any_other(done):
+    assert "unknown key stages.small.factr (did you mean factor?)" in done.stderr.splitlines()[-1]
 
 
 def test_every_verb_says_what_it_is_called_and_what_it_measures():
