@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from ministral_jax.console import say
 from ministral_jax.data.tokenizer import Tokenizer
+from ministral_jax.distributed.collectives import is_first
 from ministral_jax.distributed.processes import poll_slow
 from ministral_jax.errors import UserError
 from ministral_jax.evaluation.examinee import DEFAULT_BATCH, Examinee
@@ -85,12 +87,20 @@ def loop_tasks(job: Job[Any], tokenizer: Tokenizer, params: Callable[[State], Pa
     if (tasks := stage.evaluate.tasks) is None:
         return None
     # not rounded as an FP8 export is: that takes one scale for a batch, on which scores would then depend
-    model = VLM(job.spec, stage.compute.evaluated)
+    model, told = VLM(job.spec, stage.compute.evaluated), set[str]()
 
     def ask(state: State) -> dict[str, list[bool]]:
         held_out = stage.data.held_out
         examinee = Examinee(model, params(state), job.placement, tokenizer, held_out, tasks.batch, poll_slow)
-        return {name: answered(name, examinee, tasks)[0] for name in tasks.names}
+        found = {name: answered(name, examinee, tasks) for name in tasks.names}
+        for name, (right, score) in found.items():
+            if (cut := score.get("truncated")) and name not in told and is_first():
+                told.add(name)
+                say(
+                    f"{job.name:>18}  {cut} of {len(right)} questions of {name} lose their beginning: answers may have "
+                    f"{job.where}.evaluate.tasks.max_tokens = {tasks.max_tokens} of the context's {job.spec.context}"
+                )
+        return {name: right for name, (right, _) in found.items()}
 
     return Tasks(ask, stage.evaluate.patience, f"{job.where}.evaluate")
 

@@ -11,7 +11,7 @@ from reuse_cases import write
 
 from ministral_jax.errors import UserError
 from ministral_jax.recipe.load import load_recipe, resolve_specs
-from ministral_jax.stages import evaluate
+from ministral_jax.stages import asking, evaluate
 from ministral_jax.stages.asking import check_loop_tasks, loop_tasks
 from ministral_jax.stages.base import Graph, Job
 from ministral_jax.stages.train import Train
@@ -88,3 +88,17 @@ def test_what_a_loop_cannot_ask_is_refused_by_its_setting(tmp_path):
         "names": ["tool-calls"],
     }
     assert "patience" not in stage.making()["evaluate"]
+
+
+def test_questions_that_lose_their_beginning_are_told_of_once(tmp_path, monkeypatch, capsys):
+    one = examinee(tmp_path)
+    stage = Train.model_validate(TRAINED | {"evaluate": {"tasks": {"names": ["digits", "passkey"]}}})
+    job = Job("parent", stage, SPEC, Graph({}, {}), tmp_path, one.placement.mesh)
+    scores = {"digits": {}, "passkey": {"truncated": 1}}
+    monkeypatch.setattr(asking, "answered", lambda name, *_: ([True, False], scores[name]))
+    tasks = loop_tasks(job, one.tokenizer, lambda state: state)
+    assert tasks.ask({}) == tasks.ask({}) == {"digits": [True, False], "passkey": [True, False]}
+    assert capsys.readouterr().err.strip() == (
+        "parent  1 of 2 questions of passkey lose their beginning: answers may have "
+        f"stages.parent.evaluate.tasks.max_tokens = 256 of the context's {SPEC.context}"
+    )
