@@ -28,7 +28,10 @@ from ministral_jax.planning.findings.finding import Context, Finding, merged
 from ministral_jax.planning.findings.site import Need, needed
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.recipe.load import load_recipe, order
+from ministral_jax.stages.asking import LoopTasks
 from ministral_jax.stages.evaluate import Evaluate, TasksConfig
+from ministral_jax.stages.looped import LoopEvaluateConfig
+from ministral_jax.stages.train import Train
 
 TPU_VM = "launch.tpu_vm={zone: z, accelerator_type: %s, runtime_version: r, bucket: b, setup: s, spot: false}"
 BARE = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, spot: false, %s}"
@@ -172,6 +175,9 @@ def test_tasks_are_said_to_be_left_out():
     stage = Evaluate.model_construct(tasks=TasksConfig(names=("digits", "mmlu@5")))
     (told,) = tasks_are_left_out(SimpleNamespace(stage=lambda name: stage), "asked")
     assert told.text.startswith("stages.asked.tasks = digits, mmlu@5 are left out of its time and memory")
+    looped = Train.model_construct(evaluate=LoopEvaluateConfig(tasks=LoopTasks(names=("digits",))))
+    (told,) = tasks_are_left_out(SimpleNamespace(stage=lambda name: looped), "trained")
+    assert told.text.startswith("stages.trained.evaluate.tasks = digits are left out")
 
 
 SPOT = "launch.tpu_vm={zone: z, accelerator_type: v5p-128, runtime_version: r, bucket: b, setup: s, spot: true}"

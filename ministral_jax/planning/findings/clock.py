@@ -180,9 +180,11 @@ def _slurm_seconds(context: Context) -> int | None:
 
 def tasks_are_left_out(context: Context, name: str) -> Iterator[Finding]:
     """How many tokens a model is asked, nobody knows before."""
-    if (tasks := getattr(context.stage(name), "tasks", None)) is not None:
-        asked = ", ".join(tasks.names)
-        yield warning(name, f"stages.{name}.tasks = {asked} are left out of its time and memory; allow for them")
+    stage = context.stage(name)
+    for of, where in ((stage, "tasks"), (getattr(stage, "evaluate", None), "evaluate.tasks")):
+        if (tasks := getattr(of, "tasks", None)) is not None:
+            asked = ", ".join(tasks.names)
+            yield warning(name, f"stages.{name}.{where} = {asked} are left out of its time and memory; allow for them")
 
 
 CHECKS: tuple[StageCheck, ...] = (tasks_are_left_out, watched, loses_little, stops_in_time, advances)
