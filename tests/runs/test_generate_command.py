@@ -19,6 +19,7 @@ from ministral_jax.errors import UserError
 from ministral_jax.interop.hf import export_hf
 from ministral_jax.stages.base import load_stage
 
+pytestmark = pytest.mark.usefixtures("quickly")
 TEXTS = vlm(vocab=512, context=128)
 
 

@@ -16,6 +16,7 @@ from ministral_jax.models.vlm import VLM, Compute
 from ministral_jax.sampling.decoding import Choice, Rows, draw, processed
 from ministral_jax.sampling.engine import Prompt, SamplingOptions, generate, stream, watched
 
+pytestmark = pytest.mark.usefixtures("quickly")
 ONE = dict(fsdp=1)
 MESHES = {
     "tensor 2": (dict(fsdp=1, tensor=2), 2),
