@@ -63,11 +63,13 @@ class Distill(teaching.Taught):
 
     def companions(self, name: str, stages: Mapping[str, Stage], sizes: Callable[[], ModelSpec]) -> Mapping[str, Stage]:
         """The baseline, equal but for its first weights, and its learning rate where it has one: it reads the very
-        rows."""
+        rows. No score at a task stops it."""
         if not self.baseline:
             return {}
         before = stages.get(self.source or "")
         changes: dict[str, Any] = {"baseline": False, "baseline_lr": None, "first_row": first_row(self, stages)}
+        # what it is compared with at the same step must not be missing, nor end the run
+        changes["evaluate"] = self.evaluate.model_copy(update={"patience": None})
         if self.baseline_lr is not None:
             changes["optimizer"] = self.optimizer.model_copy(update={"lr": self.baseline_lr})
         if isinstance(before, Distill) and before.baseline:

@@ -117,7 +117,9 @@ def test_a_baseline_differs_only_in_where_its_weights_come_from():
     for name in ("8b-short", "8b-base"):
         ours, scratch = recipe.stages[name], recipe.stages[scratch_name(name)]
         assert first_row(ours, recipe.stages) == scratch.first_row
+        assert ours.evaluate.patience == 2 and scratch.evaluate.patience is None
         same = {"source": None, "model": None, "baseline": False, "baseline_lr": None, "first_row": None}
+        same["evaluate"] = ours.evaluate
         rates = [stage.optimizer.lr for stage in (ours, scratch)]
         assert rates == ([2e-3, 8e-3] if name == "8b-short" else [5e-4, 5e-4])
         same["optimizer"] = ours.optimizer
