@@ -137,6 +137,22 @@ class Seen:
             raise UserError(f"llama.cpp does not evaluate a picture of {self.tokens} tokens: error {code}")
 
 
+_PERTURB, _ZERO = -6, 255
+"""Of `mallopt`: what is allocated is filled with the complement of that byte."""
+
+
+@contextmanager
+def _zeroed() -> Iterator[None]:
+    """Memory that is allocated is zero, where the C library can have it so. llama.cpp makes breaks between the rows of
+    a picture of memory that it has not set, times 0 (`clip_graph_pixtral`), which is NaN where one was left there."""
+    option = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: None)
+    option(_PERTURB, _ZERO)
+    try:
+        yield
+    finally:
+        option(_PERTURB, 0)
+
+
 @contextmanager
 def seen(model: Llama, tower: Path, picture: UInt8[np.ndarray, "H W 3"], threads: int = 2) -> Iterator[Seen]:
     """A picture for as long as the block lasts, on the CPU. llama.cpp rounds its sides to whole tokens, at least 8 and
@@ -147,7 +163,7 @@ def seen(model: Llama, tower: Path, picture: UInt8[np.ndarray, "H W 3"], threads
         UserError: llama.cpp does not load the tower.
     """
     mtmd.mtmd_helper_log_set(_quiet(), None)
-    with ExitStack() as stack:
+    with _zeroed(), ExitStack() as stack:
         options = mtmd.mtmd_context_params_default()
         options.use_gpu, options.warmup, options.n_threads = False, False, threads
         options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -254,6 +254,17 @@ def test_image_embeddings(towers):
         assert relative(other[::-1], ours) > 0.1
 
 
+def test_what_memory_held_before_does_not_show(towers):
+    """The breaks between rows are memory that llama.cpp has not set, times 0."""
+    with loaded(towers[0] / "model.gguf", 64) as model:
+        for n in range(8):
+            if n % 2:  # else what was left behind by the one before
+                left = [np.full(size, np.nan, np.float32) for size in (500, 5_000, 20_000, 100_000, 400_000) * 8]
+                del left
+            with seen(model, towers[0] / "mmproj.gguf", noise(12, 20)) as tokens:
+                assert np.isfinite(tokens.embeddings()).all()
+
+
 def test_a_picture_that_is_resized(towers):
     """llama.cpp resamples as we do, but to other sizes: it rounds sides to tokens where we take one more, and knows no
     longest side."""
