@@ -54,9 +54,11 @@ def activation_scales(
 
 def _reader(stage_directory: Path) -> tuple[str, dict[str, Any]]:
     """Name and settings of the stage whose rows are read."""
+    parent = None
     for manifest in ancestry(stage_directory):
         if (kind := verbs().get(manifest.do)) is not None and reads_rows(kind):
             return manifest.stage, manifest.config
-    raise UserError(
-        f"{stage_directory}: format fp8 needs rows to find scales on, and no stage that it comes from reads any"
-    )
+        parent = manifest.inputs.get("parent")
+    none = "no stage that it comes from reads any"
+    why = none if parent is None else f"{parent.stage}, which it comes from, does not lie beside it"
+    raise UserError(f"{stage_directory}: format fp8 needs rows to find scales on, and {why}")

@@ -115,8 +115,13 @@ def test_what_cannot_be_written_is_said_before_anything_is_loaded(run, monkeypat
     with pytest.raises(UserError, match="mine exists and is not an export of this program"):
         export_stage(run / "child", run / "mine", "float32", placement)
     stage(run, "made", "import")
-    with pytest.raises(UserError, match="made: format fp8 needs rows to find scales on"):
+    needs = "made: format fp8 needs rows to find scales on, and "
+    with pytest.raises(UserError, match=f"{needs}no stage that it comes from reads any"):
         export_stage(run / "made", run / "fp8", "float32", placement, "fp8")
+    stage(run, "cut", "import", "made")
+    (run / "made" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="made, which it comes from, does not lie beside it"):
+        export_stage(run / "cut", run / "fp8", "float32", placement, "fp8")
     monkeypatch.setattr("ministral_jax.interop.gguf_format.find_spec", lambda name: None)
     with pytest.raises(UserError, match="format = gguf needs gguf"):
         export_stage(run / "child", run / "gguf", "float32", placement, "gguf")
