@@ -26,6 +26,7 @@ from ministral_jax.teachers.teacher import online_targets
 from ministral_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ministral_jax.training.state import init_state, make_step, split_frozen, state_shardings
 
+pytestmark = pytest.mark.usefixtures("quickly")
 VISION = VisionSpec(layers=1, width=16, mlp_width=32, heads=2, head_width=8, patch_size=2, max_image_size=16)
 TEACHER = ModelSpec(
     layers=2, width=32, mlp_width=64, heads=4, kv_heads=2, head_width=8, vocab=128, context=64, vision=VISION

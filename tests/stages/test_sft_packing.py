@@ -29,6 +29,7 @@ from ministral_jax.stages.train import next_token_loss
 from ministral_jax.teachers.teacher import online_targets
 from ministral_jax.training.state import split_frozen
 
+pytestmark = pytest.mark.usefixtures("quickly")
 LENGTH, ROWS = 64, 8
 RECIPE = load_recipe(TESTS.joinpath("micro_post.yaml"))
 STAGE = RECIPE.stages["sft"]
