@@ -85,7 +85,10 @@ def export(model: Export, layout: Format, directory: Path) -> None:
 
 
 def check_free(directory: Path) -> None:
-    """Raises `UserError`: the directory holds something that an export may not replace."""
+    """Raises `UserError`: the directory holds something that an export may not replace, or is `.` or `..`, in whose
+    place none can be renamed."""
+    if directory.name in ("", ".."):
+        raise UserError(f"{directory} has no name of its own; write the directory of an export with its name")
     if directory.exists() and not (directory.is_dir() and is_export(directory)):
         raise UserError(f"{directory} exists and is not an export of this program; choose another directory")
 

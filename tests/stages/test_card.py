@@ -114,6 +114,8 @@ def test_what_cannot_be_written_is_said_before_anything_is_loaded(run, monkeypat
     placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]), Rules())
     with pytest.raises(UserError, match="mine exists and is not an export of this program"):
         export_stage(run / "child", run / "mine", "float32", placement)
+    with pytest.raises(UserError, match=r"^\. has no name of its own"):
+        export_stage(run / "child", Path(), "float32", placement)
     stage(run, "made", "import")
     needs = "made: format fp8 needs rows to find scales on, and "
     with pytest.raises(UserError, match=f"{needs}no stage that it comes from reads any"):
