@@ -303,19 +303,17 @@ def _draw(stage: Any, model: Held, prompts: int, each: int, completion: int) -> 
 
 
 def _judge(stage: Any, graph: Graph) -> tuple[tuple[Held, ...], tuple[Phase, ...]]:
-    """The judge of a stage that has one, and a step's questions to it, each asked in both orders: two of the longest
-    answers to the longest prompt."""
+    """The judge of a stage that has one, and a step's questions to it, each asked in both orders."""
     if stage.judge is None:
         return (), ()
     judge = Held("judge", graph.specs[stage.judge], stage.compute.dtype, stage.sharding)
     questions = 2 * stage.prompts * stage.answers_per_prompt // 2
     rounds = getattr(stage, "steps", None) or stage.rounds
-    longest = stage.max_prompt_length + 2 * max(stage.completion_lengths.values())
-    return (judge,), (Phase("judge", (_judging(judge, stage.compute, questions, longest),), rounds),)
+    reads = _judging(judge, stage.compute, questions, stage.longest_question)
+    return (judge,), (Phase("judge", (reads,), rounds),)
 
 
 def _judging(model: Held, compute: Compute, questions: int, longest: int) -> Read:
-    """The words that questions are put in are not counted."""
     length = bucket(max(min(longest, model.spec.context), compute.shortest_row))
     return Read(model, questions, length, compute, head="choice", streamed=False, at_once=ROWS)
 

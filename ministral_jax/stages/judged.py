@@ -60,8 +60,15 @@ class JudgedStage(online.AnsweringStage):
                 raise UserError(f"{where}.judge = {self.judge!r} must be a reward stage")
             check_vocabulary(spec, self.judge, "judge", graph, where)
 
+    @property
+    def longest_question(self) -> int:
+        """Tokens of the longest prompt and two of the longest answers; the words of the question are not counted."""
+        return self.max_prompt_length + 2 * max(self.completion_lengths.values())
+
     def judge_programs(self, job: Job[Any]) -> dict[str, Program]:
-        return {} if self.judge is None else {"judge": judge_program(job, job.graph.specs[self.judge])}
+        if self.judge is None:
+            return {}
+        return {"judge": judge_program(job, job.graph.specs[self.judge], self.longest_question)}
 
 
 def open_judge(job: Job[Any], tokenizer: Tokenizer) -> OpenJudge | None:

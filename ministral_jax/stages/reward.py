@@ -11,7 +11,7 @@ from pydantic import Field
 from ministral_jax.alignment.calibration import calibration_floor, expected_calibration_error, fit_temperature
 from ministral_jax.alignment.judge import ROWS, Judge, both_orders, judge_reader
 from ministral_jax.alignment.rollout import Params
-from ministral_jax.data.batch import shapes
+from ministral_jax.data.batch import bucket, shapes
 from ministral_jax.data.conversation import spell
 from ministral_jax.data.pairwise import CHOICES
 from ministral_jax.data.prompts import PromptRow
@@ -61,7 +61,7 @@ class Reward(Looped):
         return Objective(next_token_loss(job.spec, self.compute, LossHead(job.placement)), FROZEN)
 
     def programs(self, job: Job[Reward]) -> dict[str, Program]:
-        return loop_programs(job, self.objective(job)) | {"judge": judge_program(job, job.spec)}
+        return loop_programs(job, self.objective(job)) | {"judge": judge_program(job, job.spec, self.batch.length)}
 
     def run(self, job: Job[Reward]) -> Result:
         clock, data = Clock(), open_data(job)
@@ -72,11 +72,12 @@ class Reward(Looped):
         return run_loop(job, data, self.objective(job), params, clock, lambda params: examine(judge, params, pairs))
 
 
-def judge_program(job: Job[Any], spec: ModelSpec) -> Program:
-    """Reading a batch of the longest questions that a judge of `spec` can be asked."""
+def judge_program(job: Job[Any], spec: ModelSpec, longest: int) -> Program:
+    """Reading a batch of questions of up to `longest` tokens by a judge of `spec`."""
     placement, compute = job.placement, job.stage.compute
     read = judge_reader(spec, compute, placement, job.tokens.choices)
-    batch = shapes(placement.even(ROWS), spec.context)
+    length = bucket(max(min(longest, spec.context), compute.shortest_row))
+    batch = shapes(placement.even(ROWS), length)
     batch = placement.described({name: batch[name] for name in batch if name != "labels"})
     return Program(read, (placed_params(spec, placement, jnp.dtype(compute.dtype)), batch))
 

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from functools import cache
 
+import jax
 import pytest
 from paths import ROOT, TESTS
 
-from ministral_jax.distributed.placement import MeshConfig
+from ministral_jax.distributed.placement import MeshConfig, make_mesh
 from ministral_jax.models.spec import PRESETS
 from ministral_jax.planning.machine import parse_machine
 from ministral_jax.planning.memory.stage import stage_memory
@@ -14,7 +15,7 @@ from ministral_jax.planning.records import StageWork
 from ministral_jax.planning.timing.roofline import stage_time
 from ministral_jax.planning.work import stage_work
 from ministral_jax.recipe.load import load_recipe, resolve_specs
-from ministral_jax.stages.base import Graph
+from ministral_jax.stages.base import Graph, Job
 
 
 @cache
@@ -45,6 +46,17 @@ def test_a_judge_reads_batches_that_the_devices_share_evenly(machine, mesh, batc
     found = work_of("14b-instruct", "stages.14b-instruct.prompts=128").on(placed)
     (read,) = found.phase("judge").work
     assert (read.microbatches, read.rows) == (batches, batches * rows)
+
+
+@pytest.mark.parametrize("name", ["reward", "instruct", "pairs"])
+def test_a_judges_questions_are_planned_as_they_are_compiled(name, tmp_path):
+    recipe = load_recipe(TESTS / "micro_post.yaml")
+    specs = resolve_specs(recipe)
+    stage, graph = recipe.stages[name], Graph(recipe.stages, specs)
+    job = Job(name, stage, specs[name], graph, tmp_path, make_mesh(MeshConfig(), jax.devices()[:1]))
+    _, batch = stage.programs(job)["judge"].arguments
+    (read,) = stage_work(stage, specs[name], graph).phase("judge").work
+    assert batch["tokens"].shape == (read.at_once, read.length)
 
 
 def test_more_devices_hold_less_of_a_judges_questions():
