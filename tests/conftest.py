@@ -2,22 +2,20 @@
 
 import os
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from compiling import SIMPLE_LOOPS, quickly_compiled
+
 # most of the suite's time is compiling programs that run for a moment
 os.environ.setdefault(
-    "XLA_FLAGS",
-    # a jaxlib from 0.11 on does not know the first one any more, and ends the process
-    ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
-    + "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS", f"{SIMPLE_LOOPS}--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 )
 
 import jax
 import pytest
-from compiling import quickly_compiled
 
 from ministral_jax.cli import main
 

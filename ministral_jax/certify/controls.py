@@ -46,26 +46,23 @@ def copied(directory: Path, to: Path) -> None:
 def change_tensor(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> None:
     """Write the file that holds a tensor again, with another value of it or, for None, without it. `name` may lack the
     prefixes that it has on disk."""
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors = safetensors.read(path)
-        found = next((n for n in tensors if n == name or n.endswith(f".{name}")), None)
-        if found is None:
-            continue
-        pending = []
-        for key, tensor in tensors.items():
-            if key != found:
-                pending.append(safetensors.Pending(key, tensor.dtype, tensor.shape, tensor.read))
-            elif change is not None:
-                value = change(np.array(tensor.read()))
-                pending.append(safetensors.Pending(key, tensor.dtype, value.shape, lambda value=value: value))
-        safetensors.write(draft := path.with_suffix(".draft"), pending, safetensors.metadata(path))
-        draft.replace(path)
-        for index in directory.glob("*.index.json") if change is None else ():
-            content = json.loads(index.read_bytes())
-            content["weight_map"].pop(found, None)
-            write_json(index, content)
-        return
-    raise AssertionError(f"{name} is in no file of {directory}")
+    tensors = {path: safetensors.read(path) for path in sorted(directory.glob("*.safetensors"))}
+    # a tower's tensors may end in the same words, behind a longer prefix
+    named = [(len(n), n, path) for path in tensors for n in tensors[path] if n == name or n.endswith(f".{name}")]
+    _, found, path = min(named)
+    pending = []
+    for key, tensor in tensors[path].items():
+        if key != found:
+            pending.append(safetensors.Pending(key, tensor.dtype, tensor.shape, tensor.read))
+        elif change is not None:
+            value = change(np.array(tensor.read()))
+            pending.append(safetensors.Pending(key, tensor.dtype, value.shape, lambda value=value: value))
+    safetensors.write(draft := path.with_suffix(".draft"), pending, safetensors.metadata(path))
+    draft.replace(path)
+    for index in directory.glob("*.index.json") if change is None else ():
+        content = json.loads(index.read_bytes())
+        content["weight_map"].pop(found, None)
+        write_json(index, content)
 
 
 def _edit(directory: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
@@ -75,10 +72,11 @@ def _edit(directory: Path, name: str, change: Callable[[dict[str, Any]], None]) 
 
 
 def _hf_rope(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, ModelSpec], None]:
-    def plant(directory: Path, spec: ModelSpec) -> None:
-        _edit(directory, "config.json", lambda c: change(c.get("text_config", c)["rope_parameters"]))
+    def edit(config: dict[str, Any]) -> None:
+        text = config.get("text_config", config)
+        change(text.get("rope_parameters") or text["rope_scaling"])
 
-    return plant
+    return lambda directory, spec: _edit(directory, "config.json", edit)
 
 
 def _hf_unpermuted(directory: Path, spec: ModelSpec) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ministral_jax.certify.certificate import FILE, Certificate
 from ministral_jax.certify.checks import file_digests
 from ministral_jax.console import say
+from ministral_jax.doctor.examine import examine
 from ministral_jax.errors import UserError
 from ministral_jax.files import refuse_pointer
 from ministral_jax.interop.hub import first_line
@@ -23,7 +24,8 @@ def push(args: argparse.Namespace) -> None:
 
     Raises:
         UserError: no export, a Git LFS pointer in the place of a file, a certificate that does not hold or is of other
-            files, a repository's name that is none, no huggingface_hub, no login, or what the hub says.
+            files, none where `doctor` finds something red, a repository's name that is none, no huggingface_hub, no
+            login, or what the hub says.
     """
     directory = fetched(args.directory)
     if args.repository.count("/") != 1 or not all(args.repository.split("/")):
@@ -53,9 +55,13 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _certified(directory: Path) -> str:
-    """What its certificate says. Raises `UserError`: it does not hold or is damaged, or other files lie there now."""
+    """What its certificate says. Raises `UserError`: it does not hold or is damaged, other files lie there now, or
+    there is none and `doctor` finds something red."""
     path = directory / FILE
     if not path.is_file():
+        looked_at = examine(directory) if any(directory.glob("*.safetensors")) else []
+        if red := next((finding for finding in looked_at if finding.level == "red"), None):
+            raise UserError(f"{directory}: {red.subject}: {red.said}; ministral-jax doctor says more")
         return "not certified: `ministral-jax certify` has not been run on it"
     try:
         found = Certificate.model_validate_json(path.read_bytes())

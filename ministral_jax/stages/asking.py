@@ -31,7 +31,7 @@ class LoopTasks(QuestionsConfig):
     """Tasks that are asked while the model is trained."""
 
     names: tuple[str, ...] = Field(min_length=1)
-    """Of those that are [made here](evaluate.md#tasks-that-are-made-here)."""
+    """Of those that are made here (docs/evaluate.md)."""
     limit: int = Field(default=100, ge=1)
     """Questions of each task, always the same."""
     batch: int = Field(default=DEFAULT_BATCH, ge=1)
@@ -56,7 +56,7 @@ class InLoop(Frozen):
     """Asked at multiples of `every` and at the last step."""
     patience: int | None = Field(default=2, ge=1)
     """The stage stops when a task's score has fallen for so many evaluations in a row although the loss fell; see
-    [evaluating](evaluate.md#while-a-model-is-trained). null: it goes on."""
+    docs/evaluate.md. null: it goes on."""
 
 
 def check_shown(names: Sequence[str], spec: ModelSpec, where: str) -> None:

@@ -40,7 +40,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def export(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"0" * 2_000_000)
+    (tmp_path / "model.gguf").write_bytes(b"0" * 2_000_000)
     (tmp_path / ".hidden").write_text("mine")
     return tmp_path
 
@@ -58,7 +58,7 @@ def test_a_dry_run_lists_and_sends_nothing(hub, export, capsys):
     certificate(export, True)
     assert push(export, "--dry-run") == 0
     said = capsys.readouterr()
-    assert "2.000 MB  model.safetensors" in said.out and ".hidden" not in said.out
+    assert "2.000 MB  model.gguf" in said.out and ".hidden" not in said.out
     assert "certified against child" in said.err and hub.asked == []
 
 
@@ -66,7 +66,7 @@ def test_an_export_is_sent(hub, export, capsys):
     assert push(export, "--private") == 0
     (_, made, how), (_, sent) = hub.asked
     assert made == ("owner/name",) and how == {"private": True, "exist_ok": True}
-    assert sent["repo_id"] == "owner/name" and sent["allow_patterns"] == ["config.json", "model.safetensors"]
+    assert sent["repo_id"] == "owner/name" and sent["allow_patterns"] == ["config.json", "model.gguf"]
     said = capsys.readouterr()
     assert "not certified" in said.err and "the address" in said.err and "secret" not in said.out + said.err
 
@@ -80,10 +80,14 @@ FAULTS = {
     "the certificate": (lambda hub, export: certificate(export, False), "is not child; certify it against the stage"),
     "another file": (changed, "config.json is not as it was certified"),
     "no certificate": (lambda hub, export: (export / FILE).write_text("{"), "is no certificate of this program"),
-    "no weights": (lambda hub, export: (export / "model.safetensors").unlink(), "has no weights"),
+    "no weights": (lambda hub, export: (export / "model.gguf").unlink(), "has no weights"),
     "a pointer": (
         lambda hub, export: (export / "tekken.json").write_text("version https://git-lfs.github.com/spec/v1\noid 0"),
         "tekken.json is a Git LFS pointer, not the file itself",
+    ),
+    "no certificate, and a file that is cut short": (
+        lambda hub, export: (export / "model.safetensors").write_bytes(b"0"),
+        "ministral-jax doctor says more",
     ),
     "no login": (lambda hub, export: setattr(hub, "token", None), "HF_TOKEN"),
     "the hub": (

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import worker
+from compiling import SIMPLE_LOOPS
 from harm_cases import free_port
 
 from ministral_jax.stages.base import load_stage
@@ -42,8 +43,7 @@ COMPILING = {
     "PYTHONUNBUFFERED": "1",
     "OPENBLAS_NUM_THREADS": "1",  # the others would be there before the fork
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": f"{SIMPLE_LOOPS}--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 }
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["pytest", "worker", "preload"])

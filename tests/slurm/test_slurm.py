@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from cluster import managers, missing, processes, say, slurm, wait_for
+from compiling import SIMPLE_LOOPS
 
 from ministral_jax.cli import main
 from ministral_jax.stages.base import load_stage
@@ -30,8 +31,7 @@ STEPS, EVERY = 48, 6
 COMPILING = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": f"{SIMPLE_LOOPS}--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 }
 LAUNCH = ("launch.slurm.nodes=4", f"launch.slurm.environment={json.dumps(COMPILING)}", "launch.slurm.restarts=3")
 SETTINGS = (
