@@ -25,8 +25,9 @@ class RopeSpec(Frozen):
     theta: float = Field(default=1e6, gt=1)
     yarn_factor: float = Field(default=1.0, ge=1)
     original_context: int | None = Field(default=None, ge=1)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: float = Field(default=32.0, ge=1e-6, le=1e6)
+    beta_slow: float = Field(default=1.0, ge=1e-6, le=1e6)
+    """Rotations within the original context, see `yarn_frequencies`."""
     attention_factor: float = Field(default=1.0, gt=0)
     """What YaRN multiplies cos and sin by."""
     temperature_beta: float = Field(default=0.0, ge=0)

@@ -128,3 +128,9 @@ def test_mistral_small_4_is_refused_by_name():
     config["text_config"]["model_type"] = "mistral4"
     with pytest.raises(UserError, match=r"text_config: model_type is 'mistral4', Mistral Small 4, which has latent"):
         from_config(config, "config.json", True)
+
+
+@pytest.mark.parametrize("rotations", [0.0, -1.0, float("inf")])
+def test_rotations_of_yarn_are_above_zero(rotations):
+    with pytest.raises(ValueError, match="beta_fast"):
+        RopeSpec(yarn_factor=2.0, original_context=32, beta_fast=rotations)
