@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ministral_jax.alignment.calibration import mean_probability
-from ministral_jax.data.batch import Batch, one_per_row
+from ministral_jax.data.batch import Batch, bucket, one_per_row
 from ministral_jax.data.chat import render
 from ministral_jax.data.conversation import Message
 from ministral_jax.data.pairwise import judge_messages
@@ -77,6 +77,11 @@ class Judge:
     def _read(self) -> Any:
         a, b = (self.tokenizer.encode(letter)[0] for letter in "AB")
         return judge_reader(self.spec, self.compute, self.placement, (a, b))
+
+
+def question_length(longest: int, spec: ModelSpec, compute: Compute) -> int:
+    """Of the rows in which a judge of `spec` reads questions of up to `longest` tokens."""
+    return bucket(max(min(longest, spec.context), compute.shortest_row))
 
 
 def judge_reader(spec: ModelSpec, compute: Compute, placement: Placement, choices: tuple[int, int]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ministral_jax.errors import UserError
+from ministral_jax.interop.keys import refused
 from ministral_jax.interop.rope_config import attention_factor
 from ministral_jax.models.spec import ModelSpec, RopeSpec, VisionSpec
 
@@ -75,8 +76,7 @@ def spec_of(decoder: Keys, tower: Keys | None, tied: bool, trained: ModelSpec) -
         parts = {"rope": rope, "vision": vision, "tied": tied}
         return ModelSpec.model_validate(trained.model_dump() | found | parts)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{decoder.path.parent}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise refused(error, str(decoder.path.parent)) from None
 
 
 def _rope(keys: Keys, trained: RopeSpec, context: int) -> dict[str, Any]:

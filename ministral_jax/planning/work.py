@@ -8,7 +8,7 @@ from functools import cache, singledispatch
 from typing import Any
 
 from ministral_jax.alignment.examine import GenerateConfig
-from ministral_jax.alignment.judge import ROWS
+from ministral_jax.alignment.judge import ROWS, question_length
 from ministral_jax.data.batch import bucket
 from ministral_jax.losses.targets import DEFAULT_CHUNK
 from ministral_jax.models.block import Compute
@@ -314,7 +314,7 @@ def _judge(stage: Any, graph: Graph) -> tuple[tuple[Held, ...], tuple[Phase, ...
 
 
 def _judging(model: Held, compute: Compute, questions: int, longest: int) -> Read:
-    length = bucket(max(min(longest, model.spec.context), compute.shortest_row))
+    length = question_length(longest, model.spec, compute)
     return Read(model, questions, length, compute, head="choice", streamed=False, at_once=ROWS)
 
 

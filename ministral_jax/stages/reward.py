@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from ministral_jax.alignment.calibration import calibration_floor, expected_calibration_error, fit_temperature
-from ministral_jax.alignment.judge import ROWS, Judge, both_orders, judge_reader
+from ministral_jax.alignment.judge import ROWS, Judge, both_orders, judge_reader, question_length
 from ministral_jax.alignment.rollout import Params
-from ministral_jax.data.batch import bucket, shapes
+from ministral_jax.data.batch import shapes
 from ministral_jax.data.conversation import spell
 from ministral_jax.data.pairwise import CHOICES
 from ministral_jax.data.prompts import PromptRow
@@ -76,8 +76,7 @@ def judge_program(job: Job[Any], spec: ModelSpec, longest: int) -> Program:
     """Reading a batch of questions of up to `longest` tokens by a judge of `spec`."""
     placement, compute = job.placement, job.stage.compute
     read = judge_reader(spec, compute, placement, job.tokens.choices)
-    length = bucket(max(min(longest, spec.context), compute.shortest_row))
-    batch = shapes(placement.even(ROWS), length)
+    batch = shapes(placement.even(ROWS), question_length(longest, spec, compute))
     batch = placement.described({name: batch[name] for name in batch if name != "labels"})
     return Program(read, (placed_params(spec, placement, jnp.dtype(compute.dtype)), batch))
 
